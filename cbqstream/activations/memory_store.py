@@ -1,0 +1,24 @@
+"""Activations in RAM, for tests and for small jobs."""
+
+from torch import Tensor
+
+from cbqstream.activations.store import ActivationStore, StreamShape
+from cbqstream.errors import InputError
+
+
+class MemoryStore(ActivationStore):
+    """Keeps every segment in memory."""
+
+    def __init__(self, shape: StreamShape) -> None:
+        super().__init__(shape)
+        self._segments: dict[int, Tensor] = {}
+
+    def write(self, segment: int, x_SD: Tensor) -> None:
+        self._check(segment, x_SD)
+        self._segments[segment] = x_SD.detach().to("cpu", self.shape.dtype, copy=True)
+
+    def read(self, segment: int) -> Tensor:
+        self._check(segment)
+        if segment not in self._segments:
+            raise InputError("memory", f"segment {segment} was never written.")
+        return self._segments[segment].clone()

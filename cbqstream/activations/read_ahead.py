@@ -1,0 +1,39 @@
+"""Reading the next batches on a thread while the present one is being computed."""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from cbqstream.activations.store import ActivationStore
+
+_DEPTH = 2
+
+
+def read_batches(stores: Sequence[ActivationStore], batches: Sequence[Sequence[int]]) -> Iterator[list[Tensor]]:
+    """For each batch of segment numbers, one tensor [B, S, D] per store, in the dtype of that store, on the CPU.
+
+    At most two batches are held besides the one that was given out. An error in reading is raised at its batch.
+    """
+
+    def load(batch: Sequence[int]) -> list[Tensor]:
+        return [torch.stack([store.read(segment) for segment in batch]) for store in stores]
+
+    waiting: deque[Future[list[Tensor]]] = deque()
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as pool:
+        try:
+            for position, batch in enumerate(batches):
+                waiting.append(pool.submit(load, batch))
+                if position >= _DEPTH:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def in_batches(segments: Sequence[int], batch_size: int) -> list[list[int]]:
+    """`segments` in order, `batch_size` at a time; the last batch may be smaller."""
+    return [list(segments[start : start + batch_size]) for start in range(0, len(segments), batch_size)]

@@ -1,0 +1,104 @@
+"""Activations on disk: a Zarr v3 array [N, S, D], one chunk per segment, codecs bytes and crc32c.
+
+Zarr has no bfloat16, so its bits are stored as uint16 and the dtype is named in the attributes. A missing chunk would read as zeros, so
+its file is looked for first. Metadata is compared with what the caller expects, never believed. Nothing is synced here: whoever makes
+the folder durable does that for the whole tree.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import zarr
+from torch import Tensor
+from zarr.codecs import BytesCodec, Crc32cCodec
+from zarr.core.config import config as zarr_config
+
+from cbqstream.activations.store import ActivationStore, StreamShape
+from cbqstream.errors import InputError
+
+_CRC_BYTES = 4
+_CARRIERS = {torch.bfloat16: "uint16", torch.float16: "float16", torch.float32: "float32"}
+_VIEWS = {torch.bfloat16: torch.uint16, torch.float16: torch.float16, torch.float32: torch.float32}
+
+
+class ZarrStore(ActivationStore):
+    """One stream in the folder `path`. Use `create` or `open`."""
+
+    def __init__(self, path: Path, shape: StreamShape, array: "zarr.Array[Any]") -> None:
+        super().__init__(shape)
+        self.path = path
+        self._array = array
+
+    @classmethod
+    def create(cls, path: Path, shape: StreamShape) -> "ZarrStore":
+        """A new, empty store. `path` must not exist; its parent must."""
+        with zarr_config.set({"array.write_empty_chunks": True}):
+            array = zarr.create_array(
+                store=str(path),
+                shape=(shape.num_segments, shape.seq_len, shape.hidden_size),
+                chunks=(1, shape.seq_len, shape.hidden_size),
+                dtype=_CARRIERS[shape.dtype],
+                serializer=BytesCodec(endian="little"),
+                filters=None,
+                compressors=(Crc32cCodec(),),
+                fill_value=0,
+                attributes={"dtype": str(shape.dtype).removeprefix("torch.")},
+                config={"write_empty_chunks": True},
+            )
+        return cls(path, shape, array)
+
+    @classmethod
+    def open(cls, path: Path, shape: StreamShape) -> "ZarrStore":
+        """A store that was written before.
+
+        Raises:
+            InputError: it is missing, or is not what `shape` says.
+        """
+        try:
+            array = zarr.open_array(str(path), mode="r")
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(path, "not a readable activation store.") from error
+        found = (array.shape, array.chunks, str(array.dtype), array.attrs.get("dtype"), array.metadata.to_dict().get("codecs"))
+        size = (shape.num_segments, shape.seq_len, shape.hidden_size)
+        codecs = tuple(codec.to_dict() for codec in (BytesCodec(endian="little"), Crc32cCodec()))
+        expected = (size, (1, *size[1:]), _CARRIERS[shape.dtype], str(shape.dtype).removeprefix("torch."), codecs)
+        if found != expected:
+            raise InputError(path, f"holds {found}, expected {expected}.")
+        return cls(path, shape, array)
+
+    def write(self, segment: int, x_SD: Tensor) -> None:
+        self._check(segment, x_SD)
+        stored = x_SD.detach().to("cpu", self.shape.dtype).contiguous().view(_VIEWS[self.shape.dtype])
+        self._array[segment] = stored.numpy()
+
+    def read(self, segment: int) -> Tensor:
+        self._check(segment)
+        if not self._chunk(segment).is_file():
+            raise InputError(self._chunk(segment), f"segment {segment} is missing.")
+        try:
+            values = np.asarray(self._array[segment])
+        except (ValueError, OSError) as error:
+            raise InputError(self._chunk(segment), "damaged (its checksum does not match).") from error
+        return torch.from_numpy(values).view(self.shape.dtype)
+
+    def checksums(self) -> list[list[int]]:
+        """[size in bytes, crc32c] of every chunk file, by segment; the crc is the chunk's own last four bytes.
+
+        Raises:
+            InputError: a chunk is missing.
+        """
+        table = []
+        for segment in range(self.shape.num_segments):
+            path = self._chunk(segment)
+            if not path.is_file():
+                raise InputError(path, f"segment {segment} is missing.")
+            with path.open("rb") as file:
+                size = file.seek(0, 2)
+                file.seek(max(0, size - _CRC_BYTES))
+                table.append([size, int.from_bytes(file.read(_CRC_BYTES), "little")])
+        return table
+
+    def _chunk(self, segment: int) -> Path:
+        return self.path / "c" / str(segment) / "0" / "0"

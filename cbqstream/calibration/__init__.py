@@ -1,0 +1,1 @@
+"""Text or tokens in, segments of token ids out."""

@@ -1,0 +1,112 @@
+"""Segments of token ids: which ones are taken is a function of the file and the numbers alone. N segments, S tokens."""
+
+import hashlib
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from cbqstream.calibration.text import documents
+from cbqstream.checkpoint.header import read_header
+from cbqstream.checkpoint.reader import Checkpoint
+from cbqstream.errors import InputError
+
+Choice = Literal["first", "spread"]
+
+_SEPARATOR = "\n\n"
+_CHARACTERS_A_TOKEN = 8
+_UNSURE_TOKENS = 32
+
+
+def load_segments(data: Path, model: Path, *, num_samples: int, seq_len: int, vocab_size: int, choice: Choice = "first") -> Tensor:
+    """Token ids, int64 [N, S]: the text joined with blank lines, tokenized whole and cut without overlap.
+
+    Args:
+        data: .npy or .safetensors of token ids, or a file of text (see `text.py`).
+        model: folder with the tokenizer.
+        num_samples: N.
+        seq_len: S.
+        vocab_size: ids must be below.
+        choice: `first` N segments, or `spread` evenly over the file, both ends included (all of them if there are fewer).
+
+    Raises:
+        InputError: the file cannot be read, or has too few tokens, or a token is outside the vocabulary.
+    """
+    wanted = num_samples * seq_len
+    token_file = {".npy": _npy, ".safetensors": _safetensors}.get(data.suffix.lower())
+    ids = token_file(data) if token_file is not None else _tokenize(data, model, wanted if choice == "first" else None)
+    rows = len(ids) // seq_len
+    if rows < 1 or (rows < num_samples and choice == "first"):
+        raise InputError(data, f"calibration has {len(ids):,} tokens, needs {wanted:,} ({num_samples} x {seq_len}). Use more text or fewer samples.")
+    segments = ids[: rows * seq_len].view(rows, seq_len)
+    if choice == "first":
+        segments = segments[:num_samples]
+    elif rows > num_samples:
+        segments = segments[torch.linspace(0, rows - 1, num_samples).long()]
+    smallest, largest = int(segments.min()), int(segments.max())
+    if smallest < 0 or largest >= vocab_size:
+        raise InputError(data, f"token {largest if smallest >= 0 else smallest} is outside the vocabulary of {vocab_size:,}.")
+    return segments.contiguous()
+
+
+def segments_digest(ids_NS: Tensor) -> str:
+    """SHA-256 over the shape and the ids, in hex."""
+    header = f"{list(ids_NS.shape)}".encode()
+    return hashlib.sha256(header + ids_NS.to(torch.int64).numpy().astype("<i8").tobytes()).hexdigest()
+
+
+def _tokenize(data: Path, model: Path, wanted: int | None) -> Tensor:
+    """Token ids of the file: all of them, or at least `wanted` if there are so many. No more text is held than that needs."""
+    tokenizer: Any = _load_tokenizer(model)
+    limit = None if wanted is None else wanted * _CHARACTERS_A_TOKEN
+    while True:
+        text, complete = _text(data, limit)
+        ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+        if complete or limit is None:
+            return ids
+        ids = ids[:-_UNSURE_TOKENS]  # the cut may have changed how the last words were split
+        if wanted is not None and len(ids) >= wanted:
+            return ids
+        limit *= 2
+
+
+def _text(data: Path, limit: int | None) -> tuple[str, bool]:
+    """The documents joined with blank lines, up to about `limit` characters, and whether that is the whole file."""
+    parts, length = [], 0
+    for document in documents(data):
+        parts.append(document)
+        length += len(document) + len(_SEPARATOR)
+        if limit is not None and length > limit:
+            return _SEPARATOR.join(parts)[:limit], False
+    return _SEPARATOR.join(parts), True
+
+
+def _load_tokenizer(model: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InputError(model, "no tokenizer that transformers can load. Give token ids (.npy) instead of text.") from error
+
+
+def _npy(path: Path) -> Tensor:
+    try:
+        values = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise InputError(path, "not a .npy file of numbers.") from error
+    if not np.issubdtype(values.dtype, np.integer):
+        raise InputError(path, f"holds {values.dtype}, token ids are integers.")
+    return torch.from_numpy(values.astype(np.int64)).flatten()
+
+
+def _safetensors(path: Path) -> Tensor:
+    infos = read_header(path)
+    if len(infos) != 1:
+        raise InputError(path, f"holds {len(infos)} tensors, needs one of token ids.")
+    (name,) = infos
+    values = Checkpoint(infos).read(name, device=torch.device("cpu"))
+    if values.is_floating_point() or values.dtype == torch.bool:
+        raise InputError(path, f"holds {values.dtype}, token ids are integers.", tensor=name)
+    return values.to(torch.int64).flatten()

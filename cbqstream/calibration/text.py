@@ -1,0 +1,60 @@
+"""Documents of a text, jsonl or parquet file, one at a time. A document of jsonl or parquet is the field `text`."""
+
+import importlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from cbqstream.errors import InputError, UsageError
+
+_FIELD = "text"
+_PARQUET_ROWS = 256
+
+
+def documents(path: Path) -> Iterator[str]:
+    """The documents of a file in order; a file that is not .jsonl or .parquet is one document of plain text.
+
+    Raises:
+        InputError: the file is missing, not UTF-8, not jsonl or parquet, or has no field `text`.
+        UsageError: parquet is asked for and pyarrow is not installed.
+    """
+    if not path.is_file():
+        raise InputError(path, "no such calibration file." if not path.is_dir() else "a folder; give a file of text.")
+    reader = {".jsonl": _jsonl, ".parquet": _parquet}.get(path.suffix.lower(), _plain)
+    try:
+        yield from reader(path)
+    except UnicodeDecodeError as error:
+        raise InputError(path, f"not UTF-8 text (byte {error.start}).") from error
+
+
+def _plain(path: Path) -> Iterator[str]:
+    yield path.read_text(encoding="utf-8")
+
+
+def _jsonl(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                text = json.loads(line)[_FIELD]
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
+                raise InputError(path, f'line {number} is not a JSON object with a field "{_FIELD}".') from error
+            if not isinstance(text, str):
+                raise InputError(path, f'line {number}: "{_FIELD}" is not a string.')
+            yield text
+
+
+def _parquet(path: Path) -> Iterator[str]:
+    try:
+        parquet = importlib.import_module("pyarrow.parquet")
+    except ImportError as error:
+        raise UsageError("parquet needs pyarrow. Run: pip install 'cbqstream[eval]'") from error
+    try:
+        table = parquet.ParquetFile(path)
+    except (OSError, ValueError) as error:
+        raise InputError(path, "not a parquet file.") from error
+    if _FIELD not in table.schema_arrow.names:
+        raise InputError(path, f'no column "{_FIELD}" (columns: {", ".join(table.schema_arrow.names)}).')
+    for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=[_FIELD]):
+        yield from (text for text in batch.column(0).to_pylist() if text)

@@ -1,0 +1,77 @@
+"""Which files of a model folder hold its tensors: one `model.safetensors`, or the shards of an index. JSON files are read here too."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from cbqstream.checkpoint.header import read_header
+from cbqstream.errors import InputError, shown
+from cbqstream.records import TensorInfo
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_MAX_JSON = {INDEX: 256 << 20, "config.json": 1 << 20}
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """A JSON object from a file of a model folder.
+
+    Raises:
+        InputError: the folder or the file is missing, too large, or not a JSON object.
+    """
+    path = folder / name
+    if not folder.is_dir():
+        raise InputError(folder, "no such folder. Give the folder of a model with config.json and safetensors.")
+    if not path.is_file():
+        raise InputError(path, f"missing. A model folder has {name}.")
+    limit = _MAX_JSON.get(name, 1 << 20)
+    if path.stat().st_size > limit:
+        raise InputError(path, f"larger than {limit >> 20} MiB, which is not plausible.")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(path, "not JSON.") from error
+    if not isinstance(value, dict):
+        raise InputError(path, "not a JSON object.")
+    return value
+
+
+def find_tensors(folder: Path) -> dict[str, TensorInfo]:
+    """Every tensor of a model folder by name, from headers alone.
+
+    Raises:
+        InputError: no safetensors, an index that names what is not there or leaves the folder, or a broken header.
+    """
+    if (folder / INDEX).exists():
+        return _from_index(folder)
+    shards = sorted(folder.glob("*.safetensors"))
+    if (folder / SINGLE).exists() and len(shards) == 1:
+        return read_header(folder / SINGLE)
+    if len(shards) == 1:
+        return read_header(shards[0])
+    if shards:
+        raise InputError(folder, f"{len(shards)} shards but no {INDEX}. Download it too.")
+    if any(next(folder.glob(pattern), None) for pattern in _PICKLES):
+        raise InputError(folder, "only pickle checkpoints, which are never read. Convert them to safetensors first.")
+    raise InputError(folder, "no safetensors files.")
+
+
+def _from_index(folder: Path) -> dict[str, TensorInfo]:
+    index = folder / INDEX
+    weight_map = read_json(folder, INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(index, "not a weight index (no weight_map).")
+    for shard in weight_map.values():
+        if not isinstance(shard, str) or Path(shard).name != shard or "\\" in shard or ":" in shard or not shard.isprintable():
+            raise InputError(index, f'shard name "{shown(str(shard))}" leaves the model folder.')
+    tensors: dict[str, TensorInfo] = {}
+    for shard in sorted(set(weight_map.values())):
+        named = {name for name, where in weight_map.items() if where == shard}
+        if not (folder / shard).exists():
+            raise InputError(folder / shard, f"missing ({len(named)} tensors). Download it again.")
+        held = read_header(folder / shard)
+        for name in sorted(named ^ held.keys()):
+            raise InputError(folder / shard, "index and shards disagree.", tensor=name)
+        tensors.update(held)
+    return tensors

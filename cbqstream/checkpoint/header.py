@@ -1,0 +1,144 @@
+"""The header of a safetensors file, checked against the file before anything is allocated for what it describes.
+
+Format: 8 bytes little-endian N, N bytes of JSON `{name: {dtype, shape, data_offsets}}`, then the data without holes.
+"""
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cbqstream.errors import InputError, shown
+from cbqstream.records import TensorInfo
+
+MAX_HEADER_BYTES = 100_000_000
+MAX_TENSORS = 2_000_000
+_MAX_NAME = 1024
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+_OTHER_KINDS = (
+    (b"version https://git-lfs", "a git-lfs pointer, not weights. Run `git lfs pull` in the model's folder."),
+    (b"PK\x03\x04", "a pickle checkpoint, which is never read. Convert it to safetensors first."),
+    (b"\x80\x02", "a pickle checkpoint, which is never read. Convert it to safetensors first."),
+    (b"GGUF", "a GGUF file. Convert it to safetensors first."),
+    (b"<", "an HTML page, not weights (a failed download?). Download it again."),
+)
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of a safetensors file by name, in the order of their data.
+
+    Raises:
+        InputError: the file is missing, not a regular file, not safetensors, truncated, or its header contradicts itself or the file.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise InputError(path, f"cannot be opened: {error.strerror}.") from error
+    with os.fdopen(handle, "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise InputError(path, "not a regular file.")
+        start = file.read(64)
+        _refuse_other_kinds(path, start)
+        length = int.from_bytes(start[:8], "little")
+        if length > MAX_HEADER_BYTES:
+            raise InputError(path, f"header of {length:,} bytes exceeds the {MAX_HEADER_BYTES:,} limit.")
+        if 8 + length > status.st_size:
+            raise InputError(path, f"header says {length} bytes, file has {status.st_size} (truncated?). Download it again.")
+        file.seek(8)
+        entries = _parse(path, file.read(length))
+    return _checked(path, entries, data_start=8 + length, file_size=status.st_size)
+
+
+def _refuse_other_kinds(path: Path, start: bytes) -> None:
+    if not start:
+        raise InputError(path, "empty file (0 bytes). Download it again.")
+    for magic, what in _OTHER_KINDS:
+        if start.startswith(magic):
+            raise InputError(path, what)
+    if len(start) < 8:
+        raise InputError(path, f"too short to be safetensors ({len(start)} bytes). Download it again.")
+
+
+def _parse(path: Path, text: bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise InputError(path, f'"{shown(twice)}" appears twice in the header.')
+        return result
+
+    try:
+        entries = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+    except RecursionError as error:
+        raise InputError(path, "header is not JSON (too deeply nested).") from error
+    except ValueError as error:
+        raise InputError(path, "header is not JSON.") from error
+    if not isinstance(entries, dict) or len(entries) > MAX_TENSORS:
+        raise InputError(path, "header is not plausible.")
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise InputError(path, "header is not plausible.")
+    return entries
+
+
+def _checked(path: Path, entries: dict[str, Any], *, data_start: int, file_size: int) -> dict[str, TensorInfo]:
+    tensors = sorted((_tensor(path, name, entry) for name, entry in entries.items()), key=lambda info: (info.start, info.end))
+    expected = 0
+    for info in tensors:
+        if info.start != expected:
+            raise InputError(path, "bytes overlap or leave a hole.", tensor=info.name)
+        expected = info.end
+    if data_start + expected != file_size:
+        raise InputError(path, f"file is {file_size} bytes, header describes {data_start + expected}. Download it again.")
+    return {
+        info.name: TensorInfo(info.name, info.dtype, info.shape, path, data_start + info.start, data_start + info.end)
+        for info in tensors
+    }
+
+
+def _tensor(path: Path, name: str, entry: Any) -> TensorInfo:
+    if len(name) > _MAX_NAME or not name.isprintable() or "/" in name or ".." in name or not name:
+        raise InputError(path, f'tensor name "{shown(name)}" is not allowed.')
+    if not isinstance(entry, dict):
+        raise InputError(path, "header entry is not an object.", tensor=name)
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise InputError(path, f"dtype {shown(str(dtype))} is not supported.", tensor=name)
+    if not _is_sizes(shape):
+        raise InputError(path, "shape is not plausible.", tensor=name)
+    if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise InputError(path, f"offsets {shown(str(offsets))} are not valid.", tensor=name)
+    needed = DTYPES[dtype].itemsize
+    for size in shape:
+        needed *= size
+    if needed >= 1 << 48 or max(shape, default=0) >= 1 << 40:
+        raise InputError(path, "shape is not plausible.", tensor=name)
+    if offsets[1] - offsets[0] != needed:
+        raise InputError(path, f"shape {shape} {dtype} needs {needed} bytes, header gives {offsets[1] - offsets[0]}.", tensor=name)
+    return TensorInfo(name, DTYPES[dtype], tuple(shape), path, offsets[0], offsets[1])
+
+
+def _is_sizes(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) <= 8
+        and all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in value)
+    )

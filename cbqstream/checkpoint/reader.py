@@ -1,0 +1,71 @@
+"""Lazy reads by name. Tensors come by pread into their own memory: never mmap, never a whole file, never the whole model."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from cbqstream.checkpoint.folder import find_tensors
+from cbqstream.errors import InputError
+from cbqstream.records import TensorInfo
+
+_COPY_BYTES = 16 << 20
+
+
+class Checkpoint:
+    """Tensors described by `infos` and read on demand."""
+
+    def __init__(self, infos: Mapping[str, TensorInfo]) -> None:
+        self.infos = infos
+        self._open: dict[Path, Any] = {}
+
+    @classmethod
+    def open(cls, folder: Path) -> "Checkpoint":
+        """The tensors of a model folder: `model.safetensors`, or shards and their index.
+
+        Raises:
+            InputError: see `find_tensors`.
+        """
+        return cls(find_tensors(folder))
+
+    def tensors(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of every tensor by name."""
+        return {name: info.shape for name, info in self.infos.items()}
+
+    def read(self, name: str, *, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+        """One tensor on `device`, in `dtype` or as stored.
+
+        Raises:
+            InputError: the file changed or can no longer be read.
+            KeyError: no tensor has this name.
+        """
+        info = self.infos[name]
+        try:
+            if info.file not in self._open:
+                self._open[info.file] = safe_open(info.file, framework="pt", device="cpu", backend="pread")
+            tensor: Tensor = self._open[info.file].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise InputError(info.file, f"cannot be read: {error}.", tensor=name) from error
+        if tuple(tensor.shape) != info.shape or tensor.dtype != info.dtype:
+            raise InputError(info.file, "changed while it was being read.", tensor=name)
+        return tensor.to(device=device, dtype=dtype or info.dtype)
+
+    def raw(self, name: str) -> Iterator[bytes]:
+        """The bytes of one tensor as they lie in the file, in pieces of 16 MiB.
+
+        Raises:
+            InputError: the file became shorter.
+        """
+        info = self.infos[name]
+        with info.file.open("rb") as file:
+            file.seek(info.start)
+            left = info.num_bytes
+            while left:
+                piece = file.read(min(left, _COPY_BYTES))
+                if not piece:
+                    raise InputError(info.file, "changed while it was being read.", tensor=name)
+                left -= len(piece)
+                yield piece

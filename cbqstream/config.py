@@ -1,0 +1,204 @@
+"""Settings of a run: frozen, checked when they are made, and never changed or completed later. No torch here."""
+
+import difflib
+import re
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args
+
+from cbqstream.errors import UsageError
+
+RoundingMode = Literal["none", "lora", "full"]
+ScaleInit = Literal["minmax", "search"]
+
+
+def _require(ok: bool, message: str) -> None:  # noqa: FBT001
+    if not ok:
+        raise UsageError(message)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scheme:
+    """How the weight of a linear layer is stored: `w = (q - zero_point) * scale`."""
+
+    num_bits: int
+    """Width of a code, 2 to 8."""
+    group_size: int | None = 128
+    """Columns of one row that share a scale; None is one scale per row (per channel)."""
+    symmetric: bool = True
+    """No zero point. The whole range of codes is used either way."""
+
+    _PATTERN: ClassVar[re.Pattern[str]] = re.compile(r"W([2-8])A16")
+
+    def __post_init__(self) -> None:
+        _require(2 <= self.num_bits <= 8, f"num_bits is {self.num_bits}. It must be 2 to 8.")
+        _require(
+            self.group_size is None or (self.group_size >= 8 and self.group_size % 8 == 0),
+            f"group_size is {self.group_size}. It must be a multiple of 8, or -1 for one scale per channel.",
+        )
+
+    @classmethod
+    def named(cls, name: str, *, group_size: int | None = 128, symmetric: bool = True) -> "Scheme":
+        """The scheme of a name such as W4A16.
+
+        Raises:
+            UsageError: the name is not of a scheme that is supported.
+        """
+        match = cls._PATTERN.fullmatch(name.upper())
+        if match is None:
+            raise UsageError(f"scheme {name!r} is not supported. Use W2A16 to W8A16.")
+        return cls(num_bits=int(match[1]), group_size=group_size, symmetric=symmetric)
+
+    @property
+    def qmin(self) -> int:
+        """Smallest code."""
+        return -(1 << (self.num_bits - 1))
+
+    @property
+    def qmax(self) -> int:
+        """Largest code."""
+        return (1 << (self.num_bits - 1)) - 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CalibrationConfig:
+    """Which text the quantizer learns from."""
+
+    dataset: str
+    """A text, jsonl or parquet file, or token ids in .npy or .safetensors."""
+    num_samples: int = 128
+    """Segments."""
+    seq_len: int = 2048
+    """Tokens in a segment."""
+
+    def __post_init__(self) -> None:
+        _require(self.num_samples >= 1, f"num_samples is {self.num_samples}. It must be at least 1.")
+        _require(self.seq_len >= 2, f"seq_len is {self.seq_len}. It must be at least 2.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WindowConfig:
+    """How the transformer blocks are cut into windows."""
+
+    size: int = 2
+    """Blocks that are optimised together."""
+    overlap: int = 1
+    """Blocks that a window shares with the next one."""
+
+    def __post_init__(self) -> None:
+        _require(self.size >= 1, f"window size is {self.size}. It must be at least 1.")
+        _require(
+            0 <= self.overlap < self.size,
+            f"window overlap is {self.overlap}. It must be 0 to {self.size - 1} for a window of {self.size} blocks.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReconstructionConfig:
+    """How a window is optimised (design: method; formulas in `numerics/`)."""
+
+    rounding: RoundingMode = "full"
+    """`full`: one value per weight, sign-SGD; `lora`: low-rank AdaRound; `none`: round to nearest, nothing is learned."""
+    init: ScaleInit = "search"
+    """Where scales start: `minmax` of the weights, or `search` for the smallest second-moment-weighted error."""
+    epochs: int = 6
+    """Passes over the calibration segments, per window."""
+    batch_size: int = 4
+    """Segments in one step."""
+    rounding_travel: float = 0.5
+    """`full`: how far a value can move in one window, in units of the step size; its rate falls linearly to zero."""
+    rounding_lr: float = 1e-2
+    """`lora`: Adam's learning rate of the two factors."""
+    rounding_rank: int = 5
+    """`lora`: rank of the factors."""
+    scale_lr: float = 1e-3
+    """Adam's learning rate of the logarithm of the step sizes, falling linearly to zero."""
+    target_mix: float = 0.5
+    """a: 1 imitates the original model on its own inputs, 0 on the inputs that the quantized prefix gives."""
+    kl_weight: float = 1.0
+    """Weight of the Kullback-Leibler term over the hidden dimension."""
+    penalty_weight: float = 0.1
+    """`lora`: weight of the term that drives the rounding to 0 or 1."""
+    robust_tokens: int = 0
+    """Tokens of a segment, those with the largest target norm, that the loss leaves out."""
+
+    def __post_init__(self) -> None:
+        _require(self.rounding in get_args(RoundingMode), f"rounding {self.rounding!r} is not none, lora or full.")
+        _require(self.init in get_args(ScaleInit), f"init {self.init!r} is not minmax or search.")
+        _require(self.epochs >= 0, f"epochs is {self.epochs}. It must be at least 0.")
+        _require(self.batch_size >= 1, f"batch_size is {self.batch_size}. It must be at least 1.")
+        _require(self.rounding_rank >= 1, f"rounding_rank is {self.rounding_rank}. It must be at least 1.")
+        _require(0 <= self.target_mix <= 1, f"target_mix is {self.target_mix}. It must be 0 to 1.")
+        _require(self.robust_tokens >= 0, f"robust_tokens is {self.robust_tokens}. It must be at least 0.")
+        for name in ("rounding_travel", "rounding_lr", "scale_lr", "kl_weight", "penalty_weight"):
+            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}. It must not be negative.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuantizeConfig:
+    """Everything that `quantize` needs to know."""
+
+    model: str
+    """Source checkpoint: a folder with config.json and safetensors."""
+    out: str
+    """Folder to write; it must not exist, or be empty."""
+    scheme: Scheme
+    calibration: CalibrationConfig
+    run_dir: str | None = None
+    """Where the run keeps its state; OUT.run by default."""
+    window: WindowConfig = field(default_factory=WindowConfig)
+    reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
+    keep_first: int = 0
+    """Blocks at the start that stay in full precision."""
+    keep_last: int = 0
+    """Blocks at the end that stay in full precision."""
+    seed: int = 0
+    """All randomness comes from this, the window and the purpose."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    threads: int | None = None
+    """CPU threads; the physical cores by default. Results depend on it in the last bits, so it is part of the run's identity."""
+
+    def __post_init__(self) -> None:
+        _require(self.keep_first >= 0, f"keep_first is {self.keep_first}. It must be at least 0.")
+        _require(self.keep_last >= 0, f"keep_last is {self.keep_last}. It must be at least 0.")
+        _require(re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None, f"device {self.device!r} is not auto, cpu or cuda.")
+        _require(self.threads is None or self.threads >= 1, f"threads is {self.threads}. It must be at least 1.")
+
+    @property
+    def run_path(self) -> Path:
+        """The run directory."""
+        return Path(self.run_dir) if self.run_dir is not None else Path(self.out.rstrip("/") + ".run")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain values, nested like the classes."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "QuantizeConfig":
+        """The inverse of `to_dict`.
+
+        Raises:
+            UsageError: a key is unknown or missing, or a value is out of range.
+        """
+        nested = {
+            "scheme": Scheme,
+            "calibration": CalibrationConfig,
+            "window": WindowConfig,
+            "reconstruction": ReconstructionConfig,
+        }
+        built = {key: _build(nested[key], value) if key in nested else value for key, value in values.items()}
+        return _build(cls, built)
+
+
+def _build(cls: Any, values: dict[str, Any]) -> Any:
+    """`cls(**values)`, with an unknown key refused by naming the nearest known one."""
+    known = [item.name for item in fields(cls)]
+    for key in values:
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, 1)
+            raise UsageError(f"unknown setting {key!r}{f' ({nearest[0]}?)' if nearest else ''}.")
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise UsageError(f"{cls.__name__}: {error}.") from error

@@ -1,0 +1,142 @@
+"""Every durable change of the file system. No other module opens a file for writing, renames, links or deletes.
+
+The rules that make a crash harmless are in `run/journal.py`; this module gives it operations that are each either done and durable or
+not done. Operations are numbered from 1, and an observer is called before each one, so that a test can stop the program at any of them.
+"""
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cbqstream.errors import StorageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from _typeshed import ReadableBuffer
+
+Observer = Callable[[int, str, Path], None]
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@dataclass(frozen=True, slots=True)
+class FileDigest:
+    """What a file was when it was written: its size in bytes and the SHA-256 of its content, in hex."""
+
+    size: int
+    sha256: str
+
+
+class Disk:
+    """The durable operations, counted.
+
+    Args:
+        observer: called as `observer(number, operation, path)` before each operation.
+    """
+
+    def __init__(self, observer: Observer | None = None) -> None:
+        self._observer = observer
+        self._count = 0
+
+    @contextmanager
+    def _operation(self, name: str, path: Path) -> "Iterator[None]":
+        self._count += 1
+        if self._observer is not None:
+            self._observer(self._count, name, path)
+        try:
+            yield
+        except OSError as error:
+            remedy = "Free some space and run the same command again." if error.errno in _FULL else "Check the file system."
+            raise StorageError(f"{path}: {name} failed: {error.strerror}. {remedy}") from error
+
+    def make_folder(self, path: Path) -> None:
+        """Create `path`, which must not exist, with mode 0700."""
+        with self._operation("make_folder", path):
+            path.mkdir(mode=0o700)
+
+    def write(self, path: Path, chunks: "Iterable[ReadableBuffer]", *, mode: int = 0o600) -> FileDigest:
+        """Write a new file and fsync it. The file must not exist; its folder is not synced.
+
+        Args:
+            path: where to.
+            chunks: the content, in order; only one chunk need be in memory.
+            mode: permissions, before the umask.
+        """
+        digest, size = hashlib.sha256(), 0
+        with self._operation("write", path):
+            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+            with os.fdopen(handle, "wb") as file:
+                for chunk in chunks:
+                    size += file.write(chunk)
+                    digest.update(chunk)
+                file.flush()
+                os.fsync(file.fileno())
+        return FileDigest(size, digest.hexdigest())
+
+    def sync_folder(self, path: Path) -> None:
+        """fsync the entries of a folder: what was created, renamed or linked in it is durable afterwards."""
+        with self._operation("sync_folder", path):
+            handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+    def sync_tree(self, path: Path) -> None:
+        """fsync every file below `path`, then every folder from the bottom up, `path` included."""
+        for folder, subfolders, files in os.walk(path, topdown=False):
+            subfolders.sort()
+            for name in sorted(files):
+                file = Path(folder, name)
+                with self._operation("sync_file", file):
+                    handle = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+                    try:
+                        os.fsync(handle)
+                    finally:
+                        os.close(handle)
+            self.sync_folder(Path(folder))
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Rename within one file system. `target` must not exist; neither folder is synced."""
+        with self._operation("rename", target):
+            if target.exists():
+                raise OSError(errno.EEXIST, os.strerror(errno.EEXIST))
+            source.rename(target)
+
+    def publish(self, source: Path, target: Path) -> None:
+        """Make a finished folder durable under its final name, with ordinary permissions. `target` may be an empty folder."""
+        self.sync_folder(source)
+        with self._operation("publish", target):
+            umask = os.umask(0)
+            os.umask(umask)
+            source.chmod(0o777 & ~umask)
+            source.rename(target)  # replaces an empty folder, and no other
+        self.sync_folder(target.parent)
+
+    def link_or_copy(self, source: Path, target: Path) -> None:
+        """Make `target` the same file as `source`: a hard link, or a durable copy where the file system has none."""
+        try:
+            with self._operation("link", target):
+                os.link(source, target)
+        except StorageError as error:
+            if not isinstance(error.__cause__, OSError) or error.__cause__.errno not in (errno.EXDEV, errno.EPERM, errno.ENOTSUP):
+                raise
+            self.copy(source, target)
+
+    def copy(self, source: Path, target: Path) -> FileDigest:
+        """Copy a file byte for byte into a new file with ordinary permissions, and fsync it."""
+        with source.open("rb") as file:
+            return self.write(target, iter(lambda: file.read(1 << 24), b""), mode=0o666)
+
+    def remove_tree(self, path: Path) -> None:
+        """Delete a folder and all below it, if it is there. Not synced: what is deleted is garbage already."""
+        with self._operation("remove_tree", path):
+            if path.exists():
+                shutil.rmtree(path)

@@ -1,0 +1,25 @@
+"""What this process uses of the machine's memory."""
+
+import resource
+import sys
+
+import psutil
+
+GIB = 1 << 30
+
+
+def resident_bytes() -> int:
+    """Resident set size of this process now, in bytes."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def peak_resident_bytes() -> int:
+    """Highest resident set size of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def physical_cores() -> int:
+    """Physical CPU cores that this process may run on, at least 1."""
+    allowed = len(psutil.Process().cpu_affinity()) if sys.platform == "linux" else psutil.cpu_count() or 1
+    return max(1, min(psutil.cpu_count(logical=False) or 1, allowed))

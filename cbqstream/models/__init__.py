@@ -1,0 +1,1 @@
+"""Architectures: which tensors make a block, and how transformers runs it. Only this folder builds transformers modules."""

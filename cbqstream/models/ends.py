@@ -1,0 +1,99 @@
+"""What lies before the first block and after the last: embeddings, final norm and head, in the model's own forward pass.
+
+The blocks of the skeleton are stand-ins here. On the way in they record what the model hands to each block; on the way out the last
+one puts the finished hidden states in. So masks, rotary embeddings, scalings and the head are the model's, for every family.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cbqstream.models.block import BlockArguments
+from cbqstream.models.skeleton import ModelSkeleton
+from cbqstream.records import WeightSource
+
+_LOGIT_TOKENS = 256
+
+
+class _StandIn(nn.Module):
+    """Takes the place of a block: remembers its arguments, and returns `replacement` or its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Tensor | None = None
+        self.arguments: dict[str, Any] = {}
+        self.replacement: Tensor | None = None
+
+    def forward(self, x_BSD: Tensor, **arguments: Any) -> Tensor:
+        self.seen, self.arguments = x_BSD, arguments
+        return x_BSD if self.replacement is None else self.replacement
+
+
+class ModelEnds:
+    """The materialised ends of a model. Made by `model_ends`."""
+
+    def __init__(self, shell: Any, stand_ins: list[_StandIn], device: torch.device) -> None:
+        self._shell = shell
+        self._stand_ins = stand_ins
+        self._device = device
+
+    @torch.no_grad()
+    def embed(self, ids_S: Tensor) -> Tensor:
+        """Input of the first block for one segment of token ids, int64 [S]: [S, D]."""
+        self._shell.base_model(input_ids=ids_S.unsqueeze(0).to(self._device), use_cache=False)
+        seen = self._stand_ins[0].seen
+        if seen is None:
+            raise RuntimeError("the model did not call its first block")
+        return seen[0]
+
+    def block_arguments(self, ids_S: Tensor) -> list[BlockArguments]:
+        """The keyword arguments that the model hands to each block, for a batch of any size of segments as long as `ids_S`."""
+        self.embed(ids_S)
+        return [{**stand_in.arguments, "use_cache": False, "past_key_values": None} for stand_in in self._stand_ins]
+
+    @torch.no_grad()
+    def logits(self, x_SD: Tensor) -> Iterator[Tensor]:
+        """Logits, float32 [at most 256, vocabulary], of the output of the last block, in order of its tokens."""
+        width = self._shell.get_input_embeddings().embedding_dim
+        for x_TD in x_SD.split(_LOGIT_TOKENS):
+            self._stand_ins[-1].replacement = x_TD.unsqueeze(0).to(self._device)
+            dummy = torch.zeros(1, len(x_TD), width, device=self._device, dtype=x_TD.dtype)
+            yield self._shell(inputs_embeds=dummy, use_cache=False).logits[0].float()
+
+
+@contextmanager
+def model_ends(skeleton: ModelSkeleton, source: WeightSource, *, device: torch.device, dtype: torch.dtype) -> Iterator[ModelEnds]:
+    """Embeddings, final norm and head in memory, for the length of a `with`.
+
+    Raises:
+        InputError: a tensor cannot be read.
+    """
+    shell = skeleton.shell
+    layers = shell.get_submodule(skeleton.blocks_path)
+    stand_ins = [_StandIn() for _ in skeleton.blocks]
+    empty = dict(shell.named_parameters(remove_duplicate=False))
+    read: dict[str, Tensor] = {}
+    try:
+        for name, stored in skeleton.outer.items():
+            if stored not in read:
+                read[stored] = source.read(stored, device=device, dtype=dtype)
+            _set_parameter(shell, name, nn.Parameter(read[stored], requires_grad=False))
+        for name, buffer in list(shell.named_buffers()):
+            owner, _, leaf = name.rpartition(".")
+            setattr(shell.get_submodule(owner), leaf, buffer.to(device))
+        for index, stand_in in enumerate(stand_ins):
+            layers[index] = stand_in
+        yield ModelEnds(shell, stand_ins, device)
+    finally:
+        for index in range(len(stand_ins)):
+            layers[index] = nn.Identity()
+        for name, parameter in empty.items():
+            _set_parameter(shell, name, parameter)
+
+
+def _set_parameter(module: nn.Module, name: str, value: nn.Parameter) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(owner), leaf, value)

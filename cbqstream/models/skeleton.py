@@ -1,0 +1,114 @@
+"""A model without weights: transformers' own modules on the meta device, matched against the tensors that exist.
+
+`from_pretrained` is never called and no code of the checkpoint is run: the configuration is built from a known `model_type`.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from cbqstream.errors import InputError, shown
+from cbqstream.models.families import BLOCKS
+from cbqstream.records import BlockSpec
+
+_NEVER_READ = ("auto_map", "quantization_config", "model_type", "transformers_version", "architectures")
+
+
+def is_size(value: Any) -> bool:
+    """Whether a value of config.json can be the size of something."""
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 1 << 20
+
+
+class ModelSkeleton:
+    """Names, shapes and modules of a model, without weights.
+
+    Args:
+        folder: for messages.
+        config: content of its config.json.
+        tensors: shape of each dense tensor that can be read, by name.
+
+    Raises:
+        InputError: the architecture is unknown, the configuration is not plausible, or tensors are missing or of another shape.
+    """
+
+    def __init__(self, folder: Path, config: dict[str, Any], tensors: Mapping[str, tuple[int, ...]]) -> None:
+        self.folder = folder
+        self._tensors = tensors
+        path = folder / "config.json"
+        model_type = config.get("model_type")
+        if model_type not in BLOCKS:
+            raise InputError(path, f'architecture "{shown(str(model_type))}" is not supported (known: {", ".join(BLOCKS)}).')
+        for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
+            if not is_size(config.get(key)):
+                raise InputError(path, f"{key} is {shown(str(config.get(key)))}, it must be a whole number from 1 to {1 << 20:,}.")
+        kept = {key: value for key, value in config.items() if key not in _NEVER_READ and not key.startswith("_") and "kernel" not in key}
+        try:
+            self.config: Any = CONFIG_MAPPING[model_type](**kept)
+            with init_empty_weights(include_buffers=False):
+                self.shell: Any = AutoModelForCausalLM.from_config(self.config, attn_implementation="sdpa").eval()
+        except (ValueError, TypeError, KeyError, ZeroDivisionError, RuntimeError) as error:
+            raise InputError(path, f"does not describe a {model_type} model: {shown(str(error))}") from error
+        self.blocks_path = BLOCKS[model_type]
+        layers = self.shell.get_submodule(self.blocks_path)
+        self.templates: list[nn.Module] = list(layers)
+        self.blocks = tuple(self._block_spec(index, block) for index, block in enumerate(self.templates))
+        self._refuse_extra_blocks()
+        for index in range(len(layers)):
+            layers[index] = nn.Identity()
+        self.outer: Mapping[str, str] = self._outer_tensors()
+
+    @property
+    def hidden_size(self) -> int:
+        """D, the width of the hidden states."""
+        return int(self.config.hidden_size)
+
+    @property
+    def outer_linears(self) -> tuple[str, ...]:
+        """Linear layers outside the blocks, the head among them; they are never quantized."""
+        return tuple(name for name, module in self.shell.named_modules() if isinstance(module, nn.Linear))
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below this."""
+        return int(self.config.vocab_size)
+
+    @property
+    def max_positions(self) -> int | None:
+        """Longest sequence, where positions are learned; None where they are computed."""
+        learned = any(name.endswith("embed_positions.weight") for name, _ in self.shell.named_parameters())
+        return int(self.config.max_position_embeddings) if learned else None
+
+    def _block_spec(self, index: int, block: nn.Module) -> BlockSpec:
+        prefix = f"{self.blocks_path}.{index}"
+        names = {local: self._stored_name(f"{prefix}.{local}", tuple(value.shape)) for local, value in block.named_parameters()}
+        linears = tuple(local for local, module in block.named_modules() if isinstance(module, nn.Linear))
+        return BlockSpec(index, prefix, names, linears)
+
+    def _outer_tensors(self) -> dict[str, str]:
+        """Name in the checkpoint of every parameter outside the blocks, by its name in the model; tied ones by what they are tied to."""
+        tied: Mapping[str, str] = getattr(self.shell, "_tied_weights_keys", None) or {}
+        names = {}
+        for name, value in self.shell.named_parameters(remove_duplicate=False):
+            twin = tied.get(name) if self.config.tie_word_embeddings else None
+            names[name] = self._stored_name(twin or name, tuple(value.shape))
+        return names
+
+    def _stored_name(self, name: str, shape: tuple[int, ...]) -> str:
+        """`name` as the checkpoint has it: some leave out the prefix of the base model."""
+        stored = name if name in self._tensors else name.removeprefix(f"{self.shell.base_model_prefix}.")
+        if stored not in self._tensors:
+            raise InputError(self.folder, "missing from the weights, config.json needs it.", tensor=name)
+        if self._tensors[stored] != shape:
+            found, needed = list(self._tensors[stored]), list(shape)
+            raise InputError(self.folder, f"shape {found}, config.json needs {needed}.", tensor=stored)
+        return stored
+
+    def _refuse_extra_blocks(self) -> None:
+        prefix = f"{self.blocks_path}."
+        held = {int(part) for name in self._tensors if name.startswith(prefix) and (part := name[len(prefix) :].split(".")[0]).isdigit()}
+        if len(held) > len(self.blocks):
+            raise InputError(self.folder, f"config.json says {len(self.blocks)} blocks, weights hold {len(held)}.")

@@ -1,0 +1,78 @@
+"""Affine quantization of weights.
+
+    q = clamp(round(w / s) + z, qmin, qmax)        w_hat = (q - z) * s
+
+Shapes: O output features, I input features, G groups of a row, K = I / G columns of a group; `w_OI` may be seen as `w_OGK`.
+Codes are signed, qmin = -2^(b-1), qmax = 2^(b-1) - 1. A symmetric weight has no zero point.
+
+Scales are float32 tensors that hold bf16 values of at least 2^-17: the same numbers are exact in bf16, fp16 and fp32, and a code times
+a scale has at most 9 + 8 significant bits, so `w_hat` is exact in float32 whatever computes it.
+"""
+
+import torch
+from torch import Tensor
+
+from cbqstream.config import Scheme
+from cbqstream.records import QuantizedWeight
+
+SMALLEST_SCALE = 2.0**-17
+LARGEST_SCALE = 65280.0  # the largest bf16 value that fp16 holds
+
+
+def storable_scale(scale: Tensor) -> Tensor:
+    """Nearest bf16 value, clamped to [2^-17, 65280], as float32. Any shape."""
+    return scale.to(torch.bfloat16).float().clamp(SMALLEST_SCALE, LARGEST_SCALE)
+
+
+def num_groups(in_features: int, group_size: int | None) -> int:
+    """Groups of a row of `in_features` columns.
+
+    Raises:
+        ValueError: the group size does not divide the row.
+    """
+    if group_size is None:
+        return 1
+    if in_features % group_size:
+        raise ValueError(f"group size {group_size} does not divide {in_features} columns")
+    return in_features // group_size
+
+
+def grouped(w_OI: Tensor, groups: int) -> Tensor:
+    """View of [O, I] as [O, G, K]. No copy."""
+    return w_OI.view(w_OI.shape[0], groups, -1)
+
+
+def level_range(scheme: Scheme, zero_point_OG: Tensor | None) -> tuple[Tensor | float, Tensor | float]:
+    """Smallest and largest level q - z: two numbers if symmetric, else two float32 [O, G, 1]."""
+    if zero_point_OG is None:
+        return float(scheme.qmin), float(scheme.qmax)
+    z_OG1 = zero_point_OG.float().unsqueeze(-1)
+    return scheme.qmin - z_OG1, scheme.qmax - z_OG1
+
+
+def clamp_levels(levels_OGK: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
+    """Clamp in place to what `level_range` gives, and return the argument."""
+    if isinstance(low, Tensor):
+        return torch.clamp_(levels_OGK, min=low, max=high)
+    return levels_OGK.clamp_(low, high)
+
+
+def nearest_levels(w_OI: Tensor, scale_OG: Tensor, zero_point_OG: Tensor | None, scheme: Scheme) -> Tensor:
+    """Levels q - z of round-to-nearest: float32 [O, G, K] holding integers. Ties go to even."""
+    w_OGK = grouped(w_OI.float(), scale_OG.shape[1])
+    return clamp_levels((w_OGK / scale_OG.unsqueeze(-1)).round_(), *level_range(scheme, zero_point_OG))
+
+
+def codes_of_levels(levels_OGK: Tensor, zero_point_OG: Tensor | None) -> Tensor:
+    """Codes q, int8 [O, I], of levels q - z."""
+    if zero_point_OG is not None:
+        levels_OGK = levels_OGK + zero_point_OG.float().unsqueeze(-1)
+    return levels_OGK.to(torch.int8).flatten(1)
+
+
+def dequantize(weight: QuantizedWeight) -> Tensor:
+    """`(q - z) * s`, float32 [O, I], exact."""
+    levels_OGK = grouped(weight.codes.float(), weight.scale.shape[1])
+    if weight.zero_point is not None:
+        levels_OGK = levels_OGK - weight.zero_point.float().unsqueeze(-1)
+    return (levels_OGK * weight.scale.unsqueeze(-1)).flatten(1)

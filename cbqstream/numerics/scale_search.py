@@ -1,0 +1,78 @@
+"""Where scales and zero points start.
+
+`minmax` is the convention of compressed-tensors: the range of the group, always with zero in it, over all codes. `search` shrinks that
+range and keeps, per group, the candidate with the smallest error weighted by the second moment of the inputs,
+
+    sum_k E[x_k^2] (w_k - w_hat_k)^2,
+
+which is the layer's output error with the off-diagonal of E[x x^T] left out (the imatrix of llama.cpp and auto-round).
+Shapes as in `affine.py`.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from cbqstream.config import Scheme
+from cbqstream.numerics.affine import clamp_levels, grouped, level_range, num_groups, storable_scale
+
+_SYMMETRIC_RATIOS = 80
+_ASYMMETRIC_RATIOS = 16
+
+
+def minmax_grid(w_OI: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
+    """Scale float32 [O, G] and zero point int8 [O, G] (None if symmetric) from the range of each group."""
+    w_OGK = grouped(w_OI.float(), num_groups(w_OI.shape[1], scheme.group_size))
+    return _grid(w_OGK.amin(-1), w_OGK.amax(-1), scheme)
+
+
+def search_grid(w_OI: Tensor, second_moment_I: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point of the smallest weighted error among shrunk ranges; the plain range is one of them.
+
+    Args:
+        w_OI: weight, any float dtype.
+        second_moment_I: E[x^2] per input column, float32.
+        scheme: how it will be stored.
+
+    Returns:
+        scale float32 [O, G], zero point int8 [O, G] or None.
+    """
+    groups = num_groups(w_OI.shape[1], scheme.group_size)
+    w_OGK = grouped(w_OI.float(), groups)
+    importance_GK = second_moment_I.float().view(groups, -1)
+    low_OG, high_OG = w_OGK.amin(-1), w_OGK.amax(-1)
+    best_error = torch.full_like(low_OG, torch.inf)
+    best_scale, best_zero = torch.empty_like(low_OG), torch.zeros_like(low_OG, dtype=torch.int8)
+    for low_ratio, high_ratio in _ratios(scheme):
+        scale_OG, zero_OG = _grid(low_OG * low_ratio, high_OG * high_ratio, scheme)
+        levels = clamp_levels((w_OGK / scale_OG.unsqueeze(-1)).round_(), *level_range(scheme, zero_OG))
+        error_OG = levels.mul_(scale_OG.unsqueeze(-1)).sub_(w_OGK).square_().mul_(importance_GK).sum(-1)
+        better = error_OG < best_error
+        best_error = torch.where(better, error_OG, best_error)
+        best_scale = torch.where(better, scale_OG, best_scale)
+        if zero_OG is not None:
+            best_zero = torch.where(better, zero_OG, best_zero)
+    return best_scale, None if scheme.symmetric else best_zero
+
+
+def _ratios(scheme: Scheme) -> Iterator[tuple[float, float]]:
+    """Factors of the low and the high end of the range; fewer bits gain from smaller ones."""
+    smallest = {2: 0.3, 3: 0.45, 4: 0.6}.get(scheme.num_bits, 0.75)
+    if scheme.symmetric:
+        for ratio in torch.linspace(1.15, smallest, _SYMMETRIC_RATIOS).tolist():
+            yield ratio, ratio
+        return
+    ratios = torch.linspace(1.0, smallest, _ASYMMETRIC_RATIOS).tolist()
+    yield from ((low, high) for low in ratios for high in ratios)
+
+
+def _grid(low_OG: Tensor, high_OG: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point that spread the codes over [low, high], made to contain zero."""
+    low_OG, high_OG = low_OG.clamp(max=0), high_OG.clamp(min=0)
+    steps = scheme.qmax - scheme.qmin
+    if scheme.symmetric:
+        return storable_scale(torch.maximum(-low_OG, high_OG) * 2 / steps), None
+    scale_OG = storable_scale((high_OG - low_OG) / steps)
+    zero_OG = (scheme.qmin - low_OG / scale_OG).round().clamp(scheme.qmin, scheme.qmax)
+    return scale_OG, zero_OG.to(torch.int8)

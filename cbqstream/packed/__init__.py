@@ -1,0 +1,1 @@
+"""The quantized checkpoint: compressed-tensors `pack-quantized`, one shard per finished block."""

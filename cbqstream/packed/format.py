@@ -1,0 +1,81 @@
+"""The format `pack-quantized` of compressed-tensors: names, bit layout (theirs) and the quantization_config of config.json.
+
+A linear layer `NAME` is stored as
+
+    NAME.weight_packed      int32 [O, ceil(I * num_bits / 32)]           codes + 2^(num_bits - 1), dense along the row
+    NAME.weight_scale       dtype of the original weight [O, G]
+    NAME.weight_zero_point  int32 [ceil(O * num_bits / 32), G]           if asymmetric; packed along dim 0
+    NAME.weight_shape       int64 [2]
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+from torch import Tensor
+
+from cbqstream.config import Scheme
+from cbqstream.errors import UsageError
+from cbqstream.records import QuantizedWeight
+
+PACKED, SCALE, ZERO_POINT, SHAPE = "weight_packed", "weight_scale", "weight_zero_point", "weight_shape"
+METHOD, FORMAT = "compressed-tensors", "pack-quantized"
+
+
+def encode(weight: QuantizedWeight, *, scale_dtype: torch.dtype) -> dict[str, Tensor]:
+    """The stored tensors of one weight, by the last part of their name."""
+    bits = weight.scheme.num_bits
+    tensors = {
+        PACKED: pack_to_int32(weight.codes, bits),
+        SCALE: weight.scale.to(scale_dtype),
+        SHAPE: torch.tensor(weight.codes.shape, dtype=torch.int64),
+    }
+    if weight.zero_point is not None:
+        tensors[ZERO_POINT] = pack_to_int32(weight.zero_point, bits, packed_dim=0).contiguous()
+    return tensors
+
+
+def decode(tensors: dict[str, Tensor], scheme: Scheme) -> QuantizedWeight:
+    """The inverse of `encode`."""
+    shape = torch.Size(tensors[SHAPE].tolist())
+    codes = unpack_from_int32(tensors[PACKED], scheme.num_bits, shape)
+    scale = tensors[SCALE].float()
+    zero_point = None
+    if not scheme.symmetric:
+        zero_point = unpack_from_int32(tensors[ZERO_POINT], scheme.num_bits, scale.shape, packed_dim=0)
+    return QuantizedWeight(codes, scale, zero_point, scheme)
+
+
+def quantization_config(scheme: Scheme, not_quantized: Sequence[str]) -> dict[str, Any]:
+    """What config.json says of the quantization; only keys that compressed-tensors 0.17 knows."""
+    weights = {
+        "num_bits": scheme.num_bits,
+        "type": "int",
+        "symmetric": scheme.symmetric,
+        "strategy": "channel" if scheme.group_size is None else "group",
+        "group_size": scheme.group_size,
+        "dynamic": False,
+    }
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None, "format": FORMAT}
+    return {
+        "quant_method": METHOD,
+        "format": FORMAT,
+        "quantization_status": "compressed",
+        "ignore": list(not_quantized),
+        "config_groups": {"group_0": group},
+    }
+
+
+def scheme_of(config: dict[str, Any]) -> Scheme:
+    """The scheme that a quantization_config of `quantization_config` describes.
+
+    Raises:
+        UsageError: it is of another method, or of a form that is not written here.
+    """
+    groups = config.get("config_groups")
+    if config.get("quant_method") != METHOD or config.get("format") != FORMAT or not isinstance(groups, dict) or len(groups) != 1:
+        raise UsageError(f"the model is already quantized ({config.get('quant_method')}) in a form that is not read here.")
+    weights = next(iter(groups.values()))["weights"]
+    group_size = weights.get("group_size") if weights.get("strategy") == "group" else None
+    return Scheme(num_bits=weights["num_bits"], group_size=group_size, symmetric=weights["symmetric"])

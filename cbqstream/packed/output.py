@@ -1,0 +1,59 @@
+"""Putting the finished checkpoint together: links to the shards of the blocks, copies of the rest, index and config.json last."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cbqstream.checkpoint.folder import INDEX
+from cbqstream.checkpoint.header import read_header
+from cbqstream.checkpoint.reader import Checkpoint
+from cbqstream.disk import Disk
+from cbqstream.packed.shard import copy_tensors
+
+REST = "rest.safetensors"
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
+
+
+def assemble(
+    disk: Disk,
+    out: Path,
+    *,
+    source_folder: Path,
+    source: Checkpoint,
+    shards: Sequence[Path],
+    replaced: set[str],
+    config: dict[str, Any],
+) -> None:
+    """Make the folder `out` from the shards of the blocks; until its last rename it is called `out.tmp`.
+
+    Args:
+        disk: for durable writes.
+        out: must not exist, or be empty.
+        source_folder: its tokenizer and other files are copied byte for byte; its weights are not.
+        source: its tensors.
+        shards: finished blocks.
+        replaced: names of the source's tensors that the shards stand for; all others are copied byte for byte.
+        config: content of the new config.json.
+    """
+    building = out.with_name(out.name + ".tmp")
+    disk.remove_tree(building)
+    disk.make_folder(building)
+    weight_map: dict[str, str] = {}
+    for shard in shards:
+        disk.link_or_copy(shard, building / shard.name)
+        weight_map.update(dict.fromkeys(read_header(shard), shard.name))
+    rest = [name for name in source.infos if name not in replaced]
+    copy_tensors(disk, building / REST, source, rest)
+    weight_map.update(dict.fromkeys(rest, REST))
+    for file in sorted(source_folder.iterdir()):
+        if file.is_file() and file.name not in ("config.json", INDEX) and file.suffix not in _WEIGHTS:
+            disk.copy(file, building / file.name)
+    total = sum((building / name).stat().st_size for name in set(weight_map.values()))
+    _write_json(disk, building / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+    _write_json(disk, building / "config.json", config)
+    disk.publish(building, out)
+
+
+def _write_json(disk: Disk, path: Path, value: dict[str, Any]) -> None:
+    disk.write(path, [(json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()], mode=0o666)

@@ -1,0 +1,53 @@
+"""Writing a safetensors file piece by piece, so that tensors can be copied from another file without being in memory.
+
+The bytes are a function of the tensors alone: sorted by name, no metadata.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from torch import Tensor
+from torch import uint8 as torch_uint8
+
+from cbqstream.checkpoint.header import DTYPES
+from cbqstream.checkpoint.reader import Checkpoint
+from cbqstream.disk import Disk, FileDigest
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_ALIGNMENT = 8
+
+
+def write_tensors(disk: Disk, path: Path, tensors: Mapping[str, Tensor]) -> FileDigest:
+    """Write tensors to a new, durable safetensors file."""
+    names = sorted(tensors)
+
+    def chunks() -> Iterator[bytes]:
+        yield _header([(name, _NAMES[tensors[name].dtype], list(tensors[name].shape), tensors[name].nbytes) for name in names])
+        for name in names:
+            yield tensors[name].detach().cpu().contiguous().flatten().view(torch_uint8).numpy().tobytes()
+
+    return disk.write(path, chunks(), mode=0o666)
+
+
+def copy_tensors(disk: Disk, path: Path, source: Checkpoint, names: list[str]) -> FileDigest:
+    """Copy tensors byte for byte from a checkpoint into a new, durable safetensors file."""
+    names = sorted(names)
+
+    def chunks() -> Iterator[bytes]:
+        infos = [source.infos[name] for name in names]
+        yield _header([(info.name, _NAMES[info.dtype], list(info.shape), info.num_bytes) for info in infos])
+        for name in names:
+            yield from source.raw(name)
+
+    return disk.write(path, chunks(), mode=0o666)
+
+
+def _header(entries: list[tuple[str, str, list[int], int]]) -> bytes:
+    table, offset = {}, 0
+    for name, dtype, shape, size in entries:
+        table[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,45 @@
+"""Reading a quantized checkpoint as if it were dense."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from cbqstream.checkpoint.reader import Checkpoint
+from cbqstream.config import Scheme
+from cbqstream.numerics.affine import dequantize
+from cbqstream.packed.format import PACKED, SCALE, SHAPE, ZERO_POINT, decode
+
+_PARTS = (PACKED, SCALE, SHAPE, ZERO_POINT)
+
+
+class PackedSource:
+    """A `pack-quantized` checkpoint whose weights are dequantized one at a time as they are read."""
+
+    def __init__(self, checkpoint: Checkpoint, scheme: Scheme) -> None:
+        self._checkpoint = checkpoint
+        self._scheme = scheme
+        cpu = torch.device("cpu")
+        shapes = {}
+        for name, info in checkpoint.infos.items():
+            owner, _, part = name.rpartition(".")
+            if part == SHAPE:
+                rows, columns = checkpoint.read(name, device=cpu).tolist()
+                shapes[f"{owner}.weight"] = (int(rows), int(columns))
+            elif part not in _PARTS:
+                shapes[name] = info.shape
+        self._shapes: Mapping[str, tuple[int, ...]] = shapes
+
+    def tensors(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of every dense tensor by its name in the original checkpoint."""
+        return self._shapes
+
+    def read(self, name: str, *, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+        """One dense tensor; a quantized weight is exact in float32 before it is converted to `dtype`."""
+        if name in self._checkpoint.infos:
+            return self._checkpoint.read(name, device=device, dtype=dtype)
+        owner = name.removesuffix(".weight")
+        parts = [part for part in _PARTS if f"{owner}.{part}" in self._checkpoint.infos]
+        tensors = {part: self._checkpoint.read(f"{owner}.{part}", device=device) for part in parts}
+        dense = dequantize(decode(tensors, self._scheme))
+        return dense if dtype is None else dense.to(dtype)

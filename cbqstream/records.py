@@ -1,0 +1,107 @@
+"""Immutable values that the stages hand to each other. Tensor shapes use the letters of `numerics/affine.py`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from cbqstream.config import Scheme
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where a tensor lies in a checkpoint."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    """First byte in the file."""
+    end: int
+    """Byte after the last."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Size in the file."""
+        return self.end - self.start
+
+
+class WeightSource(Protocol):
+    """Something that gives the dense tensors of a model by name: a checkpoint, or a quantized one that is dequantized on reading."""
+
+    def tensors(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of every dense tensor by its name in the original checkpoint."""
+        ...
+
+    def read(self, name: str, *, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+        """One tensor on `device`, in `dtype` or as it is stored."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class BlockSpec:
+    """One transformer block of a model, by name."""
+
+    index: int
+    prefix: str
+    """Module path in the model, such as `model.layers.3`."""
+    tensors: Mapping[str, str]
+    """Name in the checkpoint of each parameter, by its name within the block."""
+    linears: tuple[str, ...]
+    """Names within the block of the linear layers, in module order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Blocks `start` to `stop - 1`, optimised together."""
+
+    index: int
+    start: int
+    stop: int
+    frontier: int
+    """First block that no earlier window held; the reference stream waits at this boundary."""
+    next_start: int
+    """First block of the next window; the blocks before it leave with this one. `stop` for the last window."""
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedWeight:
+    """A hard quantized weight: what is evaluated is what is exported."""
+
+    codes: Tensor
+    """q_OI, int8."""
+    scale: Tensor
+    """s_OG, float32 holding bf16 values that are at least 2**-17."""
+    zero_point: Tensor | None
+    """z_OG, int8; None if symmetric."""
+    scheme: Scheme
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """Where blocks run, in which dtype, and how many segments at once."""
+
+    device: torch.device
+    dtype: torch.dtype
+    batch_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class WindowReport:
+    """What happened in a window."""
+
+    window: Window
+    num_windows: int
+    loss_before: float
+    """Loss of the hard window on the guard segments before training."""
+    loss_after: float
+    """The same after training; never above `loss_before`."""
+    changed: float
+    """Share of codes that differ from rounding the weights to nearest with the same scales."""
+    seconds: float
+    peak_rss: int
+    """Highest resident memory of the process so far, bytes."""

@@ -1,0 +1,1 @@
+"""One run: its identity, its journal, and the pipeline that wires the stages."""

@@ -1,0 +1,56 @@
+"""The one place that sets what numerical results depend on, and says what that is."""
+
+import platform
+from typing import Any
+
+import safetensors
+import torch
+import transformers
+
+from cbqstream.errors import UsageError
+from cbqstream.memory import physical_cores
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a setting: `auto` is the first CUDA device, or the CPU where there is none.
+
+    Raises:
+        UsageError: a CUDA device was asked for and is not there.
+    """
+    available = torch.cuda.is_available()
+    if name == "auto":
+        return torch.device("cuda:0" if available else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (not available or (device.index or 0) >= torch.cuda.device_count()):
+        raise UsageError(f"device {name} is not available. Use --device cpu.")
+    return device
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 on CUDA, float32 on the CPU."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def make_deterministic(threads: int | None) -> int:
+    """Fix the thread count, turn TF32 off and deterministic algorithms on; returns the threads."""
+    count = threads or physical_cores()
+    torch.set_num_threads(count)
+    torch.use_deterministic_algorithms(mode=True)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    return count
+
+
+def numerics_class(device: torch.device, threads: int) -> dict[str, Any]:
+    """What must be equal for results to be equal bit for bit."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "device": device.type,
+        "device_name": name,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),  # type: ignore[no-untyped-call]
+        "threads": threads,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "safetensors": safetensors.__version__,
+    }

@@ -1,0 +1,75 @@
+"""What a run is: the content of its inputs, its settings, and the numerics it depends on. Paths are not part of it."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cbqstream.config import QuantizeConfig
+from cbqstream.errors import IdentityError
+from cbqstream.records import TensorInfo
+
+FORMAT = 1
+"""Of the run directory."""
+ALGORITHM = 1
+"""Raised when the same settings give other numbers."""
+
+_NOT_IDENTITY = ("model", "out", "run_dir", "device", "threads")
+
+
+def identity(
+    config: QuantizeConfig, *, model: Mapping[str, Any], tensors: Mapping[str, TensorInfo], tokens_sha256: str, numerics: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The identity of a run as nested plain values.
+
+    Args:
+        config: its settings.
+        model: content of the source's config.json.
+        tensors: of the source; names, dtypes and shapes count, and where they lie.
+        tokens_sha256: of the calibration segments.
+        numerics: see `numerics_class`.
+    """
+    settings = {key: value for key, value in config.to_dict().items() if key not in _NOT_IDENTITY}
+    settings["calibration"].pop("dataset")
+    layout = [[info.name, str(info.dtype), list(info.shape), info.file.name, info.start] for info in tensors.values()]
+    return {
+        "format": FORMAT,
+        "algorithm": ALGORITHM,
+        "source": {"config": digest_of(dict(model)), "tensors": digest_of(sorted(layout))},
+        "calibration": {"tokens": tokens_sha256},
+        "settings": settings,
+        "numerics": dict(numerics),
+    }
+
+
+def canonical(value: Any) -> bytes:
+    """The one JSON text of a value."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 of the canonical JSON of a value, in hex."""
+    return hashlib.sha256(canonical(value)).hexdigest()
+
+
+def require_same(run: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Refuse to go on with a run that is another one.
+
+    Raises:
+        IdentityError: naming each field that differs, old -> new.
+    """
+    before, after = _flat(old), _flat(new)
+    changed = [
+        f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
+    if changed:
+        raise IdentityError(f"{run}: this run has other inputs or settings ({'; '.join(changed)}). Restore them, or use another --run-dir.")
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, str]:
+    if not isinstance(value, dict):
+        return {prefix: json.dumps(value)}
+    return {key: text for name, item in value.items() for key, text in _flat(item, f"{prefix}.{name}" if prefix else name).items()}

@@ -1,0 +1,102 @@
+"""Everything a run is given, opened and checked before a byte is written."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from cbqstream.calibration.segments import load_segments, segments_digest
+from cbqstream.checkpoint.folder import read_json
+from cbqstream.checkpoint.reader import Checkpoint
+from cbqstream.config import QuantizeConfig
+from cbqstream.errors import InputError, UsageError, shown
+from cbqstream.models.skeleton import ModelSkeleton
+from cbqstream.records import Compute, Window
+from cbqstream.run.determinism import choose_device, compute_dtype, make_deterministic, numerics_class
+from cbqstream.run.identity import identity
+from cbqstream.windows.schedule import schedule
+
+
+@dataclass(frozen=True, slots=True)
+class RunInputs:
+    """A model, calibration segments and settings that fit together."""
+
+    config: QuantizeConfig
+    model: dict[str, Any]
+    """Content of the source's config.json."""
+    checkpoint: Checkpoint
+    skeleton: ModelSkeleton
+    tokens_NS: Tensor
+    windows: tuple[Window, ...]
+    compute: Compute
+    identity: dict[str, Any]
+
+
+def open_inputs(config: QuantizeConfig) -> RunInputs:
+    """Open and check everything. Writes nothing.
+
+    Raises:
+        UsageError: settings that do not fit the model, or paths that collide.
+        InputError: the model or the calibration data cannot be used.
+    """
+    folder = Path(config.model)
+    model = read_json(folder, "config.json")
+    if model.get("quantization_config"):
+        method = shown(str(model["quantization_config"].get("quant_method")))
+        raise InputError(folder / "config.json", f"the model is already quantized ({method}). Give the original.")
+    _check_paths(config)
+    checkpoint = Checkpoint.open(folder)
+    skeleton = ModelSkeleton(folder, model, checkpoint.tensors())
+    _check_scheme(config, skeleton, checkpoint)
+    device = choose_device(config.device)
+    threads = make_deterministic(config.threads)
+    limit = skeleton.max_positions
+    if limit is not None and config.calibration.seq_len > limit:
+        raise UsageError(f"seq_len {config.calibration.seq_len} is longer than the model's {limit} positions.")
+    tokens_NS = load_segments(
+        Path(config.calibration.dataset),
+        folder,
+        num_samples=config.calibration.num_samples,
+        seq_len=config.calibration.seq_len,
+        vocab_size=skeleton.vocab_size,
+    )
+    who = identity(
+        config,
+        model=model,
+        tensors=checkpoint.infos,
+        tokens_sha256=segments_digest(tokens_NS),
+        numerics=numerics_class(device, threads),
+    )
+    windows = tuple(schedule(config.keep_first, len(skeleton.blocks) - config.keep_last, config.window))
+    compute = Compute(device, compute_dtype(device), config.reconstruction.batch_size)
+    return RunInputs(config, model, checkpoint, skeleton, tokens_NS, windows, compute, who)
+
+
+def _check_paths(config: QuantizeConfig) -> None:
+    model, out, run = (Path(path).resolve() for path in (config.model, config.out, config.run_path))
+    for inner, outer, text in ((out, model, "OUT is inside the model"), (run, model, "the run directory is inside the model")):
+        if inner == outer or outer in inner.parents:
+            raise UsageError(f"{inner}: {text}. Use another place.")
+    if run == out or out in run.parents:
+        raise UsageError(f"{run}: the run directory is inside OUT. Use another --run-dir.")
+    if not out.parent.is_dir() or not run.parent.is_dir():
+        missing = run.parent if out.parent.is_dir() else out.parent
+        raise UsageError(f"{missing}: no such folder. Create it first.")
+
+
+def _check_scheme(config: QuantizeConfig, skeleton: ModelSkeleton, checkpoint: Checkpoint) -> None:
+    kept = config.keep_first + config.keep_last
+    if kept >= len(skeleton.blocks):
+        raise UsageError(f"keep_first + keep_last is {kept} and the model has {len(skeleton.blocks)} blocks; nothing is left to quantize.")
+    group_size = config.scheme.group_size
+    for spec in skeleton.blocks[config.keep_first : len(skeleton.blocks) - config.keep_last]:
+        for name in spec.linears:
+            stored = spec.tensors[f"{name}.weight"]
+            columns = checkpoint.infos[stored].shape[1]
+            if group_size is not None and columns % group_size:
+                fitting = [size for size in (128, 96, 64, 48, 32, 16, 8) if columns % size == 0 and size < group_size]
+                fits = f"{fitting[0]} fits; or " if fitting else ""
+                raise UsageError(f"group size {group_size} does not divide the {columns} columns of {stored}. {fits}use -1 (per channel).")
+            if not checkpoint.infos[stored].dtype.is_floating_point:
+                raise InputError(config.model, f"dtype {checkpoint.infos[stored].dtype}; weights must be bf16, fp16 or fp32.", tensor=stored)

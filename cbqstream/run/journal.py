@@ -1,0 +1,204 @@
+"""The run directory: a chain of commits, one per window.
+
+    RUN/LOCK  run.json  commits/00000 ...  parts/00000/{block-*.safetensors, carry.safetensors}  acts/00001/{reference, quantized}  tmp/
+
+What no commit names does not exist; nothing is overwritten; parts are truth, activations are cache. A window is built in tmp/, made
+durable, checked, renamed into place, and only then named by a commit, which is itself a rename. So a process that is killed anywhere
+leaves the state before the window or the state after it, and what is left lying is deleted at the next start, under the lock.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from cbqstream.disk import Disk
+from cbqstream.errors import IdentityError, InputError, StoppedError, UsageError
+from cbqstream.run.identity import FORMAT, canonical, digest_of
+
+_FOLDERS = ("commits", "parts", "acts", "tmp")
+
+
+def numbered(index: int) -> str:
+    """Name of a window's folder or commit."""
+    return f"{index:05d}"
+
+
+class Journal:
+    """The state of a run on disk. `open_journal` gives it, with the lock held."""
+
+    def __init__(self, path: Path, disk: Disk) -> None:
+        self.path = path
+        self.disk = disk
+        self.commits = read_commits(path)
+
+    @property
+    def next_window(self) -> int:
+        """First window that is not committed."""
+        return len(self.commits)
+
+    @property
+    def building(self) -> Path:
+        """Where the next window is built: it has the folders `parts` and `acts`."""
+        return self.path / "tmp"
+
+    def new_folder(self, name: str) -> None:
+        """Make the folder `name` in tmp/."""
+        self.disk.make_folder(self.building / name)
+
+    def parts(self, window: int) -> Path:
+        """Folder of the finished shards that left with `window`, and of what is carried on."""
+        return self.path / "parts" / numbered(window)
+
+    def acts(self, window: int) -> Path:
+        """Folder of the two streams at the input of `window`."""
+        return self.path / "acts" / numbered(window)
+
+    def shards(self) -> list[Path]:
+        """The finished shards of all committed windows, in order."""
+        return [
+            self.parts(index) / name for index, commit in enumerate(self.commits) for name in sorted(commit["parts"]) if name.startswith("block-")
+        ]
+
+    def empty_tmp(self) -> None:
+        """Start to build a window."""
+        self.disk.remove_tree(self.building)
+        self.disk.make_folder(self.building)
+
+    def clean(self) -> None:
+        """Delete what no commit names: the remains of a process that was stopped."""
+        self.empty_tmp()
+        keep = {"parts": {numbered(index) for index in range(self.next_window)}, "acts": {numbered(self.next_window)}}
+        if not self.commits:
+            keep["acts"] = set()
+        for folder, names in keep.items():
+            for entry in sorted((self.path / folder).iterdir()):
+                if entry.name not in names:
+                    self.disk.remove_tree(entry)
+
+    def publish_acts(self, window: int) -> None:
+        """Make `tmp/acts` the durable input of `window`."""
+        self.disk.sync_tree(self.building / "acts")
+        self.disk.rename(self.building / "acts", self.acts(window))
+        self.disk.sync_folder(self.path / "acts")
+
+    def commit(self, window: int, *, parts: dict[str, list[Any]], acts: dict[str, list[list[int]]] | None, report: dict[str, Any]) -> None:
+        """Make a window that was built in tmp/ part of the run.
+
+        Args:
+            window: its number, the next one.
+            parts: size and SHA-256 of each file in tmp/parts.
+            acts: size and crc32c of each chunk in tmp/acts by stream; None for the last window, which has none.
+            report: what is told about it.
+        """
+        previous = self.commits[-1]["self"] if self.commits else None
+        body = {"format": FORMAT, "window": window, "prev": previous, "parts": parts, "acts": acts, "report": report}
+        record = {**body, "self": digest_of(body)}
+        self.disk.sync_tree(self.building / "parts")
+        self._require_written(parts)
+        self.disk.rename(self.building / "parts", self.parts(window))
+        self.disk.sync_folder(self.path / "parts")
+        if acts is not None:
+            self.publish_acts(window + 1)
+        pending = self.building / "commit"
+        self.disk.write(pending, [canonical(record)])
+        self.disk.rename(pending, self.path / "commits" / numbered(window))
+        self.disk.sync_folder(self.path / "commits")
+        self.commits.append(record)
+        self.disk.remove_tree(self.acts(window))
+
+    def _require_written(self, parts: dict[str, list[Any]]) -> None:
+        for name, (size, _) in parts.items():
+            found = (self.building / "parts" / name).stat().st_size
+            if found != size:
+                raise InputError(self.building / "parts" / name, f"is {found} bytes after writing {size}.")
+
+
+@contextmanager
+def open_journal(path: Path, identity: dict[str, Any], config: dict[str, Any], disk: Disk) -> Iterator[Journal]:
+    """The journal of a run, made if it is not there, locked for the length of the `with`. The identity is not compared here.
+
+    Raises:
+        StoppedError: another process holds it.
+        UsageError: the folder is not empty and not a run.
+        InputError: a commit is damaged.
+    """
+    _make_run_folder(path, disk)
+    lock = FileLock(path / "LOCK", timeout=0, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise StoppedError(f"{path}: another process is working on this run. Wait for it, or stop it.") from error
+    try:
+        if not (path / "run.json").exists():
+            for folder in _FOLDERS:
+                disk.remove_tree(path / folder)
+                disk.make_folder(path / folder)
+            pending = path / "tmp" / "run.json"
+            disk.write(pending, [json.dumps({"identity": identity, "config": config}, indent=2).encode()])
+            disk.rename(pending, path / "run.json")
+            disk.sync_folder(path)
+        journal = Journal(path, disk)
+        journal.clean()
+        yield journal
+    finally:
+        lock.release()
+
+
+def _make_run_folder(path: Path, disk: Disk) -> None:
+    if not path.exists():
+        disk.make_folder(path)
+        disk.sync_folder(path.parent)
+        return
+    if not path.is_dir():
+        raise UsageError(f"{path}: not a folder. Use another --run-dir.")
+    names = set(os.listdir(path))
+    if "run.json" not in names and names - {"LOCK", *_FOLDERS}:
+        raise UsageError(f"{path}: not empty and not a cbqstream run. Use another --run-dir.")
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """Content of run.json: `identity` and `config`. Reads only.
+
+    Raises:
+        InputError: there is no run, or it is damaged.
+        IdentityError: it was made by a newer version.
+    """
+    file = path / "run.json"
+    if not file.is_file():
+        raise InputError(path, "no cbqstream run (run.json is missing).")
+    try:
+        run = json.loads(file.read_text())
+        made_by = run["identity"]["format"]
+        run["config"]["out"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(file, "damaged.") from error
+    if made_by != FORMAT:
+        raise IdentityError(f"{path}: run format {made_by}, this version reads {FORMAT}. Use the version that made it.")
+    return dict(run)
+
+
+def read_commits(path: Path) -> list[dict[str, Any]]:
+    """The unbroken chain of commits. Reads only.
+
+    Raises:
+        InputError: a record is damaged or missing from the middle; no crash does that.
+    """
+    folder = path / "commits"
+    names: Sequence[str] = sorted(os.listdir(folder)) if folder.is_dir() else []
+    commits: list[dict[str, Any]] = []
+    for index, name in enumerate(names):
+        file = folder / name
+        try:
+            record = json.loads(file.read_text())
+            claimed = record.pop("self")
+        except (ValueError, KeyError, AttributeError) as error:
+            raise InputError(file, "not a commit record.") from error
+        if name != numbered(index) or claimed != digest_of(record) or record["prev"] != (commits[-1]["self"] if commits else None):
+            raise InputError(file, "checksum or place in the chain does not match. Restore the run directory, or use another --run-dir.")
+        commits.append({**record, "self": claimed})
+    return commits

@@ -1,0 +1,231 @@
+"""Cross-Block Quantization (arXiv 2312.07950) of a model, window by window. The only module that wires the stages.
+
+For each window of transformer blocks:
+
+    1. read its blocks
+    2. targets: roll the reference stream over the new blocks, T1; run the window on the quantized stream, T2; keep a T1 + (1 - a) T2
+    3. give the new blocks a grid and a rounding; the others go on from where the last window left theirs
+    4. reconstruct: learn step sizes and rounding
+    5. harden and write the blocks that leave; keep the roundings of those that stay
+    6. move the quantized stream past the blocks that leave
+    7. commit
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from cbqstream.activations.store import StreamShape
+from cbqstream.activations.zarr_store import ZarrStore
+from cbqstream.checkpoint.header import read_header
+from cbqstream.checkpoint.reader import Checkpoint
+from cbqstream.config import QuantizeConfig
+from cbqstream.disk import Disk
+from cbqstream.errors import UsageError
+from cbqstream.memory import peak_resident_bytes
+from cbqstream.models.block import BlockArguments, build_block
+from cbqstream.models.ends import model_ends
+from cbqstream.packed.block_shard import write_block
+from cbqstream.packed.format import quantization_config
+from cbqstream.packed.output import assemble
+from cbqstream.packed.shard import write_tensors
+from cbqstream.records import Window, WindowReport
+from cbqstream.run.identity import require_same
+from cbqstream.run.inputs import RunInputs, open_inputs
+from cbqstream.run.journal import Journal, open_journal, read_run
+from cbqstream.run.seeds import generator_for
+from cbqstream.windows.propagate import mix_targets, propagate
+from cbqstream.windows.quantized_linear import Phase
+from cbqstream.windows.reconstruct import Reconstruction, WindowData, reconstruct
+from cbqstream.windows.resident import ResidentBlock
+
+Listener = Callable[[str | WindowReport], None]
+"""Is told what is being done, and what happened in each window."""
+
+CARRY = "carry.safetensors"
+REFERENCE, QUANTIZED = "reference", "quantized"
+
+
+def quantize(config: QuantizeConfig, listener: Listener = lambda event: None, disk: Disk | None = None) -> Path:
+    """Quantize a model, or go on with the run that was begun.
+
+    Args:
+        config: all settings.
+        listener: told of progress.
+        disk: does the writing; tests give one that they watch.
+
+    Returns:
+        The folder with the quantized model.
+
+    Raises:
+        CbqstreamError: see `errors.py`; nothing that was committed is lost.
+    """
+    inputs = open_inputs(config)
+    out, run = Path(config.out), config.run_path
+    begun = (run / "run.json").exists()
+    if begun:
+        require_same(run, read_run(run)["identity"], inputs.identity)
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out}: exists and is not empty. Give another OUT.")
+    with open_journal(run, inputs.identity, config.to_dict(), disk or Disk()) as journal:
+        if begun and journal.next_window == len(inputs.windows) and (out / "config.json").exists():
+            listener("the run was finished already")
+            return out
+        job = _Job(inputs, journal, listener)
+        job.enter()
+        for window in inputs.windows[journal.next_window :]:
+            listener(job.quantize_window(window))
+        listener("writing the model")
+        job.finish(out)
+    return out
+
+
+class _Job:
+    """The steps, on one set of inputs and one journal."""
+
+    def __init__(self, inputs: RunInputs, journal: Journal, listener: Listener) -> None:
+        self.inputs = inputs
+        self.journal = journal
+        self.listener = listener
+        self.shape = StreamShape(*inputs.tokens_NS.shape, inputs.skeleton.hidden_size)
+        self.arguments: Sequence[BlockArguments] = ()
+
+    def enter(self) -> None:
+        """Learn how the model calls its blocks; in a new run, bring both streams to the first window."""
+        self.listener("embedding the calibration segments")
+        with model_ends(
+            self.inputs.skeleton, self.inputs.checkpoint, device=self.inputs.compute.device, dtype=self.inputs.compute.dtype
+        ) as ends:
+            self.arguments = ends.block_arguments(self.inputs.tokens_NS[0])
+            if self.journal.next_window:
+                return
+            stream = self._new_stream("embedded")
+            for segment, ids_S in enumerate(self.inputs.tokens_NS):
+                stream.write(segment, ends.embed(ids_S))
+        for index in range(self.inputs.config.keep_first):
+            passed = self._new_stream(f"passed-{index}")
+            propagate([self._read_block(index)], stream, passed, self.inputs.compute, phase=Phase.ORIGINAL)
+            self.journal.disk.remove_tree(stream.path)
+            stream = passed
+        self.journal.new_folder("acts")
+        for name in (REFERENCE, QUANTIZED):
+            propagate([], stream, self._new_stream(f"acts/{name}"), self.inputs.compute, phase=Phase.ORIGINAL)
+        self.journal.publish_acts(0)
+
+    def quantize_window(self, window: Window) -> WindowReport:
+        """One window, from one committed state to the next."""
+        began, settings, compute = time.monotonic(), self.inputs.config.reconstruction, self.inputs.compute
+        is_last = window.index + 1 == len(self.inputs.windows)
+        self.journal.empty_tmp()
+        self.journal.new_folder("parts")
+        self.journal.new_folder("acts")
+        reference = ZarrStore.open(self.journal.acts(window.index) / REFERENCE, self.shape)
+        quantized = ZarrStore.open(self.journal.acts(window.index) / QUANTIZED, self.shape)
+        reference_out, targets = self._new_stream(f"acts/{REFERENCE}"), self._new_stream("targets")
+
+        # 1. read the blocks
+        self._tell(window, "reading")
+        blocks = [self._read_block(index) for index in range(window.start, window.stop)]
+        new = blocks[window.frontier - window.start :]
+        leaving, staying = blocks[: window.next_start - window.start], blocks[window.next_start - window.start :]
+
+        # 2. targets, and the second moments of the inputs on the way
+        self._tell(window, "targets")
+        propagate(new, reference, reference_out, compute, phase=Phase.ORIGINAL)
+        for block in new:
+            block.watch_inputs()
+        mix_targets(blocks, quantized, reference_out, targets, compute, a=settings.target_mix)
+
+        # 3. grids and roundings
+        self._start_roundings(window, blocks)
+
+        # 4. reconstruct
+        self._tell(window, "reconstruction")
+        data = WindowData(quantized, targets, compute)
+        result = reconstruct(blocks, data, settings, generator_for(self.inputs.config.seed, window.index, "order"))
+
+        # 5. harden what leaves, carry what stays
+        self._tell(window, "writing")
+        parts = self._write_parts(leaving, staying)
+
+        # 6. move the quantized stream on
+        acts = None
+        if not is_last:
+            quantized_out = self._new_stream(f"acts/{QUANTIZED}")
+            propagate(leaving, quantized, quantized_out, compute, phase=Phase.HARD)
+            acts = {REFERENCE: reference_out.checksums(), QUANTIZED: quantized_out.checksums()}
+
+        # 7. commit
+        report = self._report(window, result, time.monotonic() - began)
+        self.journal.commit(window.index, parts=parts, acts=acts, report=_plain(report))
+        return report
+
+    def finish(self, out: Path) -> None:
+        """Put the finished model together."""
+        inputs, config = self.inputs, self.inputs.config
+        last = len(inputs.skeleton.blocks) - config.keep_last
+        quantized = inputs.skeleton.blocks[config.keep_first : last]
+        kept = [*inputs.skeleton.blocks[: config.keep_first], *inputs.skeleton.blocks[last:]]
+        outside = inputs.skeleton.outer_linears
+        not_quantized = [*outside, *(f"{spec.prefix}.{name}" for spec in kept for name in spec.linears)]
+        assemble(
+            self.journal.disk,
+            out,
+            source_folder=Path(config.model),
+            source=inputs.checkpoint,
+            shards=self.journal.shards(),
+            replaced={name for spec in quantized for name in spec.tensors.values()},
+            config={**inputs.model, "quantization_config": quantization_config(config.scheme, not_quantized)},
+        )
+
+    def _read_block(self, index: int) -> ResidentBlock:
+        inputs = self.inputs
+        module = build_block(
+            inputs.skeleton, index, inputs.checkpoint, device=inputs.compute.device, dtype=inputs.compute.dtype, linear_dtype=None
+        )
+        return ResidentBlock.of(index, module, self.arguments[index], inputs.skeleton.blocks[index].linears)
+
+    def _start_roundings(self, window: Window, blocks: list[ResidentBlock]) -> None:
+        config, carried = self.inputs.config, {}
+        if window.frontier > window.start:
+            carry = Checkpoint(read_header(self.journal.parts(window.index - 1) / CARRY))
+            carried = {name: carry.read(name, device=self.inputs.compute.device) for name in carry.infos}
+        for block in blocks:
+            prefix = f"{block.index}."
+            state = {name.removeprefix(prefix): value for name, value in carried.items() if name.startswith(prefix)}
+            block.start_rounding(config.scheme, config.reconstruction, generator_for(config.seed, block.index, "rounding"), state)
+
+    def _write_parts(self, leaving: list[ResidentBlock], staying: list[ResidentBlock]) -> dict[str, list[Any]]:
+        folder, disk = self.journal.building / "parts", self.journal.disk
+        digests = {}
+        for block in leaving:
+            name, digest = write_block(disk, folder, self.inputs.skeleton.blocks[block.index], block.harden(), self.inputs.checkpoint)
+            digests[name] = digest
+        if staying:
+            carry = {f"{block.index}.{name}": value for block in staying for name, value in block.carry().items()}
+            digests[CARRY] = write_tensors(disk, folder / CARRY, carry)
+        return {name: [digest.size, digest.sha256] for name, digest in digests.items()}
+
+    def _new_stream(self, name: str) -> ZarrStore:
+        return ZarrStore.create(self.journal.building / name, self.shape)
+
+    def _tell(self, window: Window, doing: str) -> None:
+        self.listener(f"window {window.index + 1}/{len(self.inputs.windows)} blocks {window.start}-{window.stop - 1}: {doing}")
+
+    def _report(self, window: Window, result: Reconstruction, seconds: float) -> WindowReport:
+        return WindowReport(
+            window, len(self.inputs.windows), result.loss_before, result.loss_after, result.changed, seconds, peak_resident_bytes()
+        )
+
+
+def _plain(report: WindowReport) -> dict[str, Any]:
+    """What a commit keeps of a report."""
+    return {
+        "blocks": [report.window.start, report.window.stop],
+        "loss_before": report.loss_before,
+        "loss_after": report.loss_after,
+        "changed": report.changed,
+        "seconds": report.seconds,
+        "peak_rss": report.peak_rss,
+    }

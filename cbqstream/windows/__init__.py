@@ -1,0 +1,1 @@
+"""Windows of transformer blocks: schedule, targets, reconstruction, propagation."""

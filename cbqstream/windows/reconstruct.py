@@ -1,0 +1,130 @@
+"""Optimising one window: step sizes and rounding, until its output is nearest to the target."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim import Adam
+from torch.optim.lr_scheduler import LambdaLR
+
+from cbqstream.activations.read_ahead import in_batches, read_batches
+from cbqstream.activations.store import ActivationStore
+from cbqstream.config import ReconstructionConfig
+from cbqstream.numerics.losses import reconstruction_loss
+from cbqstream.records import Compute
+from cbqstream.windows.quantized_linear import Phase
+from cbqstream.windows.resident import ResidentBlock, all_layers, run_blocks
+from cbqstream.windows.rounding import Rounding
+
+_GUARD_SHARE = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Reconstruction:
+    """Loss of the hard window on the guard segments before and after, and the share of codes moved away from round-to-nearest."""
+
+    loss_before: float
+    loss_after: float
+    changed: float
+
+
+@dataclass(frozen=True, slots=True)
+class WindowData:
+    """Inputs and targets of a window, and where to compute."""
+
+    inputs: ActivationStore
+    targets: ActivationStore
+    compute: Compute
+
+    def read(self, batches: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Inputs and targets [B, S, D] of each batch of segments, read ahead; targets in float32."""
+        for x_BSD, target_BSD in read_batches([self.inputs, self.targets], batches):
+            yield x_BSD.to(self.compute.device, self.compute.dtype), target_BSD.to(self.compute.device, torch.float32)
+
+
+def split_guard(num_segments: int) -> tuple[list[int], list[int]]:
+    """Segments to train on and segments of the guard: the last eighth, or all for both where there are fewer than eight."""
+    held_out = num_segments // _GUARD_SHARE
+    everything = list(range(num_segments))
+    return (everything[: num_segments - held_out], everything[num_segments - held_out :]) if held_out else (everything, everything)
+
+
+def reconstruct(
+    blocks: Sequence[ResidentBlock], data: WindowData, config: ReconstructionConfig, generator: torch.Generator
+) -> Reconstruction:
+    """Train the roundings of a window in place. It never ends worse than it began: the guard keeps the better of the two.
+
+    Args:
+        blocks: the window, with roundings.
+        data: its input from the quantized stream, and its targets.
+        config: how.
+        generator: gives the order of the segments.
+    """
+    training, guard = split_guard(data.inputs.shape.num_segments)
+    roundings = [layer.rounding for layer in all_layers(blocks) if layer.rounding is not None]
+    before = hard_loss(blocks, data, guard, config)
+    after = before
+    order = _training_order(training, config, generator)
+    if order:
+        start = [rounding.state() for rounding in roundings]
+        _train(blocks, roundings, data, order, config)
+        after = hard_loss(blocks, data, guard, config)
+        if not after <= before:
+            for rounding, state in zip(roundings, start, strict=True):
+                rounding.load(state)
+            after = before
+    counts = [rounding.changed() for rounding in roundings]
+    return Reconstruction(before, after, sum(moved for moved, _ in counts) / sum(total for _, total in counts))
+
+
+@torch.no_grad()
+def hard_loss(blocks: Sequence[ResidentBlock], data: WindowData, segments: Sequence[int], config: ReconstructionConfig) -> float:
+    """Mean loss of the window over `segments` with the weights as they would be exported."""
+    batches = in_batches(segments, config.batch_size)
+    total = torch.zeros((), dtype=torch.float64, device=data.compute.device)
+    for batch, (x_BSD, target_BSD) in zip(batches, data.read(batches), strict=True):
+        total += _loss(run_blocks(blocks, x_BSD, Phase.HARD), target_BSD, config).double() * len(batch)
+    return total.item() / len(segments)
+
+
+def _training_order(segments: Sequence[int], config: ReconstructionConfig, generator: torch.Generator) -> list[list[int]]:
+    """The batches of all epochs, each epoch in an order of its own; none where nothing is learned."""
+    if config.rounding == "none":
+        return []
+    order = []
+    for _ in range(config.epochs):
+        shuffled = [segments[position] for position in torch.randperm(len(segments), generator=generator).tolist()]
+        order += in_batches(shuffled, config.batch_size)
+    return order
+
+
+def _train(
+    blocks: Sequence[ResidentBlock],
+    roundings: Sequence[Rounding],
+    data: WindowData,
+    order: list[list[int]],
+    config: ReconstructionConfig,
+) -> None:
+    steps = len(order)
+    groups = [
+        {"params": [rounding.theta for rounding in roundings], "lr": config.scale_lr},
+        {"params": [value for rounding in roundings for value in rounding.rounding_parameters()], "lr": config.rounding_lr},
+    ]
+    optimizer = Adam([group for group in groups if group["params"]], foreach=False)
+    falling = LambdaLR(optimizer, lambda step: 1 - step / steps)
+    for step, (x_BSD, target_BSD) in enumerate(data.read(order)):
+        for rounding in roundings:
+            rounding.begin_step(step / steps, steps)
+        loss = _loss(run_blocks(blocks, x_BSD, Phase.SOFT), target_BSD, config)
+        penalties = [penalty for rounding in roundings if (penalty := rounding.penalty()) is not None]
+        if penalties:
+            loss = loss + config.penalty_weight * torch.stack(penalties).mean()
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        falling.step()
+
+
+def _loss(h_BSD: Tensor, target_BSD: Tensor, config: ReconstructionConfig) -> Tensor:
+    return reconstruction_loss(h_BSD, target_BSD, kl_weight=config.kl_weight, robust_tokens=config.robust_tokens)

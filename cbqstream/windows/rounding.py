@@ -1,0 +1,166 @@
+"""The two ways to learn rounding, and rounding to nearest, behind one interface. The formulas are in `numerics/rounding.py`.
+
+A rounding belongs to one linear layer, knows its weight and its starting grid, and gives the weight that the layer computes with: soft
+while it trains, hard when it is done. What it remembers between windows is its `state`.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from cbqstream.config import ReconstructionConfig, Scheme
+from cbqstream.numerics.affine import clamp_levels, codes_of_levels, grouped, level_range, nearest_levels, storable_scale
+from cbqstream.numerics.rounding import StraightThroughRounding, low_rank_rise, rounding_penalty
+from cbqstream.records import QuantizedWeight
+
+_BETA_START, _BETA_END, _WARM_UP = 20.0, 2.0, 0.2
+
+
+class Rounding(nn.Module):
+    """A weight on a grid whose step sizes are learned as `s = s0 * exp(theta)`. Here it is rounded to nearest, the baseline.
+
+    Args:
+        w_OI: the original weight, any float dtype; kept, not copied.
+        scale_OG: s0, float32.
+        zero_point_OG: int8, or None if symmetric.
+        scheme: how the weight is stored.
+    """
+
+    scale0: Tensor
+    zero_point: Tensor | None
+    _carried: tuple[str, ...] = ("scale0", "zero_point", "theta")
+
+    def __init__(self, w_OI: Tensor, scale_OG: Tensor, zero_point_OG: Tensor | None, scheme: Scheme) -> None:
+        super().__init__()
+        self.scheme = scheme
+        self.weight = w_OI
+        self.register_buffer("scale0", scale_OG)
+        self.register_buffer("zero_point", zero_point_OG)
+        self.theta = nn.Parameter(torch.zeros_like(scale_OG))
+
+    def begin_step(self, progress: float, total_steps: int) -> None:
+        """Called before every training step; `progress` runs from 0 to 1 over the window."""
+
+    def soft(self) -> Tensor:
+        """The weight to train with, float32 [O, I], differentiable in `theta` and the rounding's own parameters."""
+        levels = nearest_levels(self.weight, self.scale0, self.zero_point, self.scheme)
+        return (levels * self._scale().unsqueeze(-1)).flatten(1)
+
+    def penalty(self) -> Tensor | None:
+        """What the loss adds to make the rounding decided, or None."""
+        return None
+
+    def rounding_parameters(self) -> list[nn.Parameter]:
+        """The rounding's own parameters for Adam, besides `theta`."""
+        return []
+
+    @torch.no_grad()
+    def harden(self) -> QuantizedWeight:
+        """The weight as it is stored and evaluated: the scale is rounded first, the codes are assigned after."""
+        scale = storable_scale(self._scale())
+        return QuantizedWeight(codes_of_levels(self._hard_levels(scale), self.zero_point), scale, self.zero_point, self.scheme)
+
+    @torch.no_grad()
+    def changed(self) -> tuple[int, int]:
+        """Codes that differ from rounding to nearest with the same scales, and all codes."""
+        hard = self.harden()
+        nearest = codes_of_levels(nearest_levels(self.weight, hard.scale, self.zero_point, self.scheme), self.zero_point)
+        return int((hard.codes != nearest).sum()), hard.codes.numel()
+
+    def state(self) -> dict[str, Tensor]:
+        """What a window that follows needs to go on, by name. Copies."""
+        values = {name: getattr(self, name) for name in self._carried}
+        return {name: value.detach().clone() for name, value in values.items() if value is not None}
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `state`."""
+        for name, value in state.items():
+            getattr(self, name).copy_(value)
+
+    def _scale(self) -> Tensor:
+        return self.scale0 * self.theta.exp()
+
+    def _hard_levels(self, scale_OG: Tensor) -> Tensor:
+        return nearest_levels(self.weight, scale_OG, self.zero_point, self.scheme)
+
+
+class FullRounding(Rounding):
+    """One value per weight, moved by sign-SGD inside the backward pass: two bytes a weight and no optimizer state."""
+
+    v: Tensor
+    _carried = (*Rounding._carried, "v")
+
+    def __init__(self, w_OI: Tensor, scale_OG: Tensor, zero_point_OG: Tensor | None, scheme: Scheme, travel: float) -> None:
+        super().__init__(w_OI, scale_OG, zero_point_OG, scheme)
+        self.register_buffer("v", torch.zeros_like(w_OI, dtype=torch.float16))
+        self._travel = travel
+        self._step = 0.0
+
+    def begin_step(self, progress: float, total_steps: int) -> None:
+        self._step = 2 * self._travel / total_steps * (1 - progress)
+
+    def soft(self) -> Tensor:
+        low, high = level_range(self.scheme, self.zero_point)
+        step = self._step if torch.is_grad_enabled() else 0.0
+        w_hat: Tensor = StraightThroughRounding.apply(self.theta, self.weight, self.scale0, self.v, low, high, step)  # type: ignore[no-untyped-call]
+        return w_hat
+
+    def _hard_levels(self, scale_OG: Tensor) -> Tensor:
+        groups = scale_OG.shape[1]
+        levels = (grouped(self.weight.float(), groups) / scale_OG.unsqueeze(-1)).add_(grouped(self.v, groups)).round_()
+        return clamp_levels(levels, *level_range(self.scheme, self.zero_point))
+
+
+class LowRankRounding(Rounding):
+    """AdaRound with a low-rank offset to the starting logits; trained by Adam, driven to 0 or 1 by the penalty."""
+
+    _carried = (*Rounding._carried, "a1", "a2")
+
+    def __init__(
+        self, w_OI: Tensor, scale_OG: Tensor, zero_point_OG: Tensor | None, scheme: Scheme, rank: int, generator: torch.Generator
+    ) -> None:
+        super().__init__(w_OI, scale_OG, zero_point_OG, scheme)
+        start = torch.randn(w_OI.shape[0], rank, generator=generator).to(w_OI.device) / math.sqrt(rank)
+        self.a1 = nn.Parameter(start)
+        self.a2 = nn.Parameter(torch.zeros(rank, w_OI.shape[1], device=w_OI.device))
+        self._beta = _BETA_START
+        self._rise: Tensor | None = None
+
+    def begin_step(self, progress: float, total_steps: int) -> None:
+        annealed = max(0.0, (progress - _WARM_UP) / (1 - _WARM_UP))
+        self._beta = _BETA_START + (_BETA_END - _BETA_START) * annealed
+
+    def soft(self) -> Tensor:
+        floor, self._rise = low_rank_rise(self.weight, self.scale0, self.a1, self.a2)
+        low, high = level_range(self.scheme, self.zero_point)
+        levels = torch.clamp(floor + self._rise, low, high)  # type: ignore[arg-type]
+        return (levels * self._scale().unsqueeze(-1)).flatten(1)
+
+    def penalty(self) -> Tensor | None:
+        rise, self._rise = self._rise, None
+        return None if rise is None else rounding_penalty(rise, self._beta)
+
+    def rounding_parameters(self) -> list[nn.Parameter]:
+        return [self.a1, self.a2]
+
+    def _hard_levels(self, scale_OG: Tensor) -> Tensor:
+        floor, rise = low_rank_rise(self.weight, self.scale0, self.a1, self.a2)
+        return clamp_levels(floor + (rise >= 0.5), *level_range(self.scheme, self.zero_point))
+
+
+def make_rounding(
+    w_OI: Tensor,
+    scale_OG: Tensor,
+    zero_point_OG: Tensor | None,
+    scheme: Scheme,
+    config: ReconstructionConfig,
+    generator: torch.Generator,
+) -> Rounding:
+    """The rounding that the settings ask for, at round-to-nearest."""
+    if config.rounding == "full":
+        return FullRounding(w_OI, scale_OG, zero_point_OG, scheme, config.rounding_travel)
+    if config.rounding == "lora":
+        return LowRankRounding(w_OI, scale_OG, zero_point_OG, scheme, config.rounding_rank, generator)
+    return Rounding(w_OI, scale_OG, zero_point_OG, scheme)
