@@ -119,6 +119,8 @@ class ReconstructionConfig:
     """Weight of the Kullback-Leibler term over the hidden dimension."""
     penalty_weight: float = 0.1
     """`lora`: weight of the term that drives the rounding to 0 or 1."""
+    relative_loss: bool = True
+    """Each token's squared error relative to the power of its own target; else to the mean power of all tokens."""
     robust_tokens: int = 0
     """Tokens of a segment, those with the largest target norm, that the loss leaves out."""
 
@@ -162,7 +164,10 @@ class QuantizeConfig:
     def __post_init__(self) -> None:
         _require(self.keep_first >= 0, f"keep_first is {self.keep_first}. It must be at least 0.")
         _require(self.keep_last >= 0, f"keep_last is {self.keep_last}. It must be at least 0.")
-        _require(re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None, f"device {self.device!r} is not auto, cpu or cuda.")
+        _require(
+            re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None,
+            f"device {self.device!r} is not auto, cpu or cuda.",
+        )
         _require(self.threads is None or self.threads >= 1, f"threads is {self.threads}. It must be at least 1.")
 
     @property
@@ -188,7 +193,8 @@ class QuantizeConfig:
             "reconstruction": ReconstructionConfig,
         }
         built = {key: _build(nested[key], value) if key in nested else value for key, value in values.items()}
-        return _build(cls, built)
+        config: QuantizeConfig = _build(cls, built)
+        return config
 
 
 def _build(cls: Any, values: dict[str, Any]) -> Any:

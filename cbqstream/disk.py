@@ -53,7 +53,9 @@ class Disk:
         try:
             yield
         except OSError as error:
-            remedy = "Free some space and run the same command again." if error.errno in _FULL else "Check the file system."
+            remedy = (
+                "Free some space and run the same command again." if error.errno in _FULL else "Check the file system."
+            )
             raise StorageError(f"{path}: {name} failed: {error.strerror}. {remedy}") from error
 
     def make_folder(self, path: Path) -> None:
@@ -126,7 +128,11 @@ class Disk:
             with self._operation("link", target):
                 os.link(source, target)
         except StorageError as error:
-            if not isinstance(error.__cause__, OSError) or error.__cause__.errno not in (errno.EXDEV, errno.EPERM, errno.ENOTSUP):
+            if not isinstance(error.__cause__, OSError) or error.__cause__.errno not in (
+                errno.EXDEV,
+                errno.EPERM,
+                errno.ENOTSUP,
+            ):
                 raise
             self.copy(source, target)
 

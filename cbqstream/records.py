@@ -1,14 +1,18 @@
 """Immutable values that the stages hand to each other. Tensor shapes use the letters of `numerics/affine.py`."""
 
-from collections.abc import Mapping
+from __future__ import annotations
+
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # so that what only passes records on starts without torch
+    from collections.abc import Mapping
+    from pathlib import Path
 
-from cbqstream.config import Scheme
+    import torch
+    from torch import Tensor
+
+    from cbqstream.config import Scheme
 
 
 @dataclass(frozen=True, slots=True)

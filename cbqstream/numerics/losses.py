@@ -29,12 +29,27 @@ def token_weights(target_BSD: Tensor, robust_tokens: int) -> Tensor:
     return weights_BS
 
 
-def reconstruction_loss(h_BSD: Tensor, target_BSD: Tensor, *, kl_weight: float, robust_tokens: int) -> Tensor:
-    """E(h, T), a float32 scalar, differentiable in `h_BSD`."""
+def reconstruction_loss(
+    h_BSD: Tensor, target_BSD: Tensor, *, kl_weight: float, robust_tokens: int, relative: bool
+) -> Tensor:
+    """E(h, T), a float32 scalar, differentiable in `h_BSD`.
+
+    Args:
+        h_BSD: output of the window.
+        target_BSD: what it should be.
+        kl_weight: of the second term.
+        robust_tokens: see `token_weights`.
+        relative: divide each token's squared error by that token's own power instead of the mean power. What reads a residual
+            stream norms it first, so this is the error that the rest of the model sees, and no token can own the loss.
+    """
     h_BSD, target_BSD = h_BSD.float(), target_BSD.float()
     weights_BS = token_weights(target_BSD, robust_tokens)
     squared_BS = (h_BSD - target_BSD).square().sum(-1)
-    loss = (squared_BS * weights_BS).sum() / (target_BSD.square().sum(-1) * weights_BS).sum()
+    power_BS = target_BSD.square().sum(-1)
+    if relative:
+        loss = (squared_BS / power_BS * weights_BS).sum() / weights_BS.sum()
+    else:
+        loss = (squared_BS * weights_BS).sum() / (power_BS * weights_BS).sum()
     if kl_weight:
         divergence_BS = functional.kl_div(
             h_BSD.log_softmax(-1), target_BSD.log_softmax(-1), log_target=True, reduction="none"

@@ -58,7 +58,14 @@ class StraightThroughRounding(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, theta_OG: Tensor, w_OI: Tensor, scale0_OG: Tensor, v_OI: Tensor, low: Tensor | float, high: Tensor | float, step: float
+        ctx: Any,
+        theta_OG: Tensor,
+        w_OI: Tensor,
+        scale0_OG: Tensor,
+        v_OI: Tensor,
+        low: Tensor | float,
+        high: Tensor | float,
+        step: float,
     ) -> Tensor:
         """w_hat, float32 [O, I]. `v_OI` is changed in place by the backward pass: v -= step * sign(dL/dv)."""
         scale_OG1 = (scale0_OG * theta_OG.exp()).unsqueeze(-1)

@@ -59,6 +59,7 @@ def search_grid(w_OI: Tensor, second_moment_I: Tensor, scheme: Scheme) -> tuple[
 def _ratios(scheme: Scheme) -> Iterator[tuple[float, float]]:
     """Factors of the low and the high end of the range; fewer bits gain from smaller ones."""
     smallest = {2: 0.3, 3: 0.45, 4: 0.6}.get(scheme.num_bits, 0.75)
+    yield 1.0, 1.0
     if scheme.symmetric:
         for ratio in torch.linspace(1.15, smallest, _SYMMETRIC_RATIOS).tolist():
             yield ratio, ratio

@@ -57,7 +57,13 @@ def quantization_config(scheme: Scheme, not_quantized: Sequence[str]) -> dict[st
         "group_size": scheme.group_size,
         "dynamic": False,
     }
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None, "format": FORMAT}
+    group = {
+        "targets": ["Linear"],
+        "weights": weights,
+        "input_activations": None,
+        "output_activations": None,
+        "format": FORMAT,
+    }
     return {
         "quant_method": METHOD,
         "format": FORMAT,
@@ -74,8 +80,15 @@ def scheme_of(config: dict[str, Any]) -> Scheme:
         UsageError: it is of another method, or of a form that is not written here.
     """
     groups = config.get("config_groups")
-    if config.get("quant_method") != METHOD or config.get("format") != FORMAT or not isinstance(groups, dict) or len(groups) != 1:
-        raise UsageError(f"the model is already quantized ({config.get('quant_method')}) in a form that is not read here.")
+    if (
+        config.get("quant_method") != METHOD
+        or config.get("format") != FORMAT
+        or not isinstance(groups, dict)
+        or len(groups) != 1
+    ):
+        raise UsageError(
+            f"the model is already quantized ({config.get('quant_method')}) in a form that is not read here."
+        )
     weights = next(iter(groups.values()))["weights"]
     group_size = weights.get("group_size") if weights.get("strategy") == "group" else None
     return Scheme(num_bits=weights["num_bits"], group_size=group_size, symmetric=weights["symmetric"])

@@ -50,7 +50,9 @@ def assemble(
         if file.is_file() and file.name not in ("config.json", INDEX) and file.suffix not in _WEIGHTS:
             disk.copy(file, building / file.name)
     total = sum((building / name).stat().st_size for name in set(weight_map.values()))
-    _write_json(disk, building / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+    _write_json(
+        disk, building / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    )
     _write_json(disk, building / "config.json", config)
     disk.publish(building, out)
 

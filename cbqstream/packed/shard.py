@@ -23,7 +23,9 @@ def write_tensors(disk: Disk, path: Path, tensors: Mapping[str, Tensor]) -> File
     names = sorted(tensors)
 
     def chunks() -> Iterator[bytes]:
-        yield _header([(name, _NAMES[tensors[name].dtype], list(tensors[name].shape), tensors[name].nbytes) for name in names])
+        yield _header(
+            [(name, _NAMES[tensors[name].dtype], list(tensors[name].shape), tensors[name].nbytes) for name in names]
+        )
         for name in names:
             yield tensors[name].detach().cpu().contiguous().flatten().view(torch_uint8).numpy().tobytes()
 

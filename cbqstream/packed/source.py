@@ -20,7 +20,7 @@ class PackedSource:
         self._checkpoint = checkpoint
         self._scheme = scheme
         cpu = torch.device("cpu")
-        shapes = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for name, info in checkpoint.infos.items():
             owner, _, part = name.rpartition(".")
             if part == SHAPE:
@@ -28,7 +28,7 @@ class PackedSource:
                 shapes[f"{owner}.weight"] = (int(rows), int(columns))
             elif part not in _PARTS:
                 shapes[name] = info.shape
-        self._shapes: Mapping[str, tuple[int, ...]] = shapes
+        self._shapes = shapes
 
     def tensors(self) -> Mapping[str, tuple[int, ...]]:
         """Shape of every dense tensor by its name in the original checkpoint."""

@@ -19,7 +19,12 @@ _NOT_IDENTITY = ("model", "out", "run_dir", "device", "threads")
 
 
 def identity(
-    config: QuantizeConfig, *, model: Mapping[str, Any], tensors: Mapping[str, TensorInfo], tokens_sha256: str, numerics: Mapping[str, Any]
+    config: QuantizeConfig,
+    *,
+    model: Mapping[str, Any],
+    tensors: Mapping[str, TensorInfo],
+    tokens_sha256: str,
+    numerics: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The identity of a run as nested plain values.
 
@@ -66,10 +71,16 @@ def require_same(run: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
         if before.get(key) != after.get(key)
     ]
     if changed:
-        raise IdentityError(f"{run}: this run has other inputs or settings ({'; '.join(changed)}). Restore them, or use another --run-dir.")
+        raise IdentityError(
+            f"{run}: this run has other inputs or settings ({'; '.join(changed)}). Restore them, or use another --run-dir."
+        )
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, str]:
     if not isinstance(value, dict):
         return {prefix: json.dumps(value)}
-    return {key: text for name, item in value.items() for key, text in _flat(item, f"{prefix}.{name}" if prefix else name).items()}
+    return {
+        key: text
+        for name, item in value.items()
+        for key, text in _flat(item, f"{prefix}.{name}" if prefix else name).items()
+    }

@@ -11,9 +11,9 @@ from cbqstream.checkpoint.folder import read_json
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.config import QuantizeConfig
 from cbqstream.errors import InputError, UsageError, shown
+from cbqstream.models.compute import choose_device, compute_dtype, make_deterministic, numerics_class
 from cbqstream.models.skeleton import ModelSkeleton
 from cbqstream.records import Compute, Window
-from cbqstream.run.determinism import choose_device, compute_dtype, make_deterministic, numerics_class
 from cbqstream.run.identity import identity
 from cbqstream.windows.schedule import schedule
 
@@ -27,7 +27,8 @@ class RunInputs:
     """Content of the source's config.json."""
     checkpoint: Checkpoint
     skeleton: ModelSkeleton
-    tokens_NS: Tensor
+    tokens: Tensor
+    """Calibration segments, int64 [N, S]."""
     windows: tuple[Window, ...]
     compute: Compute
     identity: dict[str, Any]
@@ -75,7 +76,10 @@ def open_inputs(config: QuantizeConfig) -> RunInputs:
 
 def _check_paths(config: QuantizeConfig) -> None:
     model, out, run = (Path(path).resolve() for path in (config.model, config.out, config.run_path))
-    for inner, outer, text in ((out, model, "OUT is inside the model"), (run, model, "the run directory is inside the model")):
+    for inner, outer, text in (
+        (out, model, "OUT is inside the model"),
+        (run, model, "the run directory is inside the model"),
+    ):
         if inner == outer or outer in inner.parents:
             raise UsageError(f"{inner}: {text}. Use another place.")
     if run == out or out in run.parents:
@@ -88,7 +92,9 @@ def _check_paths(config: QuantizeConfig) -> None:
 def _check_scheme(config: QuantizeConfig, skeleton: ModelSkeleton, checkpoint: Checkpoint) -> None:
     kept = config.keep_first + config.keep_last
     if kept >= len(skeleton.blocks):
-        raise UsageError(f"keep_first + keep_last is {kept} and the model has {len(skeleton.blocks)} blocks; nothing is left to quantize.")
+        raise UsageError(
+            f"keep_first + keep_last is {kept} and the model has {len(skeleton.blocks)} blocks; nothing is left to quantize."
+        )
     group_size = config.scheme.group_size
     for spec in skeleton.blocks[config.keep_first : len(skeleton.blocks) - config.keep_last]:
         for name in spec.linears:
@@ -97,6 +103,12 @@ def _check_scheme(config: QuantizeConfig, skeleton: ModelSkeleton, checkpoint: C
             if group_size is not None and columns % group_size:
                 fitting = [size for size in (128, 96, 64, 48, 32, 16, 8) if columns % size == 0 and size < group_size]
                 fits = f"{fitting[0]} fits; or " if fitting else ""
-                raise UsageError(f"group size {group_size} does not divide the {columns} columns of {stored}. {fits}use -1 (per channel).")
+                raise UsageError(
+                    f"group size {group_size} does not divide the {columns} columns of {stored}. {fits}use -1 (per channel)."
+                )
             if not checkpoint.infos[stored].dtype.is_floating_point:
-                raise InputError(config.model, f"dtype {checkpoint.infos[stored].dtype}; weights must be bf16, fp16 or fp32.", tensor=stored)
+                raise InputError(
+                    config.model,
+                    f"dtype {checkpoint.infos[stored].dtype}; weights must be bf16, fp16 or fp32.",
+                    tensor=stored,
+                )

@@ -8,7 +8,6 @@ leaves the state before the window or the state after it, and what is left lying
 """
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,7 +60,10 @@ class Journal:
     def shards(self) -> list[Path]:
         """The finished shards of all committed windows, in order."""
         return [
-            self.parts(index) / name for index, commit in enumerate(self.commits) for name in sorted(commit["parts"]) if name.startswith("block-")
+            self.parts(index) / name
+            for index, commit in enumerate(self.commits)
+            for name in sorted(commit["parts"])
+            if name.startswith("block-")
         ]
 
     def empty_tmp(self) -> None:
@@ -86,7 +88,14 @@ class Journal:
         self.disk.rename(self.building / "acts", self.acts(window))
         self.disk.sync_folder(self.path / "acts")
 
-    def commit(self, window: int, *, parts: dict[str, list[Any]], acts: dict[str, list[list[int]]] | None, report: dict[str, Any]) -> None:
+    def commit(
+        self,
+        window: int,
+        *,
+        parts: dict[str, list[Any]],
+        acts: dict[str, list[list[int]]] | None,
+        report: dict[str, Any],
+    ) -> None:
         """Make a window that was built in tmp/ part of the run.
 
         Args:
@@ -119,8 +128,13 @@ class Journal:
 
 
 @contextmanager
-def open_journal(path: Path, identity: dict[str, Any], config: dict[str, Any], disk: Disk) -> Iterator[Journal]:
-    """The journal of a run, made if it is not there, locked for the length of the `with`. The identity is not compared here.
+def open_journal(path: Path, run: dict[str, Any], disk: Disk) -> Iterator[Journal]:
+    """The journal of a run, made if it is not there, locked for the length of the `with`.
+
+    Args:
+        path: the run directory.
+        run: content of run.json for a new run: `identity`, `config` and the number of `windows`. Not compared with what is there.
+        disk: does the writing.
 
     Raises:
         StoppedError: another process holds it.
@@ -139,7 +153,7 @@ def open_journal(path: Path, identity: dict[str, Any], config: dict[str, Any], d
                 disk.remove_tree(path / folder)
                 disk.make_folder(path / folder)
             pending = path / "tmp" / "run.json"
-            disk.write(pending, [json.dumps({"identity": identity, "config": config}, indent=2).encode()])
+            disk.write(pending, [json.dumps(run, indent=2).encode()])
             disk.rename(pending, path / "run.json")
             disk.sync_folder(path)
         journal = Journal(path, disk)
@@ -156,13 +170,13 @@ def _make_run_folder(path: Path, disk: Disk) -> None:
         return
     if not path.is_dir():
         raise UsageError(f"{path}: not a folder. Use another --run-dir.")
-    names = set(os.listdir(path))
+    names = {entry.name for entry in path.iterdir()}
     if "run.json" not in names and names - {"LOCK", *_FOLDERS}:
         raise UsageError(f"{path}: not empty and not a cbqstream run. Use another --run-dir.")
 
 
 def read_run(path: Path) -> dict[str, Any]:
-    """Content of run.json: `identity` and `config`. Reads only.
+    """Content of run.json: `identity`, `config` and the number of `windows`. Reads only.
 
     Raises:
         InputError: there is no run, or it is damaged.
@@ -174,7 +188,7 @@ def read_run(path: Path) -> dict[str, Any]:
     try:
         run = json.loads(file.read_text())
         made_by = run["identity"]["format"]
-        run["config"]["out"]
+        run["config"]["out"], int(run["windows"])
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(file, "damaged.") from error
     if made_by != FORMAT:
@@ -189,7 +203,7 @@ def read_commits(path: Path) -> list[dict[str, Any]]:
         InputError: a record is damaged or missing from the middle; no crash does that.
     """
     folder = path / "commits"
-    names: Sequence[str] = sorted(os.listdir(folder)) if folder.is_dir() else []
+    names: Sequence[str] = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
     commits: list[dict[str, Any]] = []
     for index, name in enumerate(names):
         file = folder / name
@@ -198,7 +212,14 @@ def read_commits(path: Path) -> list[dict[str, Any]]:
             claimed = record.pop("self")
         except (ValueError, KeyError, AttributeError) as error:
             raise InputError(file, "not a commit record.") from error
-        if name != numbered(index) or claimed != digest_of(record) or record["prev"] != (commits[-1]["self"] if commits else None):
-            raise InputError(file, "checksum or place in the chain does not match. Restore the run directory, or use another --run-dir.")
+        if (
+            name != numbered(index)
+            or claimed != digest_of(record)
+            or record["prev"] != (commits[-1]["self"] if commits else None)
+        ):
+            raise InputError(
+                file,
+                "checksum or place in the chain does not match. Restore the run directory, or use another --run-dir.",
+            )
         commits.append({**record, "self": claimed})
     return commits

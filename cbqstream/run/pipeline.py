@@ -68,7 +68,8 @@ def quantize(config: QuantizeConfig, listener: Listener = lambda event: None, di
         require_same(run, read_run(run)["identity"], inputs.identity)
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out}: exists and is not empty. Give another OUT.")
-    with open_journal(run, inputs.identity, config.to_dict(), disk or Disk()) as journal:
+    content = {"identity": inputs.identity, "config": config.to_dict(), "windows": len(inputs.windows)}
+    with open_journal(run, content, disk or Disk()) as journal:
         if begun and journal.next_window == len(inputs.windows) and (out / "config.json").exists():
             listener("the run was finished already")
             return out
@@ -88,20 +89,23 @@ class _Job:
         self.inputs = inputs
         self.journal = journal
         self.listener = listener
-        self.shape = StreamShape(*inputs.tokens_NS.shape, inputs.skeleton.hidden_size)
+        self.shape = StreamShape(len(inputs.tokens), inputs.tokens.shape[1], inputs.skeleton.hidden_size)
         self.arguments: Sequence[BlockArguments] = ()
 
     def enter(self) -> None:
         """Learn how the model calls its blocks; in a new run, bring both streams to the first window."""
         self.listener("embedding the calibration segments")
         with model_ends(
-            self.inputs.skeleton, self.inputs.checkpoint, device=self.inputs.compute.device, dtype=self.inputs.compute.dtype
+            self.inputs.skeleton,
+            self.inputs.checkpoint,
+            device=self.inputs.compute.device,
+            dtype=self.inputs.compute.dtype,
         ) as ends:
-            self.arguments = ends.block_arguments(self.inputs.tokens_NS[0])
+            self.arguments = ends.block_arguments(self.inputs.tokens[0])
             if self.journal.next_window:
                 return
             stream = self._new_stream("embedded")
-            for segment, ids_S in enumerate(self.inputs.tokens_NS):
+            for segment, ids_S in enumerate(self.inputs.tokens):
                 stream.write(segment, ends.embed(ids_S))
         for index in range(self.inputs.config.keep_first):
             passed = self._new_stream(f"passed-{index}")
@@ -182,7 +186,12 @@ class _Job:
     def _read_block(self, index: int) -> ResidentBlock:
         inputs = self.inputs
         module = build_block(
-            inputs.skeleton, index, inputs.checkpoint, device=inputs.compute.device, dtype=inputs.compute.dtype, linear_dtype=None
+            inputs.skeleton,
+            index,
+            inputs.checkpoint,
+            device=inputs.compute.device,
+            dtype=inputs.compute.dtype,
+            linear_dtype=None,
         )
         return ResidentBlock.of(index, module, self.arguments[index], inputs.skeleton.blocks[index].linears)
 
@@ -194,13 +203,17 @@ class _Job:
         for block in blocks:
             prefix = f"{block.index}."
             state = {name.removeprefix(prefix): value for name, value in carried.items() if name.startswith(prefix)}
-            block.start_rounding(config.scheme, config.reconstruction, generator_for(config.seed, block.index, "rounding"), state)
+            block.start_rounding(
+                config.scheme, config.reconstruction, generator_for(config.seed, block.index, "rounding"), state
+            )
 
     def _write_parts(self, leaving: list[ResidentBlock], staying: list[ResidentBlock]) -> dict[str, list[Any]]:
         folder, disk = self.journal.building / "parts", self.journal.disk
         digests = {}
         for block in leaving:
-            name, digest = write_block(disk, folder, self.inputs.skeleton.blocks[block.index], block.harden(), self.inputs.checkpoint)
+            name, digest = write_block(
+                disk, folder, self.inputs.skeleton.blocks[block.index], block.harden(), self.inputs.checkpoint
+            )
             digests[name] = digest
         if staying:
             carry = {f"{block.index}.{name}": value for block in staying for name, value in block.carry().items()}
@@ -211,11 +224,19 @@ class _Job:
         return ZarrStore.create(self.journal.building / name, self.shape)
 
     def _tell(self, window: Window, doing: str) -> None:
-        self.listener(f"window {window.index + 1}/{len(self.inputs.windows)} blocks {window.start}-{window.stop - 1}: {doing}")
+        self.listener(
+            f"window {window.index + 1}/{len(self.inputs.windows)} blocks {window.start}-{window.stop - 1}: {doing}"
+        )
 
     def _report(self, window: Window, result: Reconstruction, seconds: float) -> WindowReport:
         return WindowReport(
-            window, len(self.inputs.windows), result.loss_before, result.loss_after, result.changed, seconds, peak_resident_bytes()
+            window,
+            len(self.inputs.windows),
+            result.loss_before,
+            result.loss_after,
+            result.changed,
+            seconds,
+            peak_resident_bytes(),
         )
 
 

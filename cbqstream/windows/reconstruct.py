@@ -47,7 +47,11 @@ def split_guard(num_segments: int) -> tuple[list[int], list[int]]:
     """Segments to train on and segments of the guard: the last eighth, or all for both where there are fewer than eight."""
     held_out = num_segments // _GUARD_SHARE
     everything = list(range(num_segments))
-    return (everything[: num_segments - held_out], everything[num_segments - held_out :]) if held_out else (everything, everything)
+    return (
+        (everything[: num_segments - held_out], everything[num_segments - held_out :])
+        if held_out
+        else (everything, everything)
+    )
 
 
 def reconstruct(
@@ -79,7 +83,9 @@ def reconstruct(
 
 
 @torch.no_grad()
-def hard_loss(blocks: Sequence[ResidentBlock], data: WindowData, segments: Sequence[int], config: ReconstructionConfig) -> float:
+def hard_loss(
+    blocks: Sequence[ResidentBlock], data: WindowData, segments: Sequence[int], config: ReconstructionConfig
+) -> float:
     """Mean loss of the window over `segments` with the weights as they would be exported."""
     batches = in_batches(segments, config.batch_size)
     total = torch.zeros((), dtype=torch.float64, device=data.compute.device)
@@ -88,7 +94,9 @@ def hard_loss(blocks: Sequence[ResidentBlock], data: WindowData, segments: Seque
     return total.item() / len(segments)
 
 
-def _training_order(segments: Sequence[int], config: ReconstructionConfig, generator: torch.Generator) -> list[list[int]]:
+def _training_order(
+    segments: Sequence[int], config: ReconstructionConfig, generator: torch.Generator
+) -> list[list[int]]:
     """The batches of all epochs, each epoch in an order of its own; none where nothing is learned."""
     if config.rounding == "none":
         return []
@@ -109,7 +117,10 @@ def _train(
     steps = len(order)
     groups = [
         {"params": [rounding.theta for rounding in roundings], "lr": config.scale_lr},
-        {"params": [value for rounding in roundings for value in rounding.rounding_parameters()], "lr": config.rounding_lr},
+        {
+            "params": [value for rounding in roundings for value in rounding.rounding_parameters()],
+            "lr": config.rounding_lr,
+        },
     ]
     optimizer = Adam([group for group in groups if group["params"]], foreach=False)
     falling = LambdaLR(optimizer, lambda step: 1 - step / steps)
@@ -127,4 +138,6 @@ def _train(
 
 
 def _loss(h_BSD: Tensor, target_BSD: Tensor, config: ReconstructionConfig) -> Tensor:
-    return reconstruction_loss(h_BSD, target_BSD, kl_weight=config.kl_weight, robust_tokens=config.robust_tokens)
+    return reconstruction_loss(
+        h_BSD, target_BSD, kl_weight=config.kl_weight, robust_tokens=config.robust_tokens, relative=config.relative_loss
+    )

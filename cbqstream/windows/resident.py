@@ -38,7 +38,9 @@ class ResidentBlock:
     ) -> None:
         """Give every layer its grid and rounding: as an earlier window left them in `carried`, or from the weights and their inputs."""
         for name, layer in self.layers.items():
-            state = {key.removeprefix(f"{name}."): value for key, value in carried.items() if key.startswith(f"{name}.")}
+            state = {
+                key.removeprefix(f"{name}."): value for key, value in carried.items() if key.startswith(f"{name}.")
+            }
             if state:
                 grid = (state["scale0"], state.get("zero_point"))
             elif config.init == "search":

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from cbqstream.config import ReconstructionConfig, Scheme
-from cbqstream.numerics.affine import clamp_levels, codes_of_levels, grouped, level_range, nearest_levels, storable_scale
+from cbqstream.numerics.affine import (
+    clamp_levels,
+    codes_of_levels,
+    grouped,
+    level_range,
+    nearest_levels,
+    storable_scale,
+)
 from cbqstream.numerics.rounding import StraightThroughRounding, low_rank_rise, rounding_penalty
 from cbqstream.records import QuantizedWeight
 
@@ -59,13 +66,17 @@ class Rounding(nn.Module):
     def harden(self) -> QuantizedWeight:
         """The weight as it is stored and evaluated: the scale is rounded first, the codes are assigned after."""
         scale = storable_scale(self._scale())
-        return QuantizedWeight(codes_of_levels(self._hard_levels(scale), self.zero_point), scale, self.zero_point, self.scheme)
+        return QuantizedWeight(
+            codes_of_levels(self._hard_levels(scale), self.zero_point), scale, self.zero_point, self.scheme
+        )
 
     @torch.no_grad()
     def changed(self) -> tuple[int, int]:
         """Codes that differ from rounding to nearest with the same scales, and all codes."""
         hard = self.harden()
-        nearest = codes_of_levels(nearest_levels(self.weight, hard.scale, self.zero_point, self.scheme), self.zero_point)
+        nearest = codes_of_levels(
+            nearest_levels(self.weight, hard.scale, self.zero_point, self.scheme), self.zero_point
+        )
         return int((hard.codes != nearest).sum()), hard.codes.numel()
 
     def state(self) -> dict[str, Tensor]:
@@ -92,7 +103,9 @@ class FullRounding(Rounding):
     v: Tensor
     _carried = (*Rounding._carried, "v")
 
-    def __init__(self, w_OI: Tensor, scale_OG: Tensor, zero_point_OG: Tensor | None, scheme: Scheme, travel: float) -> None:
+    def __init__(
+        self, w_OI: Tensor, scale_OG: Tensor, zero_point_OG: Tensor | None, scheme: Scheme, travel: float
+    ) -> None:
         super().__init__(w_OI, scale_OG, zero_point_OG, scheme)
         self.register_buffer("v", torch.zeros_like(w_OI, dtype=torch.float16))
         self._travel = travel
@@ -119,7 +132,13 @@ class LowRankRounding(Rounding):
     _carried = (*Rounding._carried, "a1", "a2")
 
     def __init__(
-        self, w_OI: Tensor, scale_OG: Tensor, zero_point_OG: Tensor | None, scheme: Scheme, rank: int, generator: torch.Generator
+        self,
+        w_OI: Tensor,
+        scale_OG: Tensor,
+        zero_point_OG: Tensor | None,
+        scheme: Scheme,
+        rank: int,
+        generator: torch.Generator,
     ) -> None:
         super().__init__(w_OI, scale_OG, zero_point_OG, scheme)
         start = torch.randn(w_OI.shape[0], rank, generator=generator).to(w_OI.device) / math.sqrt(rank)

@@ -1,9 +1,8 @@
-"""The one place that sets what numerical results depend on, and says what that is."""
+"""Where and in which dtype models run: the one place that sets what numerical results depend on, and says what that is."""
 
 import platform
 from typing import Any
 
-import safetensors
 import torch
 import transformers
 
@@ -48,9 +47,8 @@ def numerics_class(device: torch.device, threads: int) -> dict[str, Any]:
     return {
         "device": device.type,
         "device_name": name,
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),  # type: ignore[no-untyped-call]
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": threads,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "safetensors": safetensors.__version__,
     }

@@ -1,0 +1,37 @@
+"""cbqstream: Cross-Block Quantization of language models far larger than the machine, streamed.
+
+The names here are the public interface; everything else may change.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from cbqstream.config import CalibrationConfig, QuantizeConfig, ReconstructionConfig, Scheme, WindowConfig
+from cbqstream.errors import CbqstreamError
+
+if TYPE_CHECKING:
+    from cbqstream.evaluate.perplexity import evaluate
+    from cbqstream.run.pipeline import quantize
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CalibrationConfig",
+    "CbqstreamError",
+    "QuantizeConfig",
+    "ReconstructionConfig",
+    "Scheme",
+    "WindowConfig",
+    "__version__",
+    "evaluate",
+    "quantize",
+]
+
+_NEED_TORCH = {"evaluate": "cbqstream.evaluate.perplexity", "quantize": "cbqstream.run.pipeline"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs torch when it is first used, so that settings and errors are there in milliseconds."""
+    if name in _NEED_TORCH:
+        return getattr(import_module(_NEED_TORCH[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,5 @@
+"""`python -m cbqstream`."""
+
+from cbqstream.cli import main
+
+main()

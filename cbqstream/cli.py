@@ -1,0 +1,203 @@
+"""The command line: arguments to settings, settings to a run. torch is imported only by the commands that compute."""
+
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+
+from cbqstream.config import CalibrationConfig, QuantizeConfig, ReconstructionConfig, Scheme, WindowConfig
+from cbqstream.errors import CbqstreamError, StoppedError
+
+app = typer.Typer(
+    name="cbqstream",
+    help="Quantize language models that are far larger than the machine.\n\n"
+    "    cbqstream quantize MODEL OUT --scheme W4A16 --dataset TEXT\n\n"
+    "An interrupted run goes on with the same command, or with `cbqstream resume OUT.run`.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+_PER_CHANNEL = -1
+_DEFAULT = ReconstructionConfig()
+
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; the physical cores by default.")]
+LogJson = Annotated[Path | None, typer.Option(help="Append a JSON line per window to this file.")]
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="Folder with config.json and safetensors.")],
+    out: Annotated[str, typer.Argument(help="Folder to write.")],
+    dataset: Annotated[
+        str, typer.Option(help="Calibration: .txt, .jsonl, .parquet, or token ids in .npy or .safetensors.")
+    ],
+    scheme: Annotated[str, typer.Option(help="W2A16 to W8A16.")] = "W4A16",
+    group_size: Annotated[int, typer.Option(help="Columns that share a scale; -1 is one scale per channel.")] = 128,
+    symmetric: Annotated[
+        bool, typer.Option(help="Without zero points. Current transformers loads only these plainly.")
+    ] = True,
+    num_samples: Annotated[int, typer.Option(help="Calibration segments.")] = 128,
+    seq_len: Annotated[int, typer.Option(help="Tokens in a segment.")] = 2048,
+    run_dir: Annotated[str | None, typer.Option(help="Where the run keeps its state; OUT.run by default.")] = None,
+    window_size: Annotated[int, typer.Option(help="Blocks optimised together.")] = 2,
+    overlap: Annotated[int, typer.Option(help="Blocks that a window shares with the next.")] = 1,
+    rounding: Annotated[str, typer.Option(help="full, lora or none (round to nearest).")] = _DEFAULT.rounding,
+    init: Annotated[str, typer.Option(help="Where scales start: search or minmax.")] = _DEFAULT.init,
+    epochs: Annotated[int, typer.Option(help="Passes over the calibration segments, per window.")] = _DEFAULT.epochs,
+    batch_size: Annotated[int, typer.Option(help="Segments in a step.")] = _DEFAULT.batch_size,
+    rounding_travel: Annotated[
+        float, typer.Option(help="full: how far a rounding value can move.")
+    ] = _DEFAULT.rounding_travel,
+    rounding_lr: Annotated[float, typer.Option(help="lora: learning rate.")] = _DEFAULT.rounding_lr,
+    rounding_rank: Annotated[int, typer.Option(help="lora: rank.")] = _DEFAULT.rounding_rank,
+    scale_lr: Annotated[float, typer.Option(help="Relative learning rate of the step sizes.")] = _DEFAULT.scale_lr,
+    target_mix: Annotated[float, typer.Option(help="Share of the reference target, 0 to 1.")] = _DEFAULT.target_mix,
+    kl_weight: Annotated[float, typer.Option(help="Weight of the KL term.")] = _DEFAULT.kl_weight,
+    penalty_weight: Annotated[
+        float, typer.Option(help="lora: weight of the rounding penalty.")
+    ] = _DEFAULT.penalty_weight,
+    relative_loss: Annotated[
+        bool, typer.Option(help="Every token's error relative to its own size.")
+    ] = _DEFAULT.relative_loss,
+    robust_tokens: Annotated[
+        int, typer.Option(help="Largest tokens of a segment that the loss leaves out.")
+    ] = _DEFAULT.robust_tokens,
+    keep_first: Annotated[int, typer.Option(help="Blocks at the start left in full precision.")] = 0,
+    keep_last: Annotated[int, typer.Option(help="Blocks at the end left in full precision.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of all randomness.")] = 0,
+    device: Device = "auto",
+    threads: Threads = None,
+    log_json: LogJson = None,
+) -> None:
+    """Quantize MODEL into OUT, or go on with the run that was begun."""
+    config = QuantizeConfig(
+        model=str(Path(model).absolute()),
+        out=str(Path(out).absolute()),
+        run_dir=None if run_dir is None else str(Path(run_dir).absolute()),
+        scheme=Scheme.named(scheme, group_size=None if group_size == _PER_CHANNEL else group_size, symmetric=symmetric),
+        calibration=CalibrationConfig(dataset=str(Path(dataset).absolute()), num_samples=num_samples, seq_len=seq_len),
+        window=WindowConfig(size=window_size, overlap=overlap),
+        reconstruction=ReconstructionConfig(
+            rounding=rounding,  # type: ignore[arg-type]  # checked there
+            init=init,  # type: ignore[arg-type]  # checked there
+            epochs=epochs,
+            batch_size=batch_size,
+            rounding_travel=rounding_travel,
+            rounding_lr=rounding_lr,
+            rounding_rank=rounding_rank,
+            scale_lr=scale_lr,
+            target_mix=target_mix,
+            kl_weight=kl_weight,
+            penalty_weight=penalty_weight,
+            relative_loss=relative_loss,
+            robust_tokens=robust_tokens,
+        ),
+        keep_first=keep_first,
+        keep_last=keep_last,
+        seed=seed,
+        device=device,
+        threads=threads,
+    )
+    _run(config, log_json)
+
+
+@app.command()
+def resume(run: Annotated[Path, typer.Argument(help="The run directory.")], log_json: LogJson = None) -> None:
+    """Go on with a run; all settings come from its directory."""
+    from cbqstream.run.journal import read_run
+
+    config = QuantizeConfig.from_dict({**read_run(run)["config"], "run_dir": str(run.absolute())})
+    _run(config, log_json)
+
+
+@app.command()
+def status(run: Annotated[Path, typer.Argument(help="The run directory.")]) -> None:
+    """Say how far a run is. Reads only."""
+    from cbqstream.report.status import status_lines
+    from cbqstream.run.journal import read_commits, read_run
+
+    content = read_run(run)
+    for line in status_lines(run, QuantizeConfig.from_dict(content["config"]), content["windows"], read_commits(run)):
+        Console().print(line, highlight=False, soft_wrap=True)
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="A model, quantized by cbqstream or not.")],
+    text: Annotated[Path, typer.Option(help="Text, or token ids.")],
+    num_samples: Annotated[int, typer.Option(help="Segments, spread evenly over the text.")] = 64,
+    seq_len: Annotated[int, typer.Option(help="Tokens in a segment.")] = 512,
+    batch_size: Annotated[int, typer.Option(help="Segments at once.")] = 4,
+    scratch: Annotated[
+        Path | None, typer.Option(help="Folder for hidden states; the temporary folder by default.")
+    ] = None,
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Perplexity of MODEL on a text, one block in memory at a time."""
+    from cbqstream.evaluate.perplexity import evaluate as measure
+    from cbqstream.report.progress import Progress
+
+    with Progress(Console(stderr=True)) as progress:
+        result = measure(
+            model,
+            text,
+            num_samples=num_samples,
+            seq_len=seq_len,
+            batch_size=batch_size,
+            scratch=scratch,
+            device=device,
+            threads=threads,
+            listener=progress,
+        )
+    Console().print(
+        f"{text.name}: perplexity {result.perplexity:.4f} ({result.num_segments} x {seq_len} tokens)",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _run(config: QuantizeConfig, log_json: Path | None) -> None:
+    from cbqstream.report.progress import Progress
+    from cbqstream.run.pipeline import quantize as run_pipeline
+
+    console = Console()
+    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGINT, _stop)
+    try:
+        with Progress(console, log_json) as progress:
+            out = run_pipeline(config, progress)
+    except StoppedError as error:
+        raise StoppedError(f"{error} To go on: cbqstream resume {config.run_path}") from error
+    console.print(f"done: {out}", highlight=False, soft_wrap=True)
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    """SIGINT and SIGTERM: what is committed is safe wherever this strikes, so leave at once."""
+    signal.signal(number, signal.SIG_DFL)
+    raise StoppedError(f"stopped by {signal.Signals(number).name}.")
+
+
+def main() -> NoReturn:
+    """Entry point: flags may be written with - or _, and an expected error is one line and an exit code."""
+    arguments = [_dashed(argument) for argument in sys.argv[1:]]
+    try:
+        app(arguments)
+    except CbqstreamError as error:
+        Console(stderr=True).print(f"cbqstream: error: {error}", highlight=False, soft_wrap=True, markup=False)
+        sys.exit(error.exit_code)
+    sys.exit(0)
+
+
+def _dashed(argument: str) -> str:
+    if not argument.startswith("--"):
+        return argument
+    flag, equals, value = argument.partition("=")
+    return flag.replace("_", "-") + equals + value

@@ -1,0 +1,1 @@
+"""Measuring a model that never fits in memory, quantized or not, block by block."""

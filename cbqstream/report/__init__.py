@@ -1,0 +1,1 @@
+"""Saying what happens, to people."""

@@ -1,0 +1,87 @@
+"""Progress of a run: one line per finished window and, on a terminal, a line below them that says what is being done now."""
+
+import json
+import time
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TextIO
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from cbqstream.memory import GIB, resident_bytes
+from cbqstream.records import WindowReport
+
+
+def duration(seconds: float) -> str:
+    """`45s`, `12m03s` or `2h41m`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    return f"{whole // 60}m{whole % 60:02d}s" if whole < 3600 else f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def window_line(report: WindowReport, remaining: float) -> str:
+    """The line of a finished window; `remaining` is in seconds."""
+    window = report.window
+    return (
+        f"window {window.index + 1}/{report.num_windows}  blocks {window.start}-{window.stop - 1}"
+        f"  loss {report.loss_before:.3g} -> {report.loss_after:.3g}  changed {report.changed:.1%}"
+        f"  {report.seconds:.0f} s  RAM {report.peak_rss / GIB:.2f} GiB  ETA {duration(remaining)}"
+    )
+
+
+class Progress(AbstractContextManager["Progress"]):
+    """A listener of the pipeline that prints, and appends each window to a JSON-lines file if one is given."""
+
+    def __init__(self, console: Console, log_json: Path | None = None) -> None:
+        self._console = console
+        self._log_json = log_json
+        self._log: TextIO | None = None
+        self._live: Live | None = None
+        self._seconds: list[float] = []
+
+    def __enter__(self) -> Self:
+        if self._log_json is not None:
+            self._log = self._log_json.open("a", encoding="utf-8")
+        if self._console.is_terminal:
+            self._live = Live(Text(""), console=self._console, refresh_per_second=4, transient=True)
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+        if self._log is not None:
+            self._log.close()
+
+    def __call__(self, event: str | WindowReport) -> None:
+        """Show an event."""
+        if isinstance(event, WindowReport):
+            self._finished(event)
+        elif self._live is not None:
+            since = time.strftime("%H:%M:%S")
+            self._live.update(Text(f"{since}  {event}  RAM {resident_bytes() / GIB:.2f} GiB", style="dim"))
+
+    def _finished(self, report: WindowReport) -> None:
+        self._seconds.append(report.seconds)
+        left = report.num_windows - report.window.index - 1
+        line = window_line(report, left * sum(self._seconds) / len(self._seconds))
+        self._console.print(line, highlight=False, soft_wrap=True)
+        if self._log is not None:
+            record = {
+                "window": report.window.index,
+                "windows": report.num_windows,
+                "blocks": [report.window.start, report.window.stop],
+                "loss_before": report.loss_before,
+                "loss_after": report.loss_after,
+                "changed": report.changed,
+                "seconds": report.seconds,
+                "peak_rss": report.peak_rss,
+            }
+            self._log.write(json.dumps(record) + "\n")
+            self._log.flush()

@@ -1,0 +1,64 @@
+"""Fixtures: tiny checkpoints of every family, and the real SmolLM2 where it was prepared."""
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from hypothesis import settings
+
+from cbqstream.config import CalibrationConfig, QuantizeConfig, ReconstructionConfig, Scheme
+from tiny import FAMILIES, SEQ_LEN, save_model, save_tokens
+
+settings.register_profile("default", max_examples=25, deadline=None, derandomize=True)
+settings.load_profile("default")
+
+SMOLLM2 = Path(os.environ.get("CBQSTREAM_TEST_MODEL", Path(__file__).parent.parent / ".models" / "smollm2-135m"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Tiny tensors are faster on one thread, and results do not depend on the machine."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory) -> dict[str, Path]:
+    """A checkpoint folder of every family; read only."""
+    folder = tmp_path_factory.mktemp("models")
+    return {family: save_model(folder / family, family) for family in FAMILIES}
+
+
+@pytest.fixture(scope="session")
+def tokens(tmp_path_factory) -> Path:
+    """Random token ids for 16 segments."""
+    return save_tokens(tmp_path_factory.mktemp("tokens") / "tokens.npy", 16 * SEQ_LEN)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The real SmolLM2-135M, made by tools/get_smollm2.py."""
+    assert (SMOLLM2 / "config.json").is_file(), f"{SMOLLM2} is missing. Run: python tools/get_smollm2.py {SMOLLM2}"
+    return SMOLLM2
+
+
+@pytest.fixture
+def make_config(tiny_models, tokens, tmp_path):
+    """A function that makes the settings of a small, fast run."""
+
+    def make(family: str = "llama", *, name: str = "out", scheme: Scheme | None = None, **options) -> QuantizeConfig:
+        reconstruction = {"epochs": 2, "batch_size": 4, **options.pop("reconstruction", {})}
+        return QuantizeConfig(
+            model=str(options.pop("model", tiny_models[family])),
+            out=str(tmp_path / name),
+            scheme=scheme or Scheme(num_bits=4, group_size=32),
+            calibration=CalibrationConfig(dataset=str(options.pop("dataset", tokens)), num_samples=16, seq_len=SEQ_LEN),
+            reconstruction=ReconstructionConfig(**reconstruction),
+            threads=1,
+            device="cpu",
+            **options,
+        )
+
+    return make

@@ -1,0 +1,165 @@
+"""What every activation store promises, checked on each of them."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import zarr
+
+from cbqstream.activations.memory_store import MemoryStore
+from cbqstream.activations.read_ahead import in_batches, read_batches
+from cbqstream.activations.store import ActivationStore, StreamShape
+from cbqstream.activations.zarr_store import ZarrStore
+from cbqstream.errors import InputError
+
+SHAPE = StreamShape(num_segments=5, seq_len=6, hidden_size=8)
+
+
+class ActivationStoreContract:
+    """Subclasses give `make`."""
+
+    def make(self, tmp_path, shape: StreamShape) -> ActivationStore:
+        raise AssertionError("subclasses make a store")
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+    def test_bits_come_back(self, tmp_path, dtype):
+        store = self.make(tmp_path, StreamShape(2, 256, 256, dtype))
+        if dtype.itemsize == 2:  # every bit pattern there is, NaN and infinity included
+            x = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(dtype).view(256, 256)
+        else:
+            x = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
+            x[0, :3] = torch.tensor([torch.nan, torch.inf, -0.0])
+        store.write(1, x)
+        back = store.read(1)
+        assert back.dtype == dtype
+        bits = torch.int16 if dtype.itemsize == 2 else torch.int32
+        assert torch.equal(back.view(bits), x.view(bits))
+
+    def test_converts_to_its_dtype(self, tmp_path):
+        store = self.make(tmp_path, SHAPE)
+        x = torch.full((6, 8), 1.0039)
+        store.write(0, x)
+        assert torch.equal(store.read(0), x.to(torch.bfloat16))
+
+    def test_zeros_are_stored(self, tmp_path):
+        store = self.make(tmp_path, SHAPE)
+        store.write(2, torch.zeros(6, 8))
+        assert not store.read(2).any()
+
+    def test_what_was_not_written_is_an_error(self, tmp_path):
+        store = self.make(tmp_path, SHAPE)
+        store.write(0, torch.ones(6, 8))
+        with pytest.raises(InputError, match="segment 1"):
+            store.read(1)
+
+    def test_overwrites(self, tmp_path):
+        store = self.make(tmp_path, SHAPE)
+        store.write(3, torch.ones(6, 8))
+        store.write(3, torch.full((6, 8), 2.0))
+        assert (store.read(3) == 2).all()
+
+    def test_what_is_read_is_a_copy(self, tmp_path):
+        store = self.make(tmp_path, SHAPE)
+        x = torch.ones(6, 8, dtype=torch.bfloat16)
+        store.write(0, x)
+        x += 1
+        store.read(0).add_(5)
+        assert (store.read(0) == 1).all()
+
+    @pytest.mark.parametrize("segment", [-1, 5])
+    def test_segments_outside(self, tmp_path, segment):
+        store = self.make(tmp_path, SHAPE)
+        with pytest.raises(IndexError):
+            store.read(segment)
+        with pytest.raises(IndexError):
+            store.write(segment, torch.ones(6, 8))
+
+    def test_wrong_shape(self, tmp_path):
+        with pytest.raises(ValueError, match="expected"):
+            self.make(tmp_path, SHAPE).write(0, torch.ones(8, 6))
+
+    def test_read_ahead_gives_every_batch_in_order(self, tmp_path):
+        first, second = (self.make(tmp_path / name, SHAPE) for name in ("a", "b"))
+        for segment in range(5):
+            first.write(segment, torch.full((6, 8), float(segment)))
+            second.write(segment, torch.full((6, 8), float(10 * segment)))
+        batches = in_batches([4, 2, 0, 1, 3], 2)
+        got = list(read_batches([first, second], batches))
+        assert [x[:, 0, 0].tolist() for x, _ in got] == [[4, 2], [0, 1], [3]]
+        assert [y[:, 0, 0].tolist() for _, y in got] == [[40, 20], [0, 10], [30]]
+
+    def test_read_ahead_raises_where_the_segment_is_missing(self, tmp_path):
+        store = self.make(tmp_path, SHAPE)
+        store.write(0, torch.ones(6, 8))
+        reader = read_batches([store], [[0], [1]])
+        assert next(reader)[0].shape == (1, 6, 8)
+        with pytest.raises(InputError):
+            next(reader)
+
+
+class TestMemoryStore(ActivationStoreContract):
+    def make(self, tmp_path, shape):
+        return MemoryStore(shape)
+
+
+class TestZarrStore(ActivationStoreContract):
+    def make(self, tmp_path, shape):
+        tmp_path.mkdir(exist_ok=True)
+        return ZarrStore.create(tmp_path / "stream", shape)
+
+    def filled(self, tmp_path):
+        store = self.make(tmp_path, SHAPE)
+        for segment in range(SHAPE.num_segments):
+            store.write(segment, torch.full((6, 8), float(segment)))
+        return store
+
+    def test_opens_again(self, tmp_path):
+        self.filled(tmp_path)
+        assert (ZarrStore.open(tmp_path / "stream", SHAPE).read(4) == 4).all()
+
+    def test_layout_on_disk(self, tmp_path):
+        store = self.filled(tmp_path)
+        files = sorted(str(path.relative_to(store.path)) for path in store.path.rglob("*") if path.is_file())
+        assert files == [*(f"c/{segment}/0/0" for segment in range(5)), "zarr.json"]
+        array = zarr.open_array(str(store.path), mode="r")
+        assert array.dtype == np.uint16
+        assert array.attrs["dtype"] == "bfloat16"
+        assert store.checksums() == [[6 * 8 * 2 + 4, crc] for _, crc in store.checksums()]
+
+    def test_a_flipped_bit_is_found(self, tmp_path):
+        store = self.filled(tmp_path)
+        chunk = store.path / "c" / "3" / "0" / "0"
+        content = bytearray(chunk.read_bytes())
+        content[7] ^= 1
+        chunk.write_bytes(content)
+        with pytest.raises(InputError, match="damaged"):
+            ZarrStore.open(store.path, SHAPE).read(3)
+
+    def test_a_deleted_chunk_is_not_zeros(self, tmp_path):
+        store = self.filled(tmp_path)
+        shutil.rmtree(store.path / "c" / "2")
+        again = ZarrStore.open(store.path, SHAPE)
+        with pytest.raises(InputError, match="segment 2 is missing"):
+            again.read(2)
+        with pytest.raises(InputError, match="segment 2 is missing"):
+            again.checksums()
+
+    @pytest.mark.parametrize(
+        "other",
+        [
+            StreamShape(4, 6, 8),
+            StreamShape(5, 8, 6),
+            StreamShape(5, 6, 8, torch.float16),
+            StreamShape(5, 6, 8, torch.float32),
+        ],
+        ids=str,
+    )
+    def test_metadata_is_compared(self, tmp_path, other):
+        store = self.filled(tmp_path)
+        with pytest.raises(InputError, match="expected"):
+            ZarrStore.open(store.path, other)
+
+    def test_a_missing_store(self, tmp_path):
+        with pytest.raises(InputError, match="not a readable"):
+            ZarrStore.open(tmp_path / "nothing", SHAPE)

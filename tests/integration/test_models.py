@@ -1,0 +1,78 @@
+"""Every family, run block by block, against transformers."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional
+
+from cbqstream.evaluate.perplexity import open_model, perplexity
+from cbqstream.models.block import build_block, run_block
+from cbqstream.models.ends import model_ends
+from cbqstream.records import Compute
+from tiny import FAMILIES, VOCAB, make_model, save_model
+
+CPU = Compute(torch.device("cpu"), torch.float32, 2)
+
+
+def segments(count, length, seed=0):
+    return torch.randint(0, VOCAB, (count, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_streamed_logits_are_those_of_transformers(tmp_path, family):
+    """Masks (sliding windows too), rotary embeddings, learned positions, biases and norms are the model's own."""
+    model = make_model(family)
+    folder = save_model(tmp_path / family, family, dtype=torch.float32)
+    ids = segments(2, 24)
+    skeleton, source = open_model(folder)
+    with model_ends(skeleton, source, device=CPU.device, dtype=CPU.dtype) as ends:
+        arguments = ends.block_arguments(ids[0])
+        x = torch.stack([ends.embed(row) for row in ids])
+        for index in range(len(skeleton.blocks)):
+            block = build_block(skeleton, index, source, device=CPU.device, dtype=CPU.dtype, linear_dtype=CPU.dtype)
+            x = run_block(block, x, arguments[index])
+        logits = torch.stack([torch.cat(list(ends.logits(row))) for row in x])
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+    assert torch.allclose(logits, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_streamed_perplexity_is_that_of_transformers(tmp_path, family):
+    model = make_model(family)
+    ids = segments(5, 16)
+    skeleton, source = open_model(save_model(tmp_path / family, family, dtype=torch.float32))
+    with torch.no_grad():
+        logits = model(ids, use_cache=False).logits
+    expected = math.exp(functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
+    assert perplexity(skeleton, source, ids, CPU) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_any_stored_dtype(tmp_path, dtype):
+    skeleton, source = open_model(save_model(tmp_path / "m", dtype=dtype))
+    block = build_block(skeleton, 1, source, device=CPU.device, dtype=CPU.dtype, linear_dtype=None)
+    assert block.get_submodule("self_attn.q_proj").weight.dtype == dtype
+    assert block.get_submodule("input_layernorm").weight.dtype == torch.float32
+
+
+def test_nothing_stays_in_memory_after_use(tmp_path):
+    skeleton, source = open_model(save_model(tmp_path / "m"))
+    with model_ends(skeleton, source, device=CPU.device, dtype=CPU.dtype) as ends:
+        ends.embed(segments(1, 16)[0])
+        assert all(parameter.device.type == "cpu" for parameter in skeleton.shell.parameters())
+    assert all(parameter.device.type == "meta" for parameter in skeleton.shell.parameters())
+    build_block(skeleton, 0, source, device=CPU.device, dtype=CPU.dtype, linear_dtype=None)
+    assert all(parameter.device.type == "meta" for parameter in skeleton.templates[0].parameters())
+
+
+def test_checkpoints_that_leave_out_the_base_prefix(tmp_path):
+    """Older OPT checkpoints name `decoder.layers.0...` what the model calls `model.decoder.layers.0...`."""
+    from safetensors.torch import load_file, save_file
+
+    folder = save_model(tmp_path / "opt", "opt", max_shard_size="1GB")
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name.removeprefix("model."): value for name, value in tensors.items()}, folder / "model.safetensors")
+    skeleton, _ = open_model(folder)
+    assert skeleton.blocks[2].tensors["fc1.weight"] == "decoder.layers.2.fc1.weight"

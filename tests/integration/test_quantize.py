@@ -1,0 +1,192 @@
+"""A whole run on tiny models: what comes out, and who can load it."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+from cbqstream import quantize
+from cbqstream.calibration.segments import load_segments
+from cbqstream.checkpoint.reader import Checkpoint
+from cbqstream.config import Scheme, WindowConfig
+from cbqstream.evaluate.perplexity import open_model, perplexity
+from cbqstream.records import Compute, WindowReport
+from tiny import FAMILIES, SEQ_LEN, VOCAB
+
+CPU = torch.device("cpu")
+COMPUTE = Compute(CPU, torch.float32, 4)
+
+SCHEMES = {
+    "W4 group symmetric": Scheme(num_bits=4, group_size=32),
+    "W4 channel symmetric": Scheme(num_bits=4, group_size=None),
+    "W3 group symmetric": Scheme(num_bits=3, group_size=16),
+    "W2 group symmetric": Scheme(num_bits=2, group_size=8),
+    "W8 channel symmetric": Scheme(num_bits=8, group_size=None),
+    "W4 group asymmetric": Scheme(num_bits=4, group_size=32, symmetric=False),
+    "W3 channel asymmetric": Scheme(num_bits=3, group_size=None, symmetric=False),
+    "W2 group asymmetric": Scheme(num_bits=2, group_size=16, symmetric=False),
+}
+
+
+def run(config):
+    reports = []
+    out = quantize(config, lambda event: reports.append(event) if isinstance(event, WindowReport) else None)
+    return out, reports
+
+
+def dequantized_by_compressed_tensors(folder, layer, scheme):
+    """`(q - z) * s` with compressed-tensors' own unpacking and nothing of this project."""
+    weights = {}
+    for shard in sorted(folder.glob("*.safetensors")):
+        weights |= {
+            key.rpartition(".")[2]: value for key, value in load_file(shard).items() if key.startswith(f"{layer}.")
+        }
+    shape = torch.Size(weights["weight_shape"].tolist())
+    codes = unpack_from_int32(weights["weight_packed"], scheme.num_bits, shape).float()
+    scale = weights["weight_scale"].float()
+    columns = shape[1] // scale.shape[1]
+    zero = torch.zeros_like(scale)
+    if not scheme.symmetric:
+        zero = unpack_from_int32(weights["weight_zero_point"], scheme.num_bits, scale.shape, packed_dim=0).float()
+    return (codes - zero.repeat_interleave(columns, 1)) * scale.repeat_interleave(columns, 1)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_stored_codes_are_the_evaluated_weights(make_config, name):
+    scheme = SCHEMES[name]
+    out, _ = run(make_config(scheme=scheme))
+    skeleton, source = open_model(out)
+    for spec in skeleton.blocks:
+        for linear in spec.linears:
+            evaluated = source.read(spec.tensors[f"{linear}.weight"], device=CPU)
+            assert torch.equal(evaluated, dequantized_by_compressed_tensors(out, f"{spec.prefix}.{linear}", scheme))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_loads_the_result_and_agrees(make_config, tokens, family):
+    out, _ = run(make_config(family))
+    ids = load_segments(tokens, out, num_samples=16, seq_len=SEQ_LEN, vocab_size=VOCAB)
+    streamed = perplexity(*open_model(out), ids, COMPUTE)
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = model(ids, use_cache=False).logits
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert streamed == pytest.approx(loss.exp().item(), rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")
+@pytest.mark.parametrize("name", [name for name in SCHEMES if "asymmetric" in name])
+def test_transformers_loads_asymmetric_results_dequantized(make_config, tokens, name):
+    out, _ = run(make_config(scheme=SCHEMES[name]))
+    ids = load_segments(tokens, out, num_samples=16, seq_len=SEQ_LEN, vocab_size=VOCAB)
+    config = CompressedTensorsConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, quantization_config=config).eval()
+    with torch.no_grad():
+        logits = model(ids, use_cache=False).logits
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert perplexity(*open_model(out), ids, COMPUTE) == pytest.approx(loss.exp().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_what_is_not_quantized_is_copied_byte_for_byte(make_config, family):
+    config = make_config(family)
+    (folder := Path(config.model)).joinpath("extra.txt").write_text("kept")
+    out, _ = run(config)
+    source, result = Checkpoint.open(folder), Checkpoint.open(out)
+    skeleton, _ = open_model(folder)
+    quantized = {spec.tensors[f"{linear}.weight"] for spec in skeleton.blocks for linear in spec.linears}
+    assert len(quantized) == sum(len(spec.linears) for spec in skeleton.blocks)
+    for name in source.infos.keys() - quantized:
+        assert b"".join(source.raw(name)) == b"".join(result.raw(name)), name
+        assert source.infos[name].dtype == result.infos[name].dtype
+    assert not quantized & result.infos.keys()
+    for file in ("generation_config.json", "extra.txt"):
+        assert (out / file).read_bytes() == (folder / file).read_bytes()
+
+
+def test_shape_of_the_folder(make_config):
+    out, reports = run(make_config())
+    assert sorted(path.name for path in out.glob("*.safetensors")) == [
+        *(f"block-{i:05d}.safetensors" for i in range(4)),
+        "rest.safetensors",
+    ]
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert config["format"] == "pack-quantized"
+    assert config["ignore"] == ["lm_head"]
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    assert [report.window.index for report in reports] == [0, 1, 2]
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in out.iterdir():
+        assert path.stat().st_mode & 0o777 == 0o666 & ~umask, path.name
+
+
+def test_kept_blocks_stay_in_full_precision(make_config, tokens):
+    config = make_config(keep_first=1, keep_last=1)
+    out, reports = run(config)
+    assert [(report.window.start, report.window.stop) for report in reports] == [(1, 3)]
+    source, result = Checkpoint.open(Path(config.model)), Checkpoint.open(out)
+    for index in (0, 3):
+        name = f"model.layers.{index}.mlp.up_proj.weight"
+        assert torch.equal(source.read(name, device=CPU), result.read(name, device=CPU))
+    assert "model.layers.1.mlp.up_proj.weight_packed" in result.infos
+    ids = load_segments(tokens, out, num_samples=16, seq_len=SEQ_LEN, vocab_size=VOCAB)
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = model(ids, use_cache=False).logits
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert perplexity(*open_model(out), ids, COMPUTE) == pytest.approx(loss.exp().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("rounding", ["full", "lora"])
+def test_learning_beats_rounding_to_nearest(make_config, rounding):
+    """On the loss of the last window, which sees the whole model, and by the guard on every window."""
+    scheme = Scheme(num_bits=2, group_size=16, symmetric=False)
+    learned = {"rounding": rounding, "epochs": 12, "batch_size": 2, "rounding_lr": 0.03}
+    _, reports = run(make_config(scheme=scheme, name="learned", reconstruction=learned))
+    _, nearest = run(make_config(scheme=scheme, name="nearest", reconstruction={"rounding": "none"}))
+    assert all(report.loss_after <= report.loss_before for report in reports)
+    assert any(report.changed > 0.01 for report in reports)
+    assert all(report.changed == 0 and report.loss_after == report.loss_before for report in nearest)
+    assert reports[-1].loss_after < 0.97 * nearest[-1].loss_after
+
+
+@pytest.mark.parametrize(("size", "overlap"), [(1, 0), (2, 0), (3, 1), (3, 2), (4, 3), (9, 8)])
+def test_any_window(make_config, size, overlap):
+    config = make_config(window=WindowConfig(size=size, overlap=overlap), reconstruction={"epochs": 1})
+    out, reports = run(config)
+    assert len(Checkpoint.open(out).infos) > 0
+    assert reports[-1].window.stop == 4
+
+
+def test_rounding_to_nearest_does_not_depend_on_windows(make_config):
+    """With min-max scales nothing of the calibration enters, so any schedule gives the same bytes."""
+    plain = {"rounding": "none", "init": "minmax"}
+    first, _ = run(make_config(name="a", reconstruction=plain))
+    second, _ = run(make_config(name="b", reconstruction=plain, window=WindowConfig(size=3, overlap=0)))
+    for path in sorted(first.glob("block-*.safetensors")):
+        assert path.read_bytes() == (second / path.name).read_bytes()
+
+
+def test_two_runs_are_byte_identical(make_config):
+    first, _ = run(make_config(name="a"))
+    second, _ = run(make_config(name="b"))
+    names = sorted(path.name for path in first.iterdir())
+    assert names == sorted(path.name for path in second.iterdir())
+    for name in names:
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+
+
+def test_another_seed_is_another_result(make_config):
+    first, _ = run(make_config(name="a", scheme=SCHEMES["W2 group asymmetric"]))
+    second, _ = run(make_config(name="b", scheme=SCHEMES["W2 group asymmetric"], seed=1))
+    assert any(
+        (first / f"block-{i:05d}.safetensors").read_bytes() != (second / f"block-{i:05d}.safetensors").read_bytes()
+        for i in range(4)
+    )

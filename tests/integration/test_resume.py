@@ -1,0 +1,213 @@
+"""A run that is stopped anywhere goes on, and its files are those of a run that was not."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from cbqstream import quantize
+from cbqstream.config import QuantizeConfig
+from cbqstream.disk import Disk
+from cbqstream.errors import IdentityError, InputError, StoppedError, UsageError
+from cbqstream.records import WindowReport
+from cbqstream.run.journal import open_journal, read_commits, read_run
+
+
+class Killed(Exception):
+    """Stands for a process that is gone."""
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def windows_done(config, **options):
+    reports = []
+    quantize(config, lambda event: reports.append(event) if isinstance(event, WindowReport) else None, **options)
+    return [report.window.index for report in reports]
+
+
+def count_operations(config) -> int:
+    operations = []
+    quantize(config, disk=Disk(lambda number, name, path: operations.append(number)))
+    return operations[-1]
+
+
+def test_stopped_before_every_durable_operation(make_config):
+    """Whatever operation a process dies at, the next one finishes with the same bytes and redoes at most one window."""
+    whole = make_config(name="whole", reconstruction={"epochs": 1})
+    total = count_operations(whole)
+    expected = files_of(Path(whole.out))
+    assert total > 60
+    for stop in range(1, total + 1):
+        config = make_config(name=f"out-{stop}", reconstruction={"epochs": 1})
+
+        def die(number, name, path, stop=stop):
+            if number == stop:
+                raise Killed
+
+        with pytest.raises(Killed):
+            quantize(config, disk=Disk(die))
+        committed = len(read_commits(config.run_path))
+        done = windows_done(config)
+        assert done == list(range(committed, 3)), f"operation {stop}"
+        assert files_of(Path(config.out)) == expected, f"operation {stop}"
+        run = config.run_path
+        assert {path.name for path in run.iterdir()} == {"LOCK", "run.json", "commits", "parts", "acts", "tmp"}
+        assert sorted(path.name for path in (run / "parts").iterdir()) == ["00000", "00001", "00002"]
+        assert list((run / "acts").iterdir()) == []
+        shutil.rmtree(run)
+        shutil.rmtree(config.out)
+
+
+def test_killed_for_real_in_its_second_window(make_config, tmp_path):
+    """SIGKILL from outside, at a moment that is not chosen by the program."""
+    whole = make_config(name="whole", reconstruction={"epochs": 60})
+    quantize(whole)
+    config = make_config(name="killed", reconstruction={"epochs": 60})
+    program = textwrap.dedent(
+        """
+        import json, sys
+        import torch
+        torch.set_num_threads(1)
+        from cbqstream import QuantizeConfig, quantize
+        quantize(QuantizeConfig.from_dict(json.loads(sys.argv[1])), lambda event: print(event, flush=True))
+        """
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, json.dumps(config.to_dict())], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "window 2/3" in line and "reconstruction" in line:
+            time.sleep(0.05)
+            os.kill(process.pid, signal.SIGKILL)
+            break
+    assert process.wait() == -signal.SIGKILL
+    process.stdout.close()
+    assert len(read_commits(config.run_path)) == 1
+    assert windows_done(config) == [1, 2]
+    assert files_of(Path(config.out)) == files_of(Path(whole.out))
+
+
+def test_parts_and_carry_are_identical_too(make_config):
+    whole, config = make_config(name="whole"), make_config(name="stopped")
+    quantize(whole)
+    total = 0
+
+    def die(number, name, path):
+        nonlocal total
+        if name == "rename" and path.parent.name == "commits":
+            total += 1
+            if total == 2:
+                raise Killed
+
+    with pytest.raises(Killed):
+        quantize(config, disk=Disk(die))
+    quantize(config)
+    assert files_of(whole.run_path / "parts") == files_of(config.run_path / "parts")
+
+
+def test_a_finished_run_is_left_alone(make_config):
+    config = make_config()
+    quantize(config)
+    before = {name: (Path(config.out) / name).stat().st_mtime_ns for name in os.listdir(config.out)}
+    assert windows_done(config) == []
+    assert {name: (Path(config.out) / name).stat().st_mtime_ns for name in os.listdir(config.out)} == before
+
+
+def test_output_is_put_together_again_if_it_was_deleted(make_config):
+    config = make_config()
+    quantize(config)
+    expected = files_of(Path(config.out))
+    shutil.rmtree(config.out)
+    assert windows_done(config) == []
+    assert files_of(Path(config.out)) == expected
+
+
+CHANGES = {
+    "settings.seed": lambda values: values | {"seed": 1},
+    "settings.scheme.num_bits": lambda values: (
+        values | {"scheme": {"num_bits": 3, "group_size": 32, "symmetric": True}}
+    ),
+    "settings.reconstruction.epochs": lambda values: (
+        values | {"reconstruction": values["reconstruction"] | {"epochs": 3}}
+    ),
+    "settings.window.overlap": lambda values: values | {"window": {"size": 2, "overlap": 0}},
+    "calibration.tokens": lambda values: values | {"calibration": values["calibration"] | {"num_samples": 12}},
+    "numerics.threads": lambda values: values | {"threads": 2},
+}
+
+
+@pytest.mark.parametrize("field", CHANGES)
+def test_another_identity_is_refused_by_name(make_config, field):
+    config = make_config(reconstruction={"epochs": 1})
+    quantize(config)
+    before = files_of(config.run_path)
+    with pytest.raises(IdentityError, match=rf"{field}[^;]*: .* -> "):
+        quantize(QuantizeConfig.from_dict(CHANGES[field](config.to_dict())))
+    assert files_of(config.run_path) == before
+
+
+def test_another_source_is_refused(make_config, tiny_models):
+    config = make_config()
+    quantize(config)
+    with pytest.raises(IdentityError, match=r"source\.config"):
+        quantize(QuantizeConfig.from_dict({**config.to_dict(), "model": str(tiny_models["mistral"])}))
+
+
+def test_moved_runs_go_on(make_config, tmp_path):
+    config = make_config()
+    quantize(config)
+    expected = files_of(Path(config.out))
+    config.run_path.rename(tmp_path / "elsewhere.run")
+    moved = QuantizeConfig.from_dict(
+        {**config.to_dict(), "run_dir": str(tmp_path / "elsewhere.run"), "out": str(tmp_path / "elsewhere")}
+    )
+    assert windows_done(moved) == []
+    assert files_of(tmp_path / "elsewhere") == expected
+
+
+def test_a_second_process_is_turned_away(make_config):
+    config = make_config()
+    quantize(config)
+    with (
+        open_journal(config.run_path, read_run(config.run_path), Disk()),
+        pytest.raises(StoppedError, match="another process"),
+    ):
+        quantize(config)
+
+
+def test_a_changed_commit_is_found(make_config):
+    config = make_config()
+    quantize(config)
+    record = config.run_path / "commits" / "00001"
+    content = json.loads(record.read_text())
+    content["report"]["loss_after"] = 0.0
+    record.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="commits/00001: checksum"):
+        quantize(config)
+
+
+def test_a_missing_commit_in_the_middle_is_found(make_config):
+    config = make_config()
+    quantize(config)
+    (config.run_path / "commits" / "00001").unlink()
+    with pytest.raises(InputError, match="commits/00002"):
+        quantize(config)
+
+
+def test_a_folder_that_is_no_run_is_not_touched(make_config):
+    config = make_config()
+    config.run_path.mkdir()
+    (config.run_path / "thesis.txt").write_text("mine")
+    with pytest.raises(UsageError, match="not a cbqstream run"):
+        quantize(config)
+    assert files_of(config.run_path) == {"thesis.txt": b"mine"}

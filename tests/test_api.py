@@ -1,0 +1,22 @@
+"""The public interface is exactly `__all__`, and starts without torch."""
+
+import subprocess
+import sys
+
+import cbqstream
+
+
+def test_all_is_sorted_and_importable():
+    assert cbqstream.__all__ == sorted(cbqstream.__all__)
+    for name in cbqstream.__all__:
+        assert getattr(cbqstream, name) is not None
+
+
+def test_unknown_name_is_an_attribute_error():
+    assert not hasattr(cbqstream, "quantise")
+
+
+def test_settings_and_command_line_start_without_torch():
+    code = "import sys, cbqstream, cbqstream.cli, cbqstream.run.journal, cbqstream.report.status; print('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"

@@ -1,0 +1,190 @@
+"""The house rules of the package: which layer may import which, caps, one home per dependency, and what may never appear."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "cbqstream"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+LAYERS = [
+    {"__main__"},
+    {"cli"},
+    {"run"},
+    {"evaluate", "report"},
+    {"windows"},
+    {"packed"},
+    {"calibration"},
+    {"models"},
+    {"checkpoint"},
+    {"activations"},
+    {"numerics"},
+    {"records"},
+    {"config"},
+    {"memory"},
+    {"disk"},
+    {"errors"},
+]
+"""From the top down. A layer imports only from layers below it (and itself)."""
+
+BESIDE = [
+    {"evaluate", "report"},
+    {"windows", "packed", "calibration"},
+    {"checkpoint", "activations"},
+    {"config", "memory", "disk"},
+]
+"""Layers of one height, which do not import each other."""
+
+HOMES = {
+    "zarr": {"activations"},
+    "transformers": {"models", "calibration", "evaluate"},
+    "accelerate": {"models", "calibration", "evaluate"},
+    "safetensors": {"checkpoint", "packed", "run"},
+    "compressed_tensors": {"packed"},
+    "psutil": {"memory"},
+    "filelock": {"run"},
+    "typer": {"cli"},
+    "rich": {"cli", "report"},
+}
+
+BANNED_CALLS = {"eval", "exec", "compile", "__import__"}
+BANNED_MODULES = {"pickle", "yaml", "subprocess", "marshal", "shelve", "dill"}
+BANNED_NAMES = {"utils.py", "helpers.py", "common.py", "misc.py"}
+
+
+def layer_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def height(layer: str) -> int:
+    return next(index for index, names in enumerate(LAYERS) if layer in names)
+
+
+def imports_of(tree: ast.AST) -> list[str]:
+    names = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import"
+            names.append(node.module or "")
+    return names
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+def test_there_is_something_to_check():
+    assert len(FILES) > 30
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_downward(path):
+    layer = layer_of(path)
+    if layer == "__init__":
+        return  # the public names; nothing inside the package imports them
+    for name in imports_of(parse(path)):
+        parts = name.split(".")
+        if parts[0] != "cbqstream":
+            continue
+        assert len(parts) > 1, f"{path.name} imports the package itself"
+        other = parts[1]
+        if other == layer:
+            continue
+        assert height(other) > height(layer), f"{path.name} ({layer}) imports {name}, which is above it"
+        for group in BESIDE:
+            assert not {layer, other} <= group, f"{path.name} ({layer}) imports {name}, which is beside it"
+
+
+def test_no_cycles():
+    graph = {}
+    for path in FILES:
+        module = ".".join(("cbqstream", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+        graph[module] = {name for name in imports_of(parse(path)) if name.startswith("cbqstream.")}
+    done: set[str] = set()
+
+    def visit(module: str, trail: tuple[str, ...]) -> None:
+        assert module not in trail, " -> ".join((*trail, module))
+        if module not in done:
+            for other in sorted(graph.get(module, ())):
+                visit(other, (*trail, module))
+            done.add(module)
+
+    for module in sorted(graph):
+        visit(module, ())
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_homes_of_dependencies(path):
+    for name in imports_of(parse(path)):
+        home = HOMES.get(name.split(".")[0])
+        assert home is None or layer_of(path) in home, (
+            f"{path.name} imports {name}, which lives in {sorted(home or ())}"
+        )
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_caps(path):
+    lines = path.read_text().count("\n")
+    assert lines <= (60 if path.name == "__init__.py" else 400)
+    assert path.name not in BANNED_NAMES
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.FunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) is not None and len(node.body) > 1 else node.body
+            length = (node.end_lineno or 0) - body[0].lineno + 1
+            assert length <= 60, f"{path.name}:{node.lineno} {node.name} has a body of {length} lines"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_what_never_appears(path):
+    tree = parse(path)
+    for name in imports_of(tree):
+        assert name.split(".")[0] not in BANNED_MODULES, f"{path.name} imports {name}"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            if isinstance(node.func, ast.Name):
+                assert node.func.id not in BANNED_CALLS, f"{path.name}:{node.lineno} calls {node.func.id}"
+            if isinstance(node.func, ast.Attribute):
+                assert node.func.attr != "from_pretrained" or layer_of(path) == "calibration", (
+                    f"{path.name}:{node.lineno}"
+                )
+                called = ast.unparse(node.func)
+                assert called not in {
+                    "torch.load",
+                    "torch.rand",
+                    "torch.randn",
+                    "np.random",
+                    "torch.manual_seed",
+                } or any(keyword.arg == "generator" for keyword in node.keywords), (
+                    f"{path.name}:{node.lineno} calls {called}"
+                )
+        if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+            assert isinstance(node.value, ast.Constant)
+            assert node.value.value is False
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None, f"{path.name}:{node.lineno}: bare except"
+            assert ast.unparse(node.type) not in {"Exception", "BaseException"}, (
+                f"{path.name}:{node.lineno}: broad except"
+            )
+        if isinstance(node, ast.FunctionDef) and path.name != "cli.py":
+            local = [inner for inner in ast.walk(node) if isinstance(inner, ast.Import | ast.ImportFrom)]
+            assert not local, f"{path.name}:{node.lineno}: import inside {node.name}"
+
+
+def test_only_disk_writes():
+    for path in FILES:
+        if path.name == "disk.py":
+            continue
+        for node in ast.walk(parse(path)):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                assert node.func.attr not in {
+                    "write_text",
+                    "write_bytes",
+                    "unlink",
+                    "rmdir",
+                    "mkdir",
+                    "symlink_to",
+                    "replace_file",
+                }, f"{path.name}:{node.lineno} writes by itself"

@@ -1,0 +1,91 @@
+"""Affine quantization: the formula, its limits, and exactness of what is stored."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cbqstream.config import Scheme
+from cbqstream.numerics.affine import codes_of_levels, dequantize, nearest_levels, num_groups, storable_scale
+from cbqstream.numerics.scale_search import minmax_grid, search_grid
+from cbqstream.records import QuantizedWeight
+
+schemes = st.builds(
+    Scheme, num_bits=st.integers(2, 8), group_size=st.sampled_from([None, 8, 16]), symmetric=st.booleans()
+)
+
+
+def quantize(w, scale, zero, scheme):
+    levels = nearest_levels(w, scale, zero, scheme)
+    return QuantizedWeight(codes_of_levels(levels, zero), scale, zero, scheme)
+
+
+@given(scheme=schemes, seed=st.integers(0, 1000), size=st.sampled_from([1e-6, 0.02, 3.0]))
+def test_codes_are_in_range_and_the_nearest(scheme, seed, size):
+    w = torch.randn(6, 32, generator=torch.Generator().manual_seed(seed)) * size
+    scale, zero = minmax_grid(w, scheme)
+    hard = quantize(w, scale, zero, scheme)
+    assert hard.codes.min() >= scheme.qmin
+    assert hard.codes.max() <= scheme.qmax
+    step = scale.repeat_interleave(32 // scale.shape[1], 1)
+    w_hat = dequantize(hard)
+    inside = (hard.codes > scheme.qmin) & (hard.codes < scheme.qmax)
+    assert ((w_hat - w).abs()[inside] <= step[inside] * 0.5001).all()
+
+
+@given(scheme=schemes, seed=st.integers(0, 1000))
+def test_dequantized_weights_are_exact_in_float32(scheme, seed):
+    """(q - z) * s needs at most 17 bits, so float64 arithmetic gives the same numbers."""
+    w = torch.randn(4, 32, generator=torch.Generator().manual_seed(seed))
+    scale, zero = minmax_grid(w, scheme)
+    hard = quantize(w, scale, zero, scheme)
+    levels = hard.codes.double().view(4, scale.shape[1], -1)
+    if zero is not None:
+        levels = levels - zero.double().unsqueeze(-1)
+    exact = (levels * scale.double().unsqueeze(-1)).flatten(1)
+    assert torch.equal(dequantize(hard).double(), exact)
+
+
+@given(st.floats(1e-30, 1e6))
+def test_storable_scales_are_exact_in_every_format(value):
+    scale = storable_scale(torch.tensor([value]))
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        assert torch.equal(scale.to(dtype).float(), scale)
+    assert scale >= 2.0**-17
+
+
+def test_worked_example_asymmetric():
+    """Range [-1, 2] in 2 bits: step 1, and -1 is code qmin = -2, so zero point -1."""
+    scheme = Scheme(num_bits=2, group_size=None, symmetric=False)
+    w = torch.tensor([[-1.0, 0.2, 0.9, 2.0]])
+    scale, zero = minmax_grid(w, scheme)
+    assert scale.item() == 1.0
+    assert zero.item() == -1
+    assert quantize(w, scale, zero, scheme).codes.tolist() == [[-2, -1, 0, 1]]
+
+
+def test_a_row_of_zeros_stays_zero():
+    for symmetric in (True, False):
+        scheme = Scheme(num_bits=4, group_size=None, symmetric=symmetric)
+        w = torch.zeros(2, 16)
+        for grid in (minmax_grid(w, scheme), search_grid(w, torch.ones(16), scheme)):
+            assert torch.equal(dequantize(quantize(w, *grid, scheme)), w)
+
+
+def test_group_size_that_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match="128 does not divide 576"):
+        num_groups(576, 128)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("num_bits", [2, 3, 4])
+def test_search_is_never_worse_than_minmax_in_its_own_measure(num_bits, symmetric):
+    scheme = Scheme(num_bits=num_bits, group_size=16, symmetric=symmetric)
+    generator = torch.Generator().manual_seed(3)
+    w = torch.randn(24, 64, generator=generator) ** 3
+    moment = torch.rand(64, generator=generator) * 10
+
+    def error(grid):
+        return (((dequantize(quantize(w, *grid, scheme)) - w) ** 2) * moment).sum()
+
+    assert error(search_grid(w, moment, scheme)) < 0.95 * error(minmax_grid(w, scheme))

@@ -1,0 +1,134 @@
+"""Text and tokens to segments."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from cbqstream.calibration.segments import load_segments, segments_digest
+from cbqstream.calibration.text import documents
+from cbqstream.errors import InputError
+
+WORDS = [f"w{index}" for index in range(50)]
+DOCUMENTS = [" ".join(WORDS[(3 * line + word) % 50] for word in range(40)) for line in range(30)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory):
+    """A folder with a tokenizer that gives one id per word."""
+    tokenizer = Tokenizer(
+        models.WordLevel({word: index for index, word in enumerate(["<unk>", *WORDS])}, unk_token="<unk>")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    folder = tmp_path_factory.mktemp("tokenizer")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
+    return folder
+
+
+def load(path, folder="/nowhere", num_samples=4, seq_len=16, **options):
+    return load_segments(path, folder, num_samples=num_samples, seq_len=seq_len, vocab_size=60, **options)
+
+
+def test_every_text_format_gives_the_same_segments(tmp_path, tokenizer_folder):
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in DOCUMENTS) + "\n\n")
+    pq.write_table(pa.table({"text": DOCUMENTS}), tmp_path / "a.parquet")
+    (tmp_path / "a.txt").write_text("\n\n".join(DOCUMENTS))
+    first, second, third = (load(tmp_path / f"a.{kind}", tokenizer_folder, 20) for kind in ("jsonl", "parquet", "txt"))
+    assert first.shape == (20, 16)
+    assert torch.equal(first, second)
+    assert torch.equal(first, third)
+    whole = [WORDS.index(word) + 1 for word in "\n\n".join(DOCUMENTS).split()]
+    assert first.flatten().tolist() == whole[: 20 * 16]
+
+
+def test_a_long_file_is_not_tokenized_whole_and_gives_the_same(tmp_path, tokenizer_folder):
+    (tmp_path / "long.txt").write_text("\n\n".join(DOCUMENTS * 50))
+    (tmp_path / "short.txt").write_text("\n\n".join(DOCUMENTS))
+    assert torch.equal(load(tmp_path / "long.txt", tokenizer_folder), load(tmp_path / "short.txt", tokenizer_folder))
+
+
+def test_token_files(tmp_path):
+    ids = np.arange(100) % 60
+    np.save(tmp_path / "ids.npy", ids)
+    save_file({"ids": torch.from_numpy(ids).to(torch.int32)}, tmp_path / "ids.safetensors")
+    expected = torch.from_numpy(ids[:64]).view(4, 16)
+    assert torch.equal(load(tmp_path / "ids.npy"), expected)
+    assert torch.equal(load(tmp_path / "ids.safetensors"), expected)
+
+
+def test_spread_takes_both_ends(tmp_path):
+    np.save(tmp_path / "ids.npy", np.repeat(np.arange(11), 16))
+    segments = load(tmp_path / "ids.npy", num_samples=3, choice="spread")
+    assert segments[:, 0].tolist() == [0, 5, 10]
+    assert len(load(tmp_path / "ids.npy", num_samples=99, choice="spread")) == 11
+
+
+def test_digest_knows_shape_and_content():
+    ids = torch.arange(12)
+    digests = {segments_digest(ids.view(3, 4)), segments_digest(ids.view(4, 3)), segments_digest((ids + 1).view(3, 4))}
+    assert len(digests) == 3
+    assert segments_digest(ids.view(3, 4)) == segments_digest(ids.view(3, 4).clone())
+
+
+def write(path, content):
+    path.write_bytes(content)
+    return path
+
+
+def test_too_little_text_says_how_much_is_needed(tmp_path):
+    np.save(tmp_path / "ids.npy", np.zeros(63, dtype=np.int64))
+    with pytest.raises(InputError, match="63 tokens, needs 64"):
+        load(tmp_path / "ids.npy")
+
+
+@pytest.mark.parametrize("value", [60, -1])
+def test_tokens_outside_the_vocabulary(tmp_path, value):
+    np.save(tmp_path / "ids.npy", np.full(64, value))
+    with pytest.raises(InputError, match=f"token {value} is outside"):
+        load(tmp_path / "ids.npy")
+
+
+BROKEN = {
+    "x.jsonl": (b'{"txt": 1}\n', 'line 1 is not a JSON object with a field "text"'),
+    "y.jsonl": (b'{"text": "a"}\n[1]\n', "line 2"),
+    "n.jsonl": (b'{"text": 7}\n', "not a string"),
+    "u.txt": (b"caf\xe9", "not UTF-8"),
+    "p.parquet": (b"PAR0", "not a parquet"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_text(tmp_path, name):
+    content, message = BROKEN[name]
+    with pytest.raises(InputError, match=message):
+        list(documents(write(tmp_path / name, content)))
+
+
+def test_missing_file_and_folder(tmp_path):
+    with pytest.raises(InputError, match="no such calibration file"):
+        list(documents(tmp_path / "none.txt"))
+    with pytest.raises(InputError, match="a folder"):
+        list(documents(tmp_path))
+
+
+def test_a_pickled_npy_is_refused(tmp_path):
+    np.save(tmp_path / "o.npy", np.array([{}], dtype=object), allow_pickle=True)
+    with pytest.raises(InputError, match=r"not a \.npy"):
+        load(tmp_path / "o.npy")
+
+
+def test_floats_are_not_token_ids(tmp_path):
+    np.save(tmp_path / "f.npy", np.zeros(64))
+    with pytest.raises(InputError, match="token ids are integers"):
+        load(tmp_path / "f.npy")
+
+
+def test_text_needs_a_tokenizer(tmp_path):
+    with pytest.raises(InputError, match="no tokenizer"):
+        load(write(tmp_path / "a.txt", b"words"), tmp_path)

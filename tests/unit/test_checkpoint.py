@@ -1,0 +1,206 @@
+"""Reading checkpoints: every dtype, shards, and each way a file can be broken."""
+
+import json
+import resource
+import struct
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from cbqstream.checkpoint.folder import find_tensors
+from cbqstream.checkpoint.header import read_header
+from cbqstream.checkpoint.reader import Checkpoint
+from cbqstream.errors import InputError
+
+CPU = torch.device("cpu")
+
+
+def raw(path, header, data=b""):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    return path
+
+
+def one(dtype="F32", shape=(2,), offsets=(0, 8), name="a"):
+    return {name: {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}}
+
+
+def test_reads_any_mix_of_dtypes_from_shards(tmp_path):
+    shards = {
+        "a.safetensors": {"x": torch.randn(3, 4).bfloat16(), "y": torch.randn(5)},
+        "b.safetensors": {"z": torch.randn(2, 2, 2).half(), "n": torch.tensor([[1, 2]])},
+    }
+    weight_map = {}
+    for file, tensors in shards.items():
+        save_file(tensors, tmp_path / file)
+        weight_map |= dict.fromkeys(tensors, file)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    checkpoint = Checkpoint.open(tmp_path)
+    for tensors in shards.values():
+        for name, value in tensors.items():
+            read = checkpoint.read(name, device=CPU)
+            assert read.dtype == value.dtype
+            assert torch.equal(read, value)
+            assert torch.equal(checkpoint.read(name, device=CPU, dtype=torch.float32), value.float())
+            assert b"".join(checkpoint.raw(name)) == value.flatten().view(torch.uint8).numpy().tobytes()
+            assert checkpoint.tensors()[name] == tuple(value.shape)
+
+
+def test_a_single_file_is_enough(tmp_path):
+    save_file({"x": torch.ones(3)}, tmp_path / "model.safetensors")
+    assert list(find_tensors(tmp_path)) == ["x"]
+
+
+def test_reading_one_tensor_does_not_read_the_file(tmp_path):
+    """No mmap and no whole-file read: resident memory grows by the tensor, not by the shard."""
+    save_file({f"t{index}": torch.zeros(1 << 20) for index in range(64)}, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint.open(tmp_path)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for index in range(64):
+        checkpoint.read(f"t{index}", device=CPU)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 32 << 10  # KiB; the file is 256 MiB
+
+
+def test_a_header_that_begins_like_a_pickle_is_no_pickle(tmp_path):
+    """A header of 640 bytes has the first bytes 80 02, which are a pickle's."""
+    text = json.dumps(one()).encode()
+    path = raw(tmp_path / "model.safetensors", text + b" " * (640 - len(text)), bytes(8))
+    assert path.read_bytes()[:2] == b"\x80\x02"
+    assert list(read_header(path)) == ["a"]
+
+
+def test_truncated_while_running_is_a_clean_error(tmp_path):
+    save_file({"x": torch.ones(1 << 16)}, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint.open(tmp_path)
+    with (tmp_path / "model.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(InputError):
+        checkpoint.read("x", device=CPU)
+
+
+FILES = {
+    "empty": (b"", "empty file"),
+    "short": (b"1234567", "too short"),
+    "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "git-lfs pointer"),
+    "html": (b"<!DOCTYPE html><html>", "HTML page"),
+    "zip": (b"PK\x03\x04" + bytes(60), "pickle checkpoint"),
+    "pickle": (b"\x80\x02}q\x00.........", "pickle checkpoint"),
+    "gguf": (b"GGUF" + bytes(60), "GGUF"),
+    "huge header": (struct.pack("<Q", 1 << 40) + b"{}", "exceeds the 100,000,000 limit"),
+    "header past the end": (struct.pack("<Q", 1000) + b"{}", "header says 1000 bytes, file has 10"),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_files_of_other_kinds(tmp_path, case):
+    content, message = FILES[case]
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read_header(path)
+
+
+HEADERS = {
+    "not JSON": (b"{nonsense", b"", "not JSON"),
+    "not UTF-8": (b'{"\xff": 1}', b"", "not JSON"),
+    "a list": (b"[]", b"", "not plausible"),
+    "deep": (b"[" * 200_000, b"", "not JSON"),
+    "twice": (b'{"a": {"dtype":"F32","shape":[1],"data_offsets":[0,4]}, "a": {}}', bytes(4), '"a" appears twice'),
+    "dtype": (one(dtype="F99"), bytes(8), "F99 is not supported"),
+    "negative": (one(offsets=(-8, 0)), bytes(8), "not valid"),
+    "reversed": (one(offsets=(8, 0)), bytes(8), "not valid"),
+    "hole": (one(offsets=(4, 12)), bytes(12), "hole"),
+    "size": (one(shape=(3,)), bytes(8), r"shape \[3\] F32 needs 12 bytes, header gives 8"),
+    "overflow": (one(shape=(1 << 30, 1 << 30)), bytes(8), "not plausible"),
+    "zero but huge": (one(shape=(0, 1 << 40), offsets=(0, 0)), b"", "not plausible"),
+    "boolean": (one(shape=(True,)), bytes(8), "not plausible"),
+    "trailing": (one(), bytes(9), "header describes"),
+    "truncated": (one(), bytes(7), "header describes"),
+    "name with a slash": (one(name="../x"), bytes(8), "is not allowed"),
+    "name with NUL": (one(name="a\0b"), bytes(8), "is not allowed"),
+    "entry": ({"a": 3}, b"", "not an object"),
+    "metadata": ({"__metadata__": {"a": 1}}, b"", "not plausible"),
+}
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_headers_that_lie(tmp_path, case):
+    header, data, message = HEADERS[case]
+    with pytest.raises(InputError, match=message):
+        read_header(raw(tmp_path / "model.safetensors", header, data))
+
+
+@given(st.binary(max_size=300))
+def test_any_bytes_are_an_input_error_or_a_header(tmp_path_factory, content):
+    path = tmp_path_factory.mktemp("fuzz") / "model.safetensors"
+    path.write_bytes(content)
+    try:
+        read_header(path)
+    except InputError as error:
+        assert "\n" not in str(error)
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(max_size=4),
+        lambda inner: (
+            st.lists(inner) | st.dictionaries(st.sampled_from(["dtype", "shape", "data_offsets", "a"]), inner)
+        ),
+    )
+)
+def test_any_json_is_an_input_error_or_a_header(tmp_path_factory, header):
+    path = raw(tmp_path_factory.mktemp("fuzz") / "model.safetensors", header, bytes(8))
+    try:
+        read_header(path)
+    except InputError as error:
+        assert "\n" not in str(error)
+
+
+INDEXES = {
+    "leaves": ({"weight_map": {"x": "../x.safetensors"}}, "leaves the model folder"),
+    "absolute": ({"weight_map": {"x": "/etc/passwd"}}, "leaves the model folder"),
+    "backslash": ({"weight_map": {"x": "a\\b"}}, "leaves the model folder"),
+    "not a string": ({"weight_map": {"x": 3}}, "leaves the model folder"),
+    "no map": ({}, "no weight_map"),
+    "missing shard": ({"weight_map": {"x": "b.safetensors", "y": "b.safetensors"}}, r"missing \(2 tensors\)"),
+    "names too much": ({"weight_map": {"x": "a.safetensors", "y": "a.safetensors"}}, "index and shards disagree"),
+    "names too little": ({"weight_map": {"y": "a.safetensors"}}, "index and shards disagree"),
+}
+
+
+@pytest.mark.parametrize("case", INDEXES)
+def test_broken_indexes(tmp_path, case):
+    index, message = INDEXES[case]
+    save_file({"x": torch.ones(3)}, tmp_path / "a.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match=message):
+        find_tensors(tmp_path)
+
+
+def test_folders_without_safetensors(tmp_path):
+    with pytest.raises(InputError, match="no safetensors"):
+        find_tensors(tmp_path)
+    np.save(tmp_path / "x.npy", np.ones(2))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"PK\x03\x04")
+    with pytest.raises(InputError, match="pickle"):
+        find_tensors(tmp_path)
+
+
+def test_shards_without_an_index(tmp_path):
+    for name in "ab":
+        save_file({name: torch.ones(3)}, tmp_path / f"{name}.safetensors")
+    with pytest.raises(InputError, match=r"2 shards but no model\.safetensors\.index\.json"):
+        find_tensors(tmp_path)
+
+
+def test_a_fifo_is_refused_at_once(tmp_path):
+    import os
+
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match="not a regular file"):
+        read_header(tmp_path / "model.safetensors")

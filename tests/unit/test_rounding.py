@@ -1,0 +1,158 @@
+"""Learned rounding: where it starts, what its gradients are, and that both modes are one interface."""
+
+import pytest
+import torch
+
+from cbqstream.config import ReconstructionConfig, Scheme
+from cbqstream.numerics.affine import dequantize, grouped, level_range
+from cbqstream.numerics.rounding import (
+    StraightThroughRounding,
+    inverse_rectified_sigmoid,
+    rectified_sigmoid,
+    rounding_penalty,
+)
+from cbqstream.numerics.scale_search import minmax_grid
+from cbqstream.windows.rounding import FullRounding, LowRankRounding, Rounding, make_rounding
+
+SCHEMES = [
+    Scheme(num_bits=2, group_size=8, symmetric=False),
+    Scheme(num_bits=4, group_size=None, symmetric=True),
+    Scheme(num_bits=3, group_size=16, symmetric=True),
+]
+
+
+def make(scheme, mode="full", seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    w = (torch.randn(12, 32, generator=generator) * 0.1).to(dtype)
+    return make_rounding(w, *minmax_grid(w, scheme), scheme, ReconstructionConfig(rounding=mode), generator)
+
+
+def test_inverse_of_the_rectified_sigmoid():
+    h = torch.linspace(0, 1, 101)
+    assert torch.allclose(rectified_sigmoid(inverse_rectified_sigmoid(h)), h, atol=1e-6)
+
+
+def test_penalty_is_zero_only_when_decided():
+    assert rounding_penalty(torch.tensor([0.0, 1.0, 1.0]), 4.0) == 0
+    assert rounding_penalty(torch.tensor([0.5]), 4.0) == 1
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("mode", ["none", "lora", "full"])
+def test_step_zero_is_round_to_nearest_when_hard(mode, scheme):
+    rounding = make(scheme, mode)
+    nearest = make(scheme, "none")
+    assert torch.equal(rounding.harden().codes, nearest.harden().codes)
+    assert rounding.changed() == (0, 12 * 32)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_step_zero_of_lora_is_full_precision_when_soft(scheme):
+    rounding = make(scheme, "lora")
+    w, scale = rounding.weight, rounding.scale0
+    low, high = level_range(scheme, rounding.zero_point)
+    reach = grouped(w, scale.shape[1]) / scale.unsqueeze(-1)
+    inside = ((reach >= low) & (reach <= high)).flatten(1)
+    assert inside.float().mean() > 0.8
+    assert torch.allclose(rounding.soft()[inside], w[inside], atol=1e-6)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_full_mode_soft_weight_is_its_hard_weight_up_to_the_stored_scale(scheme):
+    rounding = make(scheme, "full")
+    assert isinstance(rounding, FullRounding)
+    rounding.v.uniform_(-0.5, 0.5, generator=torch.Generator().manual_seed(1))
+    assert torch.allclose(rounding.soft(), dequantize(rounding.harden()), atol=1e-6)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_straight_through_gradients_against_autograd(scheme):
+    """The hand-written backward pass against the same formula with a detached rounding error, in float64-free autograd."""
+    rounding = make(scheme, "full")
+    assert isinstance(rounding, FullRounding)
+    rounding.v.uniform_(-0.4, 0.4, generator=torch.Generator().manual_seed(2))
+    low, high = level_range(scheme, rounding.zero_point)
+    grad = torch.randn(12, 32, generator=torch.Generator().manual_seed(3))
+    groups = rounding.scale0.shape[1]
+
+    theta = torch.full_like(rounding.scale0, 0.01, requires_grad=True)
+    v = rounding.v.float().requires_grad_()
+    scale = (rounding.scale0 * theta.exp()).unsqueeze(-1)
+    x = grouped(rounding.weight, groups) / scale + grouped(v, groups)
+    levels = torch.clamp(x + (x.round() - x).detach(), low, high)
+    expected = (levels * scale).flatten(1)
+    expected.backward(grad)
+
+    again = theta.detach().clone().requires_grad_()
+    stepped = rounding.v.clone()
+    actual = StraightThroughRounding.apply(again, rounding.weight, rounding.scale0, stepped, low, high, 0.05)
+    assert torch.allclose(actual, expected, atol=1e-7)
+    actual.backward(grad)
+    assert torch.allclose(again.grad, theta.grad, atol=1e-5)
+    moved = (rounding.v.float() - 0.05 * v.grad.sign()).clamp(-0.5, 0.5)
+    assert torch.allclose(stepped.float(), moved, atol=1e-3)
+
+
+def test_full_mode_moves_nothing_without_gradients():
+    rounding = make(SCHEMES[0], "full")
+    assert isinstance(rounding, FullRounding)
+    rounding.begin_step(0.0, 10)
+    with torch.no_grad():
+        rounding.soft()
+    assert not rounding.v.any()
+
+
+def test_full_mode_travels_at_most_its_range_and_its_rate_falls_to_zero():
+    rounding = make(SCHEMES[1], "full")
+    assert isinstance(rounding, FullRounding)
+    steps = 20
+    for step in range(steps):
+        rounding.begin_step(step / steps, steps)
+        rounding.soft().sum().backward()
+    assert rounding.v.abs().max() == pytest.approx(0.5, abs=0.01)
+
+
+def test_scale_is_stored_before_codes_are_assigned():
+    rounding = make(SCHEMES[1], "full")
+    with torch.no_grad():
+        rounding.theta += 0.0123
+    hard = rounding.harden()
+    assert torch.equal(hard.scale, hard.scale.to(torch.bfloat16).float())
+    nearest = (rounding.weight / hard.scale).round().clamp(-8, 7)
+    assert torch.equal(hard.codes.float(), nearest)
+
+
+@pytest.mark.parametrize("mode", ["none", "lora", "full"])
+def test_state_restores_exactly(mode):
+    rounding, fresh = make(SCHEMES[0], mode), make(SCHEMES[0], mode, seed=0)
+    with torch.no_grad():
+        rounding.theta += 0.05
+        if isinstance(rounding, FullRounding):
+            rounding.v += 0.3
+        if isinstance(rounding, LowRankRounding):
+            rounding.a2 += 1.0
+    state = rounding.state()
+    assert not torch.equal(fresh.harden().scale, rounding.harden().scale)
+    fresh.load(state)
+    assert torch.equal(fresh.harden().codes, rounding.harden().codes)
+    assert torch.equal(fresh.harden().scale, rounding.harden().scale)
+
+
+def test_low_rank_mode_trains_through_adam_parameters():
+    rounding: Rounding = make(SCHEMES[1], "lora")
+    rounding.begin_step(0.5, 10)
+    target = dequantize(rounding.harden())
+    loss = (rounding.soft() - target).square().sum()
+    penalty = rounding.penalty()
+    assert penalty is not None
+    (loss + penalty).backward()
+    a1, a2 = rounding.rounding_parameters()
+    assert a2.grad is not None
+    assert a2.grad.abs().sum() > 0
+    assert rounding.theta.grad is not None
+
+
+def test_weights_stay_in_the_dtype_they_came_in():
+    rounding = make(SCHEMES[0], "full", dtype=torch.bfloat16)
+    assert rounding.weight.dtype == torch.bfloat16
+    assert rounding.soft().dtype == torch.float32

@@ -1,0 +1,33 @@
+"""The schedule of windows, for any size and overlap."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cbqstream.config import WindowConfig
+from cbqstream.windows.schedule import schedule
+
+
+@given(first=st.integers(0, 5), blocks=st.integers(1, 40), size=st.integers(1, 6), data=st.data())
+def test_every_block_enters_once_and_leaves_once(first, blocks, size, data):
+    overlap = data.draw(st.integers(0, size - 1))
+    windows = schedule(first, first + blocks, WindowConfig(size=size, overlap=overlap))
+    assert [window.index for window in windows] == list(range(len(windows)))
+    entered = [block for window in windows for block in range(window.frontier, window.stop)]
+    left = [block for window in windows for block in range(window.start, window.next_start)]
+    assert entered == left == list(range(first, first + blocks))
+    for before, after in zip(windows, windows[1:], strict=False):
+        assert after.start == before.next_start == before.start + size - overlap
+        assert after.frontier == before.stop
+        assert before.stop - before.start == size
+        assert before.stop - after.start == overlap
+
+
+def test_sizes_of_the_paper():
+    windows = schedule(0, 80, WindowConfig(size=2, overlap=1))
+    assert len(windows) == 79
+    assert (windows[-1].start, windows[-1].stop, windows[-1].next_start) == (78, 80, 80)
+
+
+def test_fewer_blocks_than_a_window():
+    (window,) = schedule(0, 1, WindowConfig(size=3, overlap=2))
+    assert (window.start, window.stop, window.next_start) == (0, 1, 1)
