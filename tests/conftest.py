@@ -54,7 +54,9 @@ def make_config(tiny_models, tokens, tmp_path):
             model=str(options.pop("model", tiny_models[family])),
             out=str(tmp_path / name),
             scheme=scheme or Scheme(num_bits=4, group_size=32),
-            calibration=CalibrationConfig(dataset=str(options.pop("dataset", tokens)), num_samples=16, seq_len=SEQ_LEN),
+            calibration=CalibrationConfig(
+                dataset=str(options.pop("dataset", tokens)), num_samples=options.pop("num_samples", 16), seq_len=SEQ_LEN
+            ),
             reconstruction=ReconstructionConfig(**reconstruction),
             threads=1,
             device="cpu",

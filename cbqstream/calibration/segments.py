@@ -67,10 +67,10 @@ def segments_digest(ids_NS: Tensor) -> str:
 
 def _tokenize(data: Path, model: Path, wanted: int | None) -> Tensor:
     """Token ids of the file: all of them, or at least `wanted` if there are so many. No more text is held than that needs."""
-    tokenizer: Any = _load_tokenizer(model)
     limit = None if wanted is None else wanted * _CHARACTERS_A_TOKEN
+    text, complete = _text(data, limit)
+    tokenizer: Any = _load_tokenizer(model)
     while True:
-        text, complete = _text(data, limit)
         ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
         if complete or limit is None:
             return ids
@@ -78,6 +78,7 @@ def _tokenize(data: Path, model: Path, wanted: int | None) -> Tensor:
         if wanted is not None and len(ids) >= wanted:
             return ids
         limit *= 2
+        text, complete = _text(data, limit)
 
 
 def _text(data: Path, limit: int | None) -> tuple[str, bool]:

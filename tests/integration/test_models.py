@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 from cbqstream.evaluate.perplexity import open_model, perplexity
@@ -69,8 +70,6 @@ def test_nothing_stays_in_memory_after_use(tmp_path):
 
 def test_checkpoints_that_leave_out_the_base_prefix(tmp_path):
     """Older OPT checkpoints name `decoder.layers.0...` what the model calls `model.decoder.layers.0...`."""
-    from safetensors.torch import load_file, save_file
-
     folder = save_model(tmp_path / "opt", "opt", max_shard_size="1GB")
     tensors = load_file(folder / "model.safetensors")
     save_file({name.removeprefix("model."): value for name, value in tensors.items()}, folder / "model.safetensors")

@@ -82,6 +82,7 @@ def test_transformers_loads_the_result_and_agrees(make_config, tokens, family):
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")
 @pytest.mark.parametrize("name", [name for name in SCHEMES if "asymmetric" in name])
 def test_transformers_loads_asymmetric_results_dequantized(make_config, tokens, name):
+    """Less near than symmetric ones: transformers rounds the dense weights to the dtype of the scales, bf16."""
     out, _ = run(make_config(scheme=SCHEMES[name]))
     ids = load_segments(tokens, out, num_samples=16, seq_len=SEQ_LEN, vocab_size=VOCAB)
     config = CompressedTensorsConfig(dequantize=True)
@@ -89,7 +90,7 @@ def test_transformers_loads_asymmetric_results_dequantized(make_config, tokens, 
     with torch.no_grad():
         logits = model(ids, use_cache=False).logits
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-    assert perplexity(*open_model(out), ids, COMPUTE) == pytest.approx(loss.exp().item(), rel=1e-4)
+    assert perplexity(*open_model(out), ids, COMPUTE) == pytest.approx(loss.exp().item(), rel=1e-3)
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])

@@ -1,6 +1,8 @@
 """Reading checkpoints: every dtype, shards, and each way a file can be broken."""
 
+import contextlib
 import json
+import os
 import resource
 import struct
 
@@ -17,6 +19,17 @@ from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.errors import InputError
 
 CPU = torch.device("cpu")
+
+
+def accept(path):
+    """Read a header; the only error that may come of it is one line of ours."""
+    with contextlib.suppress(InputError):
+        try:
+            read_header(path)
+        except InputError as error:
+            if "\n" in str(error):
+                raise AssertionError(str(error)) from error
+            raise
 
 
 def raw(path, header, data=b""):
@@ -139,10 +152,7 @@ def test_headers_that_lie(tmp_path, case):
 def test_any_bytes_are_an_input_error_or_a_header(tmp_path_factory, content):
     path = tmp_path_factory.mktemp("fuzz") / "model.safetensors"
     path.write_bytes(content)
-    try:
-        read_header(path)
-    except InputError as error:
-        assert "\n" not in str(error)
+    accept(path)
 
 
 @given(
@@ -155,10 +165,7 @@ def test_any_bytes_are_an_input_error_or_a_header(tmp_path_factory, content):
 )
 def test_any_json_is_an_input_error_or_a_header(tmp_path_factory, header):
     path = raw(tmp_path_factory.mktemp("fuzz") / "model.safetensors", header, bytes(8))
-    try:
-        read_header(path)
-    except InputError as error:
-        assert "\n" not in str(error)
+    accept(path)
 
 
 INDEXES = {
@@ -199,8 +206,6 @@ def test_shards_without_an_index(tmp_path):
 
 
 def test_a_fifo_is_refused_at_once(tmp_path):
-    import os
-
     os.mkfifo(tmp_path / "model.safetensors")
     with pytest.raises(InputError, match="not a regular file"):
         read_header(tmp_path / "model.safetensors")

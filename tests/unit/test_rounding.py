@@ -146,7 +146,7 @@ def test_low_rank_mode_trains_through_adam_parameters():
     penalty = rounding.penalty()
     assert penalty is not None
     (loss + penalty).backward()
-    a1, a2 = rounding.rounding_parameters()
+    _, a2 = rounding.rounding_parameters()
     assert a2.grad is not None
     assert a2.grad.abs().sum() > 0
     assert rounding.theta.grad is not None

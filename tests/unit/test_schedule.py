@@ -1,5 +1,7 @@
 """The schedule of windows, for any size and overlap."""
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,7 +17,7 @@ def test_every_block_enters_once_and_leaves_once(first, blocks, size, data):
     entered = [block for window in windows for block in range(window.frontier, window.stop)]
     left = [block for window in windows for block in range(window.start, window.next_start)]
     assert entered == left == list(range(first, first + blocks))
-    for before, after in zip(windows, windows[1:], strict=False):
+    for before, after in itertools.pairwise(windows):
         assert after.start == before.next_start == before.start + size - overlap
         assert after.frontier == before.stop
         assert before.stop - before.start == size

@@ -1,0 +1,346 @@
+"""The command line as a user meets it: output, exit codes, one-line errors, and nothing written when something is wrong."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cbqstream import cli
+from cbqstream.errors import StoppedError
+from cbqstream.run import pipeline
+from cbqstream.run.journal import read_commits
+from tiny import SEQ_LEN
+
+
+def call(monkeypatch, capsys, *arguments):
+    """Exit code, standard output and standard error of `cbqstream ARGUMENTS`, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["cbqstream", *map(str, arguments)])
+    monkeypatch.setattr(cli.signal, "signal", lambda number, handler: None)
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    captured = capsys.readouterr()
+    return stop.value.code, captured.out, captured.err
+
+
+@pytest.fixture
+def cbqstream(monkeypatch, capsys):
+    return lambda *arguments: call(monkeypatch, capsys, *arguments)
+
+
+def options(tokens, *more):
+    return (
+        "--dataset",
+        tokens,
+        "--num-samples",
+        8,
+        "--seq-len",
+        SEQ_LEN,
+        "--group-size",
+        32,
+        "--epochs",
+        1,
+        "--threads",
+        1,
+        *more,
+    )
+
+
+def test_quantize_status_resume_eval(cbqstream, tiny_models, tokens, tmp_path):
+    out = tmp_path / "out"
+    code, text, err = cbqstream(
+        "quantize", tiny_models["llama"], out, *options(tokens, "--log-json", tmp_path / "log.jsonl")
+    )
+    assert (code, err) == (0, "")
+    lines = text.splitlines()
+    assert len(lines) == 4
+    for number, line in enumerate(lines[:3], 1):
+        pattern = rf"window {number}/3  blocks \d-\d  loss \S+ -> \S+  changed \S+%  \d+ s  RAM \d\.\d\d GiB  ETA \S+"
+        assert re.fullmatch(pattern, line)
+    assert lines[3] == f"done: {out}"
+    logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [entry["window"] for entry in logged] == [0, 1, 2]
+
+    code, text, _ = cbqstream("status", f"{out}.run")
+    assert code == 0
+    assert "windows done: 3 of 3" in text
+    assert text.splitlines()[-1] == "finished"
+
+    assert cbqstream("resume", f"{out}.run")[0] == 0
+
+    for model in (tiny_models["llama"], out):
+        code, text, _ = cbqstream("eval", model, "--text", tokens, "--seq-len", SEQ_LEN, "--threads", 1)
+        assert code == 0
+        assert re.fullmatch(r"tokens\.npy: perplexity \d+\.\d{4} \(16 x 16 tokens\)\n", text)
+
+
+def test_underscores_in_flags(cbqstream, tiny_models, tokens, tmp_path):
+    code, _, _ = cbqstream(
+        "quantize",
+        tiny_models["opt"],
+        tmp_path / "out",
+        "--dataset",
+        tokens,
+        "--num_samples=8",
+        "--seq_len",
+        SEQ_LEN,
+        "--group_size=-1",
+        "--rounding=none",
+    )
+    assert code == 0
+    assert '"strategy": "channel"' in (tmp_path / "out" / "config.json").read_text()
+
+
+def test_status_of_a_run_that_was_stopped(cbqstream, tiny_models, tokens, tmp_path, monkeypatch):
+    real = pipeline.reconstruct
+    calls = []
+
+    def stop_in_the_second(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise StoppedError("stopped by SIGTERM.")
+        return real(*arguments)
+
+    monkeypatch.setattr(pipeline, "reconstruct", stop_in_the_second)
+    out = tmp_path / "out"
+    code, _, err = cbqstream("quantize", tiny_models["llama"], out, *options(tokens))
+    assert code == 75
+    assert err.splitlines() == [f"cbqstream: error: stopped by SIGTERM. To go on: cbqstream resume {out}.run"]
+    code, text, _ = cbqstream("status", f"{out}.run")
+    assert code == 0
+    assert "windows done: 1 of 3" in text
+    assert f"cbqstream resume {out}.run" in text
+    monkeypatch.setattr(pipeline, "reconstruct", real)
+    code, text, _ = cbqstream("resume", f"{out}.run")
+    assert code == 0
+    assert len([line for line in text.splitlines() if line.startswith("window ")]) == 2
+    assert len(read_commits(Path(f"{out}.run"))) == 3
+
+
+def test_a_real_signal_stops_with_75(tiny_models, tokens, tmp_path):
+    arguments = [
+        str(value)
+        for value in ("quantize", tiny_models["llama"], tmp_path / "out", *options(tokens)[:-4], "--epochs", 4000)
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cbqstream", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        bufsize=1,
+    )
+    run = tmp_path / "out.run"
+    while not list((run / "acts").glob("*")) if run.exists() else True:
+        assert process.poll() is None
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert err == f"cbqstream: error: stopped by SIGTERM. To go on: cbqstream resume {run}\n"
+
+
+# --- bad input: (how to break a copy of a good model, arguments, exit code, message) -------------------------------------------
+
+
+def edit_config(**changes):
+    def edit(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+    return edit
+
+
+def shard(folder, number=1):
+    return sorted(folder.glob("*.safetensors"))[number]
+
+
+def truncate(folder):
+    shard(folder).write_bytes(shard(folder).read_bytes()[:-100])
+
+
+def only_pickles(folder):
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"PK\x03\x04")
+
+
+def edit_index(change):
+    def edit(folder):
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        change(index["weight_map"])
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    return edit
+
+
+def leave_folder(weight_map):
+    weight_map["lm_head.weight"] = "../x.safetensors"
+
+
+BAD_MODELS = {
+    "missing folder": (
+        shutil.rmtree,
+        "{model}: no such folder. Give the folder of a model with config.json and safetensors.",
+    ),
+    "no config": (
+        lambda folder: (folder / "config.json").unlink(),
+        "{model}/config.json: missing. A model folder has config.json.",
+    ),
+    "config not JSON": (lambda folder: (folder / "config.json").write_text("{"), "{model}/config.json: not JSON."),
+    "only pickles": (
+        only_pickles,
+        "{model}: only pickle checkpoints, which are never read. Convert them to safetensors first.",
+    ),
+    "git-lfs pointer": (
+        lambda folder: shard(folder).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"),
+        "{shard}: a git-lfs pointer, not weights. Run `git lfs pull` in the model's folder.",
+    ),
+    "truncated shard": (truncate, "{shard}: file is {size} bytes, header describes {more}. Download it again."),
+    "missing shard": (
+        lambda folder: shard(folder).unlink(),
+        "{shard}: missing ({tensors} tensors). Download it again.",
+    ),
+    "index leaves the folder": (
+        edit_index(leave_folder),
+        '{model}/model.safetensors.index.json: shard name "../x.safetensors" leaves the model folder.',
+    ),
+    "unknown architecture": (
+        edit_config(model_type="mamba"),
+        '{model}/config.json: architecture "mamba" is not supported (known: llama, mistral, opt, qwen2, qwen3).',
+    ),
+    "size of nothing": (
+        edit_config(hidden_size=0),
+        "{model}/config.json: hidden_size is 0, it must be a whole number from 1 to 1,048,576.",
+    ),
+    "more blocks in the weights": (
+        edit_config(num_hidden_layers=3),
+        "{model}: config.json says 3 blocks, weights hold 4.",
+    ),
+    "fewer blocks in the weights": (
+        edit_config(num_hidden_layers=5),
+        '{model}: tensor "model.layers.4.self_attn.q_proj.weight": missing from the weights, config.json needs it.',
+    ),
+    "shape": (
+        edit_config(intermediate_size=96),
+        '{model}: tensor "model.layers.0.mlp.gate_proj.weight": shape [128, 64], config.json needs [96, 64].',
+    ),
+    "already quantized": (
+        edit_config(quantization_config={"quant_method": "gptq"}),
+        "{model}/config.json: the model is already quantized (gptq). Give the original.",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MODELS)
+def test_bad_models(cbqstream, tiny_models, tokens, tmp_path, case):
+    damage, message = BAD_MODELS[case]
+    model = shutil.copytree(tiny_models["llama"], tmp_path / "model")
+    broken = shard(model)
+    held = json.loads((model / "model.safetensors.index.json").read_text())["weight_map"]
+    facts = {
+        "size": broken.stat().st_size - 100,
+        "more": broken.stat().st_size,
+        "tensors": list(held.values()).count(broken.name),
+    }
+    damage(model)
+    code, out, err = cbqstream("quantize", model, tmp_path / "out", *options(tokens))
+    assert err == f"cbqstream: error: {message.format(model=model, shard=broken, **facts)}\n"
+    assert (code, out) == (65, "")
+    assert {path.name for path in tmp_path.iterdir()} <= {"model"}
+
+
+BAD_ARGUMENTS = {
+    "scheme": (("--scheme", "W1A16"), 2, "scheme 'W1A16' is not supported. Use W2A16 to W8A16."),
+    "group size that does not divide": (
+        ("--group-size", 48),
+        2,
+        "group size 48 does not divide the 64 columns of model.layers.0.self_attn.q_proj.weight. 32 fits; or use -1 (per channel).",
+    ),
+    "group size": (
+        ("--group-size", 7),
+        2,
+        "group_size is 7. It must be a multiple of 8, or -1 for one scale per channel.",
+    ),
+    "overlap": (("--overlap", 2), 2, "window overlap is 2. It must be 0 to 1 for a window of 2 blocks."),
+    "rounding": (("--rounding", "up"), 2, "rounding 'up' is not none, lora or full."),
+    "too little text": (
+        ("--num-samples", 17),
+        65,
+        "{tokens}: calibration has 256 tokens, needs 272 (17 x 16). Use more text or fewer samples.",
+    ),
+    "missing text": (("--dataset", "/nowhere.txt"), 65, "/nowhere.txt: no such calibration file."),
+    "nothing left": (
+        ("--keep-first", 2, "--keep-last", 2),
+        2,
+        "keep_first + keep_last is 4 and the model has 4 blocks; nothing is left to quantize.",
+    ),
+    "device": (("--device", "cuda:7"), 2, "device cuda:7 is not available. Use --device cpu."),
+    "device name": (("--device", "tpu"), 2, "device 'tpu' is not auto, cpu or cuda."),
+    "run inside OUT": (
+        ("--run-dir", "{out}/run"),
+        2,
+        "{out}/run: the run directory is inside OUT. Use another --run-dir.",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ARGUMENTS)
+def test_bad_arguments(cbqstream, tiny_models, tokens, tmp_path, case):
+    arguments, expected, message = BAD_ARGUMENTS[case]
+    out = tmp_path / "out"
+    arguments = [str(argument).format(out=out) for argument in arguments]
+    code, _, err = cbqstream("quantize", tiny_models["llama"], out, *options(tokens), *arguments)
+    assert err == f"cbqstream: error: {message.format(out=out, tokens=tokens)}\n"
+    assert code == expected
+    assert not list(tmp_path.iterdir())
+
+
+def test_out_that_is_not_empty(cbqstream, tiny_models, tokens, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    code, _, err = cbqstream("quantize", tiny_models["llama"], tmp_path / "out", *options(tokens))
+    assert code == 2
+    assert err == f"cbqstream: error: {tmp_path}/out: exists and is not empty. Give another OUT.\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
+
+
+def test_an_empty_out_is_used(cbqstream, tiny_models, tokens, tmp_path):
+    (tmp_path / "out").mkdir()
+    assert cbqstream("quantize", tiny_models["llama"], tmp_path / "out", *options(tokens, "--rounding", "none"))[0] == 0
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+def test_another_setting_on_a_run_is_refused_with_78(cbqstream, tiny_models, tokens, tmp_path):
+    assert cbqstream("quantize", tiny_models["llama"], tmp_path / "out", *options(tokens))[0] == 0
+    code, _, err = cbqstream("quantize", tiny_models["llama"], tmp_path / "out", *options(tokens, "--seed", 5))
+    assert code == 78
+    assert "settings.seed: 0 -> 5" in err
+    assert err.count("\n") == 1
+
+
+def test_no_run_to_resume(cbqstream, tmp_path):
+    for command in ("resume", "status"):
+        code, _, err = cbqstream(command, tmp_path)
+        assert (code, err) == (65, f"cbqstream: error: {tmp_path}: no cbqstream run (run.json is missing).\n")
+
+
+def test_unknown_flag_and_help(cbqstream):
+    code, _, err = cbqstream("quantize", "--bitz", "3")
+    assert code == 2
+    assert "--bitz" in err
+    code, out, _ = cbqstream("--help")
+    assert code == 0
+    assert "cbqstream quantize MODEL OUT" in out
+
+
+def test_module_entry_point(tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros(4))
+    command = [sys.executable, "-m", "cbqstream", "eval", str(tmp_path), "--text", str(tmp_path / "x.npy")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 65
+    assert result.stderr == f"cbqstream: error: {tmp_path}/config.json: missing. A model folder has config.json.\n"
