@@ -9,6 +9,8 @@ Scales are float32 tensors that hold bf16 values of at least 2^-17: the same num
 a scale has at most 9 + 8 significant bits, so `w_hat` is exact in float32 whatever computes it.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,7 @@ from cbqstream.config import Scheme
 from cbqstream.records import QuantizedWeight
 
 SMALLEST_SCALE = 2.0**-17
+_TILE, _DEVICE_TILE = 1 << 18, 1 << 26  # weights
 LARGEST_SCALE = 65280.0  # the largest bf16 value that fp16 holds
 
 
@@ -40,6 +43,18 @@ def num_groups(in_features: int, group_size: int | None) -> int:
 def grouped(w_OI: Tensor, groups: int) -> Tensor:
     """View of [O, I] as [O, G, K]. No copy."""
     return w_OI.view(w_OI.shape[0], groups, -1)
+
+
+def row_tiles(w_OI: Tensor) -> Iterator[slice]:
+    """Slices of rows, small enough that what is computed from a tile stays in the cache (CPU) or is small beside the weight (CUDA)."""
+    rows = max(1, (_TILE if w_OI.device.type == "cpu" else _DEVICE_TILE) // w_OI.shape[1])
+    for start in range(0, w_OI.shape[0], rows):
+        yield slice(start, min(start + rows, w_OI.shape[0]))
+
+
+def rows_of(value: Tensor | float, rows: slice) -> Tensor | float:
+    """The rows of a tensor; a number is the same in every row."""
+    return value[rows] if isinstance(value, Tensor) else value
 
 
 def level_range(scheme: Scheme, zero_point_OG: Tensor | None) -> tuple[Tensor | float, Tensor | float]:

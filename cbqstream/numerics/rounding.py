@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cbqstream.numerics.affine import clamp_levels, grouped
+from cbqstream.numerics.affine import clamp_levels, grouped, row_tiles, rows_of
 
 ZETA, GAMMA = 1.1, -0.1
 
@@ -69,22 +69,29 @@ class StraightThroughRounding(torch.autograd.Function):
     ) -> Tensor:
         """w_hat, float32 [O, I]. `v_OI` is changed in place by the backward pass: v -= step * sign(dL/dv)."""
         scale_OG1 = (scale0_OG * theta_OG.exp()).unsqueeze(-1)
-        levels = grouped(w_OI.float(), scale0_OG.shape[1]) / scale_OG1
-        levels = clamp_levels(levels.add_(grouped(v_OI, scale0_OG.shape[1])).round_(), low, high)
+        groups = scale_OG1.shape[1]
+        w_hat = torch.empty(w_OI.shape, dtype=torch.float32, device=w_OI.device)
+        for rows in row_tiles(w_OI):
+            levels = (grouped(w_OI[rows].float(), groups) / scale_OG1[rows]).add_(grouped(v_OI[rows], groups)).round_()
+            clamp_levels(levels, rows_of(low, rows), rows_of(high, rows))
+            torch.mul(levels, scale_OG1[rows], out=grouped(w_hat[rows], groups))
         ctx.save_for_backward(w_OI, scale_OG1)
         ctx.v, ctx.low, ctx.high, ctx.step = v_OI, low, high, step
-        return levels.mul_(scale_OG1).flatten(1)
+        return w_hat
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradient of theta; v moves."""
         w_OI, scale_OG1 = ctx.saved_tensors
         groups = scale_OG1.shape[1]
-        grad_OGK, v_OGK = grouped(grads[0], groups), grouped(ctx.v, groups)
-        w_over_s = grouped(w_OI.float(), groups) / scale_OG1
-        levels = (w_over_s + v_OGK).round_()
-        inside = (levels >= ctx.low) & (levels <= ctx.high)
-        slope = clamp_levels(levels, ctx.low, ctx.high).sub_(w_over_s.mul_(inside))
-        grad_theta = slope.mul_(grad_OGK).sum(-1).mul_(scale_OG1.squeeze(-1))
-        v_OGK.sub_(torch.sign(grad_OGK).mul_(inside), alpha=ctx.step).clamp_(-0.5, 0.5)
+        grad_theta = torch.empty(scale_OG1.shape[:2], dtype=torch.float32, device=w_OI.device)
+        for rows in row_tiles(w_OI):
+            grad_OGK, v_OGK = grouped(grads[0][rows], groups), grouped(ctx.v[rows], groups)
+            low, high = rows_of(ctx.low, rows), rows_of(ctx.high, rows)
+            w_over_s = grouped(w_OI[rows].float(), groups) / scale_OG1[rows]
+            levels = (w_over_s + v_OGK).round_()
+            inside = (levels >= low) & (levels <= high)
+            slope = clamp_levels(levels, low, high).sub_(w_over_s.mul_(inside))
+            torch.mul(slope.mul_(grad_OGK).sum(-1), scale_OG1[rows].squeeze(-1), out=grad_theta[rows])
+            v_OGK.sub_(torch.sign(grad_OGK).mul_(inside), alpha=ctx.step).clamp_(-0.5, 0.5)
         return grad_theta, None, None, None, None, None, None

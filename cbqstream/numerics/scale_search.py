@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cbqstream.config import Scheme
-from cbqstream.numerics.affine import clamp_levels, grouped, level_range, num_groups, storable_scale
+from cbqstream.numerics.affine import clamp_levels, grouped, level_range, num_groups, row_tiles, storable_scale
 
 _SYMMETRIC_RATIOS = 80
 _ASYMMETRIC_RATIOS = 16
@@ -38,9 +38,16 @@ def search_grid(w_OI: Tensor, second_moment_I: Tensor, scheme: Scheme) -> tuple[
     Returns:
         scale float32 [O, G], zero point int8 [O, G] or None.
     """
-    groups = num_groups(w_OI.shape[1], scheme.group_size)
-    w_OGK = grouped(w_OI.float(), groups)
-    importance_GK = second_moment_I.float().view(groups, -1)
+    importance_GK = second_moment_I.float().view(num_groups(w_OI.shape[1], scheme.group_size), -1)
+    tiles = [_search_rows(w_OI[rows], importance_GK, scheme) for rows in row_tiles(w_OI)]
+    return torch.cat([scale for scale, _ in tiles]), None if scheme.symmetric else torch.cat(
+        [zero for _, zero in tiles]
+    )
+
+
+def _search_rows(w_OI: Tensor, importance_GK: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """Scale float32 and zero point int8 (zero if symmetric), both [O, G], of a tile of rows."""
+    w_OGK = grouped(w_OI.float(), importance_GK.shape[0])
     low_OG, high_OG = w_OGK.amin(-1), w_OGK.amax(-1)
     best_error = torch.full_like(low_OG, torch.inf)
     best_scale, best_zero = torch.empty_like(low_OG), torch.zeros_like(low_OG, dtype=torch.int8)
@@ -53,7 +60,7 @@ def search_grid(w_OI: Tensor, second_moment_I: Tensor, scheme: Scheme) -> tuple[
         best_scale = torch.where(better, scale_OG, best_scale)
         if zero_OG is not None:
             best_zero = torch.where(better, zero_OG, best_zero)
-    return best_scale, None if scheme.symmetric else best_zero
+    return best_scale, best_zero
 
 
 def _ratios(scheme: Scheme) -> Iterator[tuple[float, float]]:

@@ -1,0 +1,52 @@
+"""Blocks of the real SmolLM2-135M."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from cbqstream import quantize
+from cbqstream.calibration.segments import load_segments
+from cbqstream.config import CalibrationConfig, QuantizeConfig, ReconstructionConfig, Scheme
+from cbqstream.evaluate.perplexity import open_model, perplexity
+from cbqstream.records import Compute, WindowReport
+
+DATA = Path(__file__).parent.parent.parent / "benchmarks" / "data"
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.model
+def test_two_bits_in_the_first_blocks(smollm2, tmp_path, two_threads):
+    """The first three blocks at 2 bits: learning must take most of the damage of round-to-nearest away, on text it never saw."""
+    segments = load_segments(
+        DATA / "wikitext2-test.txt", smollm2, num_samples=4, seq_len=256, vocab_size=49152, choice="spread"
+    )
+    compute = Compute(torch.device("cpu"), torch.float32, 4)
+
+    def run(name, **reconstruction):
+        config = QuantizeConfig(
+            model=str(smollm2),
+            out=str(tmp_path / name),
+            scheme=Scheme(num_bits=2, group_size=64),
+            calibration=CalibrationConfig(dataset=str(DATA / "c4-calibration.jsonl"), num_samples=16, seq_len=256),
+            reconstruction=ReconstructionConfig(**reconstruction),
+            keep_last=27,
+            device="cpu",
+        )
+        reports = []
+        quantize(config, lambda event: reports.append(event) if isinstance(event, WindowReport) else None)
+        return perplexity(*open_model(tmp_path / name), segments, compute), reports
+
+    original = perplexity(*open_model(smollm2), segments, compute)
+    nearest, _ = run("nearest", rounding="none")
+    learned, reports = run("learned", epochs=4)
+    assert 20 < original < 60
+    assert nearest > 1.8 * original
+    assert learned - original < 0.4 * (nearest - original)
+    assert all(report.loss_after < 0.8 * report.loss_before for report in reports[:1])

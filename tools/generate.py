@@ -1,0 +1,31 @@
+#!/usr/bin/env python3
+"""Continue a prompt with a model folder, using transformers alone.
+
+Usage: generate.py FOLDER PROMPT
+"""
+
+import os
+import sys
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def main() -> None:
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    folder, prompt = sys.argv[1:]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    with torch.no_grad():
+        written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, do_sample=False)
+    print(tokenizer.decode(written[0], skip_special_tokens=True))
+
+
+if __name__ == "__main__":
+    main()
