@@ -66,6 +66,9 @@ def quantize(
     relative_loss: Annotated[
         bool, typer.Option(help="Every token's error relative to its own size.")
     ] = _DEFAULT.relative_loss,
+    channel_balance: Annotated[
+        float, typer.Option(help="How far the error of a channel is relative to its size, 0 to 1.")
+    ] = _DEFAULT.channel_balance,
     robust_tokens: Annotated[
         int, typer.Option(help="Largest tokens of a segment that the loss leaves out.")
     ] = _DEFAULT.robust_tokens,
@@ -97,6 +100,7 @@ def quantize(
             kl_weight=kl_weight,
             penalty_weight=penalty_weight,
             relative_loss=relative_loss,
+            channel_balance=channel_balance,
             robust_tokens=robust_tokens,
         ),
         keep_first=keep_first,

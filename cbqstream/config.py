@@ -105,7 +105,7 @@ class ReconstructionConfig:
     """Passes over the calibration segments, per window."""
     batch_size: int = 4
     """Segments in one step."""
-    rounding_travel: float = 0.5
+    rounding_travel: float = 0.25
     """`full`: how far a value can move in one window, in units of the step size; its rate falls linearly to zero."""
     rounding_lr: float = 1e-2
     """`lora`: Adam's learning rate of the two factors."""
@@ -115,12 +115,14 @@ class ReconstructionConfig:
     """Adam's learning rate of the logarithm of the step sizes, falling linearly to zero."""
     target_mix: float = 0.5
     """a: 1 imitates the original model on its own inputs, 0 on the inputs that the quantized prefix gives."""
-    kl_weight: float = 1.0
+    kl_weight: float = 0.0
     """Weight of the Kullback-Leibler term over the hidden dimension."""
     penalty_weight: float = 0.1
     """`lora`: weight of the term that drives the rounding to 0 or 1."""
     relative_loss: bool = True
     """Each token's squared error relative to the power of its own target; else to the mean power of all tokens."""
+    channel_balance: float = 0.5
+    """0: the squared error of every channel counts as it is; 1: relative to the channel's power."""
     robust_tokens: int = 0
     """Tokens of a segment, those with the largest target norm, that the loss leaves out."""
 
@@ -130,7 +132,8 @@ class ReconstructionConfig:
         _require(self.epochs >= 0, f"epochs is {self.epochs}. It must be at least 0.")
         _require(self.batch_size >= 1, f"batch_size is {self.batch_size}. It must be at least 1.")
         _require(self.rounding_rank >= 1, f"rounding_rank is {self.rounding_rank}. It must be at least 1.")
-        _require(0 <= self.target_mix <= 1, f"target_mix is {self.target_mix}. It must be 0 to 1.")
+        for name in ("target_mix", "channel_balance"):
+            _require(0 <= getattr(self, name) <= 1, f"{name} is {getattr(self, name)}. It must be 0 to 1.")
         _require(self.robust_tokens >= 0, f"robust_tokens is {self.robust_tokens}. It must be at least 0.")
         for name in ("rounding_travel", "rounding_lr", "scale_lr", "kl_weight", "penalty_weight"):
             _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}. It must not be negative.")

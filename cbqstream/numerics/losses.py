@@ -1,17 +1,36 @@
 """The reconstruction loss. B batch, S sequence, D hidden; everything in float32.
 
-    E(h, T) = mean ||h - T||^2 / mean ||T||^2 + kl_weight * mean KL(softmax(T) || softmax(h))
+    E(h, T) = mean_t sum_c b_c (h_tc - T_tc)^2 / p_t + kl_weight * mean_t KL(softmax(T_t) || softmax(h_t))
 
-Both means are over tokens, the softmax is over the hidden dimension (CBQ, arXiv 2312.07950, eq. 6). The first term is divided by the
-power of the target, which is a constant of the window, so that both terms and the penalty mean the same in every window.
+The means are over tokens t, the softmax is over the hidden dimension (CBQ, arXiv 2312.07950, eq. 6). CBQ's squared error is that of
+`p_t` constant and `b_c = 1`; both are divided out here by default, because a few massive tokens and channels own it otherwise:
+
+- `p_t = ||T_t||^2`, the token's own power (`relative`). What reads a residual stream norms it first, so this is the error that the
+  rest of the model sees. Not relative, p is the mean power of all tokens, a constant that makes windows comparable.
+- `b_c = m_c^-balance / sum_c m_c^(1 - balance)` with `m_c = mean_t T_tc^2 / p_t`, the channel's share of the power. At balance 0 it is 1,
+  at 1 every channel's relative error counts the same. The denominator keeps E = 1 for h = 0.
 
 For the squared error, being near T1 and T2 at once is being near their mean: ||h - T1||^2 + ||h - T2||^2 = 2 ||h - (T1 + T2)/2||^2
 + const. So one mixed target `a T1 + (1 - a) T2` is kept.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+_SMALLEST_SHARE = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class LossShape:
+    """How the loss weighs tokens, channels and its two terms."""
+
+    kl_weight: float
+    relative: bool
+    balance: float
+    robust_tokens: int
 
 
 def mixed_target(reference: Tensor, homologous: Tensor, a: float) -> Tensor:
@@ -20,39 +39,37 @@ def mixed_target(reference: Tensor, homologous: Tensor, a: float) -> Tensor:
 
 
 def token_weights(target_BSD: Tensor, robust_tokens: int) -> Tensor:
-    """1 for tokens that the loss sees and 0 for the `robust_tokens` of each sequence whose target has the largest norm; [B, S]."""
+    """Weights [B, S] with sum 1: none for the `robust_tokens` of each sequence whose target is largest, equal for the others."""
     weights_BS = torch.ones(target_BSD.shape[:2], device=target_BSD.device)
     if robust_tokens:
         norms_BS = target_BSD.float().square().sum(-1)
         order = norms_BS.argsort(dim=-1, descending=True, stable=True)
         weights_BS.scatter_(1, order[:, :robust_tokens], 0.0)
-    return weights_BS
+    return weights_BS / weights_BS.sum()
 
 
-def reconstruction_loss(
-    h_BSD: Tensor, target_BSD: Tensor, *, kl_weight: float, robust_tokens: int, relative: bool
-) -> Tensor:
-    """E(h, T), a float32 scalar, differentiable in `h_BSD`.
+def channel_weights(share_BSD: Tensor, weights_BS: Tensor, balance: float) -> Tensor:
+    """b_c, [D], from the share of each channel in the power of each token."""
+    share_D = torch.einsum("bsd,bs->d", share_BSD, weights_BS)
+    unscaled_D = (share_D + _SMALLEST_SHARE).pow(-balance)
+    return unscaled_D / (unscaled_D * share_D).sum()
 
-    Args:
-        h_BSD: output of the window.
-        target_BSD: what it should be.
-        kl_weight: of the second term.
-        robust_tokens: see `token_weights`.
-        relative: divide each token's squared error by that token's own power instead of the mean power. What reads a residual
-            stream norms it first, so this is the error that the rest of the model sees, and no token can own the loss.
-    """
+
+def reconstruction_loss(h_BSD: Tensor, target_BSD: Tensor, shape: LossShape) -> Tensor:
+    """E(h, T), a float32 scalar, differentiable in `h_BSD`."""
     h_BSD, target_BSD = h_BSD.float(), target_BSD.float()
-    weights_BS = token_weights(target_BSD, robust_tokens)
-    squared_BS = (h_BSD - target_BSD).square().sum(-1)
+    weights_BS = token_weights(target_BSD, shape.robust_tokens)
     power_BS = target_BSD.square().sum(-1)
-    if relative:
-        loss = (squared_BS / power_BS * weights_BS).sum() / weights_BS.sum()
-    else:
-        loss = (squared_BS * weights_BS).sum() / (power_BS * weights_BS).sum()
-    if kl_weight:
+    if not shape.relative:
+        power_BS = (power_BS * weights_BS).sum().expand_as(power_BS)
+    weights_BS1 = (weights_BS / power_BS).unsqueeze(-1)
+    squared_D = ((h_BSD - target_BSD).square() * weights_BS1).sum((0, 1))
+    if shape.balance:
+        squared_D = squared_D * channel_weights(target_BSD.square() / power_BS.unsqueeze(-1), weights_BS, shape.balance)
+    loss = squared_D.sum()
+    if shape.kl_weight:
         divergence_BS = functional.kl_div(
             h_BSD.log_softmax(-1), target_BSD.log_softmax(-1), log_target=True, reduction="none"
         ).sum(-1)
-        loss = loss + kl_weight * (divergence_BS * weights_BS).sum() / weights_BS.sum()
+        loss = loss + shape.kl_weight * (divergence_BS * weights_BS).sum()
     return loss

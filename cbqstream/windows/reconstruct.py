@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from cbqstream.activations.read_ahead import in_batches, read_batches
 from cbqstream.activations.store import ActivationStore
 from cbqstream.config import ReconstructionConfig
-from cbqstream.numerics.losses import reconstruction_loss
+from cbqstream.numerics.losses import LossShape, reconstruction_loss
 from cbqstream.records import Compute
 from cbqstream.windows.quantized_linear import Phase
 from cbqstream.windows.resident import ResidentBlock, all_layers, run_blocks
@@ -138,6 +138,5 @@ def _train(
 
 
 def _loss(h_BSD: Tensor, target_BSD: Tensor, config: ReconstructionConfig) -> Tensor:
-    return reconstruction_loss(
-        h_BSD, target_BSD, kl_weight=config.kl_weight, robust_tokens=config.robust_tokens, relative=config.relative_loss
-    )
+    shape = LossShape(config.kl_weight, config.relative_loss, config.channel_balance, config.robust_tokens)
+    return reconstruction_loss(h_BSD, target_BSD, shape)

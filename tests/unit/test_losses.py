@@ -3,19 +3,23 @@
 import pytest
 import torch
 
-from cbqstream.numerics.losses import mixed_target, reconstruction_loss, token_weights
+from cbqstream.numerics.losses import LossShape, channel_weights, mixed_target, reconstruction_loss, token_weights
 
 
 def random(seed, *shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_zero_at_the_target():
+def loss(h, target, *, kl_weight=0.0, relative=True, balance=0.0, robust_tokens=0):
+    return reconstruction_loss(h, target, LossShape(kl_weight, relative, balance, robust_tokens)).item()
+
+
+@pytest.mark.parametrize("relative", [True, False])
+@pytest.mark.parametrize("balance", [0.0, 0.5, 1.0])
+def test_zero_at_the_target_and_one_at_zero(relative, balance):
     target = random(0, 2, 5, 8)
-    for relative in (True, False):
-        assert reconstruction_loss(target, target, kl_weight=1.0, robust_tokens=0, relative=relative) == pytest.approx(
-            0, abs=1e-6
-        )
+    assert loss(target, target, kl_weight=1.0, relative=relative, balance=balance) == pytest.approx(0, abs=1e-6)
+    assert loss(0 * target, target, relative=relative, balance=balance) == pytest.approx(1, abs=1e-4)
 
 
 def test_gradient_of_two_targets_is_that_of_their_mean():
@@ -36,21 +40,38 @@ def test_mix_ends():
 
 def test_terms_by_hand():
     target, h = torch.tensor([[[3.0, 4.0], [0.0, 10.0]]]), torch.tensor([[[3.0, 5.0], [0.0, 8.0]]])
-    squared = reconstruction_loss(h, target, kl_weight=0.0, robust_tokens=0, relative=False)
+    squared = loss(h, target, relative=False)
     assert squared == pytest.approx((1 + 4) / (25 + 100))
-    relative = reconstruction_loss(h, target, kl_weight=0.0, robust_tokens=0, relative=True)
-    assert relative == pytest.approx((1 / 25 + 4 / 100) / 2)
+    assert loss(h, target, relative=True) == pytest.approx((1 / 25 + 4 / 100) / 2)
     p, q = target.softmax(-1), h.softmax(-1)
     divergence = (p * (p / q).log()).sum(-1).mean()
-    with_kl = reconstruction_loss(h, target, kl_weight=0.5, robust_tokens=0, relative=False)
-    assert with_kl - squared == pytest.approx(0.5 * divergence.item())
+    assert loss(h, target, relative=False, kl_weight=0.5) - squared == pytest.approx(0.5 * divergence.item())
+
+
+def test_full_balance_counts_every_channel_the_same():
+    """Channel 0 is thirty times larger; 10 % off in either one is the same loss."""
+    target = random(4, 3, 7, 2) * torch.tensor([30.0, 1.0])
+    first, second = target.clone(), target.clone()
+    first[..., 0] *= 1.1
+    second[..., 1] *= 1.1
+    assert loss(first, target, relative=False, balance=1.0) == pytest.approx(
+        loss(second, target, relative=False, balance=1.0), rel=0.01
+    )
+    assert loss(first, target, relative=False) > 100 * loss(second, target, relative=False)
+
+
+def test_channel_weights_by_hand():
+    share = torch.tensor([[[0.64, 0.36]]])
+    weights = channel_weights(share, torch.ones(1, 1), 0.5)
+    assert (weights * share).sum() == pytest.approx(1)
+    assert (weights[1] / weights[0]).item() == pytest.approx(0.8 / 0.6, rel=1e-4)
 
 
 def test_robust_tokens_leaves_out_the_largest_of_each_sequence():
     target = torch.ones(2, 4, 3)
     target[0, 2] = 100
     target[1, 0] = -50
-    assert token_weights(target, 1).tolist() == [[1, 1, 0, 1], [0, 1, 1, 1]]
+    assert (token_weights(target, 1) * 6).tolist() == [pytest.approx([1, 1, 0, 1]), pytest.approx([0, 1, 1, 1])]
     h = target.clone()
     h[0, 2] += 10
-    assert reconstruction_loss(h, target, kl_weight=1.0, robust_tokens=1, relative=False) == pytest.approx(0, abs=1e-6)
+    assert loss(h, target, kl_weight=1.0, robust_tokens=1) == pytest.approx(0, abs=1e-6)

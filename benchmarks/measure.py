@@ -1,0 +1,43 @@
+"""Running a command as a process of its own, with its wall time and its peak resident memory."""
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a command printed and what it took."""
+
+    output: str
+    seconds: float
+    peak_rss: int
+    """Bytes."""
+
+
+def run(*command: str) -> Measured:
+    """Run a command to its end; its standard error goes to ours.
+
+    Raises:
+        SystemExit: it failed.
+    """
+    began = time.monotonic()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        print(f"    {line}", end="", file=sys.stderr, flush=True)
+        lines.append(line)
+    process.stdout.close()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)}: exit code {process.returncode}")
+    return Measured("".join(lines), time.monotonic() - began, usage.ru_maxrss * 1024)
+
+
+def cbqstream(*arguments: str) -> Measured:
+    """Run the command line of cbqstream."""
+    return run(sys.executable, "-m", "cbqstream", *arguments)

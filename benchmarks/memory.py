@@ -1,0 +1,119 @@
+#!/usr/bin/env python3
+"""Peak resident memory does not grow with the number of blocks.
+
+Usage: memory.py WORK [--hidden 2048] [--blocks 8 64]
+
+Writes Llama-shaped checkpoints of random bf16 weights, equal but for their number of blocks, one shard a block, and quantizes each in a
+process of its own: W4A16 group 64, learned rounding, 8 x 128 random tokens. Prints peak resident memory beside the checkpoint's size.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+from measure import cbqstream
+
+HERE = Path(__file__).resolve().parent
+VOCABULARY = 1024
+
+
+def write_checkpoint(folder: Path, blocks: int, hidden: int) -> int:
+    """Write a random Llama checkpoint and return the size of its weights in bytes."""
+    import torch
+    from safetensors.torch import save_file
+
+    inner = hidden * 43 // 16
+    generator = torch.Generator().manual_seed(0)
+
+    def matrix(rows: int, columns: int) -> torch.Tensor:
+        return (torch.randn(rows, columns, generator=generator) / columns**0.5).to(torch.bfloat16)
+
+    folder.mkdir(parents=True)
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": hidden // 128,
+        "num_key_value_heads": hidden // 128,
+        "vocab_size": VOCABULARY,
+        "tie_word_embeddings": False,
+        "dtype": "bfloat16",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    ends = {"model.embed_tokens.weight": matrix(VOCABULARY, hidden), "lm_head.weight": matrix(VOCABULARY, hidden)}
+    ends["model.norm.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
+    shards = {"ends.safetensors": ends}
+    shapes = {f"self_attn.{name}_proj": (hidden, hidden) for name in "qkvo"}
+    shapes |= {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}
+    block = {f"{name}.weight": matrix(*shape) for name, shape in shapes.items()}
+    block |= {
+        f"{name}.weight": torch.ones(hidden, dtype=torch.bfloat16)
+        for name in ("input_layernorm", "post_attention_layernorm")
+    }
+    weight_map, size = {}, 0
+    for index in range(-1, blocks):
+        name = f"block-{index}.safetensors" if index >= 0 else "ends.safetensors"
+        tensors = (
+            {f"model.layers.{index}.{local}": value for local, value in block.items()} if index >= 0 else shards[name]
+        )
+        save_file(tensors, folder / name)
+        weight_map |= dict.fromkeys(tensors, name)
+        size += sum(value.nbytes for value in tensors.values())
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return size
+
+
+def measure(work: Path, blocks: int, hidden: int) -> dict:
+    """Quantize a checkpoint of `blocks` blocks."""
+    folder, out, tokens = work / f"model-{blocks}", work / f"out-{blocks}", work / "tokens.npy"
+    np.save(tokens, np.random.default_rng(0).integers(0, VOCABULARY, 8 * 128))
+    size = write_checkpoint(folder, blocks, hidden)
+    made = cbqstream(
+        "quantize",
+        str(folder),
+        str(out),
+        "--dataset",
+        str(tokens),
+        "--num-samples",
+        "8",
+        "--seq-len",
+        "128",
+        "--group-size",
+        "64",
+        "--epochs",
+        "1",
+    )
+    for path in (folder, out, Path(f"{out}.run")):
+        shutil.rmtree(path)
+    return {"blocks": blocks, "hidden": hidden, "checkpoint": size, "peak_rss": made.peak_rss, "seconds": made.seconds}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--blocks", type=int, nargs="+", default=[8, 64])
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    rows = [measure(args.work, blocks, args.hidden) for blocks in args.blocks]
+    (HERE / "results" / "memory.json").write_text(json.dumps(rows, indent=1) + "\n")
+    print(
+        "| blocks | checkpoint, GiB | peak RSS, GiB | share of the checkpoint | seconds |",
+        "|---|---|---|---|---|",
+        sep="\n",
+    )
+    for row in rows:
+        share = row["peak_rss"] / row["checkpoint"]
+        print(
+            f"| {row['blocks']} | {row['checkpoint'] / 2**30:.2f} | {row['peak_rss'] / 2**30:.2f} | {share:.1%} | {row['seconds']:.0f} |"
+        )
+    print(f"largest against smallest: {rows[-1]['peak_rss'] / rows[0]['peak_rss']:.3f}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
