@@ -76,6 +76,7 @@ def load() -> dict[str, dict]:
 
 
 def save(rows: dict[str, dict]) -> None:
+    RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
 
 
@@ -116,9 +117,6 @@ def main() -> None:
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     rows = load()
-    if "full precision | " not in rows:
-        rows["full precision | "] = evaluate(args.model, dequantize=False)
-        save(rows)
     for method_name, method in METHODS.items():
         for grid_name, grid in GRIDS.items():
             name = f"{grid_name} | {method_name}"
@@ -127,6 +125,9 @@ def main() -> None:
             print(name, file=sys.stderr, flush=True)
             rows = {**load(), name: row(args.model, args.work, name, grid, method)}
             save(rows)
+    if "full precision | " not in rows:
+        rows["full precision | "] = evaluate(args.model, dequantize=False)
+        save(rows)
     print(table(rows))
 
 

@@ -101,6 +101,7 @@ def main() -> None:
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     rows = [measure(args.work, blocks, args.hidden) for blocks in args.blocks]
+    (HERE / "results").mkdir(exist_ok=True)
     (HERE / "results" / "memory.json").write_text(json.dumps(rows, indent=1) + "\n")
     print(
         "| blocks | checkpoint, GiB | peak RSS, GiB | share of the checkpoint | seconds |",

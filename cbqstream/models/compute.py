@@ -1,5 +1,6 @@
 """Where and in which dtype models run: the one place that sets what numerical results depend on, and says what that is."""
 
+import os
 import platform
 from typing import Any
 
@@ -32,6 +33,7 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 
 def make_deterministic(threads: int | None) -> int:
     """Fix the thread count, turn TF32 off and deterministic algorithms on; returns the threads."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when it starts
     count = threads or physical_cores()
     torch.set_num_threads(count)
     torch.use_deterministic_algorithms(mode=True)

@@ -24,15 +24,15 @@ METHOD, FORMAT = "compressed-tensors", "pack-quantized"
 
 
 def encode(weight: QuantizedWeight, *, scale_dtype: torch.dtype) -> dict[str, Tensor]:
-    """The stored tensors of one weight, by the last part of their name."""
+    """The stored tensors of one weight, on the CPU, by the last part of their name."""
     bits = weight.scheme.num_bits
     tensors = {
-        PACKED: pack_to_int32(weight.codes, bits),
-        SCALE: weight.scale.to(scale_dtype),
+        PACKED: pack_to_int32(weight.codes.cpu(), bits),
+        SCALE: weight.scale.cpu().to(scale_dtype),
         SHAPE: torch.tensor(weight.codes.shape, dtype=torch.int64),
     }
     if weight.zero_point is not None:
-        tensors[ZERO_POINT] = pack_to_int32(weight.zero_point, bits, packed_dim=0).contiguous()
+        tensors[ZERO_POINT] = pack_to_int32(weight.zero_point.cpu(), bits, packed_dim=0).contiguous()
     return tensors
 
 

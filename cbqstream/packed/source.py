@@ -40,6 +40,5 @@ class PackedSource:
             return self._checkpoint.read(name, device=device, dtype=dtype)
         owner = name.removesuffix(".weight")
         parts = [part for part in _PARTS if f"{owner}.{part}" in self._checkpoint.infos]
-        tensors = {part: self._checkpoint.read(f"{owner}.{part}", device=device) for part in parts}
-        dense = dequantize(decode(tensors, self._scheme))
-        return dense if dtype is None else dense.to(dtype)
+        tensors = {part: self._checkpoint.read(f"{owner}.{part}", device=torch.device("cpu")) for part in parts}
+        return dequantize(decode(tensors, self._scheme)).to(device=device, dtype=dtype or torch.float32)

@@ -211,8 +211,9 @@ class _Job:
         folder, disk = self.journal.building / "parts", self.journal.disk
         digests = {}
         for block in leaving:
+            hard = block.harden(self.inputs.compute.dtype)
             name, digest = write_block(
-                disk, folder, self.inputs.skeleton.blocks[block.index], block.harden(), self.inputs.checkpoint
+                disk, folder, self.inputs.skeleton.blocks[block.index], hard, self.inputs.checkpoint
             )
             digests[name] = digest
         if staying:

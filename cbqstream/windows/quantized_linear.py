@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cbqstream.numerics.affine import dequantize
+from cbqstream.records import QuantizedWeight
 from cbqstream.windows.rounding import Rounding
 
 
@@ -51,6 +52,10 @@ class QuantizedLinear(nn.Module):
             raise RuntimeError("second_moment() without watch_inputs() and a forward pass")
         moment, self._squares_I, self._rows = (self._squares_I / self._rows).float(), None, 0
         return moment
+
+    def freeze(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
+        """Compute with a finished weight from now on; the original and the rounding are let go."""
+        self.weight, self.rounding = dequantize(weight).to(dtype), None
 
     def _active_weight(self) -> Tensor:
         if self.phase is Phase.ORIGINAL or self.rounding is None:

@@ -55,9 +55,12 @@ class ResidentBlock:
         states = {name: layer.rounding.state() for name, layer in self.layers.items() if layer.rounding is not None}
         return {f"{name}.{key}": value for name, state in states.items() for key, value in state.items()}
 
-    def harden(self) -> dict[str, QuantizedWeight]:
-        """The final quantized weights by layer."""
-        return {name: layer.rounding.harden() for name, layer in self.layers.items() if layer.rounding is not None}
+    def harden(self, dtype: torch.dtype) -> dict[str, QuantizedWeight]:
+        """The final quantized weights by layer. The block computes with them, in `dtype`, from now on."""
+        hard = {name: layer.rounding.harden() for name, layer in self.layers.items() if layer.rounding is not None}
+        for name, weight in hard.items():
+            self.layers[name].freeze(weight, dtype)
+        return hard
 
 
 def all_layers(blocks: Sequence[ResidentBlock]) -> Iterator[QuantizedLinear]:

@@ -16,7 +16,7 @@ from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.config import Scheme, WindowConfig
 from cbqstream.evaluate.perplexity import open_model, perplexity
 from cbqstream.records import Compute, WindowReport
-from tiny import FAMILIES, SEQ_LEN, VOCAB
+from tiny import FAMILIES, SEQ_LEN, VOCAB, save_tokens
 
 CPU = torch.device("cpu")
 COMPUTE = Compute(CPU, torch.float32, 4)
@@ -146,16 +146,19 @@ def test_kept_blocks_stay_in_full_precision(make_config, tokens):
 
 
 @pytest.mark.parametrize("rounding", ["full", "lora"])
-def test_learning_beats_rounding_to_nearest(make_config, rounding):
+def test_learning_beats_rounding_to_nearest(make_config, tmp_path, rounding):
     """On the loss of the last window, which sees the whole model, and by the guard on every window."""
-    scheme = Scheme(num_bits=2, group_size=16, symmetric=False)
-    learned = {"rounding": rounding, "epochs": 12, "batch_size": 2, "rounding_lr": 0.03}
-    _, reports = run(make_config(scheme=scheme, name="learned", reconstruction=learned))
-    _, nearest = run(make_config(scheme=scheme, name="nearest", reconstruction={"rounding": "none"}))
+    options = {
+        "scheme": Scheme(num_bits=2, group_size=16, symmetric=False),
+        "dataset": save_tokens(tmp_path / "many.npy", 64 * SEQ_LEN),
+        "num_samples": 64,
+    }
+    _, reports = run(make_config(name="learned", reconstruction={"rounding": rounding, "epochs": 6}, **options))
+    _, nearest = run(make_config(name="nearest", reconstruction={"rounding": "none"}, **options))
     assert all(report.loss_after <= report.loss_before for report in reports)
     assert any(report.changed > 0.01 for report in reports)
     assert all(report.changed == 0 and report.loss_after == report.loss_before for report in nearest)
-    assert reports[-1].loss_after < 0.97 * nearest[-1].loss_after
+    assert reports[-1].loss_after < (0.9 if rounding == "full" else 0.99) * nearest[-1].loss_after
 
 
 @pytest.mark.parametrize(("size", "overlap"), [(1, 0), (2, 0), (3, 1), (3, 2), (4, 3), (9, 8)])
