@@ -85,11 +85,7 @@ class Disk:
     def sync_folder(self, path: Path) -> None:
         """fsync the entries of a folder: what was created, renamed or linked in it is durable afterwards."""
         with self._operation("sync_folder", path):
-            handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+            _fsync(path, os.O_DIRECTORY)
 
     def sync_tree(self, path: Path) -> None:
         """fsync every file below `path`, then every folder from the bottom up, `path` included."""
@@ -98,11 +94,7 @@ class Disk:
             for name in sorted(files):
                 file = Path(folder, name)
                 with self._operation("sync_file", file):
-                    handle = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-                    try:
-                        os.fsync(handle)
-                    finally:
-                        os.close(handle)
+                    _fsync(file, os.O_NOFOLLOW)
             self.sync_folder(Path(folder))
 
     def rename(self, source: Path, target: Path) -> None:
@@ -146,3 +138,11 @@ class Disk:
         with self._operation("remove_tree", path):
             if path.exists():
                 shutil.rmtree(path)
+
+
+def _fsync(path: Path, flag: int) -> None:
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flag)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:  # so that what only passes records on starts without torch
     from collections.abc import Mapping
@@ -109,3 +109,16 @@ class WindowReport:
     seconds: float
     peak_rss: int
     """Highest resident memory of the process so far, bytes."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for a commit or a log."""
+        return {
+            "window": self.window.index,
+            "windows": self.num_windows,
+            "blocks": [self.window.start, self.window.stop],
+            "loss_before": self.loss_before,
+            "loss_after": self.loss_after,
+            "changed": self.changed,
+            "seconds": self.seconds,
+            "peak_rss": self.peak_rss,
+        }

@@ -42,12 +42,13 @@ class Progress(AbstractContextManager["Progress"]):
         self._log: TextIO | None = None
         self._live: Live | None = None
         self._seconds: list[float] = []
+        self._doing, self._since = "", 0.0
 
     def __enter__(self) -> Self:
         if self._log_json is not None:
             self._log = self._log_json.open("a", encoding="utf-8")
         if self._console.is_terminal:
-            self._live = Live(Text(""), console=self._console, refresh_per_second=4, transient=True)
+            self._live = Live(get_renderable=self._now, console=self._console, refresh_per_second=2, transient=True)
             self._live.start()
         return self
 
@@ -63,9 +64,13 @@ class Progress(AbstractContextManager["Progress"]):
         """Show an event."""
         if isinstance(event, WindowReport):
             self._finished(event)
-        elif self._live is not None:
-            since = time.strftime("%H:%M:%S")
-            self._live.update(Text(f"{since}  {event}  RAM {resident_bytes() / GIB:.2f} GiB", style="dim"))
+        else:
+            self._doing, self._since = event, time.monotonic()
+
+    def _now(self) -> Text:
+        """The live line: what is being done, for how long, and the memory in use."""
+        lasting = duration(time.monotonic() - self._since)
+        return Text(f"{self._doing}  {lasting}  RAM {resident_bytes() / GIB:.2f} GiB", style="dim")
 
     def _finished(self, report: WindowReport) -> None:
         self._seconds.append(report.seconds)
@@ -73,15 +78,5 @@ class Progress(AbstractContextManager["Progress"]):
         line = window_line(report, left * sum(self._seconds) / len(self._seconds))
         self._console.print(line, highlight=False, soft_wrap=True)
         if self._log is not None:
-            record = {
-                "window": report.window.index,
-                "windows": report.num_windows,
-                "blocks": [report.window.start, report.window.stop],
-                "loss_before": report.loss_before,
-                "loss_after": report.loss_after,
-                "changed": report.changed,
-                "seconds": report.seconds,
-                "peak_rss": report.peak_rss,
-            }
-            self._log.write(json.dumps(record) + "\n")
+            self._log.write(json.dumps(report.to_dict()) + "\n")
             self._log.flush()

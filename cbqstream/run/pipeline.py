@@ -162,7 +162,7 @@ class _Job:
 
         # 7. commit
         report = self._report(window, result, time.monotonic() - began)
-        self.journal.commit(window.index, parts=parts, acts=acts, report=_plain(report))
+        self.journal.commit(window.index, parts=parts, acts=acts, report=report.to_dict())
         return report
 
     def finish(self, out: Path) -> None:
@@ -239,15 +239,3 @@ class _Job:
             seconds,
             peak_resident_bytes(),
         )
-
-
-def _plain(report: WindowReport) -> dict[str, Any]:
-    """What a commit keeps of a report."""
-    return {
-        "blocks": [report.window.start, report.window.stop],
-        "loss_before": report.loss_before,
-        "loss_after": report.loss_after,
-        "changed": report.changed,
-        "seconds": report.seconds,
-        "peak_rss": report.peak_rss,
-    }

@@ -1,0 +1,61 @@
+"""What people read: durations, the line of a window, plain output and the live line."""
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from cbqstream.config import CalibrationConfig, QuantizeConfig, Scheme
+from cbqstream.records import Window, WindowReport
+from cbqstream.report.progress import Progress, duration
+from cbqstream.report.status import status_lines
+
+
+def report(index=1, seconds=30.0):
+    return WindowReport(Window(index, index, index + 2, index + 1, index + 1), 4, 0.5, 0.125, 0.08, seconds, 3 << 29)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0s"), (59.6, "1m00s"), (61, "1m01s"), (3599, "59m59s"), (9660, "2h41m")]
+)
+def test_duration(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_plain_output_is_one_line_per_window_and_a_log(tmp_path):
+    text = io.StringIO()
+    with Progress(Console(file=text, width=40), tmp_path / "log.jsonl") as progress:
+        progress("window 1/4: targets")
+        progress(report(0, 20.0))
+        progress(report(1, 40.0))
+    assert text.getvalue().splitlines() == [
+        "window 1/4  blocks 0-1  loss 0.5 -> 0.125  changed 8.0%  20 s  RAM 1.50 GiB  ETA 1m00s",
+        "window 2/4  blocks 1-2  loss 0.5 -> 0.125  changed 8.0%  40 s  RAM 1.50 GiB  ETA 1m00s",
+    ]
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [record["window"] for record in records] == [0, 1]
+    assert records[0] == report(0, 20.0).to_dict()
+
+
+def test_live_output_says_what_is_being_done():
+    text = io.StringIO()
+    with Progress(Console(file=text, force_terminal=True, width=120)) as progress:
+        progress("window 1/4: targets")
+        progress(report())
+    assert "window 1/4: targets" in text.getvalue()
+    assert "ETA" in text.getvalue()
+
+
+def test_status_of_a_finished_window_less_run(tmp_path):
+    config = QuantizeConfig(
+        model="m", out=str(tmp_path), scheme=Scheme(num_bits=4), calibration=CalibrationConfig(dataset="d")
+    )
+    lines = status_lines(tmp_path, config, 2, [])
+    assert lines[1] == "windows done: 0 of 2"
+    assert lines[2] == "time left: unknown"
+    done = [{"window": index, "report": report(index).to_dict()} for index in range(2)]
+    assert "not put together" in status_lines(tmp_path, config, 2, done)[-1]
+    half = status_lines(tmp_path, config, 2, done[:1])
+    assert half[2] == "  window 1  blocks 0-1  loss 0.5 -> 0.125  30 s"
+    assert half[3] == "time left: 30s"
