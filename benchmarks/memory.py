@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Peak resident memory does not grow with the number of blocks.
 
-Usage: memory.py WORK [--hidden 2048] [--blocks 8 64]
+Usage: memory.py WORK [--hidden 2048] [--blocks 8 64] [--results FILE]
 
 Writes Llama-shaped checkpoints of random bf16 weights, equal but for their number of blocks, one shard a block, and quantizes each in a
 process of its own: W4A16 group 64, learned rounding, 8 x 128 random tokens. Prints peak resident memory beside the checkpoint's size.
@@ -98,11 +98,12 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--blocks", type=int, nargs="+", default=[8, 64])
+    parser.add_argument("--results", type=Path, default=HERE / "results" / "memory.json")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     rows = [measure(args.work, blocks, args.hidden) for blocks in args.blocks]
-    (HERE / "results").mkdir(exist_ok=True)
-    (HERE / "results" / "memory.json").write_text(json.dumps(rows, indent=1) + "\n")
+    args.results.parent.mkdir(exist_ok=True)
+    args.results.write_text(json.dumps(rows, indent=1) + "\n")
     print(
         "| blocks | checkpoint, GiB | peak RSS, GiB | share of the checkpoint | seconds |",
         "|---|---|---|---|---|",

@@ -1,0 +1,87 @@
+"""Durable operations: what they promise when they work and when they do not."""
+
+import errno
+import hashlib
+import os
+
+import pytest
+
+from cbqstream import disk as disk_module
+from cbqstream.disk import Disk
+from cbqstream.errors import StorageError
+
+
+def test_write_gives_the_digest_of_what_lies_there(tmp_path):
+    digest = Disk().write(tmp_path / "f", [b"abc", b"", b"def"])
+    assert (tmp_path / "f").read_bytes() == b"abcdef"
+    assert (digest.size, digest.sha256) == (6, hashlib.sha256(b"abcdef").hexdigest())
+    assert (tmp_path / "f").stat().st_mode & 0o777 == 0o600
+
+
+def test_nothing_is_overwritten(tmp_path):
+    (tmp_path / "f").write_text("old")
+    with pytest.raises(StorageError, match="File exists"):
+        Disk().write(tmp_path / "f", [b"new"])
+    (tmp_path / "g").write_text("other")
+    with pytest.raises(StorageError, match="rename failed"):
+        Disk().rename(tmp_path / "g", tmp_path / "f")
+    assert (tmp_path / "f").read_text() == "old"
+
+
+def test_a_link_in_the_way_is_not_followed(tmp_path):
+    (tmp_path / "f").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StorageError):
+        Disk().write(tmp_path / "f", [b"x"])
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_full_disk_is_one_line_with_a_remedy(tmp_path, monkeypatch):
+    def full(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(disk_module.os, "fsync", full)
+    with pytest.raises(StorageError, match=r"write failed: No space left on device\. Free some space") as caught:
+        Disk().write(tmp_path / "f", [b"x"])
+    assert caught.value.exit_code == 74
+
+
+def test_publish_takes_an_empty_folder_and_no_other(tmp_path):
+    for name in ("source", "empty", "full"):
+        (tmp_path / name).mkdir(mode=0o700)
+    (tmp_path / "source" / "f").write_text("x")
+    (tmp_path / "full" / "mine").write_text("y")
+    with pytest.raises(StorageError):
+        Disk().publish(tmp_path / "source", tmp_path / "full")
+    Disk().publish(tmp_path / "source", tmp_path / "empty")
+    assert (tmp_path / "empty" / "f").read_text() == "x"
+    assert (tmp_path / "full" / "mine").read_text() == "y"
+
+
+def test_copies_where_links_are_not_to_be_had(tmp_path, monkeypatch):
+    (tmp_path / "f").write_bytes(b"content")
+    Disk().link_or_copy(tmp_path / "f", tmp_path / "linked")
+    assert (tmp_path / "linked").samefile(tmp_path / "f")
+
+    def other_file_system(source, target):
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    monkeypatch.setattr(disk_module.os, "link", other_file_system)
+    Disk().link_or_copy(tmp_path / "f", tmp_path / "copied")
+    assert (tmp_path / "copied").read_bytes() == b"content"
+    assert not (tmp_path / "copied").samefile(tmp_path / "f")
+
+
+def test_operations_are_numbered_before_they_happen(tmp_path):
+    seen = []
+    disk = Disk(lambda number, name, path: seen.append((number, name, path.exists())))
+    disk.make_folder(tmp_path / "d")
+    disk.write(tmp_path / "d" / "f", [b""])
+    disk.sync_tree(tmp_path / "d")
+    disk.remove_tree(tmp_path / "d")
+    assert seen == [
+        (1, "make_folder", False),
+        (2, "write", False),
+        (3, "sync_file", True),
+        (4, "sync_folder", True),
+        (5, "remove_tree", True),
+    ]
