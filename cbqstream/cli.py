@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from cbqstream.config import CalibrationConfig, QuantizeConfig, ReconstructionConfig, Scheme, WindowConfig
-from cbqstream.errors import CbqstreamError, StoppedError
+from cbqstream.errors import CbqstreamError, StoppedError, StorageError
 
 app = typer.Typer(
     name="cbqstream",
@@ -117,8 +117,9 @@ def resume(run: Annotated[Path, typer.Argument(help="The run directory.")], log_
     """Go on with a run; all settings come from its directory."""
     from cbqstream.run.journal import read_run
 
-    config = QuantizeConfig.from_dict({**read_run(run)["config"], "run_dir": str(run.absolute())})
-    _run(config, log_json)
+    content = read_run(run)
+    same = {"run_dir": str(run.absolute()), "threads": content["identity"]["numerics"]["threads"]}
+    _run(QuantizeConfig.from_dict({**content["config"], **same}), log_json)
 
 
 @app.command()
@@ -197,6 +198,12 @@ def main() -> NoReturn:
     except CbqstreamError as error:
         Console(stderr=True).print(f"cbqstream: error: {error}", highlight=False, soft_wrap=True, markup=False)
         sys.exit(error.exit_code)
+    except OSError as error:
+        where = "" if error.filename is None else f"{error.filename}: "
+        Console(stderr=True).print(
+            f"cbqstream: error: {where}{error.strerror}.", highlight=False, soft_wrap=True, markup=False
+        )
+        sys.exit(StorageError.exit_code)
     sys.exit(0)
 
 

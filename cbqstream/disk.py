@@ -133,6 +133,11 @@ class Disk:
         with source.open("rb") as file:
             return self.write(target, iter(lambda: file.read(1 << 24), b""), mode=0o666)
 
+    def remove_file(self, path: Path) -> None:
+        """Delete a file, if it is there. Not synced: what is deleted is garbage already."""
+        with self._operation("remove_file", path):
+            path.unlink(missing_ok=True)
+
     def remove_tree(self, path: Path) -> None:
         """Delete a folder and all below it, if it is there. Not synced: what is deleted is garbage already."""
         with self._operation("remove_tree", path):

@@ -5,6 +5,8 @@ its file is looked for first. Metadata is compared with what the caller expects,
 the folder durable does that for the whole tree.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,21 @@ from zarr.codecs import BytesCodec, Crc32cCodec
 from zarr.core.config import config as zarr_config
 
 from cbqstream.activations.store import ActivationStore, StreamShape
-from cbqstream.errors import InputError
+from cbqstream.errors import InputError, StorageError
 
 _CRC_BYTES = 4
 _CARRIERS = {torch.bfloat16: "uint16", torch.float16: "float16", torch.float32: "float32"}
 _VIEWS = {torch.bfloat16: torch.uint16, torch.float16: torch.float16, torch.float32: torch.float32}
+
+
+@contextmanager
+def _storage_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"{path}: write failed: {error.strerror}. Free some space and run the same command again."
+        ) from error
 
 
 class ZarrStore(ActivationStore):
@@ -34,7 +46,7 @@ class ZarrStore(ActivationStore):
     @classmethod
     def create(cls, path: Path, shape: StreamShape) -> "ZarrStore":
         """A new, empty store. `path` must not exist; its parent must."""
-        with zarr_config.set({"array.write_empty_chunks": True}):
+        with _storage_errors(path), zarr_config.set({"array.write_empty_chunks": True}):
             array = zarr.create_array(
                 store=str(path),
                 shape=(shape.num_segments, shape.seq_len, shape.hidden_size),
@@ -77,7 +89,8 @@ class ZarrStore(ActivationStore):
     def write(self, segment: int, x_SD: Tensor) -> None:
         self._check(segment, x_SD)
         stored = x_SD.detach().to("cpu", self.shape.dtype).contiguous().view(_VIEWS[self.shape.dtype])
-        self._array[segment] = stored.numpy()
+        with _storage_errors(self._chunk(segment)):
+            self._array[segment] = stored.numpy()
 
     def read(self, segment: int) -> Tensor:
         self._check(segment)

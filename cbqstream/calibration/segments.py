@@ -104,7 +104,7 @@ def _load_tokenizer(model: Path) -> Any:
 def _npy(path: Path) -> Tensor:
     try:
         values = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise InputError(path, "not a .npy file of numbers.") from error
     if not np.issubdtype(values.dtype, np.integer):
         raise InputError(path, f"holds {values.dtype}, token ids are integers.")

@@ -46,7 +46,7 @@ def find_tensors(folder: Path) -> dict[str, TensorInfo]:
     if (folder / INDEX).exists():
         return _from_index(folder)
     shards = sorted(folder.glob("*.safetensors"))
-    if (folder / SINGLE).exists() and len(shards) == 1:
+    if (folder / SINGLE).exists():
         return read_header(folder / SINGLE)
     if len(shards) == 1:
         return read_header(shards[0])

@@ -1,5 +1,6 @@
 """Lazy reads by name. Tensors come by pread into their own memory: never mmap, never a whole file, never the whole model."""
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from cbqstream.errors import InputError
 from cbqstream.records import TensorInfo
 
 _COPY_BYTES = 16 << 20
+_SAMPLE_BYTES = 4 << 10
 
 
 class Checkpoint:
@@ -52,6 +54,21 @@ class Checkpoint:
         if tuple(tensor.shape) != info.shape or tensor.dtype != info.dtype:
             raise InputError(info.file, "changed while it was being read.", tensor=name)
         return tensor.to(device=device, dtype=dtype or info.dtype)
+
+    def fingerprint(self) -> str:
+        """SHA-256, in hex, over names, dtypes, shapes, and 4 KiB from the start, the middle and the end of every tensor.
+
+        Reading every byte of a large model takes minutes; another training run changes every tensor, so a sample shows it.
+        """
+        digest = hashlib.sha256()
+        for name in sorted(self.infos):
+            info = self.infos[name]
+            digest.update(f"{name}|{info.dtype}|{list(info.shape)}|".encode())
+            with info.file.open("rb") as file:
+                for start in (info.start, info.start + info.num_bytes // 2, max(info.start, info.end - _SAMPLE_BYTES)):
+                    file.seek(start)
+                    digest.update(file.read(min(_SAMPLE_BYTES, info.end - start)))
+        return digest.hexdigest()
 
     def raw(self, name: str) -> Iterator[bytes]:
         """The bytes of one tensor as they lie in the file, in pieces of 16 MiB.

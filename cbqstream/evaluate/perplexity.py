@@ -16,6 +16,7 @@ from cbqstream.activations.zarr_store import ZarrStore
 from cbqstream.calibration.segments import load_segments
 from cbqstream.checkpoint.folder import read_json
 from cbqstream.checkpoint.reader import Checkpoint
+from cbqstream.errors import UsageError
 from cbqstream.models.block import BlockArguments, build_block, run_block
 from cbqstream.models.compute import choose_device, compute_dtype, make_deterministic
 from cbqstream.models.ends import model_ends
@@ -74,9 +75,14 @@ def evaluate(
 
     Raises:
         InputError: the model or the text cannot be read.
-        UsageError: the device is not there.
+        UsageError: a number or folder that cannot work, or a device that is not there.
     """
     skeleton, source = open_model(model)
+    skeleton.check_length(seq_len)
+    if num_samples < 1 or batch_size < 1:
+        raise UsageError(f"num_samples is {num_samples} and batch_size is {batch_size}. Both must be at least 1.")
+    if scratch is not None and not scratch.is_dir():
+        raise UsageError(f"{scratch}: no such folder.")
     where = choose_device(device)
     make_deterministic(threads)
     tokens_NS = load_segments(

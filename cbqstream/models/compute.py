@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 from typing import Any
 
 import torch
@@ -15,8 +16,10 @@ def choose_device(name: str) -> torch.device:
     """The device of a setting: `auto` is the first CUDA device, or the CPU where there is none.
 
     Raises:
-        UsageError: a CUDA device was asked for and is not there.
+        UsageError: no such kind of device, or a CUDA device that is not there.
     """
+    if re.fullmatch(r"auto|cpu|cuda(:\d+)?", name) is None:
+        raise UsageError(f"device {name!r} is not auto, cpu or cuda.")
     available = torch.cuda.is_available()
     if name == "auto":
         return torch.device("cuda:0" if available else "cpu")

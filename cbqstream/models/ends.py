@@ -43,7 +43,8 @@ class ModelEnds:
     @torch.no_grad()
     def embed(self, ids_S: Tensor) -> Tensor:
         """Input of the first block for one segment of token ids, int64 [S]: [S, D]."""
-        self._shell.base_model(input_ids=ids_S.unsqueeze(0).to(self._device), use_cache=False)
+        ids_1S = ids_S.unsqueeze(0).to(self._device)
+        self._shell.base_model(input_ids=ids_1S, position_ids=self._positions(len(ids_S)), use_cache=False)
         seen = self._stand_ins[0].seen
         if seen is None:
             raise RuntimeError("the model did not call its first block")
@@ -61,7 +62,15 @@ class ModelEnds:
         for x_TD in torch.split(x_SD, _LOGIT_TOKENS):
             self._stand_ins[-1].replacement = x_TD.unsqueeze(0).to(self._device)
             dummy = torch.zeros(1, len(x_TD), width, device=self._device, dtype=x_TD.dtype)
-            yield self._shell(inputs_embeds=dummy, use_cache=False).logits[0].float()
+            yield (
+                self._shell(inputs_embeds=dummy, position_ids=self._positions(len(x_TD)), use_cache=False)
+                .logits[0]
+                .float()
+            )
+
+    def _positions(self, length: int) -> Tensor:
+        """0 to length - 1, [1, S]. Given, because OPT would count them with a cumsum that CUDA cannot do deterministically."""
+        return torch.arange(length, device=self._device).unsqueeze(0)
 
 
 @contextmanager

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from cbqstream.errors import InputError, shown
+from cbqstream.errors import InputError, UsageError, shown
 from cbqstream.models.families import BLOCKS
 from cbqstream.records import BlockSpec
 
@@ -57,7 +58,7 @@ class ModelSkeleton:
             with init_empty_weights(include_buffers=False):
                 auto: Any = AutoModelForCausalLM
                 self.shell: Any = auto.from_config(self.config, attn_implementation="sdpa").eval()
-        except (ValueError, TypeError, KeyError, ZeroDivisionError, RuntimeError) as error:
+        except (ValueError, TypeError, KeyError, ZeroDivisionError, RuntimeError, StrictDataclassError) as error:
             raise InputError(path, f"does not describe a {model_type} model: {shown(str(error))}") from error
         self.blocks_path = BLOCKS[model_type]
         layers = self.shell.get_submodule(self.blocks_path)
@@ -83,11 +84,16 @@ class ModelSkeleton:
         """Token ids are below this."""
         return int(self.config.vocab_size)
 
-    @property
-    def max_positions(self) -> int | None:
-        """Longest sequence, where positions are learned; None where they are computed."""
+    def check_length(self, seq_len: int) -> None:
+        """Refuse segments that the model has no positions for. Where positions are computed there is no limit.
+
+        Raises:
+            UsageError: the segment is too long, or too short to predict anything.
+        """
         learned = any(name.endswith("embed_positions.weight") for name, _ in self.shell.named_parameters())
-        return int(self.config.max_position_embeddings) if learned else None
+        if seq_len < 2 or (learned and seq_len > self.config.max_position_embeddings):
+            most = f" to {self.config.max_position_embeddings}, the model's positions" if learned else " or more"
+            raise UsageError(f"seq_len is {seq_len}. It must be 2{most}.")
 
     def _block_spec(self, index: int, block: nn.Module) -> BlockSpec:
         prefix = f"{self.blocks_path}.{index}"

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 _SMALLEST_SHARE = 1e-6
+_SMALLEST_POWER = 1e-20
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ def reconstruction_loss(h_BSD: Tensor, target_BSD: Tensor, shape: LossShape) -> 
     """E(h, T), a float32 scalar, differentiable in `h_BSD`."""
     h_BSD, target_BSD = h_BSD.float(), target_BSD.float()
     weights_BS = token_weights(target_BSD, shape.robust_tokens)
-    power_BS = target_BSD.square().sum(-1)
+    power_BS = target_BSD.square().sum(-1).clamp(min=_SMALLEST_POWER)
     if not shape.relative:
         power_BS = (power_BS * weights_BS).sum().expand_as(power_BS)
     weights_BS1 = (weights_BS / power_BS).unsqueeze(-1)

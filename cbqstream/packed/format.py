@@ -16,7 +16,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32,
 from torch import Tensor
 
 from cbqstream.config import Scheme
-from cbqstream.errors import UsageError
+from cbqstream.errors import UsageError, shown
 from cbqstream.records import QuantizedWeight
 
 PACKED, SCALE, ZERO_POINT, SHAPE = "weight_packed", "weight_scale", "weight_zero_point", "weight_shape"
@@ -80,15 +80,19 @@ def scheme_of(config: dict[str, Any]) -> Scheme:
         UsageError: it is of another method, or of a form that is not written here.
     """
     groups = config.get("config_groups")
-    if (
-        config.get("quant_method") != METHOD
-        or config.get("format") != FORMAT
-        or not isinstance(groups, dict)
-        or len(groups) != 1
-    ):
+    group = next(iter(groups.values())) if isinstance(groups, dict) and len(groups) == 1 else {}
+    weights = group.get("weights") or {}
+    known = (
+        config.get("quant_method") == METHOD
+        and config.get("format") == FORMAT
+        and weights.get("type") == "int"
+        and weights.get("strategy") in ("channel", "group")
+        and not weights.get("actorder")
+        and not group.get("input_activations")
+    )
+    if not known:
         raise UsageError(
-            f"the model is already quantized ({config.get('quant_method')}) in a form that is not read here."
+            f"the model is already quantized ({shown(str(config.get('quant_method')))}) in a form that is not read here."
         )
-    weights = next(iter(groups.values()))["weights"]
-    group_size = weights.get("group_size") if weights.get("strategy") == "group" else None
+    group_size = weights.get("group_size") if weights["strategy"] == "group" else None
     return Scheme(num_bits=weights["num_bits"], group_size=group_size, symmetric=weights["symmetric"])

@@ -15,6 +15,11 @@ REST = "rest.safetensors"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
 
 
+def building_folder(out: Path) -> Path:
+    """What `out` is called until it is complete. It belongs to this program: whatever lies there is deleted."""
+    return out.with_name(out.name + ".cbqstream.tmp")
+
+
 def assemble(
     disk: Disk,
     out: Path,
@@ -25,7 +30,7 @@ def assemble(
     replaced: set[str],
     config: dict[str, Any],
 ) -> None:
-    """Make the folder `out` from the shards of the blocks; until its last rename it is called `out.tmp`.
+    """Make the folder `out` from the shards of the blocks; until its last rename it has another name.
 
     Args:
         disk: for durable writes.
@@ -36,7 +41,7 @@ def assemble(
         replaced: names of the source's tensors that the shards stand for; all others are copied byte for byte.
         config: content of the new config.json.
     """
-    building = out.with_name(out.name + ".tmp")
+    building = building_folder(out)
     disk.remove_tree(building)
     disk.make_folder(building)
     weight_map: dict[str, str] = {}

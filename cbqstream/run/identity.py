@@ -8,7 +8,6 @@ from typing import Any
 
 from cbqstream.config import QuantizeConfig
 from cbqstream.errors import IdentityError
-from cbqstream.records import TensorInfo
 
 FORMAT = 1
 """Of the run directory."""
@@ -19,30 +18,24 @@ _NOT_IDENTITY = ("model", "out", "run_dir", "device", "threads")
 
 
 def identity(
-    config: QuantizeConfig,
-    *,
-    model: Mapping[str, Any],
-    tensors: Mapping[str, TensorInfo],
-    tokens_sha256: str,
-    numerics: Mapping[str, Any],
+    config: QuantizeConfig, *, model: Mapping[str, Any], weights: str, tokens: str, numerics: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The identity of a run as nested plain values.
 
     Args:
         config: its settings.
         model: content of the source's config.json.
-        tensors: of the source; names, dtypes and shapes count, and where they lie.
-        tokens_sha256: of the calibration segments.
+        weights: fingerprint of the source's tensors.
+        tokens: digest of the calibration segments.
         numerics: see `numerics_class`.
     """
     settings = {key: value for key, value in config.to_dict().items() if key not in _NOT_IDENTITY}
     settings["calibration"].pop("dataset")
-    layout = [[info.name, str(info.dtype), list(info.shape), info.file.name, info.start] for info in tensors.values()]
     return {
         "format": FORMAT,
         "algorithm": ALGORITHM,
-        "source": {"config": digest_of(dict(model)), "tensors": digest_of(sorted(layout))},
-        "calibration": {"tokens": tokens_sha256},
+        "source": {"config": digest_of(dict(model)), "weights": weights},
+        "calibration": {"tokens": tokens},
         "settings": settings,
         "numerics": dict(numerics),
     }

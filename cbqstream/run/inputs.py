@@ -13,6 +13,7 @@ from cbqstream.config import QuantizeConfig
 from cbqstream.errors import InputError, UsageError, shown
 from cbqstream.models.compute import choose_device, compute_dtype, make_deterministic, numerics_class
 from cbqstream.models.skeleton import ModelSkeleton
+from cbqstream.packed.output import building_folder
 from cbqstream.records import Compute, Window
 from cbqstream.run.identity import identity
 from cbqstream.windows.schedule import schedule
@@ -52,9 +53,11 @@ def open_inputs(config: QuantizeConfig) -> RunInputs:
     _check_scheme(config, skeleton, checkpoint)
     device = choose_device(config.device)
     threads = make_deterministic(config.threads)
-    limit = skeleton.max_positions
-    if limit is not None and config.calibration.seq_len > limit:
-        raise UsageError(f"seq_len {config.calibration.seq_len} is longer than the model's {limit} positions.")
+    skeleton.check_length(config.calibration.seq_len)
+    if config.reconstruction.robust_tokens >= config.calibration.seq_len:
+        raise UsageError(
+            f"robust_tokens {config.reconstruction.robust_tokens} leaves no token of {config.calibration.seq_len}."
+        )
     tokens_NS = load_segments(
         Path(config.calibration.dataset),
         folder,
@@ -65,8 +68,8 @@ def open_inputs(config: QuantizeConfig) -> RunInputs:
     who = identity(
         config,
         model=model,
-        tensors=checkpoint.infos,
-        tokens_sha256=segments_digest(tokens_NS),
+        weights=checkpoint.fingerprint(),
+        tokens=segments_digest(tokens_NS),
         numerics=numerics_class(device, threads),
     )
     windows = tuple(schedule(config.keep_first, len(skeleton.blocks) - config.keep_last, config.window))
@@ -76,17 +79,23 @@ def open_inputs(config: QuantizeConfig) -> RunInputs:
 
 def _check_paths(config: QuantizeConfig) -> None:
     model, out, run = (Path(path).resolve() for path in (config.model, config.out, config.run_path))
+    building = building_folder(out)
     for inner, outer, text in (
         (out, model, "OUT is inside the model"),
         (run, model, "the run directory is inside the model"),
+        (run, out, "the run directory is inside OUT"),
+        (run, building, "this name is needed while OUT is put together"),
+        (model, building, "this name is needed while OUT is put together"),
     ):
         if inner == outer or outer in inner.parents:
             raise UsageError(f"{inner}: {text}. Use another place.")
-    if run == out or out in run.parents:
-        raise UsageError(f"{run}: the run directory is inside OUT. Use another --run-dir.")
-    if not out.parent.is_dir() or not run.parent.is_dir():
-        missing = run.parent if out.parent.is_dir() else out.parent
-        raise UsageError(f"{missing}: no such folder. Create it first.")
+    if Path(config.out).is_symlink() or out.is_mount():
+        raise UsageError(
+            f"{config.out}: a link or a mount point, which cannot be replaced by a finished folder. Use a folder in it."
+        )
+    for parent in (out.parent, run.parent):
+        if not parent.is_dir():
+            raise UsageError(f"{parent}: no such folder. Create it first.")
 
 
 def _check_scheme(config: QuantizeConfig, skeleton: ModelSkeleton, checkpoint: Checkpoint) -> None:

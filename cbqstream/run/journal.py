@@ -19,6 +19,9 @@ from cbqstream.disk import Disk
 from cbqstream.errors import IdentityError, InputError, StoppedError, UsageError
 from cbqstream.run.identity import FORMAT, canonical, digest_of
 
+CARRY = "carry.safetensors"
+"""What the blocks that stay in the next window carry over; beside the shards of those that left."""
+
 _FOLDERS = ("commits", "parts", "acts", "tmp")
 
 
@@ -66,6 +69,14 @@ class Journal:
             if name.startswith("block-")
         ]
 
+    def is_result(self, out: Path) -> bool:
+        """Whether `out` is what this run, all of whose windows are done, put together: its config and the very shards."""
+        shards = self.shards()
+        sizes = {name: size for commit in self.commits for name, (size, _) in commit["parts"].items()}
+        return (out / "config.json").is_file() and all(
+            (out / shard.name).is_file() and (out / shard.name).stat().st_size == sizes[shard.name] for shard in shards
+        )
+
     def empty_tmp(self) -> None:
         """Start to build a window."""
         self.disk.remove_tree(self.building)
@@ -81,6 +92,14 @@ class Journal:
             for entry in sorted((self.path / folder).iterdir()):
                 if entry.name not in names:
                     self.disk.remove_tree(entry)
+        self._drop_old_carry()
+
+    def _drop_old_carry(self) -> None:
+        """Only the newest window's carry is ever read again; all of them would be as large as the model."""
+        for window in range(self.next_window - 2, -1, -1):
+            if not (self.parts(window) / CARRY).exists():
+                return
+            self.disk.remove_file(self.parts(window) / CARRY)
 
     def publish_acts(self, window: int) -> None:
         """Make `tmp/acts` the durable input of `window`."""
@@ -119,6 +138,7 @@ class Journal:
         self.disk.sync_folder(self.path / "commits")
         self.commits.append(record)
         self.disk.remove_tree(self.acts(window))
+        self._drop_old_carry()
 
     def _require_written(self, parts: dict[str, list[Any]]) -> None:
         for name, (size, _) in parts.items():
@@ -171,7 +191,8 @@ def _make_run_folder(path: Path, disk: Disk) -> None:
     if not path.is_dir():
         raise UsageError(f"{path}: not a folder. Use another --run-dir.")
     names = {entry.name for entry in path.iterdir()}
-    if "run.json" not in names and names - {"LOCK", *_FOLDERS}:
+    interrupted_start = "LOCK" in names and not names - {"LOCK", *_FOLDERS}
+    if names and "run.json" not in names and not interrupted_start:
         raise UsageError(f"{path}: not empty and not a cbqstream run. Use another --run-dir.")
 
 

@@ -16,13 +16,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cbqstream.activations.store import StreamShape
 from cbqstream.activations.zarr_store import ZarrStore
 from cbqstream.checkpoint.header import read_header
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.config import QuantizeConfig
 from cbqstream.disk import Disk
-from cbqstream.errors import UsageError
+from cbqstream.errors import DeviceMemoryError, UsageError
 from cbqstream.memory import peak_resident_bytes
 from cbqstream.models.block import BlockArguments, build_block
 from cbqstream.models.ends import model_ends
@@ -33,7 +35,7 @@ from cbqstream.packed.shard import write_tensors
 from cbqstream.records import Window, WindowReport
 from cbqstream.run.identity import require_same
 from cbqstream.run.inputs import RunInputs, open_inputs
-from cbqstream.run.journal import Journal, open_journal, read_run
+from cbqstream.run.journal import CARRY, Journal, open_journal, read_run
 from cbqstream.run.seeds import generator_for
 from cbqstream.windows.propagate import mix_targets, propagate
 from cbqstream.windows.quantized_linear import Phase
@@ -43,7 +45,6 @@ from cbqstream.windows.resident import ResidentBlock
 Listener = Callable[[str | WindowReport], None]
 """Is told what is being done, and what happened in each window."""
 
-CARRY = "carry.safetensors"
 REFERENCE, QUANTIZED = "reference", "quantized"
 
 
@@ -63,23 +64,34 @@ def quantize(config: QuantizeConfig, listener: Listener = lambda event: None, di
     """
     inputs = open_inputs(config)
     out, run = Path(config.out), config.run_path
-    begun = (run / "run.json").exists()
-    if begun:
+    if (run / "run.json").exists():
         require_same(run, read_run(run)["identity"], inputs.identity)
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif _is_occupied(out):
         raise UsageError(f"{out}: exists and is not empty. Give another OUT.")
     content = {"identity": inputs.identity, "config": config.to_dict(), "windows": len(inputs.windows)}
     with open_journal(run, content, disk or Disk()) as journal:
-        if begun and journal.next_window == len(inputs.windows) and (out / "config.json").exists():
-            listener("the run was finished already")
-            return out
+        require_same(run, read_run(run)["identity"], inputs.identity)  # again, now that nobody else can change it
+        if _is_occupied(out):
+            if journal.next_window == len(inputs.windows) and journal.is_result(out):
+                return out
+            raise UsageError(f"{out}: exists, is not empty and is not the result of this run. Give another OUT.")
         job = _Job(inputs, journal, listener)
-        job.enter()
-        for window in inputs.windows[journal.next_window :]:
-            listener(job.quantize_window(window))
+        try:
+            job.enter()
+            for window in inputs.windows[journal.next_window :]:
+                listener(job.quantize_window(window))
+        except torch.OutOfMemoryError as error:
+            remedy = "Use a smaller --batch-size or --window-size in a new run"
+            raise DeviceMemoryError(
+                f"window {journal.next_window + 1} needs more device memory than there is. {remedy}."
+            ) from error
         listener("writing the model")
         job.finish(out)
     return out
+
+
+def _is_occupied(out: Path) -> bool:
+    return out.exists() and (not out.is_dir() or any(out.iterdir()))
 
 
 class _Job:
@@ -167,6 +179,7 @@ class _Job:
 
     def finish(self, out: Path) -> None:
         """Put the finished model together."""
+        self.journal.empty_tmp()
         inputs, config = self.inputs, self.inputs.config
         last = len(inputs.skeleton.blocks) - config.keep_last
         quantized = inputs.skeleton.blocks[config.keep_first : last]

@@ -1,5 +1,6 @@
 """Optimising one window: step sizes and rounding, until its output is nearest to the target."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from cbqstream.activations.read_ahead import in_batches, read_batches
 from cbqstream.activations.store import ActivationStore
 from cbqstream.config import ReconstructionConfig
+from cbqstream.errors import InputError
 from cbqstream.numerics.losses import LossShape, reconstruction_loss
 from cbqstream.records import Compute
 from cbqstream.windows.quantized_linear import Phase
@@ -59,6 +61,9 @@ def reconstruct(
 ) -> Reconstruction:
     """Train the roundings of a window in place. It never ends worse than it began: the guard keeps the better of the two.
 
+    Raises:
+        InputError: the window gives values that are not finite.
+
     Args:
         blocks: the window, with roundings.
         data: its input from the quantized stream, and its targets.
@@ -68,6 +73,11 @@ def reconstruct(
     training, guard = split_guard(data.inputs.shape.num_segments)
     roundings = [layer.rounding for layer in all_layers(blocks) if layer.rounding is not None]
     before = hard_loss(blocks, data, guard, config)
+    if not math.isfinite(before):
+        first, last = blocks[0].index, blocks[-1].index
+        raise InputError(
+            f"blocks {first}-{last}", "their activations are not finite. Look for NaN or Inf in the weights."
+        )
     after = before
     order = _training_order(training, config, generator)
     if order:

@@ -43,10 +43,13 @@ class ResidentBlock:
             }
             if state:
                 grid = (state["scale0"], state.get("zero_point"))
-            elif config.init == "search":
-                grid = search_grid(layer.weight, layer.second_moment(), scheme)
             else:
-                grid = minmax_grid(layer.weight, scheme)
+                moment = layer.second_moment()
+                grid = (
+                    search_grid(layer.weight, moment, scheme)
+                    if config.init == "search"
+                    else minmax_grid(layer.weight, scheme)
+                )
             layer.rounding = make_rounding(layer.weight, *grid, scheme, config, generator)
             layer.rounding.load(state)
 

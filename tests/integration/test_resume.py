@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from cbqstream import quantize
 from cbqstream.config import QuantizeConfig, WindowConfig
@@ -18,7 +19,7 @@ from cbqstream.disk import Disk
 from cbqstream.errors import IdentityError, InputError, StoppedError, UsageError
 from cbqstream.records import WindowReport
 from cbqstream.run.journal import open_journal, read_commits, read_run
-from tiny import SEQ_LEN, save_tokens
+from tiny import SEQ_LEN, save_model, save_tokens
 
 
 class KilledError(Exception):
@@ -116,20 +117,28 @@ def test_killed_for_real_in_its_second_window(make_config, tmp_path):
 
 def test_parts_and_carry_are_identical_too(make_config):
     whole, config = make_config(name="whole"), make_config(name="stopped")
-    quantize(whole)
-    total = 0
+    carries: dict[str, list[bytes]] = {"whole": [], "stopped": []}
+    commits = 0
+
+    def watch(name, path, kind):
+        if name == "remove_file":
+            carries[kind].append(path.read_bytes())
 
     def die(number, name, path):
-        nonlocal total
+        nonlocal commits
+        watch(name, path, "stopped")
         if name == "rename" and path.parent.name == "commits":
-            total += 1
-            if total == 2:
+            commits += 1
+            if commits == 2:
                 raise KilledError
 
+    quantize(whole, disk=Disk(lambda number, name, path: watch(name, path, "whole")))
     with pytest.raises(KilledError):
         quantize(config, disk=Disk(die))
-    quantize(config)
+    quantize(config, disk=Disk(lambda number, name, path: watch(name, path, "stopped")))
     assert files_of(whole.run_path / "parts") == files_of(config.run_path / "parts")
+    assert len(carries["whole"]) == 2
+    assert carries["whole"] == carries["stopped"]
 
 
 def test_a_finished_run_is_left_alone(make_config):
@@ -180,6 +189,16 @@ def test_another_source_is_refused(make_config, tiny_models):
         quantize(QuantizeConfig.from_dict({**config.to_dict(), "model": str(tiny_models["mistral"])}))
 
 
+def test_other_weights_under_the_same_names_are_another_source(make_config, tmp_path):
+    """A fine-tune that was overwritten by the next one must not be mixed with it."""
+    config = make_config(model=save_model(tmp_path / "model"))
+    quantize(config)
+    shutil.rmtree(config.model)
+    save_model(Path(config.model), seed=7)
+    with pytest.raises(IdentityError, match=r"source\.weights"):
+        quantize(config)
+
+
 def test_moved_runs_go_on(make_config, tmp_path):
     config = make_config()
     quantize(config)
@@ -228,3 +247,55 @@ def test_a_folder_that_is_no_run_is_not_touched(make_config):
     with pytest.raises(UsageError, match="not a cbqstream run"):
         quantize(config)
     assert files_of(config.run_path) == {"thesis.txt": b"mine"}
+
+
+@pytest.mark.parametrize("name", ["tmp", "parts", "commits"])
+def test_a_folder_of_somebody_else_with_our_names_is_not_touched(make_config, name):
+    config = make_config()
+    (config.run_path / name).mkdir(parents=True)
+    (config.run_path / name / "thesis.txt").write_text("mine")
+    with pytest.raises(UsageError, match="not a cbqstream run"):
+        quantize(config)
+    assert files_of(config.run_path) == {f"{name}/thesis.txt": b"mine"}
+
+
+def test_a_finished_run_does_not_claim_the_output_of_another(make_config, tmp_path):
+    config = make_config()
+    quantize(config)
+    other = shutil.copytree(config.model, tmp_path / "other")
+    before = files_of(other)
+    with pytest.raises(UsageError, match="not the result of this run"):
+        quantize(QuantizeConfig.from_dict({**config.to_dict(), "out": str(other), "run_dir": str(config.run_path)}))
+    assert files_of(other) == before
+
+
+def test_an_output_that_is_a_link_is_refused_at_once(make_config, tmp_path):
+    config = make_config()
+    (tmp_path / "empty").mkdir()
+    Path(config.out).symlink_to(tmp_path / "empty")
+    with pytest.raises(UsageError, match="a link or a mount point"):
+        quantize(config)
+    assert not config.run_path.exists()
+
+
+def test_only_the_newest_carry_is_kept(make_config):
+    """Each is half a window large; all of them would be as large as the model."""
+    config = make_config()
+    seen = []
+
+    def watch(number, name, path):
+        if name == "publish" or (name == "rename" and path.parent.name == "commits"):
+            seen.append(sorted(file.parent.name for file in config.run_path.rglob("parts/*/carry.safetensors")))
+
+    quantize(config, disk=Disk(watch))
+    assert seen == [["00000"], ["00000", "00001"], ["00001"], []]
+    assert list((config.run_path / "tmp").iterdir()) == []
+
+
+def test_weights_that_are_not_finite_are_one_line(make_config, tmp_path):
+    folder = save_model(tmp_path / "model", max_shard_size="1GB")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"blocks 0-1: their activations are not finite"):
+        quantize(make_config(model=folder))
