@@ -25,7 +25,7 @@ from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.config import QuantizeConfig
 from cbqstream.disk import Disk
 from cbqstream.errors import DeviceMemoryError, UsageError
-from cbqstream.memory import peak_resident_bytes
+from cbqstream.memory import peak_resident_bytes, release_free_memory
 from cbqstream.models.block import BlockArguments, build_block
 from cbqstream.models.ends import model_ends
 from cbqstream.packed.block_shard import write_block
@@ -80,6 +80,7 @@ def quantize(config: QuantizeConfig, listener: Listener = lambda event: None, di
             job.enter()
             for window in inputs.windows[journal.next_window :]:
                 listener(job.quantize_window(window))
+                release_free_memory()
         except torch.OutOfMemoryError as error:
             remedy = "Use a smaller --batch-size or --window-size in a new run"
             raise DeviceMemoryError(

@@ -36,6 +36,8 @@ class QuantizedLinear(nn.Module):
             rows = x.detach().flatten(0, -2)
             self._squares_I += rows.float().square().sum(0, dtype=torch.float64)
             self._rows += len(rows)
+        if self.phase is Phase.SOFT and self.rounding is not None:
+            return linear_without_saved_weight(x, self.rounding, self.bias)
         return functional.linear(x, self._active_weight().to(x.dtype), self.bias)
 
     def watch_inputs(self) -> None:
@@ -60,7 +62,30 @@ class QuantizedLinear(nn.Module):
     def _active_weight(self) -> Tensor:
         if self.phase is Phase.ORIGINAL or self.rounding is None:
             return self.weight
-        return self.rounding.soft() if self.phase is Phase.SOFT else dequantize(self.rounding.harden())
+        return dequantize(self.rounding.harden())
+
+
+def linear_without_saved_weight(x: Tensor, rounding: Rounding, bias: Tensor | None) -> Tensor:
+    """The layer's product with the soft weight, which the backward pass computes again instead of keeping it.
+
+    A soft weight is as large as the layer and cheap beside its products; kept, those of a window would be most of its memory.
+    The parameters of the rounding do not change between the two computations, so both give the same bits.
+    """
+    w_hat = rounding.soft().to(x.dtype)
+    storage = w_hat.untyped_storage().data_ptr()
+
+    def pack(saved: Tensor) -> Tensor | tuple[torch.Size, tuple[int, ...]]:
+        is_weight = saved.untyped_storage().data_ptr() == storage
+        return (saved.size(), saved.stride()) if is_weight else saved
+
+    def unpack(packed: Tensor | tuple[torch.Size, tuple[int, ...]]) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        with torch.no_grad():
+            return rounding.soft().to(x.dtype).as_strided(*packed)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return functional.linear(x, w_hat, bias)
 
 
 def replace_linears(block: nn.Module, names: tuple[str, ...]) -> dict[str, QuantizedLinear]:

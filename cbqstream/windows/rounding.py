@@ -152,9 +152,11 @@ class LowRankRounding(Rounding):
         self._beta = _BETA_START + (_BETA_END - _BETA_START) * annealed
 
     def soft(self) -> Tensor:
-        floor, self._rise = low_rank_rise(self.weight, self.scale0, self.a1, self.a2)
+        floor, rise = low_rank_rise(self.weight, self.scale0, self.a1, self.a2)
+        if torch.is_grad_enabled():
+            self._rise = rise
         low, high = level_range(self.scheme, self.zero_point)
-        levels = torch.clamp(floor + self._rise, low, high)  # type: ignore[arg-type]
+        levels = torch.clamp(floor + rise, low, high)  # type: ignore[arg-type]
         return (levels * self._scale().unsqueeze(-1)).flatten(1)
 
     def penalty(self) -> Tensor | None:
