@@ -120,6 +120,19 @@ class FullRounding(Rounding):
         w_hat: Tensor = StraightThroughRounding.apply(self.theta, self.weight, self.scale0, self.v, low, high, step)  # type: ignore[no-untyped-call]
         return w_hat
 
+    def state(self) -> dict[str, Tensor]:
+        """As above; values that are all zero, as they start, are left out."""
+        state = super().state()
+        if not self.v.any():
+            del state["v"]
+        return state
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `state`."""
+        super().load(state)
+        if "v" not in state:
+            self.v.zero_()
+
     def _hard_levels(self, scale_OG: Tensor) -> Tensor:
         groups = scale_OG.shape[1]
         levels = (grouped(self.weight.float(), groups) / scale_OG.unsqueeze(-1)).add_(grouped(self.v, groups)).round_()
