@@ -4,7 +4,7 @@
 Usage: memory.py WORK [--hidden 2048] [--blocks 8 64] [--results FILE]
 
 Writes Llama-shaped checkpoints of random bf16 weights, equal but for their number of blocks, one shard a block, and quantizes each in a
-process of its own: W4A16 group 64, learned rounding, 8 x 128 random tokens. Prints peak resident memory beside the checkpoint's size.
+process of its own: W4A16 group 64, learned rounding, 4 x 64 random tokens. Prints peak resident memory beside the checkpoint's size.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import numpy as np
 from measure import cbqstream
 
 HERE = Path(__file__).resolve().parent
-VOCABULARY = 1024
+VOCABULARY, SAMPLES, SEQ_LEN = 1024, 4, 64
 
 
 def write_checkpoint(folder: Path, blocks: int, hidden: int) -> int:
@@ -71,7 +71,7 @@ def write_checkpoint(folder: Path, blocks: int, hidden: int) -> int:
 def measure(work: Path, blocks: int, hidden: int) -> dict:
     """Quantize a checkpoint of `blocks` blocks."""
     folder, out, tokens = work / f"model-{blocks}", work / f"out-{blocks}", work / "tokens.npy"
-    np.save(tokens, np.random.default_rng(0).integers(0, VOCABULARY, 8 * 128))
+    np.save(tokens, np.random.default_rng(0).integers(0, VOCABULARY, SAMPLES * SEQ_LEN))
     size = write_checkpoint(folder, blocks, hidden)
     made = cbqstream(
         "quantize",
@@ -80,9 +80,9 @@ def measure(work: Path, blocks: int, hidden: int) -> dict:
         "--dataset",
         str(tokens),
         "--num-samples",
-        "8",
+        str(SAMPLES),
         "--seq-len",
-        "128",
+        str(SEQ_LEN),
         "--group-size",
         "64",
         "--epochs",
