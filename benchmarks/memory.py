@@ -4,7 +4,8 @@
 Usage: memory.py WORK [--hidden 2048] [--blocks 8 64] [--results FILE]
 
 Writes Llama-shaped checkpoints of random bf16 weights, equal but for their number of blocks, one shard a block, and quantizes each in a
-process of its own: W4A16 group 64, learned rounding, 4 x 64 random tokens. Prints peak resident memory beside the checkpoint's size.
+process of its own: W4A16 group 64, learned rounding, windows of two blocks without
+overlap (half as many windows, the same memory), 4 x 64 random tokens. Prints peak resident memory beside the checkpoint's size.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from measure import cbqstream
+from measure import cbqstream, run
 
 HERE = Path(__file__).resolve().parent
 VOCABULARY, SAMPLES, SEQ_LEN = 1024, 4, 64
@@ -72,7 +73,9 @@ def measure(work: Path, blocks: int, hidden: int) -> dict:
     """Quantize a checkpoint of `blocks` blocks."""
     folder, out, tokens = work / f"model-{blocks}", work / f"out-{blocks}", work / "tokens.npy"
     np.save(tokens, np.random.default_rng(0).integers(0, VOCABULARY, SAMPLES * SEQ_LEN))
-    size = write_checkpoint(folder, blocks, hidden)
+    # In a process of its own: a child's peak starts at what its parent holds when it is spawned.
+    written = run(sys.executable, __file__, str(folder), "--hidden", str(hidden), "--blocks", str(blocks), "--write")
+    size = int(written.output)
     made = cbqstream(
         "quantize",
         str(folder),
@@ -85,6 +88,8 @@ def measure(work: Path, blocks: int, hidden: int) -> dict:
         str(SEQ_LEN),
         "--group-size",
         "64",
+        "--overlap",
+        "0",
         "--epochs",
         "1",
     )
@@ -99,7 +104,13 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--blocks", type=int, nargs="+", default=[8, 64])
     parser.add_argument("--results", type=Path, default=HERE / "results" / "memory.json")
+    parser.add_argument(
+        "--write", action="store_true", help="only write one checkpoint into WORK, and print its size in bytes"
+    )
     args = parser.parse_args()
+    if args.write:
+        print(write_checkpoint(args.work, args.blocks[0], args.hidden))
+        return
     args.work.mkdir(parents=True, exist_ok=True)
     rows = [measure(args.work, blocks, args.hidden) for blocks in args.blocks]
     args.results.parent.mkdir(exist_ok=True)
