@@ -17,10 +17,11 @@ def resident_bytes() -> int:
 
 def peak_resident_bytes() -> int:
     """Highest resident set size of this process so far, in bytes."""
-    if sys.platform == "linux":  # getrusage would count what the parent held when it started this process
-        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would count what the parent held when it started this process
+        return int(status.read_text(encoding="ascii", errors="replace").partition("VmHWM:")[2].split()[0]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def release_free_memory() -> None:
