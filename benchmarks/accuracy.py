@@ -101,11 +101,17 @@ def table(rows: dict[str, dict]) -> str:
         "| grid | method | perplexity | plain transformers | seconds | peak RSS, GiB |",
         "|---|---|---|---|---|---|",
     ]
-    for name, values in rows.items():
+    names = ["full precision | ", *(f"{grid} | {method}" for grid in GRIDS for method in METHODS)]
+    for name in names:
+        values = rows.get(name)
+        if values is None:
+            continue
         grid, _, method = name.partition(" | ")
         seconds = f"{values['seconds']:.0f}" if "seconds" in values else ""
         rss = f"{values['peak_rss'] / 2**30:.2f}" if "peak_rss" in values else ""
-        lines.append(f"| {grid} | {method} | {values['perplexity']:.2f} | {values['plain']:.2f} | {seconds} | {rss} |")
+        lines.append(
+            f"| {grid} | {method} | {values['perplexity']:,.2f} | {values['plain']:,.2f} | {seconds} | {rss} |"
+        )
     return "\n".join(lines)
 
 
