@@ -4,8 +4,8 @@
 Usage: memory.py WORK [--hidden 2048] [--blocks 8 64] [--results FILE]
 
 Writes Llama-shaped checkpoints of random bf16 weights, equal but for their number of blocks, one shard a block, and quantizes each in a
-process of its own: W4A16 group 64, learned rounding, windows of two blocks without
-overlap (half as many windows, the same memory), 4 x 64 random tokens. Prints peak resident memory beside the checkpoint's size.
+process of its own: W4A16 group 64, learned rounding from min-max scales, windows of
+two blocks without overlap (both save time, not memory), 4 x 64 random tokens. Prints peak resident memory beside the checkpoint's size.
 """
 
 import argparse
@@ -88,6 +88,8 @@ def measure(work: Path, blocks: int, hidden: int) -> dict:
         str(SEQ_LEN),
         "--group-size",
         "64",
+        "--init",
+        "minmax",
         "--overlap",
         "0",
         "--epochs",

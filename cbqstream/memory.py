@@ -1,6 +1,7 @@
 """What this process uses of the machine's memory."""
 
 import ctypes
+import gc
 import resource
 import sys
 from pathlib import Path
@@ -25,7 +26,11 @@ def peak_resident_bytes() -> int:
 
 
 def release_free_memory() -> None:
-    """Give memory that was freed back to the system. glibc keeps the holes between live allocations, and they add up over windows."""
+    """Give memory that is no longer used back to the system: first what only reference cycles hold, then what was freed.
+
+    glibc keeps the holes between live allocations, and they add up over windows.
+    """
+    gc.collect()
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
         ctypes.CDLL(None).malloc_trim(0)
 

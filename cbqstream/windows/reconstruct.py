@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.optim import Adam
-from torch.optim.lr_scheduler import LambdaLR
 
 from cbqstream.activations.read_ahead import in_batches, read_batches
 from cbqstream.activations.store import ActivationStore
@@ -133,10 +132,14 @@ def _train(
         },
     ]
     optimizer = Adam([group for group in groups if group["params"]], foreach=False)
-    falling = LambdaLR(optimizer, lambda step: 1 - step / steps)
+    rates = [group["lr"] for group in optimizer.param_groups]
     for step, (x_BSD, target_BSD) in enumerate(data.read(order)):
         for rounding in roundings:
             rounding.begin_step(step / steps, steps)
+        for group, rate in zip(
+            optimizer.param_groups, rates, strict=True
+        ):  # a scheduler would keep the optimizer alive in a cycle
+            group["lr"] = rate * (1 - step / steps)
         loss = _loss(run_blocks(blocks, x_BSD, Phase.SOFT), target_BSD, config)
         penalties = [penalty for rounding in roundings if (penalty := rounding.penalty()) is not None]
         if penalties:
@@ -144,7 +147,6 @@ def _train(
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        falling.step()
 
 
 def _loss(h_BSD: Tensor, target_BSD: Tensor, config: ReconstructionConfig) -> Tensor:
