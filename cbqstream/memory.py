@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 
 GIB = 1 << 30
+_M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 def resident_bytes() -> int:
@@ -23,6 +24,15 @@ def peak_resident_bytes() -> int:
         return int(status.read_text(encoding="ascii", errors="replace").partition("VmHWM:")[2].split()[0]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def return_large_blocks() -> None:
+    """Have every allocation of 16 MiB or more given back as soon as it is freed.
+
+    glibc raises that limit to 32 MiB by itself when such blocks come and go, and then keeps them in a heap full of holes.
+    """
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 16 << 20)
 
 
 def release_free_memory() -> None:

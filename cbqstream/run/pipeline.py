@@ -25,7 +25,7 @@ from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.config import QuantizeConfig
 from cbqstream.disk import Disk
 from cbqstream.errors import DeviceMemoryError, UsageError
-from cbqstream.memory import peak_resident_bytes, release_free_memory
+from cbqstream.memory import peak_resident_bytes, release_free_memory, return_large_blocks
 from cbqstream.models.block import BlockArguments, build_block
 from cbqstream.models.ends import model_ends
 from cbqstream.packed.block_shard import write_block
@@ -62,6 +62,7 @@ def quantize(config: QuantizeConfig, listener: Listener = lambda event: None, di
     Raises:
         CbqstreamError: see `errors.py`; nothing that was committed is lost.
     """
+    return_large_blocks()
     inputs = open_inputs(config)
     out, run = Path(config.out), config.run_path
     if (run / "run.json").exists():
