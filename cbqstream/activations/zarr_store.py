@@ -15,7 +15,6 @@ import torch
 import zarr
 from torch import Tensor
 from zarr.codecs import BytesCodec, Crc32cCodec
-from zarr.core.config import config as zarr_config
 
 from cbqstream.activations.store import ActivationStore, StreamShape
 from cbqstream.errors import InputError, StorageError
@@ -46,7 +45,7 @@ class ZarrStore(ActivationStore):
     @classmethod
     def create(cls, path: Path, shape: StreamShape) -> "ZarrStore":
         """A new, empty store. `path` must not exist; its parent must."""
-        with _storage_errors(path), zarr_config.set({"array.write_empty_chunks": True}):
+        with _storage_errors(path):
             array = zarr.create_array(
                 store=str(path),
                 shape=(shape.num_segments, shape.seq_len, shape.hidden_size),
