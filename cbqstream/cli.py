@@ -2,15 +2,16 @@
 
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 
-from cbqstream.config import CalibrationConfig, QuantizeConfig, ReconstructionConfig, Scheme, WindowConfig
-from cbqstream.errors import CbqstreamError, StoppedError, StorageError
+from cbqstream.config import PROFILES, CalibrationConfig, QuantizeConfig, Scheme
+from cbqstream.errors import CbqstreamError, StoppedError, StorageError, UsageError
 
 app = typer.Typer(
     name="cbqstream",
@@ -24,7 +25,6 @@ app = typer.Typer(
 )
 
 _PER_CHANNEL = -1
-_DEFAULT = ReconstructionConfig()
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; the physical cores by default.")]
@@ -38,7 +38,7 @@ def quantize(
     dataset: Annotated[
         str, typer.Option(help="Calibration: .txt, .jsonl, .parquet, or token ids in .npy or .safetensors.")
     ],
-    scheme: Annotated[str, typer.Option(help="W2A16 to W8A16.")] = "W4A16",
+    scheme: Annotated[str, typer.Option(help="W2 to W8 with A16, A8 or A4, such as W4A8.")] = "W4A16",
     group_size: Annotated[int, typer.Option(help="Columns that share a scale; -1 is one scale per channel.")] = 128,
     symmetric: Annotated[
         bool, typer.Option(help="Without zero points. Current transformers loads only these plainly.")
@@ -46,32 +46,33 @@ def quantize(
     num_samples: Annotated[int, typer.Option(help="Calibration segments.")] = 128,
     seq_len: Annotated[int, typer.Option(help="Tokens in a segment.")] = 2048,
     run_dir: Annotated[str | None, typer.Option(help="Where the run keeps its state; OUT.run by default.")] = None,
-    window_size: Annotated[int, typer.Option(help="Blocks optimised together.")] = 2,
-    overlap: Annotated[int, typer.Option(help="Blocks that a window shares with the next.")] = 1,
-    rounding: Annotated[str, typer.Option(help="full, lora or none (round to nearest).")] = _DEFAULT.rounding,
-    init: Annotated[str, typer.Option(help="Where scales start: search or minmax.")] = _DEFAULT.init,
-    epochs: Annotated[int, typer.Option(help="Passes over the calibration segments, per window.")] = _DEFAULT.epochs,
-    batch_size: Annotated[int, typer.Option(help="Segments in a step.")] = _DEFAULT.batch_size,
-    rounding_travel: Annotated[
-        float, typer.Option(help="full: how far a rounding value can move.")
-    ] = _DEFAULT.rounding_travel,
-    rounding_lr: Annotated[float, typer.Option(help="lora: learning rate.")] = _DEFAULT.rounding_lr,
-    rounding_rank: Annotated[int, typer.Option(help="lora: rank.")] = _DEFAULT.rounding_rank,
-    scale_lr: Annotated[float, typer.Option(help="Relative learning rate of the step sizes.")] = _DEFAULT.scale_lr,
-    target_mix: Annotated[float, typer.Option(help="Share of the reference target, 0 to 1.")] = _DEFAULT.target_mix,
-    kl_weight: Annotated[float, typer.Option(help="Weight of the KL term.")] = _DEFAULT.kl_weight,
-    penalty_weight: Annotated[
-        float, typer.Option(help="lora: weight of the rounding penalty.")
-    ] = _DEFAULT.penalty_weight,
-    relative_loss: Annotated[
-        bool, typer.Option(help="Every token's error relative to its own size.")
-    ] = _DEFAULT.relative_loss,
+    profile: Annotated[
+        str, typer.Option(help="paper, fast, default or accurate; the flags after it change parts of it.")
+    ] = "default",
+    window_size: Annotated[int | None, typer.Option(help="Blocks optimised together.")] = None,
+    overlap: Annotated[int | None, typer.Option(help="Blocks that a window shares with the next.")] = None,
+    cfp_weights: Annotated[bool | None, typer.Option(help="Truncate outliers of weights.")] = None,
+    cfp_activations: Annotated[bool | None, typer.Option(help="Rescale outlier channels.")] = None,
+    cfp_variant: Annotated[str | None, typer.Option(help="How outliers are found: paper or huawei.")] = None,
+    cfp_lambda1: Annotated[float | None, typer.Option(help="Interquartile ranges to where candidates begin.")] = None,
+    cfp_lambda2: Annotated[float | None, typer.Option(help="Weight of the variance beside the gap.")] = None,
+    rounding: Annotated[str | None, typer.Option(help="full, lora or none (round to nearest).")] = None,
+    init: Annotated[str | None, typer.Option(help="Where scales start: search or minmax.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="How rates fall: linear or cosine.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the calibration segments, per window.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Segments in a step.")] = None,
+    rounding_travel: Annotated[float | None, typer.Option(help="full: how far a rounding value can move.")] = None,
+    rounding_lr: Annotated[float | None, typer.Option(help="lora: learning rate.")] = None,
+    rounding_rank: Annotated[int | None, typer.Option(help="lora: rank.")] = None,
+    scale_lr: Annotated[float | None, typer.Option(help="Relative learning rate of the step sizes.")] = None,
+    target_mix: Annotated[float | None, typer.Option(help="Share of the reference target, 0 to 1.")] = None,
+    kl_weight: Annotated[float | None, typer.Option(help="Weight of the KL term.")] = None,
+    penalty_weight: Annotated[float | None, typer.Option(help="lora: weight of the rounding penalty.")] = None,
+    relative_loss: Annotated[bool | None, typer.Option(help="Every token's error relative to its own size.")] = None,
     channel_balance: Annotated[
-        float, typer.Option(help="How far the error of a channel is relative to its size, 0 to 1.")
-    ] = _DEFAULT.channel_balance,
-    robust_tokens: Annotated[
-        int, typer.Option(help="Largest tokens of a segment that the loss leaves out.")
-    ] = _DEFAULT.robust_tokens,
+        float | None, typer.Option(help="How far a channel's error is relative to its size.")
+    ] = None,
+    robust_tokens: Annotated[int | None, typer.Option(help="Largest tokens of a segment that are left out.")] = None,
     keep_first: Annotated[int, typer.Option(help="Blocks at the start left in full precision.")] = 0,
     keep_last: Annotated[int, typer.Option(help="Blocks at the end left in full precision.")] = 0,
     seed: Annotated[int, typer.Option(help="Of all randomness.")] = 0,
@@ -80,16 +81,29 @@ def quantize(
     log_json: LogJson = None,
 ) -> None:
     """Quantize MODEL into OUT, or go on with the run that was begun."""
+    if profile not in PROFILES:
+        raise UsageError(f"profile {profile!r} is not {', '.join(PROFILES)}.")
+    parts = PROFILES[profile]
     config = QuantizeConfig(
         model=str(Path(model).absolute()),
         out=str(Path(out).absolute()),
         run_dir=None if run_dir is None else str(Path(run_dir).absolute()),
         scheme=Scheme.named(scheme, group_size=None if group_size == _PER_CHANNEL else group_size, symmetric=symmetric),
         calibration=CalibrationConfig(dataset=str(Path(dataset).absolute()), num_samples=num_samples, seq_len=seq_len),
-        window=WindowConfig(size=window_size, overlap=overlap),
-        reconstruction=ReconstructionConfig(
-            rounding=rounding,  # type: ignore[arg-type]  # checked there
-            init=init,  # type: ignore[arg-type]  # checked there
+        window=_changed(parts.window, size=window_size, overlap=overlap),
+        outliers=_changed(
+            parts.outliers,
+            weights=cfp_weights,
+            activations=cfp_activations,
+            variant=cfp_variant,
+            lambda1=cfp_lambda1,
+            lambda2=cfp_lambda2,
+        ),
+        reconstruction=_changed(
+            parts.reconstruction,
+            rounding=rounding,
+            init=init,
+            schedule=schedule,
             epochs=epochs,
             batch_size=batch_size,
             rounding_travel=rounding_travel,
@@ -110,6 +124,11 @@ def quantize(
         threads=threads,
     )
     _run(config, log_json)
+
+
+def _changed(settings: Any, **flags: Any) -> Any:
+    """Settings of a profile with what was said on the command line in their place."""
+    return replace(settings, **{name: value for name, value in flags.items() if value is not None})
 
 
 @app.command()

@@ -2,14 +2,18 @@
 
 import difflib
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, get_args
 
 from cbqstream.errors import UsageError
 
 RoundingMode = Literal["none", "lora", "full"]
 ScaleInit = Literal["minmax", "search"]
+Schedule = Literal["linear", "cosine"]
+OutlierVariant = Literal["paper", "huawei"]
 
 
 def _require(ok: bool, message: str) -> None:  # noqa: FBT001
@@ -19,19 +23,25 @@ def _require(ok: bool, message: str) -> None:  # noqa: FBT001
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scheme:
-    """How the weight of a linear layer is stored: `w = (q - zero_point) * scale`."""
+    """How a linear layer computes: weights stored as `w = (q - zero_point) * scale`, and inputs in full precision or quantized."""
 
     num_bits: int
     """Width of a code, 2 to 8."""
     group_size: int | None = 128
     """Columns of one row that share a scale; None is one scale per row (per channel)."""
     symmetric: bool = True
-    """No zero point. The whole range of codes is used either way."""
+    """Weights have no zero point. The whole range of codes is used either way."""
+    activation_bits: int | None = None
+    """Width of the inputs of quantized layers: symmetric, per token, dynamic; None leaves them as they are."""
 
-    _PATTERN: ClassVar[re.Pattern[str]] = re.compile(r"W([2-8])A16")
+    _PATTERN: ClassVar[re.Pattern[str]] = re.compile(r"W([2-8])A(4|8|16)")
 
     def __post_init__(self) -> None:
         _require(2 <= self.num_bits <= 8, f"num_bits is {self.num_bits}. It must be 2 to 8.")
+        _require(
+            self.activation_bits in (None, 4, 8),
+            f"activation_bits is {self.activation_bits}. It must be 4, 8 or None.",
+        )
         _require(
             self.group_size is None or (self.group_size >= 8 and self.group_size % 8 == 0),
             f"group_size is {self.group_size}. It must be a multiple of 8, or -1 for one scale per channel.",
@@ -46,8 +56,9 @@ class Scheme:
         """
         match = cls._PATTERN.fullmatch(name.upper())
         if match is None:
-            raise UsageError(f"scheme {name!r} is not supported. Use W2A16 to W8A16.")
-        return cls(num_bits=int(match[1]), group_size=group_size, symmetric=symmetric)
+            raise UsageError(f"scheme {name!r} is not supported. Use W2 to W8 with A16, A8 or A4, such as W4A16.")
+        activation_bits = None if match[2] == "16" else int(match[2])
+        return cls(num_bits=int(match[1]), group_size=group_size, symmetric=symmetric, activation_bits=activation_bits)
 
     @property
     def qmin(self) -> int:
@@ -94,6 +105,27 @@ class WindowConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class OutlierConfig:
+    """What is done about outliers before a window is optimised (formulas in `numerics/outliers.py`)."""
+
+    weights: bool = False
+    """Truncate the outliers of every weight to its largest reserved magnitude."""
+    activations: bool = False
+    """Divide outlier channels by a power of two, and multiply the weights that read them by it."""
+    variant: OutlierVariant = "paper"
+    """Whose quantiles, gap and exponent: the paper's, or those of Huawei's public code."""
+    lambda1: float = 1.5
+    """Interquartile ranges above the upper quartile where candidates begin."""
+    lambda2: float = 1.0
+    """What the variance of the reserved candidates counts beside the gap."""
+
+    def __post_init__(self) -> None:
+        _require(self.variant in get_args(OutlierVariant), f"variant {self.variant!r} is not paper or huawei.")
+        for name in ("lambda1", "lambda2"):
+            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}. It must not be negative.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ReconstructionConfig:
     """How a window is optimised (design: method; formulas in `numerics/`)."""
 
@@ -101,6 +133,8 @@ class ReconstructionConfig:
     """`full`: one value per weight, sign-SGD; `lora`: low-rank AdaRound; `none`: round to nearest, nothing is learned."""
     init: ScaleInit = "search"
     """Where scales start: `minmax` of the weights, or `search` for the smallest second-moment-weighted error."""
+    schedule: Schedule = "linear"
+    """How learning rates fall from step to step: in a line, or along half a cosine, both to zero."""
     epochs: int = 6
     """Passes over the calibration segments, per window."""
     batch_size: int = 4
@@ -129,6 +163,7 @@ class ReconstructionConfig:
     def __post_init__(self) -> None:
         _require(self.rounding in get_args(RoundingMode), f"rounding {self.rounding!r} is not none, lora or full.")
         _require(self.init in get_args(ScaleInit), f"init {self.init!r} is not minmax or search.")
+        _require(self.schedule in get_args(Schedule), f"schedule {self.schedule!r} is not linear or cosine.")
         _require(self.epochs >= 0, f"epochs is {self.epochs}. It must be at least 0.")
         _require(self.batch_size >= 1, f"batch_size is {self.batch_size}. It must be at least 1.")
         _require(self.rounding_rank >= 1, f"rounding_rank is {self.rounding_rank}. It must be at least 1.")
@@ -137,6 +172,40 @@ class ReconstructionConfig:
         _require(self.robust_tokens >= 0, f"robust_tokens is {self.robust_tokens}. It must be at least 0.")
         for name in ("rounding_travel", "rounding_lr", "scale_lr", "kl_weight", "penalty_weight"):
             _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}. It must not be negative.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Profile:
+    """Settings that belong together, as parts of a `QuantizeConfig`."""
+
+    window: WindowConfig = field(default_factory=WindowConfig)
+    outliers: OutlierConfig = field(default_factory=OutlierConfig)
+    reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
+
+
+PROFILES: Mapping[str, Profile] = MappingProxyType(
+    {
+        "paper": Profile(
+            outliers=OutlierConfig(weights=True, activations=True),
+            reconstruction=ReconstructionConfig(
+                rounding="lora",
+                init="minmax",
+                schedule="cosine",
+                epochs=3,
+                batch_size=1,
+                rounding_lr=1e-4,
+                scale_lr=1e-3,
+                kl_weight=1.0,
+                relative_loss=False,
+                channel_balance=0.0,
+            ),
+        ),
+        "fast": Profile(reconstruction=ReconstructionConfig(epochs=3)),
+        "default": Profile(),
+        "accurate": Profile(reconstruction=ReconstructionConfig(epochs=24)),
+    }
+)
+"""Frozen sets of settings, by name. What each costs and gives: README and benchmarks/README.md."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,6 +221,7 @@ class QuantizeConfig:
     run_dir: str | None = None
     """Where the run keeps its state; OUT.run by default."""
     window: WindowConfig = field(default_factory=WindowConfig)
+    outliers: OutlierConfig = field(default_factory=OutlierConfig)
     reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
     keep_first: int = 0
     """Blocks at the start that stay in full precision."""
@@ -193,6 +263,7 @@ class QuantizeConfig:
             "scheme": Scheme,
             "calibration": CalibrationConfig,
             "window": WindowConfig,
+            "outliers": OutlierConfig,
             "reconstruction": ReconstructionConfig,
         }
         built = {key: _build(nested[key], value) if key in nested else value for key, value in values.items()}

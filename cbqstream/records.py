@@ -45,6 +45,10 @@ class WeightSource(Protocol):
         """One tensor on `device`, in `dtype` or as it is stored."""
         ...
 
+    def activation_bits(self, name: str) -> int | None:
+        """Width to which the input of the linear layer with weight `name` is quantized, or None."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class BlockSpec:

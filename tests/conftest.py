@@ -10,7 +10,7 @@ import torch
 from hypothesis import settings
 
 from cbqstream.config import CalibrationConfig, QuantizeConfig, ReconstructionConfig, Scheme
-from tiny import FAMILIES, SEQ_LEN, save_model, save_tokens
+from tiny import FAMILIES, SEQ_LEN, make_model, save_model, save_tokens
 
 settings.register_profile("default", max_examples=25, deadline=None, derandomize=True)
 settings.load_profile("default")
@@ -62,5 +62,21 @@ def make_config(tiny_models, tokens, tmp_path):
             device="cpu",
             **options,
         )
+
+    return make
+
+
+@pytest.fixture
+def with_outliers(tmp_path):
+    """A function that makes a checkpoint whose norms have a large channel, as trained models do."""
+
+    def make(family: str) -> Path:
+        model = make_model(family)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "layers." in name and ("layernorm" in name or "layer_norm" in name):
+                    parameter[7] *= 50
+        model.to(torch.bfloat16).save_pretrained(tmp_path / "with-outliers")
+        return tmp_path / "with-outliers"
 
     return make

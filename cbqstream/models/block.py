@@ -2,12 +2,14 @@
 
 import copy
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cbqstream.models.skeleton import ModelSkeleton
+from cbqstream.numerics.per_token import quantize_per_token
 from cbqstream.records import WeightSource
 
 BlockArguments = Mapping[str, Any]
@@ -22,7 +24,7 @@ def build_block(
     dtype: torch.dtype,
     linear_dtype: torch.dtype | None,
 ) -> nn.Module:
-    """Block `index` with its weights, frozen, on `device`.
+    """Block `index` with its weights, frozen, on `device`; layers whose inputs the source wants quantized do that.
 
     Args:
         skeleton: the model it belongs to.
@@ -46,7 +48,15 @@ def build_block(
     for buffer_name, buffer in list(block.named_buffers()):
         owner, _, leaf = buffer_name.rpartition(".")
         block.get_submodule(owner).register_buffer(leaf, buffer.to(device), persistent=False)
+    for name in spec.linears:
+        bits = source.activation_bits(spec.tensors[f"{name}.weight"])
+        if bits is not None:
+            block.get_submodule(name).register_forward_pre_hook(partial(_quantize_input, bits))
     return block.requires_grad_(requires_grad=False).eval()
+
+
+def _quantize_input(num_bits: int, linear: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+    return quantize_per_token(inputs[0], num_bits)
 
 
 def run_block(block: nn.Module, x_BSD: Tensor, arguments: BlockArguments) -> Tensor:

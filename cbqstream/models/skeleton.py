@@ -13,7 +13,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from cbqstream.errors import InputError, UsageError, shown
-from cbqstream.models.families import BLOCKS
+from cbqstream.models.families import FAMILIES
 from cbqstream.records import BlockSpec
 
 _NEVER_READ = ("auto_map", "quantization_config", "model_type", "transformers_version", "architectures")
@@ -41,8 +41,10 @@ class ModelSkeleton:
         self._tensors = tensors
         path = folder / "config.json"
         model_type = str(config.get("model_type"))
-        if model_type not in BLOCKS:
-            raise InputError(path, f'architecture "{shown(model_type)}" is not supported (known: {", ".join(BLOCKS)}).')
+        if model_type not in FAMILIES:
+            raise InputError(
+                path, f'architecture "{shown(model_type)}" is not supported (known: {", ".join(FAMILIES)}).'
+            )
         for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
             if not is_size(config.get(key)):
                 raise InputError(
@@ -60,7 +62,9 @@ class ModelSkeleton:
                 self.shell: Any = auto.from_config(self.config, attn_implementation="sdpa").eval()
         except (ValueError, TypeError, KeyError, ZeroDivisionError, RuntimeError, StrictDataclassError) as error:
             raise InputError(path, f"does not describe a {model_type} model: {shown(str(error))}") from error
-        self.blocks_path = BLOCKS[model_type]
+        family = FAMILIES[model_type]
+        self.blocks_path = family.blocks
+        self.folds = family.folds_of(self.config)
         layers = self.shell.get_submodule(self.blocks_path)
         self.templates: list[nn.Module] = list(layers)
         self.blocks = tuple(self._block_spec(index, block) for index, block in enumerate(self.templates))

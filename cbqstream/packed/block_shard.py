@@ -19,7 +19,12 @@ def shard_name(index: int) -> str:
 
 
 def write_block(
-    disk: Disk, folder: Path, spec: BlockSpec, weights: Mapping[str, QuantizedWeight], source: Checkpoint
+    disk: Disk,
+    folder: Path,
+    spec: BlockSpec,
+    weights: Mapping[str, QuantizedWeight],
+    rescaled: Mapping[str, Tensor],
+    source: Checkpoint,
 ) -> tuple[str, FileDigest]:
     """Write the shard of a block into `folder`.
 
@@ -28,7 +33,8 @@ def write_block(
         folder: must exist.
         spec: the block.
         weights: quantized weights by the name of the layer within the block.
-        source: the original checkpoint; norms, biases and other tensors of the block are copied from it unchanged.
+        rescaled: other tensors of the block that changed, by their name within it; stored in the dtype they had.
+        source: the original checkpoint; the rest of the block is copied from it unchanged.
 
     Returns:
         The file's name and digest.
@@ -39,6 +45,8 @@ def write_block(
         if local == f"{layer}.weight" and layer in weights:
             encoded = encode(weights[layer], scale_dtype=source.infos[name].dtype)
             tensors.update({f"{name.removesuffix('.weight')}.{part}": value for part, value in encoded.items()})
+        elif local in rescaled:
+            tensors[name] = rescaled[local].to(source.infos[name].dtype)
         else:
             tensors[name] = source.read(name, device=torch.device("cpu"))
     return shard_name(spec.index), write_tensors(disk, folder / shard_name(spec.index), tensors)

@@ -21,6 +21,7 @@ from cbqstream.records import QuantizedWeight
 
 PACKED, SCALE, ZERO_POINT, SHAPE = "weight_packed", "weight_scale", "weight_zero_point", "weight_shape"
 METHOD, FORMAT = "compressed-tensors", "pack-quantized"
+_PER_TOKEN = {"type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 
 
 def encode(weight: QuantizedWeight, *, scale_dtype: torch.dtype) -> dict[str, Tensor]:
@@ -57,10 +58,11 @@ def quantization_config(scheme: Scheme, not_quantized: Sequence[str]) -> dict[st
         "group_size": scheme.group_size,
         "dynamic": False,
     }
+    activations = {"num_bits": scheme.activation_bits, **_PER_TOKEN}
     group = {
         "targets": ["Linear"],
         "weights": weights,
-        "input_activations": None,
+        "input_activations": activations if scheme.activation_bits else None,
         "output_activations": None,
         "format": FORMAT,
     }
@@ -81,18 +83,24 @@ def scheme_of(config: dict[str, Any]) -> Scheme:
     """
     groups = config.get("config_groups")
     group = next(iter(groups.values())) if isinstance(groups, dict) and len(groups) == 1 else {}
-    weights = group.get("weights") or {}
+    weights, activations = group.get("weights") or {}, group.get("input_activations") or {}
+    per_token = all(activations.get(key) == value for key, value in _PER_TOKEN.items())
     known = (
         config.get("quant_method") == METHOD
         and config.get("format") == FORMAT
         and weights.get("type") == "int"
         and weights.get("strategy") in ("channel", "group")
         and not weights.get("actorder")
-        and not group.get("input_activations")
+        and (not activations or per_token)
     )
     if not known:
         raise UsageError(
             f"the model is already quantized ({shown(str(config.get('quant_method')))}) in a form that is not read here."
         )
     group_size = weights.get("group_size") if weights["strategy"] == "group" else None
-    return Scheme(num_bits=weights["num_bits"], group_size=group_size, symmetric=weights["symmetric"])
+    return Scheme(
+        num_bits=weights["num_bits"],
+        group_size=group_size,
+        symmetric=weights["symmetric"],
+        activation_bits=activations.get("num_bits"),
+    )

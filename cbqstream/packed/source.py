@@ -42,3 +42,8 @@ class PackedSource:
         parts = [part for part in _PARTS if f"{owner}.{part}" in self._checkpoint.infos]
         tensors = {part: self._checkpoint.read(f"{owner}.{part}", device=torch.device("cpu")) for part in parts}
         return dequantize(decode(tensors, self._scheme)).to(device=device, dtype=dtype or torch.float32)
+
+    def activation_bits(self, name: str) -> int | None:
+        """As the scheme has it for a quantized weight; None for others."""
+        is_quantized = f"{name.removesuffix('.weight')}.{PACKED}" in self._checkpoint.infos
+        return self._scheme.activation_bits if is_quantized else None

@@ -4,7 +4,7 @@ For each window of transformer blocks:
 
     1. read its blocks
     2. targets: roll the reference stream over the new blocks, T1; run the window on the quantized stream, T2; keep a T1 + (1 - a) T2
-    3. give the new blocks a grid and a rounding; the others go on from where the last window left theirs
+    3. rescale the outlier channels of the new blocks and give them a grid and a rounding; the others go on where the last window left them
     4. reconstruct: learn step sizes and rounding
     5. harden and write the blocks that leave; keep the roundings of those that stay
     6. move the quantized stream past the blocks that leave
@@ -38,9 +38,9 @@ from cbqstream.run.inputs import RunInputs, open_inputs
 from cbqstream.run.journal import CARRY, Journal, open_journal, read_run
 from cbqstream.run.seeds import generator_for
 from cbqstream.windows.propagate import mix_targets, propagate
-from cbqstream.windows.quantized_linear import Phase
+from cbqstream.windows.quantized_linear import Phase, replace_linears
 from cbqstream.windows.reconstruct import Reconstruction, WindowData, reconstruct
-from cbqstream.windows.resident import ResidentBlock
+from cbqstream.windows.resident import BlockSettings, ResidentBlock
 
 Listener = Callable[[str | WindowReport], None]
 """Is told what is being done, and what happened in each window."""
@@ -148,14 +148,14 @@ class _Job:
         new = blocks[window.frontier - window.start :]
         leaving, staying = blocks[: window.next_start - window.start], blocks[window.next_start - window.start :]
 
-        # 2. targets, and the second moments of the inputs on the way
+        # 2. targets, and statistics of the inputs on the way
         self._tell(window, "targets")
         propagate(new, reference, reference_out, compute, phase=Phase.ORIGINAL)
         for block in new:
             block.watch_inputs()
         mix_targets(blocks, quantized, reference_out, targets, compute, a=settings.target_mix)
 
-        # 3. grids and roundings
+        # 3. outliers, grids and roundings
         self._start_roundings(window, blocks)
 
         # 4. reconstruct
@@ -208,28 +208,32 @@ class _Job:
             dtype=inputs.compute.dtype,
             linear_dtype=None,
         )
-        return ResidentBlock.of(index, module, self.arguments[index], inputs.skeleton.blocks[index].linears)
+        spec = inputs.skeleton.blocks[index]
+        layers = replace_linears(module, spec.linears, inputs.config.scheme.activation_bits)
+        return ResidentBlock(index, module, self.arguments[index], layers, inputs.skeleton.folds)
 
     def _start_roundings(self, window: Window, blocks: list[ResidentBlock]) -> None:
         config, carried = self.inputs.config, {}
         if window.frontier > window.start:
             carry = Checkpoint(read_header(self.journal.parts(window.index - 1) / CARRY))
             carried = {name: carry.read(name, device=self.inputs.compute.device) for name in carry.infos}
+        settings = BlockSettings(config.scheme, config.reconstruction, config.outliers)
         for block in blocks:
-            prefix = f"{block.index}."
-            state = {name.removeprefix(prefix): value for name, value in carried.items() if name.startswith(prefix)}
-            block.start_rounding(
-                config.scheme, config.reconstruction, generator_for(config.seed, block.index, "rounding"), state
-            )
+            generator = generator_for(config.seed, block.index, "rounding")
+            if block.index >= window.frontier:
+                block.start(settings, generator)
+            else:
+                prefix = f"{block.index}."
+                own = {name.removeprefix(prefix): value for name, value in carried.items() if name.startswith(prefix)}
+                block.go_on(settings, generator, own)
 
     def _write_parts(self, leaving: list[ResidentBlock], staying: list[ResidentBlock]) -> dict[str, list[Any]]:
         folder, disk = self.journal.building / "parts", self.journal.disk
         digests = {}
         for block in leaving:
             hard = block.harden(self.inputs.compute.dtype)
-            name, digest = write_block(
-                disk, folder, self.inputs.skeleton.blocks[block.index], hard, self.inputs.checkpoint
-            )
+            spec, source = self.inputs.skeleton.blocks[block.index], self.inputs.checkpoint
+            name, digest = write_block(disk, folder, spec, hard, block.rescaled(), source)
             digests[name] = digest
         if staying:
             carry = {f"{block.index}.{name}": value for block in staying for name, value in block.carry().items()}

@@ -10,7 +10,7 @@ from torch.optim import Adam
 
 from cbqstream.activations.read_ahead import in_batches, read_batches
 from cbqstream.activations.store import ActivationStore
-from cbqstream.config import ReconstructionConfig
+from cbqstream.config import ReconstructionConfig, Schedule
 from cbqstream.errors import InputError
 from cbqstream.numerics.losses import LossShape, reconstruction_loss
 from cbqstream.records import Compute
@@ -134,12 +134,11 @@ def _train(
     optimizer = Adam([group for group in groups if group["params"]], foreach=False)
     rates = [group["lr"] for group in optimizer.param_groups]
     for step, (x_BSD, target_BSD) in enumerate(data.read(order)):
+        rate_left = share_of_rate(step / steps, config.schedule)
         for rounding in roundings:
-            rounding.begin_step(step / steps, steps)
-        for group, rate in zip(
-            optimizer.param_groups, rates, strict=True
-        ):  # a scheduler would keep the optimizer alive in a cycle
-            group["lr"] = rate * (1 - step / steps)
+            rounding.begin_step(step / steps, rate_left, steps)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * rate_left  # by hand: a scheduler would keep the optimizer alive in a cycle
         loss = _loss(run_blocks(blocks, x_BSD, Phase.SOFT), target_BSD, config)
         penalties = [penalty for rounding in roundings if (penalty := rounding.penalty()) is not None]
         if penalties:
@@ -147,6 +146,11 @@ def _train(
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
+
+
+def share_of_rate(progress: float, schedule: Schedule) -> float:
+    """What is left of a learning rate after `progress` (0 to 1) of the steps. Its mean over a window is 1/2."""
+    return 1 - progress if schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
 
 
 def _loss(h_BSD: Tensor, target_BSD: Tensor, config: ReconstructionConfig) -> Tensor:

@@ -1,62 +1,105 @@
 """The blocks of a window on the device, with their quantized layers."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from cbqstream.config import ReconstructionConfig, Scheme
+from cbqstream.config import OutlierConfig, ReconstructionConfig, Scheme
 from cbqstream.models.block import BlockArguments, run_block
+from cbqstream.models.families import Fold
+from cbqstream.numerics.outliers import OutlierRule, truncated
 from cbqstream.numerics.scale_search import minmax_grid, search_grid
 from cbqstream.records import QuantizedWeight
-from cbqstream.windows.quantized_linear import Phase, QuantizedLinear, replace_linears
+from cbqstream.windows.folding import apply_fold, fold_scale, parameters_of, reader_scale
+from cbqstream.windows.quantized_linear import Phase, QuantizedLinear
 from cbqstream.windows.rounding import make_rounding
+
+_FOLD = "fold."
+
+
+@dataclass(frozen=True, slots=True)
+class BlockSettings:
+    """What a block needs to know to be quantized."""
+
+    scheme: Scheme
+    reconstruction: ReconstructionConfig
+    outliers: OutlierConfig
 
 
 @dataclass(frozen=True, slots=True)
 class ResidentBlock:
-    """A block that is in memory: how to run it, and its layers by name."""
+    """A block that is in memory: how to run it, its layers by name, and the scales that were folded, by their writer."""
 
     index: int
     module: nn.Module
     arguments: BlockArguments
     layers: Mapping[str, QuantizedLinear]
-
-    @classmethod
-    def of(cls, index: int, module: nn.Module, arguments: BlockArguments, linears: tuple[str, ...]) -> "ResidentBlock":
-        """Take over a block: its linear layers are replaced."""
-        return cls(index, module, arguments, replace_linears(module, linears))
+    folds: tuple[Fold, ...]
+    scales: dict[str, Tensor] = field(default_factory=dict)
 
     def watch_inputs(self) -> None:
-        """Gather the second moments that `start_rounding` needs."""
+        """Gather the statistics that `start` needs."""
         for layer in self.layers.values():
             layer.watch_inputs()
 
-    def start_rounding(
-        self, scheme: Scheme, config: ReconstructionConfig, generator: torch.Generator, carried: Mapping[str, Tensor]
-    ) -> None:
-        """Give every layer its grid and rounding: as an earlier window left them in `carried`, or from the weights and their inputs."""
+    def start(self, settings: BlockSettings, generator: torch.Generator) -> None:
+        """From the weights and the inputs that were watched: fold the outlier channels, and give every layer its grid and rounding."""
+        statistics = {name: layer.take_statistics() for name, layer in self.layers.items()}
+        if settings.outliers.activations:
+            rule = OutlierRule.of(settings.outliers)
+            for fold in self.folds:
+                scale_C = fold_scale(self.module, fold, statistics[fold.readers[0]], rule)
+                self._fold(fold, scale_C)
+                scale_I = reader_scale(self.module, fold, scale_C)
+                statistics |= {name: statistics[name].divided(scale_I) for name in fold.readers}
+        for name, layer in self.layers.items():
+            weight = self._rounded_weight(layer, settings)
+            if settings.reconstruction.init == "search":
+                grid = search_grid(weight, statistics[name].second_moment, settings.scheme)
+            else:
+                grid = minmax_grid(weight, settings.scheme)
+            layer.rounding = make_rounding(weight, *grid, settings.scheme, settings.reconstruction, generator)
+
+    def go_on(self, settings: BlockSettings, generator: torch.Generator, carried: Mapping[str, Tensor]) -> None:
+        """From what `carry` gave in the window before."""
+        for fold in self.folds:
+            if f"{_FOLD}{fold.writer}" in carried:
+                self._fold(fold, carried[f"{_FOLD}{fold.writer}"])
         for name, layer in self.layers.items():
             state = {
                 key.removeprefix(f"{name}."): value for key, value in carried.items() if key.startswith(f"{name}.")
             }
-            if state:
-                grid = (state["scale0"], state.get("zero_point"))
-            else:
-                moment = layer.second_moment()
-                grid = (
-                    search_grid(layer.weight, moment, scheme)
-                    if config.init == "search"
-                    else minmax_grid(layer.weight, scheme)
-                )
-            layer.rounding = make_rounding(layer.weight, *grid, scheme, config, generator)
+            grid = (state["scale0"], state.get("zero_point"))
+            weight = self._rounded_weight(layer, settings)
+            layer.rounding = make_rounding(weight, *grid, settings.scheme, settings.reconstruction, generator)
             layer.rounding.load(state)
 
     def carry(self) -> dict[str, Tensor]:
-        """The state of every rounding, for the next window: `layer.name` -> tensor."""
+        """The state of every rounding and the folded scales, for the next window, by name."""
         states = {name: layer.rounding.state() for name, layer in self.layers.items() if layer.rounding is not None}
-        return {f"{name}.{key}": value for name, state in states.items() for key, value in state.items()}
+        carried = {f"{name}.{key}": value for name, state in states.items() for key, value in state.items()}
+        return carried | {f"{_FOLD}{writer}": scale for writer, scale in self.scales.items()}
+
+    def rescaled(self) -> dict[str, Tensor]:
+        """What folding changed besides the weights of layers: norms and biases, by their name in the block."""
+        changed = {
+            f"{writer}.{name}": value
+            for writer in self.scales
+            for name, value in parameters_of(self.module.get_submodule(writer)).items()
+        }
+        return {name: value for name, value in changed.items() if name.removesuffix(".weight") not in self.layers}
+
+    def _fold(self, fold: Fold, scale_C: Tensor) -> None:
+        if bool((scale_C != 1).any()):
+            apply_fold(self.module, fold, scale_C)
+            self.scales[fold.writer] = scale_C
+
+    def _rounded_weight(self, layer: QuantizedLinear, settings: BlockSettings) -> Tensor:
+        if not settings.outliers.weights:
+            return layer.weight
+        return truncated(layer.weight, OutlierRule.of(settings.outliers))
 
     def harden(self, dtype: torch.dtype) -> dict[str, QuantizedWeight]:
         """The final quantized weights by layer. The block computes with them, in `dtype`, from now on."""

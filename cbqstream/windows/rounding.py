@@ -46,8 +46,8 @@ class Rounding(nn.Module):
         self.register_buffer("zero_point", zero_point_OG)
         self.theta = nn.Parameter(torch.zeros_like(scale_OG))
 
-    def begin_step(self, progress: float, total_steps: int) -> None:
-        """Called before every training step; `progress` runs from 0 to 1 over the window."""
+    def begin_step(self, progress: float, rate_left: float, total_steps: int) -> None:
+        """Called before every training step; `progress` runs from 0 to 1 over the window, `rate_left` from 1 to 0."""
 
     def soft(self) -> Tensor:
         """The weight to train with, float32 [O, I], differentiable in `theta` and the rounding's own parameters."""
@@ -111,8 +111,8 @@ class FullRounding(Rounding):
         self._travel = travel
         self._step = 0.0
 
-    def begin_step(self, progress: float, total_steps: int) -> None:
-        self._step = 2 * self._travel / total_steps * (1 - progress)
+    def begin_step(self, progress: float, rate_left: float, total_steps: int) -> None:
+        self._step = 2 * self._travel / total_steps * rate_left
 
     def soft(self) -> Tensor:
         low, high = level_range(self.scheme, self.zero_point)
@@ -160,7 +160,7 @@ class LowRankRounding(Rounding):
         self._beta = _BETA_START
         self._rise: Tensor | None = None
 
-    def begin_step(self, progress: float, total_steps: int) -> None:
+    def begin_step(self, progress: float, rate_left: float, total_steps: int) -> None:
         annealed = max(0.0, (progress - _WARM_UP) / (1 - _WARM_UP))
         self._beta = _BETA_START + (_BETA_END - _BETA_START) * annealed
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 from cbqstream import quantize
 from cbqstream.calibration.segments import load_segments
 from cbqstream.checkpoint.reader import Checkpoint
-from cbqstream.config import Scheme, WindowConfig
+from cbqstream.config import OutlierConfig, Scheme, WindowConfig
 from cbqstream.evaluate.perplexity import open_model, perplexity
 from cbqstream.records import Compute, WindowReport
 from tiny import FAMILIES, SEQ_LEN, VOCAB, save_tokens
@@ -194,3 +194,50 @@ def test_another_seed_is_another_result(make_config):
         (first / f"block-{i:05d}.safetensors").read_bytes() != (second / f"block-{i:05d}.safetensors").read_bytes()
         for i in range(4)
     )
+
+
+ACTIVATION_SCHEMES = {
+    "W8A8 channel": Scheme(num_bits=8, group_size=None, activation_bits=8),
+    "W4A8 group": Scheme(num_bits=4, group_size=32, activation_bits=8),
+    "W4A4 group": Scheme(num_bits=4, group_size=32, activation_bits=4),
+}
+
+
+def plain_perplexity(out, ids):
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = model(ids, use_cache=False).logits
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).exp().item()
+
+
+@pytest.mark.parametrize("name", ACTIVATION_SCHEMES)
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_transformers_quantizes_activations_as_the_streamed_evaluation_does(make_config, tokens, family, name):
+    out, _ = run(make_config(family, scheme=ACTIVATION_SCHEMES[name], keep_last=1))
+    ids = load_segments(tokens, out, num_samples=16, seq_len=SEQ_LEN, vocab_size=VOCAB)
+    skeleton, source = open_model(out)
+    streamed = perplexity(skeleton, source, ids, COMPUTE)
+    assert streamed == pytest.approx(plain_perplexity(out, ids), rel=1e-4)
+    first, last = (skeleton.blocks[index].tensors["mlp.up_proj.weight"] for index in (0, 3))
+    assert source.activation_bits(first) == ACTIVATION_SCHEMES[name].activation_bits
+    assert source.activation_bits(last) is None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_folded_norms_are_exported(with_outliers, make_config, tokens, family):
+    """At 8 bits next to nothing is lost, so a fold that is not exported with what it belongs to would show."""
+    model = with_outliers(family)
+    scheme = Scheme(num_bits=8, group_size=8)
+    outliers = OutlierConfig(activations=True, weights=False)
+    config = make_config(family, model=model, scheme=scheme, outliers=outliers, reconstruction={"epochs": 1})
+    out, _ = run(config)
+    source, result = Checkpoint.open(model), Checkpoint.open(out)
+    skeleton, _ = open_model(model)
+    norm = skeleton.blocks[2].tensors[f"{skeleton.folds[0].writer}.weight"]
+    ratio = source.read(norm, device=CPU).float() / result.read(norm, device=CPU).float()
+    assert ratio[7] > 1
+    assert torch.equal(ratio.log2(), ratio.log2().round())
+    ids = load_segments(tokens, out, num_samples=16, seq_len=SEQ_LEN, vocab_size=VOCAB)
+    streamed = perplexity(*open_model(out), ids, COMPUTE)
+    assert streamed == pytest.approx(plain_perplexity(out, ids), rel=1e-4)
+    assert streamed == pytest.approx(perplexity(*open_model(model), ids, COMPUTE), rel=0.02)

@@ -98,7 +98,7 @@ def test_straight_through_gradients_against_autograd(scheme):
 def test_full_mode_moves_nothing_without_gradients():
     rounding = make(SCHEMES[0], "full")
     assert isinstance(rounding, FullRounding)
-    rounding.begin_step(0.0, 10)
+    rounding.begin_step(0.0, 1.0, 10)
     with torch.no_grad():
         rounding.soft()
     assert not rounding.v.any()
@@ -109,7 +109,7 @@ def test_full_mode_travels_at_most_its_range_and_its_rate_falls_to_zero():
     assert isinstance(rounding, FullRounding)
     steps = 20
     for step in range(steps):
-        rounding.begin_step(step / steps, steps)
+        rounding.begin_step(step / steps, 1 - step / steps, steps)
         rounding.soft().sum().backward()
     assert rounding.v.abs().max() == pytest.approx(ReconstructionConfig().rounding_travel, rel=1.5 / steps)
 
@@ -142,7 +142,7 @@ def test_state_restores_exactly(mode):
 
 def test_low_rank_mode_trains_through_adam_parameters():
     rounding: Rounding = make(SCHEMES[1], "lora")
-    rounding.begin_step(0.5, 10)
+    rounding.begin_step(0.5, 0.5, 10)
     target = dequantize(rounding.harden())
     loss = (rounding.soft() - target).square().sum()
     penalty = rounding.penalty()
@@ -170,7 +170,7 @@ def test_a_weight_that_is_computed_again_gives_the_same_gradients(mode, dtype):
 
     def gradients(product):
         rounding = make(SCHEMES[0], mode)
-        rounding.begin_step(0.0, 20)
+        rounding.begin_step(0.0, 1.0, 20)
         inputs = x.clone().requires_grad_()
         output = product(inputs, rounding)
         output.float().square().sum().backward()

@@ -1,0 +1,87 @@
+"""Rescaling outlier channels changes nothing that a block computes, and what is exported knows of it."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cbqstream.config import OutlierConfig, ReconstructionConfig, Scheme
+from cbqstream.evaluate.perplexity import open_model
+from cbqstream.models.block import build_block
+from cbqstream.models.ends import model_ends
+from cbqstream.records import Compute
+from cbqstream.windows.folding import apply_fold, parameters_of
+from cbqstream.windows.quantized_linear import Phase, replace_linears
+from cbqstream.windows.resident import BlockSettings, ResidentBlock, run_blocks
+from tiny import FAMILIES, SEQ_LEN, VOCAB, save_model
+
+CPU = Compute(torch.device("cpu"), torch.float32, 2)
+
+
+def resident(skeleton, source, arguments, index=1, activation_bits=None):
+    module = build_block(skeleton, index, source, device=CPU.device, dtype=CPU.dtype, linear_dtype=None)
+    layers = replace_linears(module, skeleton.blocks[index].linears, activation_bits)
+    return ResidentBlock(index, module, arguments[index], layers, skeleton.folds)
+
+
+def opened(folder):
+    skeleton, source = open_model(folder)
+    ids = torch.randint(0, VOCAB, (SEQ_LEN,), generator=torch.Generator().manual_seed(0))
+    with model_ends(skeleton, source, device=CPU.device, dtype=CPU.dtype) as ends:
+        return skeleton, source, ends.block_arguments(ids)
+
+
+@pytest.fixture(scope="session")
+def opened_models(tiny_models):
+    return {family: opened(folder) for family, folder in tiny_models.items()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@given(seed=st.integers(0, 2**31))
+def test_a_folded_block_computes_the_same(opened_models, family, seed):
+    skeleton, source, arguments = opened_models[family]
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, SEQ_LEN, skeleton.hidden_size, generator=generator)
+    plain = run_blocks([resident(skeleton, source, arguments)], x, Phase.ORIGINAL)
+    block = resident(skeleton, source, arguments)
+    assert skeleton.folds
+    for fold in skeleton.folds:
+        channels = parameters_of(block.module.get_submodule(fold.writer))["weight"].shape[0]
+        scale = torch.exp2(torch.randint(-2, 6, (channels,), generator=generator).float())
+        before = parameters_of(block.module.get_submodule(fold.writer))["weight"].clone()
+        apply_fold(block.module, fold, scale)
+        assert not torch.equal(before, parameters_of(block.module.get_submodule(fold.writer))["weight"])
+    assert torch.equal(run_blocks([block], x, Phase.ORIGINAL), plain)
+
+
+def test_norms_that_the_residual_reads_are_not_folded(tmp_path):
+    folder = save_model(tmp_path / "opt", "opt", do_layer_norm_before=False)
+    assert [fold.writer for fold in open_model(folder)[0].folds] == ["self_attn.v_proj", "fc1"]
+    folder = save_model(tmp_path / "gelu", "opt", activation_function="gelu")
+    assert "fc1" not in [fold.writer for fold in open_model(folder)[0].folds]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_outliers_are_found_and_folded(opened_models, family):
+    """A channel of the first norm is made 64 times as large; the scale of its input is the root of what stands out."""
+    skeleton, source, arguments = opened_models[family]
+    block = resident(skeleton, source, arguments)
+    writer = skeleton.folds[0].writer
+    for value in parameters_of(block.module.get_submodule(writer)).values():
+        value[5] *= 64
+    x = torch.randn(4, SEQ_LEN, skeleton.hidden_size, generator=torch.Generator().manual_seed(0))
+    plain = run_blocks([block], x, Phase.ORIGINAL)
+    block.watch_inputs()
+    run_blocks([block], x, Phase.ORIGINAL)
+    settings = BlockSettings(Scheme(num_bits=4, group_size=32), ReconstructionConfig(), OutlierConfig(activations=True))
+    block.start(settings, torch.Generator())
+    scale = block.scales[writer]
+    assert scale[5] in (4, 8)
+    assert (scale != 1).sum() < 4
+    assert torch.equal(run_blocks([block], x, Phase.ORIGINAL), plain)
+    assert set(block.rescaled()) == {
+        f"{written}.{name}"
+        for written in block.scales
+        for name in parameters_of(block.module.get_submodule(written))
+        if f"{written}" not in block.layers or name == "bias"
+    }

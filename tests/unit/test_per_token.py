@@ -1,0 +1,33 @@
+"""Activation quantization against compressed-tensors' own, and its gradient."""
+
+import pytest
+import torch
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
+
+from cbqstream.numerics.per_token import quantize_per_token
+
+
+@pytest.mark.parametrize("num_bits", [4, 8])
+def test_equal_to_compressed_tensors_bit_for_bit(num_bits):
+    x = torch.randn(3, 7, 96, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 4, 7).view(1, 7, 1)
+    x[0, 0] = 0
+    args = QuantizationArgs(num_bits=num_bits, symmetric=True, strategy="token", dynamic=True)
+    scale, zero_point = compute_dynamic_scales_and_zp(x, args, torch.nn.Identity())
+    assert torch.equal(quantize_per_token(x, num_bits), fake_quantize(x, scale, zero_point, args))
+
+
+def test_by_hand():
+    x = torch.tensor([[7.5, -7.5, 1.4, 0.6], [0.0, 0.0, 0.0, 0.0]])
+    assert quantize_per_token(x, 4).tolist() == [[7, -8, 1, 1], [0, 0, 0, 0]]
+
+
+def test_the_gradient_passes_straight_through():
+    x = torch.randn(2, 5, requires_grad=True)
+    quantize_per_token(x, 4).mul(torch.arange(5.0)).sum().backward()
+    assert torch.equal(x.grad, torch.arange(5.0).expand(2, 5))
+
+
+def test_dtype_is_kept():
+    assert quantize_per_token(torch.randn(2, 8, dtype=torch.bfloat16), 8).dtype == torch.bfloat16
