@@ -259,7 +259,14 @@ def test_bad_models(cbqstream, tiny_models, tokens, tmp_path, case):
 
 
 BAD_ARGUMENTS = {
-    "scheme": (("--scheme", "W1A16"), 2, "scheme 'W1A16' is not supported. Use W2A16 to W8A16."),
+    "scheme": (
+        ("--scheme", "W1A16"),
+        2,
+        "scheme 'W1A16' is not supported. Use W2 to W8 with A16, A8 or A4, such as W4A16.",
+    ),
+    "profile": (("--profile", "best"), 2, "profile 'best' is not paper, fast, default, accurate."),
+    "variant": (("--cfp-variant", "mine"), 2, "variant 'mine' is not paper or huawei."),
+    "schedule": (("--schedule", "step"), 2, "schedule 'step' is not linear or cosine."),
     "group size that does not divide": (
         ("--group-size", 48),
         2,

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 from cbqstream import quantize
 from cbqstream.calibration.segments import load_segments
 from cbqstream.checkpoint.reader import Checkpoint
-from cbqstream.config import OutlierConfig, Scheme, WindowConfig
+from cbqstream.config import PROFILES, OutlierConfig, Scheme, WindowConfig
 from cbqstream.evaluate.perplexity import open_model, perplexity
 from cbqstream.records import Compute, WindowReport
 from tiny import FAMILIES, SEQ_LEN, VOCAB, save_tokens
@@ -241,3 +242,20 @@ def test_folded_norms_are_exported(with_outliers, make_config, tokens, family):
     streamed = perplexity(*open_model(out), ids, COMPUTE)
     assert streamed == pytest.approx(plain_perplexity(out, ids), rel=1e-4)
     assert streamed == pytest.approx(perplexity(*open_model(model), ids, COMPUTE), rel=0.02)
+
+
+@pytest.mark.parametrize("scheme", ["W4A16", "W2A16", "W8A8", "W4A8", "W4A4"])
+@pytest.mark.parametrize("name", PROFILES)
+def test_every_profile_and_scheme(make_config, name, scheme):
+    """No window ends worse than it began, whatever the settings."""
+    profile = PROFILES[name]
+    config = replace(
+        make_config(scheme=Scheme.named(scheme, group_size=32), keep_last=1),
+        window=profile.window,
+        outliers=profile.outliers,
+        reconstruction=replace(profile.reconstruction, epochs=min(profile.reconstruction.epochs, 2)),
+    )
+    _, reports = run(config)
+    assert len(reports) == 2
+    for report in reports:
+        assert 0 < report.loss_after <= report.loss_before

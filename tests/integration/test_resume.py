@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from cbqstream import quantize
-from cbqstream.config import QuantizeConfig, WindowConfig
+from cbqstream.config import OutlierConfig, QuantizeConfig, Scheme, WindowConfig
 from cbqstream.disk import Disk
 from cbqstream.errors import IdentityError, InputError, StoppedError, UsageError
 from cbqstream.records import WindowReport
@@ -139,6 +139,33 @@ def test_parts_and_carry_are_identical_too(make_config):
     assert files_of(whole.run_path / "parts") == files_of(config.run_path / "parts")
     assert len(carries["whole"]) == 2
     assert carries["whole"] == carries["stopped"]
+
+
+@pytest.mark.parametrize("rounding", ["full", "lora"])
+def test_folds_and_truncated_weights_go_on_too(with_outliers, make_config, rounding):
+    options = {
+        "model": with_outliers("llama"),
+        "scheme": Scheme(num_bits=4, group_size=16, activation_bits=8),
+        "outliers": OutlierConfig(weights=True, activations=True),
+        "reconstruction": {"rounding": rounding, "kl_weight": 0.1, "robust_tokens": 1, "schedule": "cosine"},
+    }
+    whole, config = make_config(name="whole", **options), make_config(name="stopped", **options)
+    quantize(whole)
+    with pytest.raises(KilledError):
+        quantize(config, listener=die_in_window(2))
+    assert len(read_commits(config.run_path)) == 1
+    assert windows_done(config) == [1, 2]
+    assert files_of(Path(config.out)) == files_of(Path(whole.out))
+
+
+def die_in_window(number):
+    """A listener that raises when window `number`, counted from 1, begins its reconstruction."""
+
+    def listen(event):
+        if isinstance(event, str) and f"window {number}/" in event and "reconstruction" in event:
+            raise KilledError
+
+    return listen
 
 
 def test_a_finished_run_is_left_alone(make_config):

@@ -1,0 +1,194 @@
+#!/usr/bin/env python3
+"""What each part of the method is worth on the real SmolLM2-135M: one switch at a time, beside the spread of seeds.
+
+Usage: ablation.py MODEL WORK [--only PART ...] [--threads N] [--dry-run]
+
+MODEL is the folder that tools/get_smollm2.py writes; WORK keeps what is made on the way. Blocks 10 to 13 are quantized, where massive
+activations begin; all others stay in full precision. Calibration: the first 32 x 512 tokens of data/c4-calibration.jsonl; perplexity:
+tokens 48 x 512 to 72 x 512 of the same file, which nothing learns from. WikiText-2 is not looked at here.
+Results in results/ablation.json are not measured again. Prints a table, and draws results/ablation.png where matplotlib is installed.
+"""
+
+import argparse
+import json
+import os
+import re
+import statistics
+import sys
+from pathlib import Path
+
+import numpy as np
+from measure import cbqstream
+
+from cbqstream.calibration.segments import load_segments
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results" / "ablation.json"
+CALIBRATION = HERE / "data" / "c4-calibration.jsonl"
+FIRST, LAST, BLOCKS = 10, 16, 30
+
+GRIDS = {
+    "W2A16 group 64, asymmetric": "--scheme W2A16 --group-size 64 --no-symmetric",
+    "W4A16 per channel, asymmetric": "--scheme W4A16 --group-size -1 --no-symmetric",
+    "W4A4 group 64, symmetric": "--scheme W4A4 --group-size 64",
+}
+BASE = ""
+SEEDS = {"seed 1": "--seed 1", "seed 2": "--seed 2"}
+SWITCHES = {
+    "rounding none": "--rounding none",
+    "rounding none, init minmax": "--rounding none --init minmax",
+    "rounding lora": "--rounding lora",
+    "init minmax": "--init minmax",
+    "CFP weights": "--cfp-weights",
+    "CFP weights, init minmax": "--cfp-weights --init minmax",
+    "CFP activations": "--cfp-activations",
+    "CFP activations, Huawei's": "--cfp-activations --cfp-variant huawei",
+    "no CFP activations": "--no-cfp-activations",
+    "no CFP activations, rounding none": "--no-cfp-activations --rounding none",
+    "window 1": "--window-size 1 --overlap 0",
+    "window 2, overlap 0": "--window-size 2 --overlap 0",
+    "window 3, overlap 1": "--window-size 3 --overlap 1",
+    "window 3, overlap 2": "--window-size 3 --overlap 2",
+    "a = 1": "--target-mix 1",
+    "a = 0.75": "--target-mix 0.75",
+    "a = 0.25": "--target-mix 0.25",
+    "KL 0.1": "--kl-weight 0.1",
+    "KL 1": "--kl-weight 1",
+    "squared error as in the paper": "--no-relative-loss --channel-balance 0",
+    "channels not balanced": "--channel-balance 0",
+    "3 epochs": "--epochs 3",
+    "12 epochs": "--epochs 12",
+    "24 epochs": "--epochs 24",
+    "travel 0.12": "--rounding-travel 0.12",
+    "travel 0.5": "--rounding-travel 0.5",
+    "profile paper": "--profile paper",
+}
+NOT_FOR = {"CFP activations": "W4A4", "no CFP activations": "A16", "no CFP activations, rounding none": "A16"}
+"""Switches that are the default of a grid."""
+
+
+def load() -> dict[str, dict]:
+    """What was measured, by `grid | switch`."""
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+
+
+def save(name: str, row: dict) -> None:
+    """Add a row to what is there now."""
+    RESULTS.parent.mkdir(exist_ok=True)
+    building = RESULTS.with_suffix(f".{os.getpid()}")
+    building.write_text(json.dumps({**load(), name: row}, indent=1, sort_keys=True) + "\n")
+    building.replace(RESULTS)
+
+
+def measure(model: Path, work: Path, held_out: Path, name: str, flags: list[str], threads: int) -> dict:
+    """Quantize four blocks and evaluate."""
+    out = work / re.sub(r"\W+", "-", name)
+    log = out.with_suffix(".jsonl")
+    common = ["--num-samples", "32", "--seq-len", "512", "--keep-first", str(FIRST), "--keep-last", str(LAST)]
+    source = ["--dataset", str(CALIBRATION), "--log-json", str(log), "--threads", str(threads)]
+    made = cbqstream("quantize", str(model), str(out), *common, *source, *flags)
+    said = cbqstream("eval", str(out), "--text", str(held_out), "--num-samples", "24", "--threads", str(threads))
+    windows = [json.loads(line) for line in log.read_text().splitlines()]
+    return {
+        "perplexity": float(re.search(r"perplexity ([\d.]+)", said.output)[1]),
+        "seconds": made.seconds,
+        "changed": statistics.mean(window["changed"] for window in windows),
+        "loss": windows[-1]["loss_after"],
+        "threads": threads,
+    }
+
+
+def prepare(model: Path, work: Path) -> Path:
+    """The held-out tokens."""
+    path = work / "held-out.npy"
+    if not path.exists():
+        vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
+        ids = load_segments(CALIBRATION, model, num_samples=72, seq_len=512, vocab_size=vocabulary)
+        np.save(path, ids[48:].numpy())
+    return path
+
+
+def spread(rows: dict[str, dict], grid: str) -> list[float]:
+    """Perplexities of the default settings, one a seed."""
+    names = [f"{grid} | default", *(f"{grid} | {seed}" for seed in SEEDS)]
+    return [rows[name]["perplexity"] for name in names if name in rows]
+
+
+def table(rows: dict[str, dict]) -> str:
+    """The results as Markdown."""
+    lines = ["| grid | switch | perplexity | against default | codes changed | seconds |", "|---|---|---|---|---|---|"]
+    for grid in GRIDS:
+        seeds = spread(rows, grid)
+        if not seeds:
+            continue
+        centre = statistics.mean(seeds)
+        half = (max(seeds) - min(seeds)) / 2
+        for switch in ["default", *SEEDS, *SWITCHES]:
+            row = rows.get(f"{grid} | {switch}")
+            if row is None:
+                continue
+            against = f"{row['perplexity'] / centre - 1:+.1%}"
+            if abs(row["perplexity"] - centre) <= half and switch not in ("default", *SEEDS):
+                against += " (within the seeds)"
+            figures = f"{row['perplexity']:,.2f} | {against} | {row['changed']:.1%} | {row['seconds']:.0f}"
+            lines.append(f"| {grid} | {switch} | {figures} |")
+    return "\n".join(lines)
+
+
+def draw(rows: dict[str, dict], path: Path) -> None:
+    """Bars of the change against the default, a panel for each grid; the band is the range of seeds."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    grids = [grid for grid in GRIDS if len(spread(rows, grid)) > 0]
+    figure, axes = plt.subplots(1, len(grids), figsize=(6 * len(grids), 8), squeeze=False, layout="constrained")
+    for grid, axis in zip(grids, axes[0], strict=True):
+        seeds = spread(rows, grid)
+        centre = statistics.mean(seeds)
+        names = [switch for switch in SWITCHES if f"{grid} | {switch}" in rows]
+        change = [100 * (rows[f"{grid} | {switch}"]["perplexity"] / centre - 1) for switch in names]
+        shown = [min(value, 40) for value in change]
+        axis.barh(names, shown, color=["#2a7f62" if value < 0 else "#b5523b" for value in change])
+        for position, value in enumerate(change):
+            axis.annotate(
+                f"{value:+.1f}", (shown[position], position), xytext=(4, 0), textcoords="offset points", va="center"
+            )
+        low, high = ((100 * (value / centre - 1)) for value in (min(seeds), max(seeds)))
+        axis.axvspan(low, high, color="#888888", alpha=0.4, label="seeds")
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.set_xlim(min([*shown, low]) - 4, max([*shown, high]) + 8)
+        axis.set_title(f"{grid}\ndefault {centre:.2f}", fontsize=10)
+        axis.set_xlabel("held-out perplexity against default, % (bars end at 40)")
+        axis.invert_yaxis()
+        axis.legend(loc="lower right")
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--only", nargs="+", default=[""], help="parts of `grid | switch`")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dry-run", action="store_true", help="measure nothing; print and draw what is there")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    held_out = prepare(args.model, args.work)
+    for grid, grid_flags in GRIDS.items():
+        for switch, flags in ({"default": BASE} | SEEDS | SWITCHES).items():
+            name = f"{grid} | {switch}"
+            wanted = any(part in name for part in args.only) and not (switch in NOT_FOR and NOT_FOR[switch] in grid)
+            if name in load() or not wanted or args.dry_run:
+                continue
+            print(name, file=sys.stderr, flush=True)
+            made = measure(args.model, args.work, held_out, name, [*grid_flags.split(), *flags.split()], args.threads)
+            save(name, made)
+    rows = load()
+    print(table(rows))
+    draw(rows, RESULTS.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
