@@ -43,6 +43,9 @@ def quantize(
     symmetric: Annotated[
         bool, typer.Option(help="Without zero points. Current transformers loads only these plainly.")
     ] = True,
+    activation_strategy: Annotated[
+        str, typer.Option(help="A8, A4: token (dynamic scales) or tensor (one learned step size a layer).")
+    ] = "token",
     num_samples: Annotated[int, typer.Option(help="Calibration segments.")] = 128,
     seq_len: Annotated[int, typer.Option(help="Tokens in a segment.")] = 2048,
     run_dir: Annotated[str | None, typer.Option(help="Where the run keeps its state; OUT.run by default.")] = None,
@@ -65,8 +68,13 @@ def quantize(
     rounding_lr: Annotated[float | None, typer.Option(help="lora: learning rate.")] = None,
     rounding_rank: Annotated[int | None, typer.Option(help="lora: rank.")] = None,
     scale_lr: Annotated[float | None, typer.Option(help="Relative learning rate of the step sizes.")] = None,
+    activation_scale_lr: Annotated[float | None, typer.Option(help="The same of activations' step sizes.")] = None,
     target_mix: Annotated[float | None, typer.Option(help="Share of the reference target, 0 to 1.")] = None,
     kl_weight: Annotated[float | None, typer.Option(help="Weight of the KL term.")] = None,
+    head_weight: Annotated[
+        float | None, typer.Option(help="Weight of the last window's next-token divergence.")
+    ] = None,
+    head_stride: Annotated[int | None, typer.Option(help="Every how many tokens that is measured.")] = None,
     penalty_weight: Annotated[float | None, typer.Option(help="lora: weight of the rounding penalty.")] = None,
     relative_loss: Annotated[bool | None, typer.Option(help="Every token's error relative to its own size.")] = None,
     channel_balance: Annotated[
@@ -88,7 +96,12 @@ def quantize(
         model=str(Path(model).absolute()),
         out=str(Path(out).absolute()),
         run_dir=None if run_dir is None else str(Path(run_dir).absolute()),
-        scheme=Scheme.named(scheme, group_size=None if group_size == _PER_CHANNEL else group_size, symmetric=symmetric),
+        scheme=Scheme.named(
+            scheme,
+            group_size=None if group_size == _PER_CHANNEL else group_size,
+            symmetric=symmetric,
+            activation_strategy=activation_strategy,
+        ),
         calibration=CalibrationConfig(dataset=str(Path(dataset).absolute()), num_samples=num_samples, seq_len=seq_len),
         window=_changed(parts.window, size=window_size, overlap=overlap),
         outliers=_changed(
@@ -110,8 +123,11 @@ def quantize(
             rounding_lr=rounding_lr,
             rounding_rank=rounding_rank,
             scale_lr=scale_lr,
+            activation_scale_lr=activation_scale_lr,
             target_mix=target_mix,
             kl_weight=kl_weight,
+            head_weight=head_weight,
+            head_stride=head_stride,
             penalty_weight=penalty_weight,
             relative_loss=relative_loss,
             channel_balance=channel_balance,

@@ -13,7 +13,8 @@ from cbqstream.errors import UsageError
 RoundingMode = Literal["none", "lora", "full"]
 ScaleInit = Literal["minmax", "search"]
 Schedule = Literal["linear", "cosine"]
-OutlierVariant = Literal["paper", "huawei"]
+ActivationStrategy = Literal["token", "tensor"]
+OutlierVariant = Literal["paper", "huawei", "search"]
 
 
 def _require(ok: bool, message: str) -> None:  # noqa: FBT001
@@ -32,12 +33,18 @@ class Scheme:
     symmetric: bool = True
     """Weights have no zero point. The whole range of codes is used either way."""
     activation_bits: int | None = None
-    """Width of the inputs of quantized layers: symmetric, per token, dynamic; None leaves them as they are."""
+    """Width of the inputs of quantized layers, symmetric; None leaves them as they are."""
+    activation_strategy: ActivationStrategy = "token"
+    """`token`: a scale for every token, from its values as they come; `tensor`: one step size for a layer, learned."""
 
     _PATTERN: ClassVar[re.Pattern[str]] = re.compile(r"W([2-8])A(4|8|16)")
 
     def __post_init__(self) -> None:
         _require(2 <= self.num_bits <= 8, f"num_bits is {self.num_bits}. It must be 2 to 8.")
+        _require(
+            self.activation_strategy in get_args(ActivationStrategy),
+            f"activation strategy {self.activation_strategy!r} is not token or tensor.",
+        )
         _require(
             self.activation_bits in (None, 4, 8),
             f"activation_bits is {self.activation_bits}. It must be 4, 8 or None.",
@@ -48,8 +55,8 @@ class Scheme:
         )
 
     @classmethod
-    def named(cls, name: str, *, group_size: int | None = 128, symmetric: bool = True) -> "Scheme":
-        """The scheme of a name such as W4A16.
+    def named(cls, name: str, **options: Any) -> "Scheme":
+        """The scheme of a name such as W4A16; other fields as given.
 
         Raises:
             UsageError: the name is not of a scheme that is supported.
@@ -58,7 +65,7 @@ class Scheme:
         if match is None:
             raise UsageError(f"scheme {name!r} is not supported. Use W2 to W8 with A16, A8 or A4, such as W4A16.")
         activation_bits = None if match[2] == "16" else int(match[2])
-        return cls(num_bits=int(match[1]), group_size=group_size, symmetric=symmetric, activation_bits=activation_bits)
+        return cls(num_bits=int(match[1]), activation_bits=activation_bits, **options)
 
     @property
     def qmin(self) -> int:
@@ -111,16 +118,17 @@ class OutlierConfig:
     weights: bool = False
     """Truncate the outliers of every weight to its largest reserved magnitude."""
     activations: bool = False
-    """Divide outlier channels by a power of two, and multiply the weights that read them by it."""
+    """Divide channels by powers of two, and multiply the weights that read them by the same."""
     variant: OutlierVariant = "paper"
-    """Whose quantiles, gap and exponent: the paper's, or those of Huawei's public code."""
+    """Which channels, and by how much: the paper's rule for outliers, that of Huawei's public code, or `search`, which scales every channel
+    by a power of its size and takes the power with the least output error."""
     lambda1: float = 1.5
     """Interquartile ranges above the upper quartile where candidates begin."""
     lambda2: float = 1.0
     """What the variance of the reserved candidates counts beside the gap."""
 
     def __post_init__(self) -> None:
-        _require(self.variant in get_args(OutlierVariant), f"variant {self.variant!r} is not paper or huawei.")
+        _require(self.variant in get_args(OutlierVariant), f"variant {self.variant!r} is not paper, huawei or search.")
         for name in ("lambda1", "lambda2"):
             _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}. It must not be negative.")
 
@@ -147,10 +155,16 @@ class ReconstructionConfig:
     """`lora`: rank of the factors."""
     scale_lr: float = 1e-3
     """Adam's learning rate of the logarithm of the step sizes, falling linearly to zero."""
+    activation_scale_lr: float = 1e-4
+    """The same for the step sizes of activations, where these are learned."""
     target_mix: float = 0.5
     """a: 1 imitates the original model on its own inputs, 0 on the inputs that the quantized prefix gives."""
     kl_weight: float = 0.0
     """Weight of the Kullback-Leibler term over the hidden dimension."""
+    head_weight: float = 0.1
+    """Weight of the divergence of the next-token distribution, in a window that ends with the last block; 0 leaves the head out."""
+    head_stride: int = 4
+    """Every how many tokens the next-token distribution is looked at; each in its turn."""
     penalty_weight: float = 0.1
     """`lora`: weight of the term that drives the rounding to 0 or 1."""
     relative_loss: bool = True
@@ -167,10 +181,19 @@ class ReconstructionConfig:
         _require(self.epochs >= 0, f"epochs is {self.epochs}. It must be at least 0.")
         _require(self.batch_size >= 1, f"batch_size is {self.batch_size}. It must be at least 1.")
         _require(self.rounding_rank >= 1, f"rounding_rank is {self.rounding_rank}. It must be at least 1.")
+        _require(self.head_stride >= 1, f"head_stride is {self.head_stride}. It must be at least 1.")
         for name in ("target_mix", "channel_balance"):
             _require(0 <= getattr(self, name) <= 1, f"{name} is {getattr(self, name)}. It must be 0 to 1.")
         _require(self.robust_tokens >= 0, f"robust_tokens is {self.robust_tokens}. It must be at least 0.")
-        for name in ("rounding_travel", "rounding_lr", "scale_lr", "kl_weight", "penalty_weight"):
+        for name in (
+            "rounding_travel",
+            "rounding_lr",
+            "scale_lr",
+            "activation_scale_lr",
+            "kl_weight",
+            "head_weight",
+            "penalty_weight",
+        ):
             _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}. It must not be negative.")
 
 

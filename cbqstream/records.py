@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:  # so that what only passes records on starts without torch
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     import torch
@@ -45,8 +45,8 @@ class WeightSource(Protocol):
         """One tensor on `device`, in `dtype` or as it is stored."""
         ...
 
-    def activation_bits(self, name: str) -> int | None:
-        """Width to which the input of the linear layer with weight `name` is quantized, or None."""
+    def input_quantizer(self, name: str) -> Callable[[Tensor], Tensor] | None:
+        """What the linear layer with weight `name` does to its input first, or None."""
         ...
 
 
@@ -87,6 +87,8 @@ class QuantizedWeight:
     zero_point: Tensor | None
     """z_OG, int8; None if symmetric."""
     scheme: Scheme
+    input_scale: Tensor | None = None
+    """Step size of the layer's inputs, a storable scale [1], where the scheme has one for the tensor."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,9 +70,8 @@ class Checkpoint:
                     digest.update(file.read(min(_SAMPLE_BYTES, info.end - start)))
         return digest.hexdigest()
 
-    def activation_bits(self, name: str) -> int | None:
-        """None: a dense checkpoint asks for no quantized inputs."""
-        return None
+    def input_quantizer(self, name: str) -> None:
+        """None: a dense checkpoint quantizes no inputs."""
 
     def raw(self, name: str) -> Iterator[bytes]:
         """The bytes of one tensor as they lie in the file, in pieces of 16 MiB.

@@ -1,7 +1,7 @@
 """One transformer block with its weights: built, used, dropped."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from cbqstream.models.skeleton import ModelSkeleton
-from cbqstream.numerics.per_token import quantize_per_token
 from cbqstream.records import WeightSource
 
 BlockArguments = Mapping[str, Any]
@@ -49,14 +48,14 @@ def build_block(
         owner, _, leaf = buffer_name.rpartition(".")
         block.get_submodule(owner).register_buffer(leaf, buffer.to(device), persistent=False)
     for name in spec.linears:
-        bits = source.activation_bits(spec.tensors[f"{name}.weight"])
-        if bits is not None:
-            block.get_submodule(name).register_forward_pre_hook(partial(_quantize_input, bits))
+        quantizer = source.input_quantizer(spec.tensors[f"{name}.weight"])
+        if quantizer is not None:
+            block.get_submodule(name).register_forward_pre_hook(partial(_quantize_input, quantizer))
     return block.requires_grad_(requires_grad=False).eval()
 
 
-def _quantize_input(num_bits: int, linear: nn.Module, inputs: tuple[Tensor]) -> Tensor:
-    return quantize_per_token(inputs[0], num_bits)
+def _quantize_input(quantizer: Callable[[Tensor], Tensor], linear: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+    return quantizer(inputs[0])
 
 
 def run_block(block: nn.Module, x_BSD: Tensor, arguments: BlockArguments) -> Tensor:

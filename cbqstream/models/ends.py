@@ -58,15 +58,18 @@ class ModelEnds:
     @torch.no_grad()
     def logits(self, x_SD: Tensor) -> Iterator[Tensor]:
         """Logits, float32 [at most 256, vocabulary], of the output of the last block, in order of its tokens."""
-        width = self._shell.get_input_embeddings().embedding_dim
         for x_TD in torch.split(x_SD, _LOGIT_TOKENS):
-            self._stand_ins[-1].replacement = x_TD.unsqueeze(0).to(self._device)
-            dummy = torch.zeros(1, len(x_TD), width, device=self._device, dtype=x_TD.dtype)
-            yield (
-                self._shell(inputs_embeds=dummy, position_ids=self._positions(len(x_TD)), use_cache=False)
-                .logits[0]
-                .float()
-            )
+            yield self.head(x_TD.to(self._device))
+
+    def head(self, x_TD: Tensor) -> Tensor:
+        """Logits, float32 [T, vocabulary], of T tokens of the output of the last block; differentiable."""
+        width = self._shell.get_input_embeddings().embedding_dim
+        self._stand_ins[-1].replacement = x_TD.unsqueeze(0)
+        dummy = torch.zeros(1, len(x_TD), width, device=self._device, dtype=x_TD.dtype)
+        output = self._shell(inputs_embeds=dummy, position_ids=self._positions(len(x_TD)), use_cache=False)
+        self._stand_ins[-1].replacement = None
+        logits: Tensor = output.logits[0].float()
+        return logits
 
     def _positions(self, length: int) -> Tensor:
         """0 to length - 1, [1, S]. Given, because OPT would count them with a cumsum that CUDA cannot do deterministically."""

@@ -12,9 +12,14 @@ The means are over tokens t, the softmax is over the hidden dimension (CBQ, arXi
 
 For the squared error, being near T1 and T2 at once is being near their mean: ||h - T1||^2 + ||h - T2||^2 = 2 ||h - (T1 + T2)/2||^2
 + const. So one mixed target `a T1 + (1 - a) T2` is kept.
+
+Where the window ends with the last block, the divergence of the model's own predictions is added (`head_divergence`): the next-token
+distribution of its hidden states against that of the original model's, mean_t KL(softmax(head(T1_t)) || softmax(head(h_t))).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +27,10 @@ from torch.nn import functional
 
 _SMALLEST_SHARE = 1e-6
 _SMALLEST_POWER = 1e-20
+_HEAD_TOKENS = 128
+
+Head = Callable[[Tensor], Tensor]
+"""Hidden states [T, D] of the last block to logits, float32 [T, vocabulary]; differentiable."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,3 +83,34 @@ def reconstruction_loss(h_BSD: Tensor, target_BSD: Tensor, shape: LossShape) -> 
         ).sum(-1)
         loss = loss + shape.kl_weight * (divergence_BS * weights_BS).sum()
     return loss
+
+
+class _HeadDivergence(torch.autograd.Function):
+    """Some tokens at a time, with the gradient computed on the way, so that logits of few tokens are in memory at once."""
+
+    @staticmethod
+    def forward(ctx: Any, h_TD: Tensor, reference_TD: Tensor, head: Head, with_gradient: bool) -> Tensor:  # noqa: FBT001
+        total = torch.zeros((), device=h_TD.device)
+        gradients = []
+        for h, reference in zip(torch.split(h_TD, _HEAD_TOKENS), torch.split(reference_TD, _HEAD_TOKENS), strict=True):
+            expected = head(reference).log_softmax(-1)
+            with torch.set_grad_enabled(with_gradient):
+                leaf = h.detach().requires_grad_(with_gradient)
+                found = head(leaf).log_softmax(-1)
+                divergence = functional.kl_div(found, expected, log_target=True, reduction="sum")
+            if with_gradient:
+                gradients.append(torch.autograd.grad(divergence, leaf)[0])
+            total += divergence.detach()
+        if with_gradient:
+            ctx.save_for_backward(torch.cat(gradients) / len(h_TD))
+        return total / len(h_TD)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.saved_tensors[0] * grads[0], None, None, None
+
+
+def head_divergence(h_TD: Tensor, reference_TD: Tensor, head: Head) -> Tensor:
+    """mean_t KL(softmax(head(reference_t)) || softmax(head(h_t))), a float32 scalar, differentiable in `h_TD`."""
+    divergence: Tensor = _HeadDivergence.apply(h_TD, reference_TD, head, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+    return divergence

@@ -6,6 +6,7 @@ A linear layer `NAME` is stored as
     NAME.weight_scale       dtype of the original weight [O, G]
     NAME.weight_zero_point  int32 [ceil(O * num_bits / 32), G]           if asymmetric; packed along dim 0
     NAME.weight_shape       int64 [2]
+    NAME.input_scale        dtype of the original weight [1]             if inputs have one step size
 """
 
 from collections.abc import Sequence
@@ -15,13 +16,17 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from torch import Tensor
 
-from cbqstream.config import Scheme
+from cbqstream.config import ActivationStrategy, Scheme
 from cbqstream.errors import UsageError, shown
 from cbqstream.records import QuantizedWeight
 
 PACKED, SCALE, ZERO_POINT, SHAPE = "weight_packed", "weight_scale", "weight_zero_point", "weight_shape"
+INPUT_SCALE = "input_scale"
 METHOD, FORMAT = "compressed-tensors", "pack-quantized"
-_PER_TOKEN = {"type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+_ACTIVATIONS: dict[ActivationStrategy, dict[str, Any]] = {
+    "token": {"type": "int", "symmetric": True, "strategy": "token", "dynamic": True},
+    "tensor": {"type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False},
+}
 
 
 def encode(weight: QuantizedWeight, *, scale_dtype: torch.dtype) -> dict[str, Tensor]:
@@ -34,6 +39,8 @@ def encode(weight: QuantizedWeight, *, scale_dtype: torch.dtype) -> dict[str, Te
     }
     if weight.zero_point is not None:
         tensors[ZERO_POINT] = pack_to_int32(weight.zero_point.cpu(), bits, packed_dim=0).contiguous()
+    if weight.input_scale is not None:
+        tensors[INPUT_SCALE] = weight.input_scale.cpu().to(scale_dtype)
     return tensors
 
 
@@ -58,7 +65,7 @@ def quantization_config(scheme: Scheme, not_quantized: Sequence[str]) -> dict[st
         "group_size": scheme.group_size,
         "dynamic": False,
     }
-    activations = {"num_bits": scheme.activation_bits, **_PER_TOKEN}
+    activations = {"num_bits": scheme.activation_bits, **_ACTIVATIONS[scheme.activation_strategy]}
     group = {
         "targets": ["Linear"],
         "weights": weights,
@@ -84,14 +91,15 @@ def scheme_of(config: dict[str, Any]) -> Scheme:
     groups = config.get("config_groups")
     group = next(iter(groups.values())) if isinstance(groups, dict) and len(groups) == 1 else {}
     weights, activations = group.get("weights") or {}, group.get("input_activations") or {}
-    per_token = all(activations.get(key) == value for key, value in _PER_TOKEN.items())
+    strategy = activations.get("strategy", "token")
+    as_written = activations.items() >= _ACTIVATIONS.get(strategy, {"strategy": None}).items()
     known = (
         config.get("quant_method") == METHOD
         and config.get("format") == FORMAT
         and weights.get("type") == "int"
         and weights.get("strategy") in ("channel", "group")
         and not weights.get("actorder")
-        and (not activations or per_token)
+        and (not activations or as_written)
     )
     if not known:
         raise UsageError(
@@ -103,4 +111,5 @@ def scheme_of(config: dict[str, Any]) -> Scheme:
         group_size=group_size,
         symmetric=weights["symmetric"],
         activation_bits=activations.get("num_bits"),
+        activation_strategy=strategy,
     )

@@ -1,14 +1,16 @@
 """Reading a quantized checkpoint as if it were dense."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.config import Scheme
+from cbqstream.numerics.activation_quant import quantize_per_tensor, quantize_per_token
 from cbqstream.numerics.affine import dequantize
-from cbqstream.packed.format import PACKED, SCALE, SHAPE, ZERO_POINT, decode
+from cbqstream.packed.format import INPUT_SCALE, PACKED, SCALE, SHAPE, ZERO_POINT, decode
 
 _PARTS = (PACKED, SCALE, SHAPE, ZERO_POINT)
 
@@ -26,7 +28,7 @@ class PackedSource:
             if part == SHAPE:
                 rows, columns = checkpoint.read(name, device=cpu).tolist()
                 shapes[f"{owner}.weight"] = (int(rows), int(columns))
-            elif part not in _PARTS:
+            elif part not in (*_PARTS, INPUT_SCALE):
                 shapes[name] = info.shape
         self._shapes = shapes
 
@@ -43,7 +45,12 @@ class PackedSource:
         tensors = {part: self._checkpoint.read(f"{owner}.{part}", device=torch.device("cpu")) for part in parts}
         return dequantize(decode(tensors, self._scheme)).to(device=device, dtype=dtype or torch.float32)
 
-    def activation_bits(self, name: str) -> int | None:
+    def input_quantizer(self, name: str) -> Callable[[Tensor], Tensor] | None:
         """As the scheme has it for a quantized weight; None for others."""
-        is_quantized = f"{name.removesuffix('.weight')}.{PACKED}" in self._checkpoint.infos
-        return self._scheme.activation_bits if is_quantized else None
+        owner, bits = name.removesuffix(".weight"), self._scheme.activation_bits
+        if bits is None or f"{owner}.{PACKED}" not in self._checkpoint.infos:
+            return None
+        if self._scheme.activation_strategy == "token":
+            return partial(quantize_per_token, num_bits=bits)
+        scale = self._checkpoint.read(f"{owner}.{INPUT_SCALE}", device=torch.device("cpu"), dtype=torch.float32)
+        return lambda x: quantize_per_tensor(x, torch.zeros_like(scale).to(x.device), scale.to(x.device), bits)

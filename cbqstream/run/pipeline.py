@@ -5,14 +5,15 @@ For each window of transformer blocks:
     1. read its blocks
     2. targets: roll the reference stream over the new blocks, T1; run the window on the quantized stream, T2; keep a T1 + (1 - a) T2
     3. rescale the outlier channels of the new blocks and give them a grid and a rounding; the others go on where the last window left them
-    4. reconstruct: learn step sizes and rounding
+    4. reconstruct: learn step sizes and rounding; the last window looks at the model's predictions too
     5. harden and write the blocks that leave; keep the roundings of those that stay
     6. move the quantized stream past the blocks that leave
     7. commit
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from cbqstream.errors import DeviceMemoryError, UsageError
 from cbqstream.memory import peak_resident_bytes, release_free_memory, return_large_blocks
 from cbqstream.models.block import BlockArguments, build_block
 from cbqstream.models.ends import model_ends
+from cbqstream.numerics.losses import Head
 from cbqstream.packed.block_shard import write_block
 from cbqstream.packed.format import quantization_config
 from cbqstream.packed.output import assemble
@@ -160,8 +162,10 @@ class _Job:
 
         # 4. reconstruct
         self._tell(window, "reconstruction")
-        data = WindowData(quantized, targets, compute)
-        result = reconstruct(blocks, data, settings, generator_for(self.inputs.config.seed, window.index, "order"))
+        order = generator_for(self.inputs.config.seed, window.index, "order")
+        with self._head_after(window) as head:
+            data = WindowData(quantized, targets, compute, None if head is None else reference_out, head)
+            result = reconstruct(blocks, data, settings, order)
 
         # 5. harden what leaves, carry what stays
         self._tell(window, "writing")
@@ -209,8 +213,20 @@ class _Job:
             linear_dtype=None,
         )
         spec = inputs.skeleton.blocks[index]
-        layers = replace_linears(module, spec.linears, inputs.config.scheme.activation_bits)
+        layers = replace_linears(module, spec.linears, inputs.config.scheme)
         return ResidentBlock(index, module, self.arguments[index], layers, inputs.skeleton.folds)
+
+    @contextmanager
+    def _head_after(self, window: Window) -> Iterator[Head | None]:
+        """The head of the model, where the window learns and ends with the last block."""
+        inputs, settings = self.inputs, self.inputs.config.reconstruction
+        learns = settings.rounding != "none" and settings.epochs and settings.head_weight
+        if not learns or window.stop < len(inputs.skeleton.blocks):
+            yield None
+            return
+        where = inputs.compute
+        with model_ends(inputs.skeleton, inputs.checkpoint, device=where.device, dtype=where.dtype) as ends:
+            yield ends.head
 
     def _start_roundings(self, window: Window, blocks: list[ResidentBlock]) -> None:
         config, carried = self.inputs.config, {}

@@ -9,21 +9,71 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from cbqstream.config import OutlierConfig, Scheme
 from cbqstream.models.families import Fold
+from cbqstream.numerics.activation_quant import quantize_per_token
+from cbqstream.numerics.affine import nearest_levels
 from cbqstream.numerics.outliers import OutlierRule, channel_scales, power_of_two
-from cbqstream.windows.quantized_linear import InputStatistics, QuantizedLinear
+from cbqstream.numerics.scale_search import minmax_grid
+from cbqstream.windows.quantized_linear import InputStatistics
 
-Module = nn.Module | QuantizedLinear
+_SMALLEST = 1e-6
+_MOST_DOUBLINGS = 8
 
 
-def fold_scale(block: nn.Module, fold: Fold, statistics: InputStatistics, rule: OutlierRule) -> Tensor:
+_EXPONENTS = (0.25, 0.5, 0.75, 1.0)
+
+
+def fold_scale(
+    block: nn.Module, fold: Fold, statistics: InputStatistics, scheme: Scheme, config: OutlierConfig
+) -> Tensor:
     """Scale of every channel that the writer of a fold has, float32 [C], from the inputs of its readers.
 
     Where several heads read one (grouped-query attention), the largest of their scales is taken.
     """
-    scale_I = power_of_two(channel_scales(statistics.low, statistics.high, rule))
-    repeats, head_dim = _sharing(block, fold)
-    return scale_I.view(-1, repeats, head_dim).amax(1).flatten()
+    if config.variant == "search":
+        return _searched_scale(block, fold, statistics, scheme)
+    rule = OutlierRule.of(config)
+    return _of_writer(block, fold, power_of_two(channel_scales(statistics.low, statistics.high, rule)))
+
+
+@torch.no_grad()
+def _searched_scale(block: nn.Module, fold: Fold, statistics: InputStatistics, scheme: Scheme) -> Tensor:
+    """Of the scales m_c^e, with m_c the size of channel c, those with the smallest error of the readers' outputs on the sampled tokens.
+
+    SmoothQuant (Xiao et al. 2023) and AWQ (Lin et al. 2023) search so; here each token's error is relative to its own output, and m is
+    the root mean square of the channel relative to the token's largest, or its largest magnitude.
+    """
+    x_TI = statistics.sample
+    share_I = (x_TI / x_TI.abs().amax(-1, keepdim=True).clamp(min=_SMALLEST)).square().mean(0).sqrt()
+    largest_I = torch.maximum(statistics.high.abs(), statistics.low.abs())
+    weights = [parameters_of(block.get_submodule(name))["weight"].float() for name in fold.readers]
+    outputs = [x_TI @ w_OI.T for w_OI in weights]
+    best_C = torch.ones_like(_of_writer(block, fold, share_I))
+    least = _output_error(x_TI, weights, outputs, scheme)
+    for size_I in (share_I, largest_I):
+        for exponent in _EXPONENTS:
+            logs_C = _of_writer(block, fold, size_I.clamp(min=_SMALLEST)).log2() * exponent
+            scale_C = power_of_two(torch.exp2((logs_C - logs_C.mean()).clamp(-_MOST_DOUBLINGS, _MOST_DOUBLINGS)))
+            scale_I = reader_scale(block, fold, scale_C)
+            error = _output_error(x_TI / scale_I, [w_OI * scale_I for w_OI in weights], outputs, scheme)
+            if error < least:
+                best_C, least = scale_C, error
+    return best_C
+
+
+def _output_error(x_TI: Tensor, weights: list[Tensor], outputs: list[Tensor], scheme: Scheme) -> float:
+    """Error of quantized products relative to the outputs, summed over tokens and readers."""
+    if scheme.activation_bits is not None:
+        x_TI = quantize_per_token(x_TI, scheme.activation_bits)
+    total = 0.0
+    for w_OI, y_TO in zip(weights, outputs, strict=True):
+        grid = minmax_grid(w_OI, scheme)
+        levels = nearest_levels(w_OI, *grid, scheme)
+        w_hat = levels.mul_(grid[0].unsqueeze(-1)).flatten(1)
+        power_T = y_TO.square().sum(-1).clamp(min=_SMALLEST)
+        total += float(((x_TI @ w_hat.T - y_TO).square().sum(-1) / power_T).sum())
+    return total
 
 
 @torch.no_grad()
@@ -42,6 +92,12 @@ def reader_scale(block: nn.Module, fold: Fold, scale_C: Tensor) -> Tensor:
     """The scale of the writer's channels as its readers see them, [I]."""
     repeats, head_dim = _sharing(block, fold)
     return scale_C.view(-1, 1, head_dim).expand(-1, repeats, -1).flatten()
+
+
+def _of_writer(block: nn.Module, fold: Fold, value_I: Tensor) -> Tensor:
+    """The largest value [C] of those that read a channel."""
+    repeats, head_dim = _sharing(block, fold)
+    return value_I.view(-1, repeats, head_dim).amax(1).flatten()
 
 
 def parameters_of(module: nn.Module) -> Mapping[str, Tensor]:

@@ -1,5 +1,6 @@
 """A linear layer that can compute with its original, its soft or its hard weight, and can watch its inputs."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -7,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cbqstream.numerics.affine import dequantize
-from cbqstream.numerics.per_token import quantize_per_token
+from cbqstream.config import Scheme
+from cbqstream.numerics.activation_quant import quantize_per_tensor, quantize_per_token, starting_step
+from cbqstream.numerics.affine import dequantize, storable_scale
 from cbqstream.records import QuantizedWeight
 from cbqstream.windows.rounding import Rounding
 
@@ -21,33 +23,40 @@ class Phase(Enum):
     HARD = auto()
 
 
-@dataclass(slots=True)
+_SAMPLED_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
 class InputStatistics:
-    """Per input column [I], over all tokens seen: sum of squares (float64), smallest and largest value (float32)."""
+    """Of the inputs of a layer, per column: sum of squares (float64), smallest and largest value (float32) [I], and some tokens [T, I]."""
 
     squares: Tensor
     low: Tensor
     high: Tensor
-    tokens: int = 0
+    sample: Tensor
+    tokens: int
 
     @classmethod
-    def empty(cls, columns: int, device: torch.device) -> "InputStatistics":
-        """Nothing seen yet."""
-        zeros = torch.zeros(columns, device=device)
-        return cls(zeros.double(), zeros, zeros)
-
-    def add(self, x: Tensor) -> None:
-        """Take in a batch [..., I]."""
+    def of(cls, x: Tensor) -> "InputStatistics":
+        """Of a batch [B, S, I] or [T, I]; tokens of the sample are spread evenly over it, not the first of a segment, which is special."""
         rows = x.detach().flatten(0, -2).float()
-        self.squares += rows.square().sum(0, dtype=torch.float64)
-        self.low = torch.minimum(self.low, rows.amin(0))
-        self.high = torch.maximum(self.high, rows.amax(0))
-        self.tokens += len(rows)
+        stride = max(1, len(rows) // _SAMPLED_TOKENS)
+        sample = rows[stride // 2 :: stride].clone()
+        return cls(rows.square().sum(0, dtype=torch.float64), rows.amin(0), rows.amax(0), sample, len(rows))
+
+    def __add__(self, other: "InputStatistics") -> "InputStatistics":
+        return InputStatistics(
+            self.squares + other.squares,
+            torch.minimum(self.low, other.low),
+            torch.maximum(self.high, other.high),
+            torch.cat([self.sample, other.sample]),
+            self.tokens + other.tokens,
+        )
 
     def divided(self, scale_I: Tensor) -> "InputStatistics":
         """What they would be had the inputs been divided by a scale per column."""
         squares = self.squares / scale_I.double().square()
-        return InputStatistics(squares, self.low / scale_I, self.high / scale_I, self.tokens)
+        return InputStatistics(squares, self.low / scale_I, self.high / scale_I, self.sample / scale_I, self.tokens)
 
     @property
     def second_moment(self) -> Tensor:
@@ -55,25 +64,62 @@ class InputStatistics:
         return (self.squares / self.tokens).float()
 
 
+class InputStep(nn.Module):
+    """One learned step size for all inputs of a layer, `s = s0 * exp(theta)`."""
+
+    scale0: Tensor
+
+    def __init__(self, scale0: Tensor, num_bits: int) -> None:
+        super().__init__()
+        self.num_bits = num_bits
+        self.register_buffer("scale0", scale0)
+        self.theta = nn.Parameter(torch.zeros_like(scale0))
+
+    def soft(self, x: Tensor) -> Tensor:
+        """The quantized input, differentiable."""
+        return quantize_per_tensor(x, self.theta, self.scale0, self.num_bits)
+
+    def hard(self, x: Tensor) -> Tensor:
+        """The quantized input with the step size as it is stored."""
+        return quantize_per_tensor(x, torch.zeros_like(self.theta), self.stored(), self.num_bits)
+
+    @torch.no_grad()
+    def stored(self) -> Tensor:
+        """The step size as it is stored, float32 [1]."""
+        return storable_scale(self.scale0 * self.theta.exp())
+
+    def state(self) -> dict[str, Tensor]:
+        """What a window that follows needs to go on, by name. Copies."""
+        return {"scale0": self.scale0.clone(), "theta": self.theta.detach().clone()}
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse of `state`."""
+        self.scale0.copy_(state["scale0"])
+        self.theta.copy_(state["theta"])
+
+
 class QuantizedLinear(nn.Module):
     """Stands in for an `nn.Linear` inside a block. The weight keeps the dtype it is stored in; products are in that of the input."""
 
-    def __init__(self, linear: nn.Linear, activation_bits: int | None) -> None:
+    def __init__(self, linear: nn.Linear, scheme: Scheme) -> None:
         super().__init__()
+        self.scheme = scheme
         self.weight: Tensor = linear.weight.detach()
         self.bias = linear.bias
         self.rounding: Rounding | None = None
         self.phase = Phase.ORIGINAL
-        self.activation_bits = activation_bits
+        self.input_step: InputStep | None = None
+        self._watching = False
         self._watched: InputStatistics | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._watched is not None:
-            self._watched.add(x)
+        if self._watching:
+            seen = InputStatistics.of(x)
+            self._watched = seen if self._watched is None else self._watched + seen
         if self.phase is Phase.ORIGINAL:
             return functional.linear(x, self.weight.to(x.dtype), self.bias)
-        if self.activation_bits is not None:
-            x = quantize_per_token(x, self.activation_bits)
+        x = self._quantized_input(x)
         if self.rounding is None:
             return functional.linear(x, self.weight.to(x.dtype), self.bias)
         if self.phase is Phase.SOFT:
@@ -82,7 +128,7 @@ class QuantizedLinear(nn.Module):
 
     def watch_inputs(self) -> None:
         """Start to gather statistics of the inputs."""
-        self._watched = InputStatistics.empty(self.weight.shape[1], self.weight.device)
+        self._watching, self._watched = True, None
 
     def take_statistics(self) -> InputStatistics:
         """What was seen since `watch_inputs`; gathering ends.
@@ -90,14 +136,26 @@ class QuantizedLinear(nn.Module):
         Raises:
             RuntimeError: nothing was seen.
         """
-        watched, self._watched = self._watched, None
-        if watched is None or not watched.tokens:
+        watched, self._watching, self._watched = self._watched, False, None
+        if watched is None:
             raise RuntimeError("take_statistics() without watch_inputs() and a forward pass")
         return watched
+
+    def start_input_step(self, statistics: InputStatistics) -> None:
+        """Give the inputs a step size to learn, where the scheme has one."""
+        bits = self.scheme.activation_bits
+        if bits is not None and self.scheme.activation_strategy == "tensor":
+            largest = torch.maximum(-statistics.low.min(), statistics.high.max())
+            self.input_step = InputStep(starting_step(statistics.second_moment, largest, bits), bits)
 
     def freeze(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
         """Compute with a finished weight from now on; the original and the rounding are let go."""
         self.weight, self.rounding = dequantize(weight).to(dtype), None
+
+    def _quantized_input(self, x: Tensor) -> Tensor:
+        if self.input_step is not None:
+            return self.input_step.soft(x) if self.phase is Phase.SOFT else self.input_step.hard(x)
+        return x if self.scheme.activation_bits is None else quantize_per_token(x, self.scheme.activation_bits)
 
 
 def linear_without_saved_weight(x: Tensor, rounding: Rounding, bias: Tensor | None) -> Tensor:
@@ -123,9 +181,7 @@ def linear_without_saved_weight(x: Tensor, rounding: Rounding, bias: Tensor | No
         return functional.linear(x, w_hat, bias)
 
 
-def replace_linears(
-    block: nn.Module, names: tuple[str, ...], activation_bits: int | None
-) -> dict[str, QuantizedLinear]:
+def replace_linears(block: nn.Module, names: tuple[str, ...], scheme: Scheme) -> dict[str, QuantizedLinear]:
     """Put a `QuantizedLinear` in the place of each named linear layer of a block, and return them by name."""
     layers = {}
     for name in names:
@@ -133,6 +189,6 @@ def replace_linears(
         linear = block.get_submodule(name)
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"{name} is a {type(linear).__name__}, not a linear layer")
-        layers[name] = QuantizedLinear(linear, activation_bits)
+        layers[name] = QuantizedLinear(linear, scheme)
         setattr(block.get_submodule(owner), leaf, layers[name])
     return layers

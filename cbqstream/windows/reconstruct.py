@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,9 +13,9 @@ from cbqstream.activations.read_ahead import in_batches, read_batches
 from cbqstream.activations.store import ActivationStore
 from cbqstream.config import ReconstructionConfig, Schedule
 from cbqstream.errors import InputError
-from cbqstream.numerics.losses import LossShape, reconstruction_loss
+from cbqstream.numerics.losses import Head, LossShape, head_divergence, reconstruction_loss
 from cbqstream.records import Compute
-from cbqstream.windows.quantized_linear import Phase
+from cbqstream.windows.quantized_linear import InputStep, Phase
 from cbqstream.windows.resident import ResidentBlock, all_layers, run_blocks
 from cbqstream.windows.rounding import Rounding
 
@@ -30,18 +31,33 @@ class Reconstruction:
     changed: float
 
 
+class Batch(NamedTuple):
+    """Some segments on the device: inputs [B, S, D], targets and outputs of the original model in float32."""
+
+    x: Tensor
+    target: Tensor
+    reference: Tensor | None
+
+
 @dataclass(frozen=True, slots=True)
 class WindowData:
-    """Inputs and targets of a window, and where to compute."""
+    """Inputs and targets of a window, and where to compute. The last two are for a window that ends with the last block."""
 
     inputs: ActivationStore
     targets: ActivationStore
     compute: Compute
+    reference: ActivationStore | None = None
+    """The original model's hidden states at the end."""
+    head: Head | None = None
+    """What makes logits of them."""
 
-    def read(self, batches: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Inputs and targets [B, S, D] of each batch of segments, read ahead; targets in float32."""
-        for x_BSD, target_BSD in read_batches([self.inputs, self.targets], batches):
-            yield x_BSD.to(self.compute.device, self.compute.dtype), target_BSD.to(self.compute.device, torch.float32)
+    def read(self, batches: Sequence[Sequence[int]]) -> Iterator[Batch]:
+        """Each batch of segments, read ahead."""
+        stores = [self.inputs, self.targets, *([] if self.reference is None else [self.reference])]
+        device = self.compute.device
+        for x_BSD, target_BSD, *more in read_batches(stores, batches):
+            reference = more[0].to(device, self.compute.dtype) if more else None
+            yield Batch(x_BSD.to(device, self.compute.dtype), target_BSD.to(device, torch.float32), reference)
 
 
 def split_guard(num_segments: int) -> tuple[list[int], list[int]]:
@@ -71,6 +87,7 @@ def reconstruct(
     """
     training, guard = split_guard(data.inputs.shape.num_segments)
     roundings = [layer.rounding for layer in all_layers(blocks) if layer.rounding is not None]
+    input_steps = [layer.input_step for layer in all_layers(blocks) if layer.input_step is not None]
     before = hard_loss(blocks, data, guard, config)
     if not math.isfinite(before):
         first, last = blocks[0].index, blocks[-1].index
@@ -80,12 +97,13 @@ def reconstruct(
     after = before
     order = _training_order(training, config, generator)
     if order:
-        start = [rounding.state() for rounding in roundings]
-        _train(blocks, roundings, data, order, config)
+        learned: list[Rounding | InputStep] = [*roundings, *input_steps]
+        start = [part.state() for part in learned]
+        _train(blocks, roundings, input_steps, data, order, config)
         after = hard_loss(blocks, data, guard, config)
         if not after <= before:
-            for rounding, state in zip(roundings, start, strict=True):
-                rounding.load(state)
+            for part, state in zip(learned, start, strict=True):
+                part.load(state)
             after = before
     counts = [rounding.changed() for rounding in roundings]
     return Reconstruction(before, after, sum(moved for moved, _ in counts) / sum(total for _, total in counts))
@@ -98,8 +116,8 @@ def hard_loss(
     """Mean loss of the window over `segments` with the weights as they would be exported."""
     batches = in_batches(segments, config.batch_size)
     total = torch.zeros((), dtype=torch.float64, device=data.compute.device)
-    for batch, (x_BSD, target_BSD) in zip(batches, data.read(batches), strict=True):
-        total += _loss(run_blocks(blocks, x_BSD, Phase.HARD), target_BSD, config).double() * len(batch)
+    for batch in data.read(batches):
+        total += _loss(run_blocks(blocks, batch.x, Phase.HARD), batch, data.head, config, 0).double() * len(batch.x)
     return total.item() / len(segments)
 
 
@@ -119,6 +137,7 @@ def _training_order(
 def _train(
     blocks: Sequence[ResidentBlock],
     roundings: Sequence[Rounding],
+    input_steps: Sequence[InputStep],
     data: WindowData,
     order: list[list[int]],
     config: ReconstructionConfig,
@@ -126,6 +145,7 @@ def _train(
     steps = len(order)
     groups = [
         {"params": [rounding.theta for rounding in roundings], "lr": config.scale_lr},
+        {"params": [step.theta for step in input_steps], "lr": config.activation_scale_lr},
         {
             "params": [value for rounding in roundings for value in rounding.rounding_parameters()],
             "lr": config.rounding_lr,
@@ -133,13 +153,13 @@ def _train(
     ]
     optimizer = Adam([group for group in groups if group["params"]], foreach=False)
     rates = [group["lr"] for group in optimizer.param_groups]
-    for step, (x_BSD, target_BSD) in enumerate(data.read(order)):
+    for step, batch in enumerate(data.read(order)):
         rate_left = share_of_rate(step / steps, config.schedule)
         for rounding in roundings:
             rounding.begin_step(step / steps, rate_left, steps)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * rate_left  # by hand: a scheduler would keep the optimizer alive in a cycle
-        loss = _loss(run_blocks(blocks, x_BSD, Phase.SOFT), target_BSD, config)
+        loss = _loss(run_blocks(blocks, batch.x, Phase.SOFT), batch, data.head, config, step)
         penalties = [penalty for rounding in roundings if (penalty := rounding.penalty()) is not None]
         if penalties:
             loss = loss + config.penalty_weight * torch.stack(penalties).mean()
@@ -153,6 +173,11 @@ def share_of_rate(progress: float, schedule: Schedule) -> float:
     return 1 - progress if schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
 
 
-def _loss(h_BSD: Tensor, target_BSD: Tensor, config: ReconstructionConfig) -> Tensor:
+def _loss(h_BSD: Tensor, batch: Batch, head: Head | None, config: ReconstructionConfig, step: int) -> Tensor:
     shape = LossShape(config.kl_weight, config.relative_loss, config.channel_balance, config.robust_tokens)
-    return reconstruction_loss(h_BSD, target_BSD, shape)
+    loss = reconstruction_loss(h_BSD, batch.target, shape)
+    if head is not None and batch.reference is not None:
+        seen = slice(step % config.head_stride, None, config.head_stride)
+        h_TD, reference_TD = (states[:, seen].flatten(0, 1) for states in (h_BSD, batch.reference))
+        loss = loss + config.head_weight * head_divergence(h_TD, reference_TD, head)
+    return loss

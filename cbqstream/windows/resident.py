@@ -1,7 +1,7 @@
 """The blocks of a window on the device, with their quantized layers."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,10 @@ from cbqstream.numerics.outliers import OutlierRule, truncated
 from cbqstream.numerics.scale_search import minmax_grid, search_grid
 from cbqstream.records import QuantizedWeight
 from cbqstream.windows.folding import apply_fold, fold_scale, parameters_of, reader_scale
-from cbqstream.windows.quantized_linear import Phase, QuantizedLinear
+from cbqstream.windows.quantized_linear import InputStep, Phase, QuantizedLinear
 from cbqstream.windows.rounding import make_rounding
 
-_FOLD = "fold."
+_FOLD, _INPUT = "fold.", "input."
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +48,14 @@ class ResidentBlock:
         """From the weights and the inputs that were watched: fold the outlier channels, and give every layer its grid and rounding."""
         statistics = {name: layer.take_statistics() for name, layer in self.layers.items()}
         if settings.outliers.activations:
-            rule = OutlierRule.of(settings.outliers)
             for fold in self.folds:
-                scale_C = fold_scale(self.module, fold, statistics[fold.readers[0]], rule)
+                seen = statistics[fold.readers[0]]
+                scale_C = fold_scale(self.module, fold, seen, settings.scheme, settings.outliers)
                 self._fold(fold, scale_C)
                 scale_I = reader_scale(self.module, fold, scale_C)
                 statistics |= {name: statistics[name].divided(scale_I) for name in fold.readers}
         for name, layer in self.layers.items():
+            layer.start_input_step(statistics[name])
             weight = self._rounded_weight(layer, settings)
             if settings.reconstruction.init == "search":
                 grid = search_grid(weight, statistics[name].second_moment, settings.scheme)
@@ -68,9 +69,12 @@ class ResidentBlock:
             if f"{_FOLD}{fold.writer}" in carried:
                 self._fold(fold, carried[f"{_FOLD}{fold.writer}"])
         for name, layer in self.layers.items():
-            state = {
-                key.removeprefix(f"{name}."): value for key, value in carried.items() if key.startswith(f"{name}.")
-            }
+            state = _under(f"{name}.", carried)
+            step = _under(_INPUT, state)
+            if step:
+                layer.input_step = InputStep(step["scale0"], settings.scheme.activation_bits or 0)
+                layer.input_step.load(step)
+            state = {key: value for key, value in state.items() if not key.startswith(_INPUT)}
             grid = (state["scale0"], state.get("zero_point"))
             weight = self._rounded_weight(layer, settings)
             layer.rounding = make_rounding(weight, *grid, settings.scheme, settings.reconstruction, generator)
@@ -78,8 +82,11 @@ class ResidentBlock:
 
     def carry(self) -> dict[str, Tensor]:
         """The state of every rounding and the folded scales, for the next window, by name."""
-        states = {name: layer.rounding.state() for name, layer in self.layers.items() if layer.rounding is not None}
-        carried = {f"{name}.{key}": value for name, state in states.items() for key, value in state.items()}
+        carried: dict[str, Tensor] = {}
+        for name, layer in self.layers.items():
+            for prefix, part in (("", layer.rounding), (_INPUT, layer.input_step)):
+                if part is not None:
+                    carried |= {f"{name}.{prefix}{key}": value for key, value in part.state().items()}
         return carried | {f"{_FOLD}{writer}": scale for writer, scale in self.scales.items()}
 
     def rescaled(self) -> dict[str, Tensor]:
@@ -103,10 +110,18 @@ class ResidentBlock:
 
     def harden(self, dtype: torch.dtype) -> dict[str, QuantizedWeight]:
         """The final quantized weights by layer. The block computes with them, in `dtype`, from now on."""
-        hard = {name: layer.rounding.harden() for name, layer in self.layers.items() if layer.rounding is not None}
-        for name, weight in hard.items():
-            self.layers[name].freeze(weight, dtype)
+        hard = {}
+        for name, layer in self.layers.items():
+            if layer.rounding is not None:
+                step = None if layer.input_step is None else layer.input_step.stored()
+                hard[name] = replace(layer.rounding.harden(), input_scale=step)
+                layer.freeze(hard[name], dtype)
         return hard
+
+
+def _under(prefix: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The values whose name begins with `prefix`, by the rest of it."""
+    return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
 
 
 def all_layers(blocks: Sequence[ResidentBlock]) -> Iterator[QuantizedLinear]:

@@ -16,11 +16,12 @@ from cbqstream.windows.resident import BlockSettings, ResidentBlock, run_blocks
 from tiny import FAMILIES, SEQ_LEN, VOCAB, save_model
 
 CPU = Compute(torch.device("cpu"), torch.float32, 2)
+SCHEME = Scheme(num_bits=4, group_size=32)
 
 
-def resident(skeleton, source, arguments, index=1, activation_bits=None):
+def resident(skeleton, source, arguments, index=1):
     module = build_block(skeleton, index, source, device=CPU.device, dtype=CPU.dtype, linear_dtype=None)
-    layers = replace_linears(module, skeleton.blocks[index].linears, activation_bits)
+    layers = replace_linears(module, skeleton.blocks[index].linears, SCHEME)
     return ResidentBlock(index, module, arguments[index], layers, skeleton.folds)
 
 
@@ -73,7 +74,7 @@ def test_outliers_are_found_and_folded(opened_models, family):
     plain = run_blocks([block], x, Phase.ORIGINAL)
     block.watch_inputs()
     run_blocks([block], x, Phase.ORIGINAL)
-    settings = BlockSettings(Scheme(num_bits=4, group_size=32), ReconstructionConfig(), OutlierConfig(activations=True))
+    settings = BlockSettings(SCHEME, ReconstructionConfig(), OutlierConfig(activations=True))
     block.start(settings, torch.Generator())
     scale = block.scales[writer]
     assert scale[5] in (4, 8)

@@ -145,7 +145,7 @@ def test_parts_and_carry_are_identical_too(make_config):
 def test_folds_and_truncated_weights_go_on_too(with_outliers, make_config, rounding):
     options = {
         "model": with_outliers("llama"),
-        "scheme": Scheme(num_bits=4, group_size=16, activation_bits=8),
+        "scheme": Scheme(num_bits=4, group_size=16, activation_bits=8, activation_strategy="tensor"),
         "outliers": OutlierConfig(weights=True, activations=True),
         "reconstruction": {"rounding": rounding, "kl_weight": 0.1, "robust_tokens": 1, "schedule": "cosine"},
     }

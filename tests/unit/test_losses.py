@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from cbqstream.numerics.losses import LossShape, channel_weights, mixed_target, reconstruction_loss, token_weights
+from cbqstream.numerics.losses import (
+    LossShape,
+    channel_weights,
+    head_divergence,
+    mixed_target,
+    reconstruction_loss,
+    token_weights,
+)
 
 
 def random(seed, *shape):
@@ -75,3 +82,25 @@ def test_robust_tokens_leaves_out_the_largest_of_each_sequence():
     h = target.clone()
     h[0, 2] += 10
     assert loss(h, target, kl_weight=1.0, robust_tokens=1) == pytest.approx(0, abs=1e-6)
+
+
+def test_head_divergence_and_its_gradient_in_pieces():
+    """300 tokens are more than one piece; against the same in one."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(50, 8, generator=generator)
+    h, reference = torch.randn(300, 8, generator=generator), torch.randn(300, 8, generator=generator)
+    h.requires_grad_(True)
+
+    def head(x):
+        return x @ weight.T
+
+    loss = 3 * head_divergence(h, reference, head)
+    loss.backward()
+    again = h.detach().clone().requires_grad_(True)
+    expected = (head(reference).log_softmax(-1), head(again).log_softmax(-1))
+    whole = 3 * (expected[0].exp() * (expected[0] - expected[1])).sum(-1).mean()
+    whole.backward()
+    assert loss.item() == pytest.approx(whole.item(), rel=1e-5)
+    assert torch.allclose(h.grad, again.grad, rtol=1e-4, atol=1e-7)
+    with torch.no_grad():
+        assert head_divergence(reference, reference, head).item() == pytest.approx(0, abs=1e-6)

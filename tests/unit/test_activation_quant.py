@@ -6,7 +6,7 @@ from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 
-from cbqstream.numerics.per_token import quantize_per_token
+from cbqstream.numerics.activation_quant import quantize_per_tensor, quantize_per_token, starting_step
 
 
 @pytest.mark.parametrize("num_bits", [4, 8])
@@ -31,3 +31,19 @@ def test_the_gradient_passes_straight_through():
 
 def test_dtype_is_kept():
     assert quantize_per_token(torch.randn(2, 8, dtype=torch.bfloat16), 8).dtype == torch.bfloat16
+
+
+def test_per_tensor_by_hand():
+    x = torch.tensor([3.0, -1.4, 100.0, -100.0], requires_grad=True)
+    theta = torch.zeros(1, requires_grad=True)
+    x_hat = quantize_per_tensor(x, theta, torch.tensor([2.0]), 4)
+    assert x_hat.tolist() == [4, -2, 14, -16]  # 1.5 -> 2, -0.7 -> -1, 7, -8
+    x_hat.sum().backward()
+    assert x.grad.tolist() == [1, 1, 0, 0]
+    # d/ds: 2 - 1.5, -1 + 0.7, 7, -8; times ds/dtheta = s
+    assert theta.grad.item() == pytest.approx(2 * (0.5 - 0.3 + 7 - 8), rel=1e-5)
+
+
+def test_starting_step_reaches_the_largest_input_at_most():
+    assert starting_step(torch.tensor([7.0, 7.0]), torch.tensor(1000.0), 4).item() == 2
+    assert starting_step(torch.tensor([7.0, 7.0]), torch.tensor(7.5), 4).item() == 1

@@ -1,0 +1,75 @@
+"""Quantization of activations, symmetric: x_hat = s * clamp(round(x / s), -2^(b-1), 2^(b-1) - 1).
+
+Per token, dynamic, as compressed-tensors and vLLM apply it: s_t = max_c |x_tc| / ((2^b - 1) / 2), where a token t is one vector along the
+last dimension. Nothing is learned and nothing is stored: the scale is a function of the input.
+
+Per tensor, static: one step size s = s0 * exp(theta) for all inputs of a layer, learned (S_X of CBQ, arXiv 2312.07950, sec. 3.3; the
+gradient is that of Esser et al. 2020, eq. 3) and stored as `input_scale`.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_EPSILON = torch.finfo(torch.float32).eps  # the scale of a token that is all zero
+
+
+def code_range(num_bits: int) -> tuple[float, float]:
+    """Smallest and largest code."""
+    return -float(1 << (num_bits - 1)), float((1 << (num_bits - 1)) - 1)
+
+
+class _PerToken(torch.autograd.Function):
+    """x_hat; the gradient passes straight through."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, num_bits: int) -> Tensor:
+        low, high = code_range(num_bits)
+        scale = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True, dtype=torch.float32) / ((high - low) / 2)
+        scale = torch.where(scale == 0, _EPSILON, scale)
+        return (x / scale).round_().clamp_(low, high).mul_(scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+def quantize_per_token(x: Tensor, num_bits: int) -> Tensor:
+    """x_hat, shape and dtype of `x` [..., C]; computed in float32, differentiable straight through (Bengio et al. 2013)."""
+    x_hat: Tensor = _PerToken.apply(x, num_bits)  # type: ignore[no-untyped-call]
+    return x_hat
+
+
+class _PerTensor(torch.autograd.Function):
+    """x_hat; the gradient passes to `x` where it is in range, and to theta as d x_hat / d s = q - [in range] x / s."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, theta: Tensor, scale0: Tensor, num_bits: int) -> Tensor:
+        low, high = code_range(num_bits)
+        scale = scale0 * theta.exp()
+        ctx.save_for_backward(x, scale)
+        ctx.num_bits = num_bits
+        return (x / scale).round_().clamp_(low, high).mul_(scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale = ctx.saved_tensors
+        low, high = code_range(ctx.num_bits)
+        x_over_s = x / scale
+        codes = x_over_s.round()
+        inside = (codes >= low) & (codes <= high)
+        slope = codes.clamp_(low, high).sub_(x_over_s.mul_(inside)).mul_(grads[0])
+        return grads[0] * inside, slope.sum(dtype=torch.float32).view_as(scale) * scale, None, None
+
+
+def quantize_per_tensor(x: Tensor, theta: Tensor, scale0: Tensor, num_bits: int) -> Tensor:
+    """x_hat, shape and dtype of `x`, with the step size `scale0 * exp(theta)`, both float32 [1]; differentiable in `x` and `theta`."""
+    x_hat: Tensor = _PerTensor.apply(x, theta, scale0, num_bits)  # type: ignore[no-untyped-call]
+    return x_hat
+
+
+def starting_step(second_moment_I: Tensor, largest: Tensor, num_bits: int) -> Tensor:
+    """Where a learned step size starts, float32 [1]: 2 sqrt(E[x^2] / qmax) (Esser et al. 2020), or what reaches the largest input."""
+    low, high = code_range(num_bits)
+    return torch.minimum(2 * (second_moment_I.mean() / high).sqrt(), largest / ((high - low) / 2)).view(1)
