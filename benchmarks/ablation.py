@@ -41,10 +41,11 @@ SWITCHES = {
     "init minmax": "--init minmax",
     "CFP weights": "--cfp-weights",
     "CFP weights, init minmax": "--cfp-weights --init minmax",
-    "CFP activations": "--cfp-activations",
-    "CFP activations, Huawei's": "--cfp-activations --cfp-variant huawei",
-    "no CFP activations": "--no-cfp-activations",
-    "no CFP activations, rounding none": "--no-cfp-activations --rounding none",
+    "CFP activations, the paper's": "--cfp-activations always --cfp-variant paper",
+    "CFP activations, Huawei's": "--cfp-activations always --cfp-variant huawei",
+    "CFP activations, searched": "--cfp-activations always --cfp-variant search",
+    "no CFP activations": "--cfp-activations never",
+    "no CFP activations, rounding none": "--cfp-activations never --rounding none",
     "window 1": "--window-size 1 --overlap 0",
     "window 2, overlap 0": "--window-size 2 --overlap 0",
     "window 3, overlap 1": "--window-size 3 --overlap 1",
@@ -63,7 +64,7 @@ SWITCHES = {
     "travel 0.5": "--rounding-travel 0.5",
     "profile paper": "--profile paper",
 }
-NOT_FOR = {"CFP activations": "W4A4", "no CFP activations": "A16", "no CFP activations, rounding none": "A16"}
+NOT_FOR = {"CFP activations, searched": "W4A4", "no CFP activations": "A16", "no CFP activations, rounding none": "A16"}
 """Switches that are the default of a grid."""
 
 

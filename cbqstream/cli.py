@@ -55,8 +55,10 @@ def quantize(
     window_size: Annotated[int | None, typer.Option(help="Blocks optimised together.")] = None,
     overlap: Annotated[int | None, typer.Option(help="Blocks that a window shares with the next.")] = None,
     cfp_weights: Annotated[bool | None, typer.Option(help="Truncate outliers of weights.")] = None,
-    cfp_activations: Annotated[bool | None, typer.Option(help="Rescale outlier channels.")] = None,
-    cfp_variant: Annotated[str | None, typer.Option(help="How outliers are found: paper or huawei.")] = None,
+    cfp_activations: Annotated[
+        str | None, typer.Option(help="When channels are rescaled: never, quantized (A8, A4) or always.")
+    ] = None,
+    cfp_variant: Annotated[str | None, typer.Option(help="By which rule: paper, huawei or search.")] = None,
     cfp_lambda1: Annotated[float | None, typer.Option(help="Interquartile ranges to where candidates begin.")] = None,
     cfp_lambda2: Annotated[float | None, typer.Option(help="Weight of the variance beside the gap.")] = None,
     rounding: Annotated[str | None, typer.Option(help="full, lora or none (round to nearest).")] = None,

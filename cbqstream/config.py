@@ -14,6 +14,7 @@ RoundingMode = Literal["none", "lora", "full"]
 ScaleInit = Literal["minmax", "search"]
 Schedule = Literal["linear", "cosine"]
 ActivationStrategy = Literal["token", "tensor"]
+FoldWhen = Literal["never", "quantized", "always"]
 OutlierVariant = Literal["paper", "huawei", "search"]
 
 
@@ -117,9 +118,10 @@ class OutlierConfig:
 
     weights: bool = False
     """Truncate the outliers of every weight to its largest reserved magnitude."""
-    activations: bool = False
-    """Divide channels by powers of two, and multiply the weights that read them by the same."""
-    variant: OutlierVariant = "paper"
+    activations: FoldWhen = "quantized"
+    """When channels are divided by powers of two, and the weights that read them multiplied by the same: `quantized` is where the scheme
+    quantizes activations."""
+    variant: OutlierVariant = "search"
     """Which channels, and by how much: the paper's rule for outliers, that of Huawei's public code, or `search`, which scales every channel
     by a power of its size and takes the power with the least output error."""
     lambda1: float = 1.5
@@ -128,9 +130,17 @@ class OutlierConfig:
     """What the variance of the reserved candidates counts beside the gap."""
 
     def __post_init__(self) -> None:
+        _require(
+            self.activations in get_args(FoldWhen),
+            f"activations {self.activations!r} is not never, quantized or always.",
+        )
         _require(self.variant in get_args(OutlierVariant), f"variant {self.variant!r} is not paper, huawei or search.")
         for name in ("lambda1", "lambda2"):
             _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}. It must not be negative.")
+
+    def folds(self, scheme: Scheme) -> bool:
+        """Whether channels are rescaled under a scheme."""
+        return self.activations == "always" or (self.activations == "quantized" and scheme.activation_bits is not None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -209,7 +219,7 @@ class Profile:
 PROFILES: Mapping[str, Profile] = MappingProxyType(
     {
         "paper": Profile(
-            outliers=OutlierConfig(weights=True, activations=True),
+            outliers=OutlierConfig(weights=True, activations="always", variant="paper"),
             reconstruction=ReconstructionConfig(
                 rounding="lora",
                 init="minmax",

@@ -154,7 +154,7 @@ class _Job:
         self._tell(window, "targets")
         propagate(new, reference, reference_out, compute, phase=Phase.ORIGINAL)
         for block in new:
-            block.watch_inputs()
+            block.watch_inputs(self.inputs.tokens.numel())
         mix_targets(blocks, quantized, reference_out, targets, compute, a=settings.target_mix)
 
         # 3. outliers, grids and roundings

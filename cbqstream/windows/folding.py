@@ -41,8 +41,8 @@ def fold_scale(
 def _searched_scale(block: nn.Module, fold: Fold, statistics: InputStatistics, scheme: Scheme) -> Tensor:
     """Of the scales m_c^e, with m_c the size of channel c, those with the smallest error of the readers' outputs on the sampled tokens.
 
-    SmoothQuant (Xiao et al. 2023) and AWQ (Lin et al. 2023) search so; here each token's error is relative to its own output, and m is
-    the root mean square of the channel relative to the token's largest, or its largest magnitude.
+    SmoothQuant (Xiao et al. 2023) and AWQ (Lin et al. 2023) search so; here m is the root mean square of the channel relative to the
+    token's largest, or its largest magnitude.
     """
     x_TI = statistics.sample
     share_I = (x_TI / x_TI.abs().amax(-1, keepdim=True).clamp(min=_SMALLEST)).square().mean(0).sqrt()
@@ -63,7 +63,7 @@ def _searched_scale(block: nn.Module, fold: Fold, statistics: InputStatistics, s
 
 
 def _output_error(x_TI: Tensor, weights: list[Tensor], outputs: list[Tensor], scheme: Scheme) -> float:
-    """Error of quantized products relative to the outputs, summed over tokens and readers."""
+    """Power of the error of quantized products in that of the outputs, summed over readers."""
     if scheme.activation_bits is not None:
         x_TI = quantize_per_token(x_TI, scheme.activation_bits)
     total = 0.0
@@ -71,8 +71,7 @@ def _output_error(x_TI: Tensor, weights: list[Tensor], outputs: list[Tensor], sc
         grid = minmax_grid(w_OI, scheme)
         levels = nearest_levels(w_OI, *grid, scheme)
         w_hat = levels.mul_(grid[0].unsqueeze(-1)).flatten(1)
-        power_T = y_TO.square().sum(-1).clamp(min=_SMALLEST)
-        total += float(((x_TI @ w_hat.T - y_TO).square().sum(-1) / power_T).sum())
+        total += float((x_TI @ w_hat.T - y_TO).square().sum() / y_TO.square().sum().clamp(min=_SMALLEST))
     return total
 
 

@@ -23,9 +23,6 @@ class Phase(Enum):
     HARD = auto()
 
 
-_SAMPLED_TOKENS = 16
-
-
 @dataclass(frozen=True, slots=True)
 class InputStatistics:
     """Of the inputs of a layer, per column: sum of squares (float64), smallest and largest value (float32) [I], and some tokens [T, I]."""
@@ -37,10 +34,9 @@ class InputStatistics:
     tokens: int
 
     @classmethod
-    def of(cls, x: Tensor) -> "InputStatistics":
-        """Of a batch [B, S, I] or [T, I]; tokens of the sample are spread evenly over it, not the first of a segment, which is special."""
+    def of(cls, x: Tensor, stride: int) -> "InputStatistics":
+        """Of a batch [B, S, I] or [T, I]; every `stride`-th token is sampled, not the first, which is special in many models."""
         rows = x.detach().flatten(0, -2).float()
-        stride = max(1, len(rows) // _SAMPLED_TOKENS)
         sample = rows[stride // 2 :: stride].clone()
         return cls(rows.square().sum(0, dtype=torch.float64), rows.amin(0), rows.amax(0), sample, len(rows))
 
@@ -110,12 +106,12 @@ class QuantizedLinear(nn.Module):
         self.rounding: Rounding | None = None
         self.phase = Phase.ORIGINAL
         self.input_step: InputStep | None = None
-        self._watching = False
+        self._watch_stride = 0
         self._watched: InputStatistics | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._watching:
-            seen = InputStatistics.of(x)
+        if self._watch_stride:
+            seen = InputStatistics.of(x, self._watch_stride)
             self._watched = seen if self._watched is None else self._watched + seen
         if self.phase is Phase.ORIGINAL:
             return functional.linear(x, self.weight.to(x.dtype), self.bias)
@@ -126,9 +122,9 @@ class QuantizedLinear(nn.Module):
             return linear_without_saved_weight(x, self.rounding, self.bias)
         return functional.linear(x, dequantize(self.rounding.harden()).to(x.dtype), self.bias)
 
-    def watch_inputs(self) -> None:
-        """Start to gather statistics of the inputs."""
-        self._watching, self._watched = True, None
+    def watch_inputs(self, stride: int) -> None:
+        """Start to gather statistics of the inputs, and every `stride`-th token."""
+        self._watch_stride, self._watched = stride, None
 
     def take_statistics(self) -> InputStatistics:
         """What was seen since `watch_inputs`; gathering ends.
@@ -136,7 +132,7 @@ class QuantizedLinear(nn.Module):
         Raises:
             RuntimeError: nothing was seen.
         """
-        watched, self._watching, self._watched = self._watched, False, None
+        watched, self._watch_stride, self._watched = self._watched, 0, None
         if watched is None:
             raise RuntimeError("take_statistics() without watch_inputs() and a forward pass")
         return watched

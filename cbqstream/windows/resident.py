@@ -16,6 +16,7 @@ from cbqstream.windows.folding import apply_fold, fold_scale, parameters_of, rea
 from cbqstream.windows.quantized_linear import InputStep, Phase, QuantizedLinear
 from cbqstream.windows.rounding import make_rounding
 
+_SAMPLED_TOKENS = 1024
 _FOLD, _INPUT = "fold.", "input."
 
 
@@ -39,15 +40,15 @@ class ResidentBlock:
     folds: tuple[Fold, ...]
     scales: dict[str, Tensor] = field(default_factory=dict)
 
-    def watch_inputs(self) -> None:
-        """Gather the statistics that `start` needs."""
+    def watch_inputs(self, num_tokens: int) -> None:
+        """Gather the statistics that `start` needs from the next `num_tokens` tokens, and a sample of about 1024 of them."""
         for layer in self.layers.values():
-            layer.watch_inputs()
+            layer.watch_inputs(max(1, num_tokens // _SAMPLED_TOKENS))
 
     def start(self, settings: BlockSettings, generator: torch.Generator) -> None:
         """From the weights and the inputs that were watched: fold the outlier channels, and give every layer its grid and rounding."""
         statistics = {name: layer.take_statistics() for name, layer in self.layers.items()}
-        if settings.outliers.activations:
+        if settings.outliers.folds(settings.scheme):
             for fold in self.folds:
                 seen = statistics[fold.readers[0]]
                 scale_C = fold_scale(self.module, fold, seen, settings.scheme, settings.outliers)

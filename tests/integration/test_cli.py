@@ -265,7 +265,8 @@ BAD_ARGUMENTS = {
         "scheme 'W1A16' is not supported. Use W2 to W8 with A16, A8 or A4, such as W4A16.",
     ),
     "profile": (("--profile", "best"), 2, "profile 'best' is not paper, fast, default, accurate."),
-    "variant": (("--cfp-variant", "mine"), 2, "variant 'mine' is not paper or huawei."),
+    "variant": (("--cfp-variant", "mine"), 2, "variant 'mine' is not paper, huawei or search."),
+    "folds": (("--cfp-activations", "yes"), 2, "activations 'yes' is not never, quantized or always."),
     "schedule": (("--schedule", "step"), 2, "schedule 'step' is not linear or cosine."),
     "group size that does not divide": (
         ("--group-size", 48),

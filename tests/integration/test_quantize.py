@@ -230,7 +230,7 @@ def test_folded_norms_are_exported(with_outliers, make_config, tokens, family):
     """At 8 bits next to nothing is lost, so a fold that is not exported with what it belongs to would show."""
     model = with_outliers(family)
     scheme = Scheme(num_bits=8, group_size=8)
-    outliers = OutlierConfig(activations=True, weights=False)
+    outliers = OutlierConfig(activations="always", variant="paper", weights=False)
     config = make_config(family, model=model, scheme=scheme, outliers=outliers, reconstruction={"epochs": 1})
     out, _ = run(config)
     source, result = Checkpoint.open(model), Checkpoint.open(out)

@@ -146,7 +146,7 @@ def test_folds_and_truncated_weights_go_on_too(with_outliers, make_config, round
     options = {
         "model": with_outliers("llama"),
         "scheme": Scheme(num_bits=4, group_size=16, activation_bits=8, activation_strategy="tensor"),
-        "outliers": OutlierConfig(weights=True, activations=True),
+        "outliers": OutlierConfig(weights=True, activations="always", variant="paper"),
         "reconstruction": {"rounding": rounding, "kl_weight": 0.1, "robust_tokens": 1, "schedule": "cosine"},
     }
     whole, config = make_config(name="whole", **options), make_config(name="stopped", **options)

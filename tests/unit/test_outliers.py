@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from cbqstream.config import OutlierConfig
 from cbqstream.numerics.outliers import OutlierRule, channel_scales, largest_reserved, power_of_two, truncated
 
-PAPER = OutlierRule.of(OutlierConfig())
+PAPER = OutlierRule.of(OutlierConfig(variant="paper"))
 HUAWEI = OutlierRule.of(OutlierConfig(variant="huawei"))
 
 
