@@ -55,7 +55,7 @@ SWITCHES = {
     "a = 0.25": "--target-mix 0.25",
     "KL 0.1": "--kl-weight 0.1",
     "KL 1": "--kl-weight 1",
-    "squared error as in the paper": "--no-relative-loss --channel-balance 0",
+    "squared error as in the paper": "--token-balance 0 --channel-balance 0",
     "channels not balanced": "--channel-balance 0",
     "3 epochs": "--epochs 3",
     "12 epochs": "--epochs 12",

@@ -78,9 +78,11 @@ def quantize(
     ] = None,
     head_stride: Annotated[int | None, typer.Option(help="Every how many tokens that is measured.")] = None,
     penalty_weight: Annotated[float | None, typer.Option(help="lora: weight of the rounding penalty.")] = None,
-    relative_loss: Annotated[bool | None, typer.Option(help="Every token's error relative to its own size.")] = None,
+    token_balance: Annotated[
+        float | None, typer.Option(help="How far a token's error is relative to its size, 0 to 1.")
+    ] = None,
     channel_balance: Annotated[
-        float | None, typer.Option(help="How far a channel's error is relative to its size.")
+        float | None, typer.Option(help="How far a channel's error is relative to its size, 0 to 1.")
     ] = None,
     robust_tokens: Annotated[int | None, typer.Option(help="Largest tokens of a segment that are left out.")] = None,
     keep_first: Annotated[int, typer.Option(help="Blocks at the start left in full precision.")] = 0,
@@ -131,7 +133,7 @@ def quantize(
             head_weight=head_weight,
             head_stride=head_stride,
             penalty_weight=penalty_weight,
-            relative_loss=relative_loss,
+            token_balance=token_balance,
             channel_balance=channel_balance,
             robust_tokens=robust_tokens,
         ),

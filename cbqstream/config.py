@@ -177,8 +177,8 @@ class ReconstructionConfig:
     """Every how many tokens the next-token distribution is looked at; each in its turn."""
     penalty_weight: float = 0.1
     """`lora`: weight of the term that drives the rounding to 0 or 1."""
-    relative_loss: bool = True
-    """Each token's squared error relative to the power of its own target; else to the mean power of all tokens."""
+    token_balance: float = 1.0
+    """0: the squared error of every token counts as it is; 1: relative to the token's power."""
     channel_balance: float = 0.5
     """0: the squared error of every channel counts as it is; 1: relative to the channel's power."""
     robust_tokens: int = 0
@@ -192,7 +192,7 @@ class ReconstructionConfig:
         _require(self.batch_size >= 1, f"batch_size is {self.batch_size}. It must be at least 1.")
         _require(self.rounding_rank >= 1, f"rounding_rank is {self.rounding_rank}. It must be at least 1.")
         _require(self.head_stride >= 1, f"head_stride is {self.head_stride}. It must be at least 1.")
-        for name in ("target_mix", "channel_balance"):
+        for name in ("target_mix", "token_balance", "channel_balance"):
             _require(0 <= getattr(self, name) <= 1, f"{name} is {getattr(self, name)}. It must be 0 to 1.")
         _require(self.robust_tokens >= 0, f"robust_tokens is {self.robust_tokens}. It must be at least 0.")
         for name in (
@@ -229,7 +229,7 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
                 rounding_lr=1e-4,
                 scale_lr=1e-3,
                 kl_weight=1.0,
-                relative_loss=False,
+                token_balance=0.0,
                 channel_balance=0.0,
             ),
         ),

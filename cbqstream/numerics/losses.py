@@ -1,14 +1,16 @@
 """The reconstruction loss. B batch, S sequence, D hidden; everything in float32.
 
-    E(h, T) = mean_t sum_c b_c (h_tc - T_tc)^2 / p_t + kl_weight * mean_t KL(softmax(T_t) || softmax(h_t))
+    E(h, T) = sum_t sum_c w_t b_c (h_tc - T_tc)^2 + kl_weight * mean_t KL(softmax(T_t) || softmax(h_t))
 
-The means are over tokens t, the softmax is over the hidden dimension (CBQ, arXiv 2312.07950, eq. 6). CBQ's squared error is that of
-`p_t` constant and `b_c = 1`; both are divided out here by default, because a few massive tokens and channels own it otherwise:
+Sums are over tokens t and channels c, the softmax is over the hidden dimension (CBQ, arXiv 2312.07950, eq. 6). CBQ's squared error has
+w and b constant; but then a few massive tokens and channels own it, so each can be measured against its own power, more or less:
 
-- `p_t = ||T_t||^2`, the token's own power (`relative`). What reads a residual stream norms it first, so this is the error that the
-  rest of the model sees. Not relative, p is the mean power of all tokens, a constant that makes windows comparable.
-- `b_c = m_c^-balance / sum_c m_c^(1 - balance)` with `m_c = mean_t T_tc^2 / p_t`, the channel's share of the power. At balance 0 it is 1,
-  at 1 every channel's relative error counts the same. The denominator keeps E = 1 for h = 0.
+- `w_t = p_t^-beta / sum_t p_t^(1 - beta)` with `p_t = ||T_t||^2`. At the token balance beta = 1 every token's relative error counts the
+  same (what reads a residual stream norms it first); at 0 a token counts as much as it is large.
+- `b_c = m_c^-balance / sum_c m_c^(1 - balance)` with `m_c = sum_t w_t T_tc^2`, the channel's share of the power. At balance 0 it is 1,
+  at 1 every channel's relative error counts the same.
+
+The denominators keep E = 1 for h = 0, so that windows are comparable.
 
 For the squared error, being near T1 and T2 at once is being near their mean: ||h - T1||^2 + ||h - T2||^2 = 2 ||h - (T1 + T2)/2||^2
 + const. So one mixed target `a T1 + (1 - a) T2` is kept.
@@ -38,8 +40,8 @@ class LossShape:
     """How the loss weighs tokens, channels and its two terms."""
 
     kl_weight: float
-    relative: bool
-    balance: float
+    token_balance: float
+    channel_balance: float
     robust_tokens: int
 
 
@@ -58,9 +60,8 @@ def token_weights(target_BSD: Tensor, robust_tokens: int) -> Tensor:
     return weights_BS / weights_BS.sum()
 
 
-def channel_weights(share_BSD: Tensor, weights_BS: Tensor, balance: float) -> Tensor:
-    """b_c, [D], from the share of each channel in the power of each token."""
-    share_D = torch.einsum("bsd,bs->d", share_BSD, weights_BS)
+def channel_weights(share_D: Tensor, balance: float) -> Tensor:
+    """b_c, [D], from the share of each channel in the power."""
     unscaled_D = (share_D + _SMALLEST_SHARE).pow(-balance)
     return unscaled_D / (unscaled_D * share_D).sum()
 
@@ -70,12 +71,12 @@ def reconstruction_loss(h_BSD: Tensor, target_BSD: Tensor, shape: LossShape) -> 
     h_BSD, target_BSD = h_BSD.float(), target_BSD.float()
     weights_BS = token_weights(target_BSD, shape.robust_tokens)
     power_BS = target_BSD.square().sum(-1).clamp(min=_SMALLEST_POWER)
-    if not shape.relative:
-        power_BS = (power_BS * weights_BS).sum().expand_as(power_BS)
-    weights_BS1 = (weights_BS / power_BS).unsqueeze(-1)
+    unscaled_BS = weights_BS * power_BS.pow(-shape.token_balance)
+    weights_BS1 = (unscaled_BS / (unscaled_BS * power_BS).sum()).unsqueeze(-1)
     squared_D = ((h_BSD - target_BSD).square() * weights_BS1).sum((0, 1))
-    if shape.balance:
-        squared_D = squared_D * channel_weights(target_BSD.square() / power_BS.unsqueeze(-1), weights_BS, shape.balance)
+    if shape.channel_balance:
+        share_D = (target_BSD.square() * weights_BS1).sum((0, 1))
+        squared_D = squared_D * channel_weights(share_D, shape.channel_balance)
     loss = squared_D.sum()
     if shape.kl_weight:
         divergence_BS = functional.kl_div(

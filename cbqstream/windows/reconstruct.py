@@ -174,7 +174,7 @@ def share_of_rate(progress: float, schedule: Schedule) -> float:
 
 
 def _loss(h_BSD: Tensor, batch: Batch, head: Head | None, config: ReconstructionConfig, step: int) -> Tensor:
-    shape = LossShape(config.kl_weight, config.relative_loss, config.channel_balance, config.robust_tokens)
+    shape = LossShape(config.kl_weight, config.token_balance, config.channel_balance, config.robust_tokens)
     loss = reconstruction_loss(h_BSD, batch.target, shape)
     if head is not None and batch.reference is not None:
         seen = slice(step % config.head_stride, None, config.head_stride)
