@@ -5,7 +5,7 @@ For each window of transformer blocks:
     1. read its blocks
     2. targets: roll the reference stream over the new blocks, T1; run the window on the quantized stream, T2; keep a T1 + (1 - a) T2
     3. rescale the outlier channels of the new blocks and give them a grid and a rounding; the others go on where the last window left them
-    4. reconstruct: learn step sizes and rounding; the last window looks at the model's predictions too
+    4. reconstruct: learn step sizes and rounding; near the end, by the model's predictions too
     5. harden and write the blocks that leave; keep the roundings of those that stay
     6. move the quantized stream past the blocks that leave
     7. commit
@@ -29,7 +29,6 @@ from cbqstream.errors import DeviceMemoryError, UsageError
 from cbqstream.memory import peak_resident_bytes, release_free_memory, return_large_blocks
 from cbqstream.models.block import BlockArguments, build_block
 from cbqstream.models.ends import model_ends
-from cbqstream.numerics.losses import Head
 from cbqstream.packed.block_shard import write_block
 from cbqstream.packed.format import quantization_config
 from cbqstream.packed.output import assemble
@@ -41,7 +40,7 @@ from cbqstream.run.journal import CARRY, Journal, open_journal, read_run
 from cbqstream.run.seeds import generator_for
 from cbqstream.windows.propagate import mix_targets, propagate
 from cbqstream.windows.quantized_linear import Phase, replace_linears
-from cbqstream.windows.reconstruct import Reconstruction, WindowData, reconstruct
+from cbqstream.windows.reconstruct import Predictions, Reconstruction, WindowData, reconstruct
 from cbqstream.windows.resident import BlockSettings, ResidentBlock
 
 Listener = Callable[[str | WindowReport], None]
@@ -163,9 +162,8 @@ class _Job:
         # 4. reconstruct
         self._tell(window, "reconstruction")
         order = generator_for(self.inputs.config.seed, window.index, "order")
-        with self._head_after(window) as head:
-            data = WindowData(quantized, targets, compute, None if head is None else reference_out, head)
-            result = reconstruct(blocks, data, settings, order)
+        with self._predictions(window, reference_out) as predictions:
+            result = reconstruct(blocks, WindowData(quantized, targets, compute, predictions), settings, order)
 
         # 5. harden what leaves, carry what stays
         self._tell(window, "writing")
@@ -217,16 +215,20 @@ class _Job:
         return ResidentBlock(index, module, self.arguments[index], layers, inputs.skeleton.folds)
 
     @contextmanager
-    def _head_after(self, window: Window) -> Iterator[Head | None]:
-        """The head of the model, where the window learns and ends with the last block."""
-        inputs, settings = self.inputs, self.inputs.config.reconstruction
+    def _predictions(self, window: Window, reference_out: ZarrStore) -> Iterator[Predictions | None]:
+        """The rest of the original model, where the window learns and is near enough to the end."""
+        inputs, settings, where = self.inputs, self.inputs.config.reconstruction, self.inputs.compute
+        rest = range(window.stop, len(inputs.skeleton.blocks))
         learns = settings.rounding != "none" and settings.epochs and settings.head_weight
-        if not learns or window.stop < len(inputs.skeleton.blocks):
+        if not learns or len(rest) > settings.head_blocks:
             yield None
             return
-        where = inputs.compute
+        after, reference = [self._read_block(index) for index in rest], reference_out
+        if after:
+            reference = self._new_stream("predictions")
+            propagate(after, reference_out, reference, where, phase=Phase.ORIGINAL)
         with model_ends(inputs.skeleton, inputs.checkpoint, device=where.device, dtype=where.dtype) as ends:
-            yield ends.head
+            yield Predictions(after, ends.head, reference)
 
     def _start_roundings(self, window: Window, blocks: list[ResidentBlock]) -> None:
         config, carried = self.inputs.config, {}

@@ -31,8 +31,19 @@ class Reconstruction:
     changed: float
 
 
+@dataclass(frozen=True, slots=True)
+class Predictions:
+    """How a window near the end of the model sees what the model will predict."""
+
+    blocks: Sequence[ResidentBlock]
+    """The original blocks after the window."""
+    head: Head
+    reference: ActivationStore
+    """The original model's hidden states after its last block."""
+
+
 class Batch(NamedTuple):
-    """Some segments on the device: inputs [B, S, D], targets and outputs of the original model in float32."""
+    """Some segments on the device: inputs [B, S, D], targets in float32, and what `Predictions.reference` holds."""
 
     x: Tensor
     target: Tensor
@@ -41,19 +52,16 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class WindowData:
-    """Inputs and targets of a window, and where to compute. The last two are for a window that ends with the last block."""
+    """Inputs and targets of a window, where to compute, and what it can see of the model's predictions."""
 
     inputs: ActivationStore
     targets: ActivationStore
     compute: Compute
-    reference: ActivationStore | None = None
-    """The original model's hidden states at the end."""
-    head: Head | None = None
-    """What makes logits of them."""
+    predictions: Predictions | None = None
 
     def read(self, batches: Sequence[Sequence[int]]) -> Iterator[Batch]:
         """Each batch of segments, read ahead."""
-        stores = [self.inputs, self.targets, *([] if self.reference is None else [self.reference])]
+        stores = [self.inputs, self.targets, *([] if self.predictions is None else [self.predictions.reference])]
         device = self.compute.device
         for x_BSD, target_BSD, *more in read_batches(stores, batches):
             reference = more[0].to(device, self.compute.dtype) if more else None
@@ -117,7 +125,9 @@ def hard_loss(
     batches = in_batches(segments, config.batch_size)
     total = torch.zeros((), dtype=torch.float64, device=data.compute.device)
     for batch in data.read(batches):
-        total += _loss(run_blocks(blocks, batch.x, Phase.HARD), batch, data.head, config, 0).double() * len(batch.x)
+        total += _loss(run_blocks(blocks, batch.x, Phase.HARD), batch, data.predictions, config, 0).double() * len(
+            batch.x
+        )
     return total.item() / len(segments)
 
 
@@ -159,7 +169,7 @@ def _train(
             rounding.begin_step(step / steps, rate_left, steps)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * rate_left  # by hand: a scheduler would keep the optimizer alive in a cycle
-        loss = _loss(run_blocks(blocks, batch.x, Phase.SOFT), batch, data.head, config, step)
+        loss = _loss(run_blocks(blocks, batch.x, Phase.SOFT), batch, data.predictions, config, step)
         penalties = [penalty for rounding in roundings if (penalty := rounding.penalty()) is not None]
         if penalties:
             loss = loss + config.penalty_weight * torch.stack(penalties).mean()
@@ -173,11 +183,14 @@ def share_of_rate(progress: float, schedule: Schedule) -> float:
     return 1 - progress if schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
 
 
-def _loss(h_BSD: Tensor, batch: Batch, head: Head | None, config: ReconstructionConfig, step: int) -> Tensor:
+def _loss(
+    h_BSD: Tensor, batch: Batch, predictions: Predictions | None, config: ReconstructionConfig, step: int
+) -> Tensor:
     shape = LossShape(config.kl_weight, config.token_balance, config.channel_balance, config.robust_tokens)
     loss = reconstruction_loss(h_BSD, batch.target, shape)
-    if head is not None and batch.reference is not None:
+    if predictions is not None and batch.reference is not None:
+        last_BSD = run_blocks(predictions.blocks, h_BSD, Phase.ORIGINAL)
         seen = slice(step % config.head_stride, None, config.head_stride)
-        h_TD, reference_TD = (states[:, seen].flatten(0, 1) for states in (h_BSD, batch.reference))
-        loss = loss + config.head_weight * head_divergence(h_TD, reference_TD, head)
+        h_TD, reference_TD = (states[:, seen].flatten(0, 1) for states in (last_BSD, batch.reference))
+        loss = loss + config.head_weight * head_divergence(h_TD, reference_TD, predictions.head)
     return loss
