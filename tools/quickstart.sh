@@ -12,7 +12,7 @@ echo "--- perplexity of the original, WikiText-2 test"
 
 echo "--- quantizing to W4A16, group size 64"
 "$venv/bin/cbqstream" quantize "$model" "$out" --scheme W4A16 --group-size 64 \
-    --dataset "$data/c4-calibration.jsonl" --num-samples 32 --seq-len 512 --epochs 3
+    --dataset "$data/c4-calibration.jsonl" --num-samples 32 --seq-len 512 --profile fast
 
 echo "--- perplexity of the quantized model, same text"
 "$venv/bin/cbqstream" eval "$out" --text "$data/wikitext2-test.txt" --num-samples 32
