@@ -11,14 +11,13 @@ Results in results/ablation.json are not measured again. Prints a table, and dra
 
 import argparse
 import json
-import os
 import re
 import statistics
 import sys
 from pathlib import Path
 
 import numpy as np
-from measure import cbqstream
+from measure import cbqstream, load, save
 
 from cbqstream.calibration.segments import load_segments
 
@@ -66,19 +65,6 @@ SWITCHES = {
 }
 NOT_FOR = {"CFP activations, searched": "W4A4", "no CFP activations": "A16", "no CFP activations, rounding none": "A16"}
 """Switches that are the default of a grid."""
-
-
-def load() -> dict[str, dict]:
-    """What was measured, by `grid | switch`."""
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-
-
-def save(name: str, row: dict) -> None:
-    """Add a row to what is there now."""
-    RESULTS.parent.mkdir(exist_ok=True)
-    building = RESULTS.with_suffix(f".{os.getpid()}")
-    building.write_text(json.dumps({**load(), name: row}, indent=1, sort_keys=True) + "\n")
-    building.replace(RESULTS)
 
 
 def measure(model: Path, work: Path, held_out: Path, name: str, flags: list[str], threads: int) -> dict:
@@ -181,12 +167,12 @@ def main() -> None:
         for switch, flags in ({"default": BASE} | SEEDS | SWITCHES).items():
             name = f"{grid} | {switch}"
             wanted = any(part in name for part in args.only) and not (switch in NOT_FOR and NOT_FOR[switch] in grid)
-            if name in load() or not wanted or args.dry_run:
+            if name in load(RESULTS) or not wanted or args.dry_run:
                 continue
             print(name, file=sys.stderr, flush=True)
             made = measure(args.model, args.work, held_out, name, [*grid_flags.split(), *flags.split()], args.threads)
-            save(name, made)
-    rows = load()
+            save(RESULTS, name, made)
+    rows = load(RESULTS)
     print(table(rows))
     draw(rows, RESULTS.with_suffix(".png"))
 

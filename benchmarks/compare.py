@@ -12,14 +12,13 @@ Cells that results/compare.json holds are not run again. --only takes parts of `
 
 import argparse
 import json
-import os
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from measure import cbqstream, run
+from measure import cbqstream, load, run, save
 
 from cbqstream.calibration.segments import load_segments
 
@@ -71,19 +70,6 @@ OURS = {
     "cbqstream accurate": ["--profile", "accurate"],
 }
 ONLY_AT_2_BITS = "auto-round, 200 iterations, alg_ext"
-
-
-def load() -> dict[str, dict]:
-    """Cells that were measured, by `row | method`."""
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-
-
-def save(name: str, cell: dict) -> None:
-    """Add a cell to what is there now."""
-    RESULTS.parent.mkdir(exist_ok=True)
-    building = RESULTS.with_suffix(f".{os.getpid()}")
-    building.write_text(json.dumps({**load(), name: cell}, indent=1, sort_keys=True) + "\n")
-    building.replace(RESULTS)
 
 
 def peer_cell(python: Path, method: list[str], grid: Grid, model: Path, tokens: Path, threads: int) -> dict:
@@ -150,7 +136,7 @@ def main() -> None:
         for method, flags in (PEERS | OURS).items():
             name = f"{row} | {method}"
             wanted = any(part in name for part in args.only) and (method != ONLY_AT_2_BITS or "W2" in row)
-            if name in load() or not wanted:
+            if name in load(RESULTS) or not wanted:
                 continue
             print(name, file=sys.stderr, flush=True)
             if args.dry_run:
@@ -160,8 +146,8 @@ def main() -> None:
             else:
                 out = args.work / re.sub(r"\W+", "-", name)
                 cell = our_cell(flags, grid, args.model, out, args.threads)
-            save(name, {**cell, "threads": args.threads})
-    print(table(load()))
+            save(RESULTS, name, {**cell, "threads": args.threads})
+    print(table(load(RESULTS)))
 
 
 if __name__ == "__main__":

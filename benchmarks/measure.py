@@ -1,10 +1,12 @@
-"""Running a command as a process of its own, with its wall time and its peak resident memory."""
+"""Running a command as a process of its own, with its wall time and its peak resident memory; results that grow row by row."""
 
+import json
 import os
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -41,3 +43,16 @@ def run(*command: str) -> Measured:
 def cbqstream(*arguments: str) -> Measured:
     """Run the command line of cbqstream."""
     return run(sys.executable, "-m", "cbqstream", *arguments)
+
+
+def load(results: Path) -> dict[str, dict]:
+    """The rows of a result file by name; none if there is no file."""
+    return json.loads(results.read_text()) if results.exists() else {}
+
+
+def save(results: Path, name: str, row: dict) -> None:
+    """Add a row to what the file holds now, whoever else adds to it."""
+    results.parent.mkdir(exist_ok=True)
+    building = results.with_suffix(f".{os.getpid()}")
+    building.write_text(json.dumps({**load(results), name: row}, indent=1, sort_keys=True) + "\n")
+    building.replace(results)

@@ -1,49 +1,23 @@
 #!/usr/bin/env python3
 """auto-round on the tokens that this project calibrates with, measured as this project is. Runs in a virtual environment of its own.
 
-Usage: peer_autoround.py MODEL TOKENS.npy --bits 2 --group-size 64 [--asymmetric] [--act-bits 8] --iters 200 [--alg-ext] TEXT ...
+Usage: peer_autoround.py MODEL TOKENS.npy TEXT ... --bits 2 --group-size 64 [--asymmetric] [--act-bits 8] --iters 200 [--alg-ext]
 
-TOKENS.npy holds token ids, int64 [segments, length]. Prints one line of JSON: seconds from start to quantized model, peak RSS at that
-moment in bytes, and the perplexity on each TEXT of the model that it leaves in memory, in float32.
+Prints one line of JSON (peer.py); perplexity is that of the model it leaves in memory, in float32.
 """
 
-import argparse
-import json
-import os
-import resource
-import time
-from pathlib import Path
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-import numpy as np
-import psutil
 import torch
 from auto_round import AutoRound
-from plain_perplexity import perplexity
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from peer import arguments, load, report
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("tokens", type=Path)
-    parser.add_argument("texts", type=Path, nargs="+")
-    parser.add_argument("--bits", type=int, required=True)
-    parser.add_argument("--group-size", type=int, required=True, help="-1 is one scale per channel")
-    parser.add_argument("--asymmetric", action="store_true")
-    parser.add_argument("--act-bits", type=int, default=16)
+    parser = arguments(__doc__)
     parser.add_argument("--iters", type=int, required=True)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--alg-ext", action="store_true")
-    parser.add_argument("--threads", type=int)
     args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    tokens = torch.from_numpy(np.load(args.tokens))
+    model, tokenizer, tokens = load(args)
     quantizer = AutoRound(
         model,
         tokenizer,
@@ -66,14 +40,7 @@ def main() -> None:
         seed=0,
     )
     quantized, _ = quantizer.quantize()
-    result = {
-        "seconds": time.time() - psutil.Process().create_time(),
-        "peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    }
-    quantized = quantized.float().eval()
-    for text in args.texts:
-        result[text.stem] = perplexity(quantized, tokenizer, text)
-    print(json.dumps(result))
+    report(quantized.float().eval(), tokenizer, args.texts)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,15 @@ The names here are the public interface; everything else may change.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from cbqstream.config import CalibrationConfig, QuantizeConfig, ReconstructionConfig, Scheme, WindowConfig
+from cbqstream.config import (
+    PROFILES,
+    CalibrationConfig,
+    OutlierConfig,
+    QuantizeConfig,
+    ReconstructionConfig,
+    Scheme,
+    WindowConfig,
+)
 from cbqstream.errors import CbqstreamError
 
 if TYPE_CHECKING:
@@ -16,8 +24,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "PROFILES",
     "CalibrationConfig",
     "CbqstreamError",
+    "OutlierConfig",
     "QuantizeConfig",
     "ReconstructionConfig",
     "Scheme",
