@@ -106,6 +106,8 @@ class _Job:
         self.listener = listener
         self.shape = StreamShape(len(inputs.tokens), inputs.tokens.shape[1], inputs.skeleton.hidden_size)
         self.arguments: Sequence[BlockArguments] = ()
+        config = inputs.config
+        self.settings = BlockSettings(config.scheme, config.reconstruction, config.outliers)
 
     def enter(self) -> None:
         """Learn how the model calls its blocks; in a new run, bring both streams to the first window."""
@@ -153,7 +155,7 @@ class _Job:
         self._tell(window, "targets")
         propagate(new, reference, reference_out, compute, phase=Phase.ORIGINAL)
         for block in new:
-            block.watch_inputs(self.inputs.tokens.numel())
+            block.watch_inputs(self.inputs.tokens.numel(), self.settings)
         mix_targets(blocks, quantized, reference_out, targets, compute, a=settings.target_mix)
 
         # 3. outliers, grids and roundings
@@ -235,15 +237,14 @@ class _Job:
         if window.frontier > window.start:
             carry = Checkpoint(read_header(self.journal.parts(window.index - 1) / CARRY))
             carried = {name: carry.read(name, device=self.inputs.compute.device) for name in carry.infos}
-        settings = BlockSettings(config.scheme, config.reconstruction, config.outliers)
         for block in blocks:
             generator = generator_for(config.seed, block.index, "rounding")
             if block.index >= window.frontier:
-                block.start(settings, generator)
+                block.start(self.settings, generator)
             else:
                 prefix = f"{block.index}."
                 own = {name.removeprefix(prefix): value for name, value in carried.items() if name.startswith(prefix)}
-                block.go_on(settings, generator, own)
+                block.go_on(self.settings, generator, own)
 
     def _write_parts(self, leaving: list[ResidentBlock], staying: list[ResidentBlock]) -> dict[str, list[Any]]:
         folder, disk = self.journal.building / "parts", self.journal.disk

@@ -17,11 +17,9 @@ from cbqstream.numerics.outliers import OutlierRule, channel_scales, power_of_tw
 from cbqstream.numerics.scale_search import minmax_grid
 from cbqstream.windows.quantized_linear import InputStatistics
 
+_EXPONENTS = (0.25, 0.5, 0.75, 1.0)
 _SMALLEST = 1e-6
 _MOST_DOUBLINGS = 8
-
-
-_EXPONENTS = (0.25, 0.5, 0.75, 1.0)
 
 
 def fold_scale(

@@ -34,10 +34,10 @@ class InputStatistics:
     tokens: int
 
     @classmethod
-    def of(cls, x: Tensor, stride: int) -> "InputStatistics":
+    def of(cls, x: Tensor, stride: int | None) -> "InputStatistics":
         """Of a batch [B, S, I] or [T, I]; every `stride`-th token is sampled, not the first, which is special in many models."""
         rows = x.detach().flatten(0, -2).float()
-        sample = rows[stride // 2 :: stride].clone()
+        sample = rows.new_empty(0, rows.shape[1]) if stride is None else rows[stride // 2 :: stride].clone()
         return cls(rows.square().sum(0, dtype=torch.float64), rows.amin(0), rows.amax(0), sample, len(rows))
 
     def __add__(self, other: "InputStatistics") -> "InputStatistics":
@@ -106,12 +106,13 @@ class QuantizedLinear(nn.Module):
         self.rounding: Rounding | None = None
         self.phase = Phase.ORIGINAL
         self.input_step: InputStep | None = None
-        self._watch_stride = 0
+        self._watching = False
+        self._sample_stride: int | None = None
         self._watched: InputStatistics | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._watch_stride:
-            seen = InputStatistics.of(x, self._watch_stride)
+        if self._watching:
+            seen = InputStatistics.of(x, self._sample_stride)
             self._watched = seen if self._watched is None else self._watched + seen
         if self.phase is Phase.ORIGINAL:
             return functional.linear(x, self.weight.to(x.dtype), self.bias)
@@ -122,9 +123,9 @@ class QuantizedLinear(nn.Module):
             return linear_without_saved_weight(x, self.rounding, self.bias)
         return functional.linear(x, dequantize(self.rounding.harden()).to(x.dtype), self.bias)
 
-    def watch_inputs(self, stride: int) -> None:
-        """Start to gather statistics of the inputs, and every `stride`-th token."""
-        self._watch_stride, self._watched = stride, None
+    def watch_inputs(self, stride: int | None) -> None:
+        """Start to gather statistics of the inputs, and every `stride`-th token; None is no tokens."""
+        self._watching, self._sample_stride, self._watched = True, stride, None
 
     def take_statistics(self) -> InputStatistics:
         """What was seen since `watch_inputs`; gathering ends.
@@ -132,7 +133,7 @@ class QuantizedLinear(nn.Module):
         Raises:
             RuntimeError: nothing was seen.
         """
-        watched, self._watch_stride, self._watched = self._watched, 0, None
+        watched, self._watching, self._watched = self._watched, False, None
         if watched is None:
             raise RuntimeError("take_statistics() without watch_inputs() and a forward pass")
         return watched

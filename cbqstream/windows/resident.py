@@ -40,10 +40,11 @@ class ResidentBlock:
     folds: tuple[Fold, ...]
     scales: dict[str, Tensor] = field(default_factory=dict)
 
-    def watch_inputs(self, num_tokens: int) -> None:
-        """Gather the statistics that `start` needs from the next `num_tokens` tokens, and a sample of about 1024 of them."""
+    def watch_inputs(self, num_tokens: int, settings: BlockSettings) -> None:
+        """Gather the statistics that `start` needs from the next `num_tokens` tokens; to rescale channels, a sample of about 1024 too."""
+        sampled = _SAMPLED_TOKENS if settings.outliers.folds(settings.scheme) else 0
         for layer in self.layers.values():
-            layer.watch_inputs(max(1, num_tokens // _SAMPLED_TOKENS))
+            layer.watch_inputs(max(1, num_tokens // sampled) if sampled else None)
 
     def start(self, settings: BlockSettings, generator: torch.Generator) -> None:
         """From the weights and the inputs that were watched: fold the outlier channels, and give every layer its grid and rounding."""

@@ -72,9 +72,9 @@ def test_outliers_are_found_and_folded(opened_models, family):
         value[5] *= 64
     x = torch.randn(4, SEQ_LEN, skeleton.hidden_size, generator=torch.Generator().manual_seed(0))
     plain = run_blocks([block], x, Phase.ORIGINAL)
-    block.watch_inputs(x.shape[0] * x.shape[1])
-    run_blocks([block], x, Phase.ORIGINAL)
     settings = BlockSettings(SCHEME, ReconstructionConfig(), OutlierConfig(activations="always", variant="paper"))
+    block.watch_inputs(x.shape[0] * x.shape[1], settings)
+    run_blocks([block], x, Phase.ORIGINAL)
     block.start(settings, torch.Generator())
     scale = block.scales[writer]
     assert scale[5] in (4, 8)
@@ -104,10 +104,10 @@ def test_searched_scales_make_four_bit_inputs_cheaper(opened_models, family):
                 block.module, fold, outlying
             )  # large inputs that small weights read, as trained models have them
         plain = run_blocks([block], x, Phase.ORIGINAL)
-        block.watch_inputs(x.shape[0] * x.shape[1])
+        settings = BlockSettings(scheme, ReconstructionConfig(), OutlierConfig(activations=when, variant="search"))
+        block.watch_inputs(x.shape[0] * x.shape[1], settings)
         run_blocks([block], x, Phase.ORIGINAL)
-        outliers = OutlierConfig(activations=when, variant="search")
-        block.start(BlockSettings(scheme, ReconstructionConfig(), outliers), torch.Generator())
+        block.start(settings, torch.Generator())
         assert torch.equal(run_blocks([block], x, Phase.ORIGINAL), plain)
         errors[when] = (run_blocks([block], x, Phase.HARD) - plain).square().mean()
     assert errors["always"] < 0.5 * errors["never"]
