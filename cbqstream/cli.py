@@ -73,9 +73,8 @@ def quantize(
     activation_scale_lr: Annotated[float | None, typer.Option(help="The same of activations' step sizes.")] = None,
     target_mix: Annotated[float | None, typer.Option(help="Share of the reference target, 0 to 1.")] = None,
     kl_weight: Annotated[float | None, typer.Option(help="Weight of the KL term.")] = None,
-    head_weight: Annotated[float | None, typer.Option(help="Weight of the next-token divergence near the end.")] = None,
-    head_blocks: Annotated[
-        int | None, typer.Option(help="Blocks from the end of the model where a window may end to see that.")
+    head_weight: Annotated[
+        float | None, typer.Option(help="Weight of the next-token divergence in the last window.")
     ] = None,
     head_stride: Annotated[int | None, typer.Option(help="Every how many tokens that is measured.")] = None,
     penalty_weight: Annotated[float | None, typer.Option(help="lora: weight of the rounding penalty.")] = None,
@@ -132,7 +131,6 @@ def quantize(
             target_mix=target_mix,
             kl_weight=kl_weight,
             head_weight=head_weight,
-            head_blocks=head_blocks,
             head_stride=head_stride,
             penalty_weight=penalty_weight,
             token_balance=token_balance,

@@ -172,9 +172,7 @@ class ReconstructionConfig:
     kl_weight: float = 0.0
     """Weight of the Kullback-Leibler term over the hidden dimension."""
     head_weight: float = 0.1
-    """Weight of the divergence of the next-token distribution, in windows near the end; 0 leaves it out."""
-    head_blocks: int = 0
-    """How many blocks from the end of the model a window may end to see it, through the original blocks between."""
+    """Weight of the divergence of the next-token distribution, in the window that ends with the last block; 0 leaves it out."""
     head_stride: int = 4
     """Every how many tokens the next-token distribution is looked at; each in its turn."""
     penalty_weight: float = 0.1
@@ -193,7 +191,6 @@ class ReconstructionConfig:
         _require(self.epochs >= 0, f"epochs is {self.epochs}. It must be at least 0.")
         _require(self.batch_size >= 1, f"batch_size is {self.batch_size}. It must be at least 1.")
         _require(self.rounding_rank >= 1, f"rounding_rank is {self.rounding_rank}. It must be at least 1.")
-        _require(self.head_blocks >= 0, f"head_blocks is {self.head_blocks}. It must be at least 0.")
         _require(self.head_stride >= 1, f"head_stride is {self.head_stride}. It must be at least 1.")
         for name in ("target_mix", "token_balance", "channel_balance"):
             _require(0 <= getattr(self, name) <= 1, f"{name} is {getattr(self, name)}. It must be 0 to 1.")

@@ -5,7 +5,7 @@ For each window of transformer blocks:
     1. read its blocks
     2. targets: roll the reference stream over the new blocks, T1; run the window on the quantized stream, T2; keep a T1 + (1 - a) T2
     3. rescale the outlier channels of the new blocks and give them a grid and a rounding; the others go on where the last window left them
-    4. reconstruct: learn step sizes and rounding; near the end, by the model's predictions too
+    4. reconstruct: learn step sizes and rounding; the last window sees the model's predictions too
     5. harden and write the blocks that leave; keep the roundings of those that stay
     6. move the quantized stream past the blocks that leave
     7. commit
@@ -218,19 +218,14 @@ class _Job:
 
     @contextmanager
     def _predictions(self, window: Window, reference_out: ZarrStore) -> Iterator[Predictions | None]:
-        """The rest of the original model, where the window learns and is near enough to the end."""
+        """The model's head, where the window learns and ends with the last block."""
         inputs, settings, where = self.inputs, self.inputs.config.reconstruction, self.inputs.compute
-        rest = range(window.stop, len(inputs.skeleton.blocks))
         learns = settings.rounding != "none" and settings.epochs and settings.head_weight
-        if not learns or len(rest) > settings.head_blocks:
+        if not learns or window.stop < len(inputs.skeleton.blocks):
             yield None
             return
-        after, reference = [self._read_block(index) for index in rest], reference_out
-        if after:
-            reference = self._new_stream("predictions")
-            propagate(after, reference_out, reference, where, phase=Phase.ORIGINAL)
         with model_ends(inputs.skeleton, inputs.checkpoint, device=where.device, dtype=where.dtype) as ends:
-            yield Predictions(after, ends.head, reference)
+            yield Predictions(ends.head, reference_out)
 
     def _start_roundings(self, window: Window, blocks: list[ResidentBlock]) -> None:
         config, carried = self.inputs.config, {}

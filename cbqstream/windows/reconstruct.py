@@ -33,10 +33,8 @@ class Reconstruction:
 
 @dataclass(frozen=True, slots=True)
 class Predictions:
-    """How a window near the end of the model sees what the model will predict."""
+    """How the window that ends with the last block sees what the model will predict."""
 
-    blocks: Sequence[ResidentBlock]
-    """The original blocks after the window."""
     head: Head
     reference: ActivationStore
     """The original model's hidden states after its last block."""
@@ -189,8 +187,7 @@ def _loss(
     shape = LossShape(config.kl_weight, config.token_balance, config.channel_balance, config.robust_tokens)
     loss = reconstruction_loss(h_BSD, batch.target, shape)
     if predictions is not None and batch.reference is not None:
-        last_BSD = run_blocks(predictions.blocks, h_BSD, Phase.ORIGINAL)
         seen = slice(step % config.head_stride, None, config.head_stride)
-        h_TD, reference_TD = (states[:, seen].flatten(0, 1) for states in (last_BSD, batch.reference))
+        h_TD, reference_TD = (states[:, seen].flatten(0, 1) for states in (h_BSD, batch.reference))
         loss = loss + config.head_weight * head_divergence(h_TD, reference_TD, predictions.head)
     return loss
