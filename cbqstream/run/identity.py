@@ -11,7 +11,7 @@ from cbqstream.errors import IdentityError
 
 FORMAT = 1
 """Of the run directory."""
-ALGORITHM = 1
+ALGORITHM = 2
 """Raised when the same settings give other numbers."""
 
 _NOT_IDENTITY = ("model", "out", "run_dir", "device", "threads")
