@@ -64,11 +64,12 @@ PEERS = {
     "auto-round, 200 iterations, alg_ext": ["autoround", "--iters", "200", "--alg-ext"],
 }
 OURS = {
-    "round-to-nearest": ["--rounding", "none", "--init", "minmax"],
+    "round-to-nearest": ["--rounding", "none", "--init", "minmax", "--cfp-activations", "never", "--num-samples", "1", "--seq-len", "64"],
     "cbqstream fast": ["--profile", "fast"],
     "cbqstream": ["--profile", "default"],
     "cbqstream accurate": ["--profile", "accurate"],
 }
+"""Round-to-nearest looks at the weights alone, so any text will do."""
 ONLY_AT_2_BITS = "auto-round, 200 iterations, alg_ext"
 
 
@@ -87,7 +88,7 @@ def our_cell(method: list[str], grid: Grid, model: Path, out: Path, threads: int
     log = out.with_suffix(".jsonl")
     sizes = ["--num-samples", str(SAMPLES), "--seq-len", str(LENGTH), "--threads", str(threads)]
     source = ["--dataset", str(CALIBRATION), "--log-json", str(log)]
-    made = cbqstream("quantize", str(model), str(out), *grid.ours(), *method, *sizes, *source)
+    made = cbqstream("quantize", str(model), str(out), *grid.ours(), *sizes, *source, *method)
     windows = [json.loads(line) for line in log.read_text().splitlines()]
     cell = {
         "seconds": made.seconds,
