@@ -64,7 +64,18 @@ PEERS = {
     "auto-round, 200 iterations, alg_ext": ["autoround", "--iters", "200", "--alg-ext"],
 }
 OURS = {
-    "round-to-nearest": ["--rounding", "none", "--init", "minmax", "--cfp-activations", "never", "--num-samples", "1", "--seq-len", "64"],
+    "round-to-nearest": [
+        "--rounding",
+        "none",
+        "--init",
+        "minmax",
+        "--cfp-activations",
+        "never",
+        "--num-samples",
+        "1",
+        "--seq-len",
+        "64",
+    ],
     "cbqstream fast": ["--profile", "fast"],
     "cbqstream": ["--profile", "default"],
     "cbqstream accurate": ["--profile", "accurate"],
