@@ -16,22 +16,17 @@ import statistics
 import sys
 from pathlib import Path
 
-import numpy as np
-from measure import cbqstream, load, save
-
-from cbqstream.calibration.segments import load_segments
+from measure import CALIBRATION, cbqstream, cut_tokens, load, perplexity, save
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "ablation.json"
-CALIBRATION = HERE / "data" / "c4-calibration.jsonl"
-FIRST, LAST, BLOCKS = 10, 16, 30
+KEEP_FIRST, KEEP_LAST = 10, 16
 
 GRIDS = {
     "W2A16 group 64, asymmetric": "--scheme W2A16 --group-size 64 --no-symmetric",
     "W4A16 per channel, asymmetric": "--scheme W4A16 --group-size -1 --no-symmetric",
     "W4A4 group 64, symmetric": "--scheme W4A4 --group-size 64",
 }
-BASE = ""
 SEEDS = {"seed 1": "--seed 1", "seed 2": "--seed 2"}
 SWITCHES = {
     "rounding none": "--rounding none",
@@ -71,28 +66,18 @@ def measure(model: Path, work: Path, held_out: Path, name: str, flags: list[str]
     """Quantize four blocks and evaluate."""
     out = work / re.sub(r"\W+", "-", name)
     log = out.with_suffix(".jsonl")
-    common = ["--num-samples", "32", "--seq-len", "512", "--keep-first", str(FIRST), "--keep-last", str(LAST)]
+    common = ["--num-samples", "32", "--seq-len", "512", "--keep-first", str(KEEP_FIRST), "--keep-last", str(KEEP_LAST)]
     source = ["--dataset", str(CALIBRATION), "--log-json", str(log), "--threads", str(threads)]
     made = cbqstream("quantize", str(model), str(out), *common, *source, *flags)
     said = cbqstream("eval", str(out), "--text", str(held_out), "--num-samples", "24", "--threads", str(threads))
     windows = [json.loads(line) for line in log.read_text().splitlines()]
     return {
-        "perplexity": float(re.search(r"perplexity ([\d.]+)", said.output)[1]),
+        "perplexity": perplexity(said),
         "seconds": made.seconds,
         "changed": statistics.mean(window["changed"] for window in windows),
         "loss": windows[-1]["loss_after"],
         "threads": threads,
     }
-
-
-def prepare(model: Path, work: Path) -> Path:
-    """The held-out tokens."""
-    path = work / "held-out.npy"
-    if not path.exists():
-        vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
-        ids = load_segments(CALIBRATION, model, num_samples=72, seq_len=512, vocab_size=vocabulary)
-        np.save(path, ids[48:].numpy())
-    return path
 
 
 def spread(rows: dict[str, dict], grid: str) -> list[float]:
@@ -162,9 +147,9 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="measure nothing; print and draw what is there")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    held_out = prepare(args.model, args.work)
+    held_out = cut_tokens(args.model, args.work / "held-out.npy", 48, 72)
     for grid, grid_flags in GRIDS.items():
-        for switch, flags in ({"default": BASE} | SEEDS | SWITCHES).items():
+        for switch, flags in ({"default": ""} | SEEDS | SWITCHES).items():
             name = f"{grid} | {switch}"
             wanted = any(part in name for part in args.only) and not (switch in NOT_FOR and NOT_FOR[switch] in grid)
             if name in load(RESULTS) or not wanted or args.dry_run:

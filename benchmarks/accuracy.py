@@ -14,7 +14,7 @@ import re
 import sys
 from pathlib import Path
 
-from measure import Measured, cbqstream, run
+from measure import cbqstream, perplexity, run
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "accuracy.json"
@@ -49,13 +49,6 @@ GRIDS = {
     "W4A16 group 64, symmetric, 3 epochs": ("--scheme", "W4A16", "--group-size", "64", "--epochs", "3"),
 }
 METHODS = {"round-to-nearest": NEAREST, "cbqstream": CALIBRATION}
-
-
-def perplexity(measured: Measured) -> float:
-    """The number that an evaluation printed."""
-    match = re.search(r"perplexity ([\d.]+)", measured.output)
-    assert match is not None, measured.output
-    return float(match[1])
 
 
 def evaluate(folder: Path, *, dequantize: bool) -> dict[str, float]:

@@ -17,14 +17,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from measure import cbqstream, load, run, save
-
-from cbqstream.calibration.segments import load_segments
+from measure import CALIBRATION, cbqstream, cut_tokens, load, perplexity, run, save
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "compare.json"
-CALIBRATION = HERE / "data" / "c4-calibration.jsonl"
 TEXTS = [HERE / "data" / "wikitext2-test.txt", HERE / "data" / "wikitext2-validation.txt"]
 SAMPLES, LENGTH = 32, 512
 
@@ -108,7 +104,7 @@ def our_cell(method: list[str], grid: Grid, model: Path, out: Path, threads: int
     }
     for text in TEXTS:
         said = cbqstream("eval", str(out), "--text", str(text), "--threads", str(threads))
-        cell[text.stem] = float(re.search(r"perplexity ([\d.]+)", said.output)[1])
+        cell[text.stem] = perplexity(said)
     return cell
 
 
@@ -136,13 +132,7 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="say what is missing, and print the table")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    tokens = args.work / "calibration.npy"
-    if not tokens.exists():
-        config = json.loads((args.model / "config.json").read_text())
-        ids = load_segments(
-            CALIBRATION, args.model, num_samples=SAMPLES, seq_len=LENGTH, vocab_size=config["vocab_size"]
-        )
-        np.save(tokens, ids.numpy())
+    tokens = cut_tokens(args.model, args.work / "calibration.npy", 0, SAMPLES)
     pythons = {"autoround": args.autoround, "gptq": args.llmcompressor}
     for row, grid in ROWS.items():
         for method, flags in (PEERS | OURS).items():

@@ -2,11 +2,14 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+CALIBRATION = Path(__file__).resolve().parent / "data" / "c4-calibration.jsonl"
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,26 @@ def run(*command: str) -> Measured:
 def cbqstream(*arguments: str) -> Measured:
     """Run the command line of cbqstream."""
     return run(sys.executable, "-m", "cbqstream", *arguments)
+
+
+def perplexity(measured: Measured) -> float:
+    """The number that an evaluation printed."""
+    match = re.search(r"perplexity ([\d.]+)", measured.output)
+    assert match is not None, measured.output
+    return float(match[1])
+
+
+def cut_tokens(model: Path, path: Path, first: int, stop: int) -> Path:
+    """Segments `first` to `stop - 1` of 512 tokens of the C4 text, as token ids in the file `path`, and its path."""
+    if not path.exists():
+        import numpy as np  # here, because the peak memory of a child process begins with what its parent holds
+
+        from cbqstream.calibration.segments import load_segments
+
+        vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
+        ids = load_segments(CALIBRATION, model, num_samples=stop, seq_len=512, vocab_size=vocabulary)
+        np.save(path, ids[first:].numpy())
+    return path
 
 
 def load(results: Path) -> dict[str, dict]:

@@ -10,18 +10,14 @@ MODEL is the folder that tools/get_smollm2.py writes; WORK keeps what is made on
 import argparse
 import json
 import math
-import re
 import shutil
 from pathlib import Path
 
-import numpy as np
-from measure import cbqstream
+from measure import CALIBRATION, cbqstream, cut_tokens, perplexity
 
-from cbqstream.calibration.segments import load_segments
 from cbqstream.config import PROFILES
 
 HERE = Path(__file__).resolve().parent
-CALIBRATION = HERE / "data" / "c4-calibration.jsonl"
 SCHEMES = ("W4A16", "W3A16", "W2A16", "W8A8", "W4A8", "W4A4")
 
 
@@ -32,10 +28,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    held_out, threads = args.work / "held-out-8.npy", ["--threads", str(args.threads)]
-    vocabulary = json.loads((args.model / "config.json").read_text())["vocab_size"]
-    ids = load_segments(CALIBRATION, args.model, num_samples=56, seq_len=512, vocab_size=vocabulary)
-    np.save(held_out, ids[48:].numpy())
+    held_out = cut_tokens(args.model, args.work / "held-out-8.npy", 48, 56)
+    threads = ["--threads", str(args.threads)]
     rows = []
     print("| profile | scheme | loss | codes changed | perplexity | seconds |\n|---|---|---|---|---|---|", flush=True)
     for profile in PROFILES:
@@ -57,7 +51,7 @@ def main() -> None:
                 "loss_before": window["loss_before"],
                 "loss_after": window["loss_after"],
                 "changed": window["changed"],
-                "perplexity": float(re.search(r"perplexity ([\d.]+)", said.output)[1]),
+                "perplexity": perplexity(said),
                 "seconds": made.seconds,
             }
             assert all(math.isfinite(row[key]) for key in ("loss_before", "loss_after", "perplexity")), row

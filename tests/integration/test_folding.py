@@ -100,9 +100,8 @@ def test_searched_scales_make_four_bit_inputs_cheaper(opened_models, family):
         for fold in skeleton.folds:
             channels = parameters_of(block.module.get_submodule(fold.writer))["weight"].shape[0]
             outlying = torch.where(torch.arange(channels) % 7 == 0, 2.0**-5, 1.0)
-            apply_fold(
-                block.module, fold, outlying
-            )  # large inputs that small weights read, as trained models have them
+            # large inputs that small weights read, as trained models have them
+            apply_fold(block.module, fold, outlying)
         plain = run_blocks([block], x, Phase.ORIGINAL)
         settings = BlockSettings(scheme, ReconstructionConfig(), OutlierConfig(activations=when, variant="search"))
         block.watch_inputs(x.shape[0] * x.shape[1], settings)

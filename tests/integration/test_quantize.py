@@ -40,6 +40,14 @@ def run(config):
     return out, reports
 
 
+def plain_perplexity(out, ids, **options):
+    """By transformers alone."""
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, **options).eval()
+    with torch.no_grad():
+        logits = model(ids, use_cache=False).logits
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).exp().item()
+
+
 def dequantized_by_compressed_tensors(folder, layer, scheme):
     """`(q - z) * s` with compressed-tensors' own unpacking and nothing of this project."""
     weights = {}
@@ -73,11 +81,7 @@ def test_transformers_loads_the_result_and_agrees(make_config, tokens, family):
     out, _ = run(make_config(family))
     ids = load_segments(tokens, out, num_samples=16, seq_len=SEQ_LEN, vocab_size=VOCAB)
     streamed = perplexity(*open_model(out), ids, COMPUTE)
-    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
-    with torch.no_grad():
-        logits = model(ids, use_cache=False).logits
-    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-    assert streamed == pytest.approx(loss.exp().item(), rel=1e-4)
+    assert streamed == pytest.approx(plain_perplexity(out, ids), rel=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")
@@ -87,11 +91,8 @@ def test_transformers_loads_asymmetric_results_dequantized(make_config, tokens, 
     out, _ = run(make_config(scheme=SCHEMES[name]))
     ids = load_segments(tokens, out, num_samples=16, seq_len=SEQ_LEN, vocab_size=VOCAB)
     config = CompressedTensorsConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, quantization_config=config).eval()
-    with torch.no_grad():
-        logits = model(ids, use_cache=False).logits
-    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-    assert perplexity(*open_model(out), ids, COMPUTE) == pytest.approx(loss.exp().item(), rel=1e-3)
+    plain = plain_perplexity(out, ids, quantization_config=config)
+    assert perplexity(*open_model(out), ids, COMPUTE) == pytest.approx(plain, rel=1e-3)
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
@@ -139,11 +140,7 @@ def test_kept_blocks_stay_in_full_precision(make_config, tokens):
         assert torch.equal(source.read(name, device=CPU), result.read(name, device=CPU))
     assert "model.layers.1.mlp.up_proj.weight_packed" in result.infos
     ids = load_segments(tokens, out, num_samples=16, seq_len=SEQ_LEN, vocab_size=VOCAB)
-    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
-    with torch.no_grad():
-        logits = model(ids, use_cache=False).logits
-    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-    assert perplexity(*open_model(out), ids, COMPUTE) == pytest.approx(loss.exp().item(), rel=1e-4)
+    assert perplexity(*open_model(out), ids, COMPUTE) == pytest.approx(plain_perplexity(out, ids), rel=1e-4)
 
 
 @pytest.mark.parametrize("rounding", ["full", "lora"])
@@ -205,13 +202,6 @@ ACTIVATION_SCHEMES = {
     "W4A4 group": Scheme(num_bits=4, group_size=32, activation_bits=4),
     "W4A8 group, learned step": Scheme(num_bits=4, group_size=32, activation_bits=8, activation_strategy="tensor"),
 }
-
-
-def plain_perplexity(out, ids):
-    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
-    with torch.no_grad():
-        logits = model(ids, use_cache=False).logits
-    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).exp().item()
 
 
 @pytest.mark.parametrize("name", ACTIVATION_SCHEMES)
