@@ -229,6 +229,7 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
                 rounding_lr=1e-4,
                 scale_lr=1e-3,
                 kl_weight=1.0,
+                head_weight=0.0,
                 token_balance=0.0,
                 channel_balance=0.0,
             ),
