@@ -54,6 +54,7 @@ SWITCHES = {
     "3 epochs": "--epochs 3",
     "12 epochs": "--epochs 12",
     "24 epochs": "--epochs 24",
+    "end to end, 2 epochs": "--end-to-end-epochs 2",
     "travel 0.12": "--rounding-travel 0.12",
     "travel 0.5": "--rounding-travel 0.5",
     "profile paper": "--profile paper",
@@ -70,7 +71,7 @@ def measure(model: Path, work: Path, held_out: Path, name: str, flags: list[str]
     source = ["--dataset", str(CALIBRATION), "--log-json", str(log), "--threads", str(threads)]
     made = cbqstream("quantize", str(model), str(out), *common, *source, *flags)
     said = cbqstream("eval", str(out), "--text", str(held_out), "--num-samples", "24", "--threads", str(threads))
-    windows = [json.loads(line) for line in log.read_text().splitlines()]
+    windows = [line for line in map(json.loads, log.read_text().splitlines()) if "window" in line]
     return {
         "perplexity": perplexity(said),
         "seconds": made.seconds,

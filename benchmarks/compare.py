@@ -96,7 +96,7 @@ def our_cell(method: list[str], grid: Grid, model: Path, out: Path, threads: int
     sizes = ["--num-samples", str(SAMPLES), "--seq-len", str(LENGTH), "--threads", str(threads)]
     source = ["--dataset", str(CALIBRATION), "--log-json", str(log)]
     made = cbqstream("quantize", str(model), str(out), *grid.ours(), *sizes, *source, *method)
-    windows = [json.loads(line) for line in log.read_text().splitlines()]
+    windows = [line for line in map(json.loads, log.read_text().splitlines()) if "window" in line]
     cell = {
         "seconds": made.seconds,
         "peak_rss": made.peak_rss,

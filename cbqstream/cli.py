@@ -77,6 +77,10 @@ def quantize(
         float | None, typer.Option(help="Weight of the next-token divergence in the last window.")
     ] = None,
     head_stride: Annotated[int | None, typer.Option(help="Every how many tokens that is measured.")] = None,
+    end_to_end_epochs: Annotated[
+        int | None, typer.Option(help="Passes in which the step sizes of the whole model learn together at the end.")
+    ] = None,
+    end_to_end_lr: Annotated[float | None, typer.Option(help="Their relative learning rate in these.")] = None,
     penalty_weight: Annotated[float | None, typer.Option(help="lora: weight of the rounding penalty.")] = None,
     token_balance: Annotated[
         float | None, typer.Option(help="How far a token's error is relative to its size, 0 to 1.")
@@ -132,6 +136,8 @@ def quantize(
             kl_weight=kl_weight,
             head_weight=head_weight,
             head_stride=head_stride,
+            end_to_end_epochs=end_to_end_epochs,
+            end_to_end_lr=end_to_end_lr,
             penalty_weight=penalty_weight,
             token_balance=token_balance,
             channel_balance=channel_balance,
@@ -167,8 +173,7 @@ def status(run: Annotated[Path, typer.Argument(help="The run directory.")]) -> N
     from cbqstream.report.status import status_lines
     from cbqstream.run.journal import read_commits, read_run
 
-    content = read_run(run)
-    for line in status_lines(run, QuantizeConfig.from_dict(content["config"]), content["windows"], read_commits(run)):
+    for line in status_lines(run, read_run(run), read_commits(run)):
         Console().print(line, highlight=False, soft_wrap=True)
 
 

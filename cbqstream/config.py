@@ -175,6 +175,10 @@ class ReconstructionConfig:
     """Weight of the divergence of the next-token distribution, in the window that ends with the last block; 0 leaves it out."""
     head_stride: int = 4
     """Every how many tokens the next-token distribution is looked at; each in its turn."""
+    end_to_end_epochs: int = 0
+    """Passes over the calibration segments after the last window, in which the step sizes of all blocks learn together."""
+    end_to_end_lr: float = 4e-3
+    """Adam's learning rate of the logarithm of the step sizes in these, falling linearly to zero."""
     penalty_weight: float = 0.1
     """`lora`: weight of the term that drives the rounding to 0 or 1."""
     token_balance: float = 1.0
@@ -189,6 +193,7 @@ class ReconstructionConfig:
         _require(self.init in get_args(ScaleInit), f"init {self.init!r} is not minmax or search.")
         _require(self.schedule in get_args(Schedule), f"schedule {self.schedule!r} is not linear or cosine.")
         _require(self.epochs >= 0, f"epochs is {self.epochs}. It must be at least 0.")
+        _require(self.end_to_end_epochs >= 0, f"end_to_end_epochs is {self.end_to_end_epochs}. It must be at least 0.")
         _require(self.batch_size >= 1, f"batch_size is {self.batch_size}. It must be at least 1.")
         _require(self.rounding_rank >= 1, f"rounding_rank is {self.rounding_rank}. It must be at least 1.")
         _require(self.head_stride >= 1, f"head_stride is {self.head_stride}. It must be at least 1.")
@@ -200,6 +205,7 @@ class ReconstructionConfig:
             "rounding_lr",
             "scale_lr",
             "activation_scale_lr",
+            "end_to_end_lr",
             "kl_weight",
             "head_weight",
             "penalty_weight",
@@ -236,7 +242,7 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
         ),
         "fast": Profile(reconstruction=ReconstructionConfig(epochs=3)),
         "default": Profile(),
-        "accurate": Profile(reconstruction=ReconstructionConfig(epochs=24)),
+        "accurate": Profile(reconstruction=ReconstructionConfig(end_to_end_epochs=2)),
     }
 )
 """Frozen sets of settings, by name. What each costs and gives: README and benchmarks/README.md."""

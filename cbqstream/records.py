@@ -101,6 +101,32 @@ class Compute:
 
 
 @dataclass(frozen=True, slots=True)
+class EpochReport:
+    """What happened in an epoch of learning end to end."""
+
+    epoch: int
+    num_epochs: int
+    loss_before: float
+    """Divergence of the predictions from the original model's on the guard segments, with the step sizes as they would be stored."""
+    loss_after: float
+    """The same after the epoch; never above `loss_before`."""
+    seconds: float
+    peak_rss: int
+    """Highest resident memory of the process so far, bytes."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for a commit or a log."""
+        return {
+            "epoch": self.epoch,
+            "epochs": self.num_epochs,
+            "loss_before": self.loss_before,
+            "loss_after": self.loss_after,
+            "seconds": self.seconds,
+            "peak_rss": self.peak_rss,
+        }
+
+
+@dataclass(frozen=True, slots=True)
 class WindowReport:
     """What happened in a window."""
 

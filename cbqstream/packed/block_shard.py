@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cbqstream.checkpoint.header import read_header
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.disk import Disk, FileDigest
-from cbqstream.packed.format import encode
+from cbqstream.packed.format import SCALE, encode
 from cbqstream.packed.shard import write_tensors
 from cbqstream.records import BlockSpec, QuantizedWeight
 
@@ -50,3 +51,19 @@ def write_block(
         else:
             tensors[name] = source.read(name, device=torch.device("cpu"))
     return shard_name(spec.index), write_tensors(disk, folder / shard_name(spec.index), tensors)
+
+
+def read_scales(shard: Path, *, device: torch.device) -> dict[str, Tensor]:
+    """The step sizes in a shard that `write_block` made, float32 [O, G], by the module path of their layer."""
+    source = Checkpoint(read_header(shard))
+    names = [name for name in source.infos if name.endswith(f".{SCALE}")]
+    return {name.removesuffix(f".{SCALE}"): source.read(name, device=device, dtype=torch.float32) for name in names}
+
+
+def rewrite_scales(disk: Disk, folder: Path, shard: Path, scales: Mapping[str, Tensor]) -> FileDigest:
+    """Write `shard` again into `folder`, under its own name, with other step sizes, by the module path of their layer."""
+    source = Checkpoint(read_header(shard))
+    tensors = {name: source.read(name, device=torch.device("cpu")) for name in source.infos}
+    for layer, scale_OG in scales.items():
+        tensors[f"{layer}.{SCALE}"] = scale_OG.to("cpu", tensors[f"{layer}.{SCALE}"].dtype)
+    return write_tensors(disk, folder / shard.name, tensors)

@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.text import Text
 
 from cbqstream.memory import GIB, resident_bytes
-from cbqstream.records import WindowReport
+from cbqstream.records import EpochReport, WindowReport
 
 
 def duration(seconds: float) -> str:
@@ -33,8 +33,16 @@ def window_line(report: WindowReport, remaining: float) -> str:
     )
 
 
+def epoch_line(report: EpochReport) -> str:
+    """The line of a finished epoch of learning end to end."""
+    return (
+        f"end to end {report.epoch + 1}/{report.num_epochs}  divergence {report.loss_before:.3g} -> {report.loss_after:.3g}"
+        f"  {report.seconds:.0f} s  RAM {report.peak_rss / GIB:.2f} GiB"
+    )
+
+
 class Progress(AbstractContextManager["Progress"]):
-    """A listener of the pipeline that prints, and appends each window to a JSON-lines file if one is given."""
+    """A listener of the pipeline that prints, and appends each window and epoch to a JSON-lines file if one is given."""
 
     def __init__(self, console: Console, log_json: Path | None = None) -> None:
         self._console = console
@@ -60,23 +68,23 @@ class Progress(AbstractContextManager["Progress"]):
         if self._log is not None:
             self._log.close()
 
-    def __call__(self, event: str | WindowReport) -> None:
+    def __call__(self, event: str | WindowReport | EpochReport) -> None:
         """Show an event."""
-        if isinstance(event, WindowReport):
-            self._finished(event)
-        else:
+        if isinstance(event, str):
             self._doing, self._since = event, time.monotonic()
+            return
+        line = epoch_line(event) if isinstance(event, EpochReport) else self._window_line(event)
+        self._console.print(line, highlight=False, soft_wrap=True)
+        if self._log is not None:
+            self._log.write(json.dumps(event.to_dict()) + "\n")
+            self._log.flush()
 
     def _now(self) -> Text:
         """The live line: what is being done, for how long, and the memory in use."""
         lasting = duration(time.monotonic() - self._since)
         return Text(f"{self._doing}  {lasting}  RAM {resident_bytes() / GIB:.2f} GiB", style="dim")
 
-    def _finished(self, report: WindowReport) -> None:
+    def _window_line(self, report: WindowReport) -> str:
         self._seconds.append(report.seconds)
         left = report.num_windows - report.window.index - 1
-        line = window_line(report, left * sum(self._seconds) / len(self._seconds))
-        self._console.print(line, highlight=False, soft_wrap=True)
-        if self._log is not None:
-            self._log.write(json.dumps(report.to_dict()) + "\n")
-            self._log.flush()
+        return window_line(report, left * sum(self._seconds) / len(self._seconds))

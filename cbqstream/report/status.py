@@ -4,36 +4,47 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cbqstream.config import QuantizeConfig
 from cbqstream.report.progress import duration
 
 
-def status_lines(run: Path, config: QuantizeConfig, num_windows: int, commits: Sequence[dict[str, Any]]) -> list[str]:
+def status_lines(run: Path, content: dict[str, Any], commits: Sequence[dict[str, Any]]) -> list[str]:
     """The lines of `cbqstream status`.
 
     Args:
         run: the run directory.
-        config: of the run.
-        num_windows: how many there will be.
-        commits: records of those that are done, in order.
+        content: of its run.json.
+        commits: records of what is done, in order.
     """
-    lines = [f"{config.model} -> {config.out}", f"windows done: {len(commits)} of {num_windows}"]
-    for commit in commits:
-        report = commit["report"]
+    config, windows, epochs = content["config"], content["windows"], content["epochs"]
+    reports = [commit["report"] for commit in commits]
+    lines = [f"{config['model']} -> {config['out']}", f"windows done: {len(reports[:windows])} of {windows}"]
+    for index, report in enumerate(reports[:windows]):
         first, stop = report["blocks"]
-        lines.append(
-            f"  window {commit['window'] + 1}  blocks {first}-{stop - 1}"
-            f"  loss {report['loss_before']:.3g} -> {report['loss_after']:.3g}  {report['seconds']:.0f} s"
-        )
-    left = num_windows - len(commits)
-    if left:
-        pace = sum(commit["report"]["seconds"] for commit in commits) / len(commits) if commits else None
-        lines.append(f"time left: {duration(left * pace) if pace is not None else 'unknown'}")
+        lines.append(f"  window {index + 1}  blocks {first}-{stop - 1}  loss {_change(report)}")
+    if epochs:
+        lines.append(f"epochs end to end done: {len(reports[windows:])} of {epochs}")
+    for index, report in enumerate(reports[windows:]):
+        lines.append(f"  epoch {index + 1}  divergence {_change(report)}")
+    if len(reports) < windows + epochs:
+        lines.append(f"time left: {_left(reports[:windows], windows)}")
+        if epochs:
+            lines[-1] += f", and for the epochs {_left(reports[windows:], epochs)}"
         lines.append(
             f"a process that was stopped in a window does that window again; go on with: cbqstream resume {run}"
         )
-    elif (Path(config.out) / "config.json").exists():
+    elif (Path(config["out"]) / "config.json").exists():
         lines.append("finished")
     else:
         lines.append(f"all windows are done, the model is not put together yet: cbqstream resume {run}")
     return lines
+
+
+def _change(report: dict[str, Any]) -> str:
+    return f"{report['loss_before']:.3g} -> {report['loss_after']:.3g}  {report['seconds']:.0f} s"
+
+
+def _left(reports: Sequence[dict[str, Any]], number: int) -> str:
+    """How long the rest of `number` such will take, by the mean of those that are done."""
+    if not reports:
+        return "unknown"
+    return duration((number - len(reports)) * sum(report["seconds"] for report in reports) / len(reports))

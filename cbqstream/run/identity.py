@@ -9,7 +9,7 @@ from typing import Any
 from cbqstream.config import QuantizeConfig
 from cbqstream.errors import IdentityError
 
-FORMAT = 1
+FORMAT = 2
 """Of the run directory."""
 ALGORITHM = 2
 """Raised when the same settings give other numbers."""

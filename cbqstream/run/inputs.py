@@ -34,6 +34,12 @@ class RunInputs:
     compute: Compute
     identity: dict[str, Any]
 
+    @property
+    def num_epochs(self) -> int:
+        """Of learning end to end, after the last window."""
+        settings = self.config.reconstruction
+        return settings.end_to_end_epochs if settings.rounding != "none" else 0
+
 
 def open_inputs(config: QuantizeConfig) -> RunInputs:
     """Open and check everything. Writes nothing.

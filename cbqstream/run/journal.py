@@ -21,6 +21,8 @@ from cbqstream.run.identity import FORMAT, canonical, digest_of
 
 CARRY = "carry.safetensors"
 """What the blocks that stay in the next window carry over; beside the shards of those that left."""
+REFERENCE, QUANTIZED = "reference", "quantized"
+"""The two streams of hidden states: of the original model, and of the one that is being made."""
 
 _FOLDERS = ("commits", "parts", "acts", "tmp")
 
@@ -33,15 +35,21 @@ def numbered(index: int) -> str:
 class Journal:
     """The state of a run on disk. `open_journal` gives it, with the lock held."""
 
-    def __init__(self, path: Path, disk: Disk) -> None:
+    def __init__(self, path: Path, disk: Disk, num_windows: int, num_epochs: int) -> None:
         self.path = path
         self.disk = disk
         self.commits = read_commits(path)
+        self._num_windows, self._num_commits = num_windows, num_windows + num_epochs
 
     @property
     def next_window(self) -> int:
-        """First window that is not committed."""
+        """First window that is not committed; epochs of learning end to end count on after the last."""
         return len(self.commits)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether everything is committed."""
+        return self.next_window == self._num_commits
 
     @property
     def building(self) -> Path:
@@ -61,13 +69,14 @@ class Journal:
         return self.path / "acts" / numbered(window)
 
     def shards(self) -> list[Path]:
-        """The finished shards of all committed windows, in order."""
-        return [
-            self.parts(index) / name
+        """The finished shards of all blocks in order: of each the newest."""
+        newest = {
+            name: self.parts(index) / name
             for index, commit in enumerate(self.commits)
             for name in sorted(commit["parts"])
             if name.startswith("block-")
-        ]
+        }
+        return list(newest.values())
 
     def is_result(self, out: Path) -> bool:
         """Whether `out` is what this run, all of whose windows are done, put together: its config and the very shards."""
@@ -85,14 +94,18 @@ class Journal:
     def clean(self) -> None:
         """Delete what no commit names: the remains of a process that was stopped."""
         self.empty_tmp()
-        keep = {"parts": {numbered(index) for index in range(self.next_window)}, "acts": {numbered(self.next_window)}}
-        if not self.commits:
-            keep["acts"] = set()
+        keep = {"parts": {numbered(index) for index in range(self.next_window)}, "acts": self._waiting_acts()}
         for folder, names in keep.items():
             for entry in sorted((self.path / folder).iterdir()):
                 if entry.name not in names:
                     self.disk.remove_tree(entry)
         self._drop_old_carry()
+
+    def _waiting_acts(self) -> set[str]:
+        """Streams that what is committed left for what is not. Epochs all read those that the last window left."""
+        if not 0 < self.next_window < self._num_commits:
+            return set()
+        return {numbered(min(self.next_window, self._num_windows))}
 
     def _drop_old_carry(self) -> None:
         """Only the newest window's carry is ever read again; all of them would be as large as the model."""
@@ -120,7 +133,7 @@ class Journal:
         Args:
             window: its number, the next one.
             parts: size and SHA-256 of each file in tmp/parts.
-            acts: size and crc32c of each chunk in tmp/acts by stream; None for the last window, which has none.
+            acts: size and crc32c of each chunk in tmp/acts by stream; None where nothing follows that needs other ones.
             report: what is told about it.
         """
         previous = self.commits[-1]["self"] if self.commits else None
@@ -137,7 +150,9 @@ class Journal:
         self.disk.rename(pending, self.path / "commits" / numbered(window))
         self.disk.sync_folder(self.path / "commits")
         self.commits.append(record)
-        self.disk.remove_tree(self.acts(window))
+        read = min(window, self._num_windows)
+        if numbered(read) not in self._waiting_acts():
+            self.disk.remove_tree(self.acts(read))
         self._drop_old_carry()
 
     def _require_written(self, parts: dict[str, list[Any]]) -> None:
@@ -153,7 +168,7 @@ def open_journal(path: Path, run: dict[str, Any], disk: Disk) -> Iterator[Journa
 
     Args:
         path: the run directory.
-        run: content of run.json for a new run: `identity`, `config` and the number of `windows`. Not compared with what is there.
+        run: content of run.json for a new run, see `read_run`. Not compared with what is there.
         disk: does the writing.
 
     Raises:
@@ -176,7 +191,8 @@ def open_journal(path: Path, run: dict[str, Any], disk: Disk) -> Iterator[Journa
             disk.write(pending, [json.dumps(run, indent=2).encode()])
             disk.rename(pending, path / "run.json")
             disk.sync_folder(path)
-        journal = Journal(path, disk)
+        content = read_run(path)
+        journal = Journal(path, disk, content["windows"], content["epochs"])
         journal.clean()
         yield journal
     finally:
@@ -197,7 +213,7 @@ def _make_run_folder(path: Path, disk: Disk) -> None:
 
 
 def read_run(path: Path) -> dict[str, Any]:
-    """Content of run.json: `identity`, `config` and the number of `windows`. Reads only.
+    """Content of run.json: `identity`, `config`, and how many `windows` and `epochs` of learning end to end it has. Reads only.
 
     Raises:
         InputError: there is no run, or it is damaged.
@@ -209,7 +225,7 @@ def read_run(path: Path) -> dict[str, Any]:
     try:
         run = json.loads(file.read_text())
         made_by = run["identity"]["format"]
-        run["config"]["out"], int(run["windows"])
+        run["config"]["out"], int(run["windows"]), int(run["epochs"])
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(file, "damaged.") from error
     if made_by != FORMAT:

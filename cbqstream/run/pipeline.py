@@ -9,6 +9,8 @@ For each window of transformer blocks:
     5. harden and write the blocks that leave; keep the roundings of those that stay
     6. move the quantized stream past the blocks that leave
     7. commit
+
+After the last window the step sizes of all blocks may learn together (`run/end_to_end.py`); then the model is put together.
 """
 
 import time
@@ -33,20 +35,19 @@ from cbqstream.packed.block_shard import write_block
 from cbqstream.packed.format import quantization_config
 from cbqstream.packed.output import assemble
 from cbqstream.packed.shard import write_tensors
-from cbqstream.records import Window, WindowReport
+from cbqstream.records import EpochReport, Window, WindowReport
+from cbqstream.run.end_to_end import learn_end_to_end
 from cbqstream.run.identity import require_same
 from cbqstream.run.inputs import RunInputs, open_inputs
-from cbqstream.run.journal import CARRY, Journal, open_journal, read_run
+from cbqstream.run.journal import CARRY, QUANTIZED, REFERENCE, Journal, open_journal, read_run
 from cbqstream.run.seeds import generator_for
 from cbqstream.windows.propagate import mix_targets, propagate
 from cbqstream.windows.quantized_linear import Phase, replace_linears
 from cbqstream.windows.reconstruct import Predictions, Reconstruction, WindowData, reconstruct
 from cbqstream.windows.resident import BlockSettings, ResidentBlock
 
-Listener = Callable[[str | WindowReport], None]
-"""Is told what is being done, and what happened in each window."""
-
-REFERENCE, QUANTIZED = "reference", "quantized"
+Listener = Callable[[str | WindowReport | EpochReport], None]
+"""Is told what is being done, and what happened in each window and in each epoch after them."""
 
 
 def quantize(config: QuantizeConfig, listener: Listener = lambda event: None, disk: Disk | None = None) -> Path:
@@ -70,11 +71,12 @@ def quantize(config: QuantizeConfig, listener: Listener = lambda event: None, di
         require_same(run, read_run(run)["identity"], inputs.identity)
     elif _is_occupied(out):
         raise UsageError(f"{out}: exists and is not empty. Give another OUT.")
-    content = {"identity": inputs.identity, "config": config.to_dict(), "windows": len(inputs.windows)}
+    sizes = {"windows": len(inputs.windows), "epochs": inputs.num_epochs}
+    content = {"identity": inputs.identity, "config": config.to_dict(), **sizes}
     with open_journal(run, content, disk or Disk()) as journal:
         require_same(run, read_run(run)["identity"], inputs.identity)  # again, now that nobody else can change it
         if _is_occupied(out):
-            if journal.next_window == len(inputs.windows) and journal.is_result(out):
+            if journal.is_complete and journal.is_result(out):
                 return out
             raise UsageError(f"{out}: exists, is not empty and is not the result of this run. Give another OUT.")
         job = _Job(inputs, journal, listener)
@@ -83,6 +85,8 @@ def quantize(config: QuantizeConfig, listener: Listener = lambda event: None, di
             for window in inputs.windows[journal.next_window :]:
                 listener(job.quantize_window(window))
                 release_free_memory()
+            for report in learn_end_to_end(inputs, journal, job.arguments, listener):
+                listener(report)
         except torch.OutOfMemoryError as error:
             remedy = "Use a smaller --batch-size or --window-size in a new run"
             raise DeviceMemoryError(
@@ -104,7 +108,8 @@ class _Job:
         self.inputs = inputs
         self.journal = journal
         self.listener = listener
-        self.shape = StreamShape(len(inputs.tokens), inputs.tokens.shape[1], inputs.skeleton.hidden_size)
+        segments, length = inputs.tokens.shape
+        self.shape = StreamShape(segments, length, inputs.skeleton.hidden_size)
         self.arguments: Sequence[BlockArguments] = ()
         config = inputs.config
         self.settings = BlockSettings(config.scheme, config.reconstruction, config.outliers)
@@ -177,6 +182,8 @@ class _Job:
             quantized_out = self._new_stream(f"acts/{QUANTIZED}")
             propagate(leaving, quantized, quantized_out, compute, phase=Phase.HARD)
             acts = {REFERENCE: reference_out.checksums(), QUANTIZED: quantized_out.checksums()}
+        elif self.inputs.num_epochs:
+            acts = {REFERENCE: reference_out.checksums()}
 
         # 7. commit
         report = self._report(window, result, time.monotonic() - began)

@@ -6,8 +6,7 @@ import json
 import pytest
 from rich.console import Console
 
-from cbqstream.config import CalibrationConfig, QuantizeConfig, Scheme
-from cbqstream.records import Window, WindowReport
+from cbqstream.records import EpochReport, Window, WindowReport
 from cbqstream.report.progress import Progress, duration
 from cbqstream.report.status import status_lines
 
@@ -48,14 +47,32 @@ def test_live_output_says_what_is_being_done():
 
 
 def test_status_of_a_finished_window_less_run(tmp_path):
-    config = QuantizeConfig(
-        model="m", out=str(tmp_path), scheme=Scheme(num_bits=4), calibration=CalibrationConfig(dataset="d")
-    )
-    lines = status_lines(tmp_path, config, 2, [])
+    content = {"config": {"model": "m", "out": str(tmp_path)}, "windows": 2, "epochs": 0}
+    lines = status_lines(tmp_path, content, [])
     assert lines[1] == "windows done: 0 of 2"
     assert lines[2] == "time left: unknown"
     done = [{"window": index, "report": report(index).to_dict()} for index in range(2)]
-    assert "not put together" in status_lines(tmp_path, config, 2, done)[-1]
-    half = status_lines(tmp_path, config, 2, done[:1])
+    assert "not put together" in status_lines(tmp_path, content, done)[-1]
+    half = status_lines(tmp_path, content, done[:1])
     assert half[2] == "  window 1  blocks 0-1  loss 0.5 -> 0.125  30 s"
     assert half[3] == "time left: 30s"
+
+
+def test_status_and_progress_of_epochs_end_to_end(tmp_path):
+    text = io.StringIO()
+    epoch = EpochReport(0, 2, 0.5, 0.25, 12.0, 3 << 29)
+    with Progress(Console(file=text, width=40), tmp_path / "log.jsonl") as progress:
+        progress(epoch)
+    assert text.getvalue() == "end to end 1/2  divergence 0.5 -> 0.25  12 s  RAM 1.50 GiB\n"
+    assert json.loads((tmp_path / "log.jsonl").read_text()) == epoch.to_dict()
+    content = {"config": {"model": "m", "out": str(tmp_path)}, "windows": 1, "epochs": 2}
+    done = [{"report": report(0).to_dict()}, {"report": epoch.to_dict()}]
+    assert status_lines(tmp_path, content, done)[1:] == [
+        "windows done: 1 of 1",
+        "  window 1  blocks 0-1  loss 0.5 -> 0.125  30 s",
+        "epochs end to end done: 1 of 2",
+        "  epoch 1  divergence 0.5 -> 0.25  12 s",
+        "time left: 0s, and for the epochs 12s",
+        f"a process that was stopped in a window does that window again; go on with: cbqstream resume {tmp_path}",
+    ]
+    assert status_lines(tmp_path, content, done[:1])[-2] == "time left: 0s, and for the epochs unknown"

@@ -1,0 +1,143 @@
+"""Step sizes of the whole model, learned end to end from what it predicts; one block is in memory at a time.
+
+After the windows, codes are final. Every step size gets a factor exp(theta), and a step of training goes forward through all blocks,
+keeping the hidden states between them, and back through the blocks in reverse, each computed again with gradients. The loss is the
+divergence of the next-token distribution from the original model's (`head_divergence`). Training step sizes alone, end to end, is E2E-QP
+of EfficientQAT (Chen et al. 2024, arXiv 2407.11062); there the model is in memory, and the loss is that of text.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.optim import Adam
+
+from cbqstream.activations.read_ahead import in_batches, read_batches
+from cbqstream.activations.store import ActivationStore
+from cbqstream.models.block import BlockArguments
+from cbqstream.numerics.affine import grouped, storable_scale
+from cbqstream.numerics.losses import Head, head_divergence
+from cbqstream.records import Compute
+
+
+@dataclass(frozen=True, slots=True)
+class StepSizes:
+    """Those of one layer, `s = s0 * exp(theta)`, float32 [O, G]."""
+
+    scale0: Tensor
+    theta: nn.Parameter
+
+    @classmethod
+    def at(cls, scale0: Tensor) -> "StepSizes":
+        """As they are."""
+        return cls(scale0, nn.Parameter(torch.zeros_like(scale0)))
+
+    @torch.no_grad()
+    def stored(self) -> Tensor:
+        """As they are stored."""
+        return storable_scale(self.scale0 * self.theta.exp())
+
+    def factor(self, *, stored: bool) -> Tensor:
+        """What a weight that was dequantized with s0 is multiplied by: differentiable, or as it is stored."""
+        return self.stored() / self.scale0 if stored else self.theta.exp()
+
+
+@dataclass(frozen=True, slots=True)
+class StreamedModel:
+    """The quantized model, block by block."""
+
+    build: Callable[[int], nn.Module]
+    """A block with dequantized weights."""
+    arguments: Sequence[BlockArguments]
+    steps: Sequence[Mapping[str, StepSizes]]
+    """For each block those of its quantized layers, by their name in it; none in full precision."""
+    head: Head
+    compute: Compute
+
+    def run(self, index: int, x_BSD: Tensor, *, stored: bool = False) -> Tensor:
+        """Hidden states after block `index`; differentiable in them and in theta, unless with the step sizes as stored."""
+        block, weights = self.build(index), {}
+        for name, steps in self.steps[index].items():
+            w_OGK = grouped(block.get_parameter(f"{name}.weight"), steps.theta.shape[1])
+            weights[f"{name}.weight"] = (w_OGK * steps.factor(stored=stored).unsqueeze(-1).to(w_OGK.dtype)).flatten(1)
+        output: Tensor | tuple[Tensor, ...] = functional_call(block, weights, (x_BSD,), dict(self.arguments[index]))
+        return output if isinstance(output, Tensor) else output[0]
+
+    @torch.no_grad()
+    def forward(self, x_BSD: Tensor) -> list[Tensor]:
+        """The input of every block, and the output of the last."""
+        states = [x_BSD]
+        for index in range(len(self.steps)):
+            states.append(self.run(index, states[-1]))
+        return states
+
+    def backward(self, states: list[Tensor], gradient_BSD: Tensor) -> None:
+        """From the gradient of the last state to that of every theta, in `grad`. Takes the states out of the list."""
+        states.pop()
+        first = next(index for index, steps in enumerate(self.steps) if steps)
+        for index in range(len(self.steps) - 1, first - 1, -1):
+            x_BSD = states.pop().requires_grad_()
+            self.run(index, x_BSD).backward(gradient_BSD)  # type: ignore[no-untyped-call]
+            if x_BSD.grad is None:
+                raise RuntimeError("a block does not depend on its input")
+            gradient_BSD = x_BSD.grad
+
+
+@dataclass(frozen=True, slots=True)
+class EndToEndData:
+    """Inputs of the first block, and the original model's outputs of the last."""
+
+    embed: Callable[[int], Tensor]
+    """Input of the first block for a segment, [S, D]."""
+    reference: ActivationStore
+
+    def read(self, batches: Sequence[Sequence[int]], compute: Compute) -> Iterator[tuple[Tensor, Tensor]]:
+        """Both for each batch, [B, S, D], on the device."""
+        for batch, (reference_BSD,) in zip(batches, read_batches([self.reference], batches), strict=True):
+            x_BSD = torch.stack([self.embed(segment) for segment in batch])
+            yield x_BSD, reference_BSD.to(compute.device, compute.dtype)
+
+
+@torch.no_grad()
+def stored_divergence(model: StreamedModel, data: EndToEndData, segments: Sequence[int]) -> float:
+    """Mean divergence of the predictions over the tokens of `segments`, with step sizes as they would be stored."""
+    total = 0.0
+    for x_BSD, reference_BSD in data.read(in_batches(segments, model.compute.batch_size), model.compute):
+        for index in range(len(model.steps)):
+            x_BSD = model.run(index, x_BSD, stored=True)
+        seen = head_divergence(x_BSD.flatten(0, 1), reference_BSD.flatten(0, 1), model.head)
+        total += seen.double().item() * len(x_BSD)
+    return total / len(segments)
+
+
+def train_epoch(
+    model: StreamedModel,
+    data: EndToEndData,
+    segments: Sequence[int],
+    rates: tuple[float, float],
+    generator: torch.Generator,
+) -> None:
+    """One pass over `segments` in an order of its own; every theta learns in place.
+
+    Args:
+        model: whose step sizes learn.
+        data: inputs and targets.
+        segments: to train on.
+        rates: Adam's learning rate of theta at the first step, and where a last step would have it; it falls in a line.
+        generator: gives the order.
+    """
+    learned = [steps.theta for block in model.steps for steps in block.values()]
+    optimizer = Adam(learned, lr=rates[0], foreach=False)
+    order = [segments[position] for position in torch.randperm(len(segments), generator=generator).tolist()]
+    batches = in_batches(order, model.compute.batch_size)
+    for step, (x_BSD, reference_BSD) in enumerate(data.read(batches, model.compute)):
+        optimizer.param_groups[0]["lr"] = rates[0] + (rates[1] - rates[0]) * step / len(batches)
+        states = model.forward(x_BSD)
+        last_BSD = states[-1].requires_grad_()
+        loss = head_divergence(last_BSD.flatten(0, 1), reference_BSD.flatten(0, 1), model.head)
+        (gradient_BSD,) = torch.autograd.grad(loss, last_BSD)
+        optimizer.zero_grad()
+        model.backward(states, gradient_BSD)
+        optimizer.step()

@@ -1,0 +1,131 @@
+"""The stage after the windows: gradients are those of the whole model, codes stay, and an epoch that is stopped is done again."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from cbqstream import quantize
+from cbqstream.calibration.segments import load_segments
+from cbqstream.checkpoint.reader import Checkpoint
+from cbqstream.config import Scheme
+from cbqstream.disk import Disk
+from cbqstream.evaluate.perplexity import open_model
+from cbqstream.models.block import build_block
+from cbqstream.models.ends import model_ends
+from cbqstream.numerics.losses import head_divergence
+from cbqstream.records import Compute, EpochReport
+from cbqstream.run.journal import read_commits
+from cbqstream.windows.end_to_end import StepSizes, StreamedModel
+from tiny import FAMILIES, SEQ_LEN, VOCAB
+
+CPU = torch.device("cpu")
+COMPUTE = Compute(CPU, torch.float32, 4)
+SCHEME = Scheme(num_bits=2, group_size=16, symmetric=False)
+
+
+class KilledError(Exception):
+    """Stands for a process that is gone."""
+
+
+def learn(config, **options):
+    """Quantize, and the reports of the epochs."""
+    reports = []
+    out = quantize(config, lambda event: reports.append(event) if isinstance(event, EpochReport) else None, **options)
+    return out, reports
+
+
+def shards(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("block-*"))}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_streamed_gradients_are_those_of_the_whole_model(tiny_models, tokens, family):
+    """Against autograd through transformers' own forward pass: at theta = 0, dL/dtheta of a group is the sum of w dL/dw."""
+    folder = tiny_models[family]
+    skeleton, source = open_model(folder)
+    ids_S = load_segments(tokens, folder, num_samples=1, seq_len=SEQ_LEN, vocab_size=VOCAB)[0]
+    with model_ends(skeleton, source, device=CPU, dtype=torch.float32) as ends:
+        blocks = [
+            build_block(skeleton, index, source, device=CPU, dtype=torch.float32, linear_dtype=torch.float32)
+            for index in range(len(skeleton.blocks))
+        ]
+        steps = []
+        for index, spec in enumerate(skeleton.blocks):
+            weights = {name: blocks[index].get_parameter(f"{name}.weight") for name in spec.linears if index > 0}
+            steps.append(
+                {name: StepSizes.at(torch.ones(len(w_OI), w_OI.shape[1] // 8)) for name, w_OI in weights.items()}
+            )
+        model = StreamedModel(blocks.__getitem__, ends.block_arguments(ids_S), steps, ends.head, COMPUTE)
+        states = model.forward(ends.embed(ids_S).unsqueeze(0))
+        last = states[-1].requires_grad_()
+        goal = torch.randn(last.shape[1:], generator=torch.Generator().manual_seed(0))
+        (gradient,) = torch.autograd.grad(head_divergence(last[0], goal, ends.head), last)
+        model.backward(states, gradient)
+        expected = ends.head(goal).log_softmax(-1)
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    found = whole(ids_S.unsqueeze(0), use_cache=False).logits[0].log_softmax(-1)
+    nn.functional.kl_div(found, expected, log_target=True, reduction="batchmean").backward()
+    parameters = dict(whole.named_parameters())
+    for spec, of_block in zip(skeleton.blocks[1:], steps[1:], strict=True):
+        for name, of_layer in of_block.items():
+            weight = parameters[f"{spec.prefix}.{name}.weight"]
+            by_hand = (weight * weight.grad).view(*of_layer.theta.shape, 8).sum(-1)
+            assert of_layer.theta.grad is not None
+            assert torch.allclose(of_layer.theta.grad, by_hand, rtol=1e-3, atol=1e-6)
+    assert len(steps[1]) >= 6
+
+
+@pytest.mark.parametrize("options", [{}, {"keep_first": 1, "keep_last": 1}], ids=["all blocks", "some blocks"])
+def test_it_comes_nearer_to_the_predictions_and_changes_nothing_but_step_sizes(make_config, options):
+    """The guard is what is trained on, because there are fewer than eight segments: random text has nothing to learn in general."""
+    settings, options = {"end_to_end_lr": 1e-2}, {**options, "num_samples": 7}
+    before, _ = learn(make_config(name="before", scheme=SCHEME, **options))
+    config = make_config(name="after", scheme=SCHEME, reconstruction={"end_to_end_epochs": 2, **settings}, **options)
+    after, reports = learn(config)
+    assert [report.epoch for report in reports] == [0, 1]
+    assert reports[1].loss_after < reports[0].loss_after < reports[0].loss_before
+    assert reports[1].loss_before == pytest.approx(reports[0].loss_after)
+    old, new = Checkpoint.open(before), Checkpoint.open(after)
+    assert old.infos.keys() == new.infos.keys()
+    changed = {
+        name.rpartition(".")[2]
+        for name in old.infos
+        if not torch.equal(old.read(name, device=CPU), new.read(name, device=CPU))
+    }
+    assert changed == {"weight_scale"}
+    assert not list((config.run_path / "acts").iterdir())
+
+
+def test_an_epoch_that_makes_it_worse_is_taken_back(make_config):
+    plain, _ = learn(make_config(name="plain", scheme=SCHEME))
+    worse, reports = learn(
+        make_config(name="worse", scheme=SCHEME, reconstruction={"end_to_end_epochs": 1, "end_to_end_lr": 3.0})
+    )
+    assert reports[0].loss_after == reports[0].loss_before
+    assert shards(plain) == shards(worse)
+
+
+def test_stopped_in_any_epoch(make_config):
+    """Killed before each durable operation of this stage: the same bytes, and at most one epoch again."""
+    settings = {"reconstruction": {"epochs": 1, "end_to_end_epochs": 2, "end_to_end_lr": 1e-2}, "scheme": SCHEME}
+    operations = []
+    whole, _ = learn(make_config(name="whole", **settings), disk=Disk(lambda *what: operations.append(what)))
+    commits = [number for number, name, path in operations if name == "rename" and path.parent.name == "commits"]
+    assert len(commits) == 5
+    for stop in range(commits[2], len(operations) + 1, 5):
+        config = make_config(name=f"stop-{stop}", **settings)
+
+        def die(number, name, path, stop=stop):
+            if number == stop:
+                raise KilledError
+
+        with pytest.raises(KilledError):
+            quantize(config, disk=Disk(die))
+        committed = len(read_commits(config.run_path))
+        out, reports = learn(config)
+        assert [report.epoch for report in reports] == list(range(max(0, committed - 3), 2)), stop
+        assert shards(out) == shards(whole), stop
+        assert not list((config.run_path / "acts").iterdir())
