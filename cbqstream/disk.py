@@ -18,6 +18,7 @@ from cbqstream.errors import StorageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from typing import TextIO
 
     from _typeshed import ReadableBuffer
 
@@ -82,19 +83,24 @@ class Disk:
                 os.fsync(file.fileno())
         return FileDigest(size, digest.hexdigest())
 
+    def replace(self, path: Path, content: "ReadableBuffer") -> None:
+        """Write a file that need not outlive the process. Who reads it meanwhile sees the old content or the new, never a part."""
+        with self._operation("replace", path):
+            beside = path.with_name(f"{path.name}.new")
+            handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+            beside.replace(path)
+
     def sync_folder(self, path: Path) -> None:
         """fsync the entries of a folder: what was created, renamed or linked in it is durable afterwards."""
         with self._operation("sync_folder", path):
             _fsync(path, os.O_DIRECTORY)
 
-    def sync_tree(self, path: Path) -> None:
-        """fsync every file below `path`, then every folder from the bottom up, `path` included."""
-        for folder, subfolders, files in os.walk(path, topdown=False):
+    def sync_folders(self, path: Path) -> None:
+        """fsync every folder below `path`, from the bottom up, `path` included. The files were synced when they were written."""
+        for folder, subfolders, _ in os.walk(path, topdown=False):
             subfolders.sort()
-            for name in sorted(files):
-                file = Path(folder, name)
-                with self._operation("sync_file", file):
-                    _fsync(file, os.O_NOFOLLOW)
             self.sync_folder(Path(folder))
 
     def rename(self, source: Path, target: Path) -> None:
@@ -143,6 +149,11 @@ class Disk:
         with self._operation("remove_tree", path):
             if path.exists():
                 shutil.rmtree(path)
+
+
+def open_log(path: Path) -> "TextIO":
+    """A text file to which lines are added, for people and other programs; never read back, never synced."""
+    return path.open("a", encoding="utf-8")
 
 
 def _fsync(path: Path, flag: int) -> None:

@@ -1,12 +1,11 @@
 """Activations on disk: a Zarr v3 array [N, S, D], one chunk per segment, codecs bytes and crc32c.
 
 Zarr has no bfloat16, so its bits are stored as uint16 and the dtype is named in the attributes. A missing chunk would read as zeros, so
-its file is looked for first. Metadata is compared with what the caller expects, never believed. Nothing is synced here: whoever makes
-the folder durable does that for the whole tree.
+its file is looked for first. Metadata is compared with what the caller expects, never believed. Files are written by `disk.py`; whoever
+makes a durable store part of something syncs its folder.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +14,35 @@ import torch
 import zarr
 from torch import Tensor
 from zarr.codecs import BytesCodec, Crc32cCodec
+from zarr.core.buffer import Buffer
+from zarr.storage import LocalStore
 
 from cbqstream.activations.store import ActivationStore, StreamShape
-from cbqstream.errors import InputError, StorageError
+from cbqstream.disk import Disk
+from cbqstream.errors import InputError
 
 _CRC_BYTES = 4
 _CARRIERS = {torch.bfloat16: "uint16", torch.float16: "float16", torch.float32: "float32"}
 _VIEWS = {torch.bfloat16: torch.uint16, torch.float16: torch.float16, torch.float32: torch.float32}
 
 
-@contextmanager
-def _storage_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(
-            f"{path}: write failed: {error.strerror}. Free some space and run the same command again."
-        ) from error
+class _FolderOfFiles(LocalStore):
+    """A folder in which Zarr keeps an array, where every file is an operation of `disk.py`."""
+
+    def __init__(self, root: Path, disk: Disk, *, durable: bool) -> None:
+        super().__init__(root)
+        self._disk = disk
+        self._durable = durable
+
+    async def _set(self, key: str, value: Buffer, exclusive: bool = False) -> None:  # noqa: FBT001, FBT002
+        """Of LocalStore: all its writes come here."""
+        await asyncio.to_thread(self._write, self.root / key, value.to_bytes())
+
+    def _write(self, path: Path, content: bytes) -> None:
+        if self._durable:
+            self._disk.write(path, [content])
+        else:
+            self._disk.replace(path, content)
 
 
 class ZarrStore(ActivationStore):
@@ -43,21 +54,29 @@ class ZarrStore(ActivationStore):
         self._array = array
 
     @classmethod
-    def create(cls, path: Path, shape: StreamShape) -> "ZarrStore":
-        """A new, empty store. `path` must not exist; its parent must."""
-        with _storage_errors(path):
-            array = zarr.create_array(
-                store=str(path),
-                shape=(shape.num_segments, shape.seq_len, shape.hidden_size),
-                chunks=(1, shape.seq_len, shape.hidden_size),
-                dtype=_CARRIERS[shape.dtype],
-                serializer=BytesCodec(endian="little"),
-                filters=None,
-                compressors=(Crc32cCodec(),),
-                fill_value=0,
-                attributes={"dtype": str(shape.dtype).removeprefix("torch.")},
-                config={"write_empty_chunks": True},
-            )
+    def create(cls, path: Path, shape: StreamShape, disk: Disk, *, durable: bool) -> "ZarrStore":
+        """A new, empty store. `path` must not exist; its parent must.
+
+        Args:
+            path: a folder.
+            shape: what it will hold.
+            disk: does the writing.
+            durable: segments are synced as they are written, once each; else they may be overwritten.
+        """
+        disk.make_folder(path)
+        array = zarr.create_array(
+            store=_FolderOfFiles(path, disk, durable=durable),
+            shape=(shape.num_segments, shape.seq_len, shape.hidden_size),
+            chunks=(1, shape.seq_len, shape.hidden_size),
+            dtype=_CARRIERS[shape.dtype],
+            serializer=BytesCodec(endian="little"),
+            filters=None,
+            compressors=(Crc32cCodec(),),
+            fill_value=0,
+            attributes={"dtype": str(shape.dtype).removeprefix("torch.")},
+            chunk_key_encoding={"name": "default", "separator": "."},
+            config={"write_empty_chunks": True},
+        )
         return cls(path, shape, array)
 
     @classmethod
@@ -88,8 +107,7 @@ class ZarrStore(ActivationStore):
     def write(self, segment: int, x_SD: Tensor) -> None:
         self._check(segment, x_SD)
         stored = x_SD.detach().to("cpu", self.shape.dtype).contiguous().view(_VIEWS[self.shape.dtype])
-        with _storage_errors(self._chunk(segment)):
-            self._array[segment] = stored.numpy()
+        self._array[segment] = stored.numpy()
 
     def read(self, segment: int) -> Tensor:
         self._check(segment)
@@ -119,4 +137,4 @@ class ZarrStore(ActivationStore):
         return table
 
     def _chunk(self, segment: int) -> Path:
-        return self.path / "c" / str(segment) / "0" / "0"
+        return self.path / f"c.{segment}.0.0"

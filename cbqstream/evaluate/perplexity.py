@@ -16,6 +16,7 @@ from cbqstream.activations.zarr_store import ZarrStore
 from cbqstream.calibration.segments import load_segments
 from cbqstream.checkpoint.folder import read_json
 from cbqstream.checkpoint.reader import Checkpoint
+from cbqstream.disk import Disk
 from cbqstream.errors import UsageError
 from cbqstream.models.block import BlockArguments, build_block, run_block
 from cbqstream.models.compute import choose_device, compute_dtype, make_deterministic
@@ -118,7 +119,7 @@ def perplexity(
         listener("embedding")
         with model_ends(skeleton, source, device=compute.device, dtype=compute.dtype) as ends:
             arguments = ends.block_arguments(tokens_NS[0])
-            stream = ZarrStore.create(Path(work) / "stream", shape)
+            stream = ZarrStore.create(Path(work) / "stream", shape, Disk(), durable=False)
             for segment, ids_S in enumerate(tokens_NS):
                 stream.write(segment, ends.embed(ids_S))
         for index in range(len(skeleton.blocks)):

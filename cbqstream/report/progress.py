@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from cbqstream.disk import open_log
 from cbqstream.memory import GIB, resident_bytes
 from cbqstream.records import EpochReport, WindowReport
 
@@ -54,7 +55,7 @@ class Progress(AbstractContextManager["Progress"]):
 
     def __enter__(self) -> Self:
         if self._log_json is not None:
-            self._log = self._log_json.open("a", encoding="utf-8")
+            self._log = open_log(self._log_json)
         if self._console.is_terminal:
             self._live = Live(get_renderable=self._now, console=self._console, refresh_per_second=2, transient=True)
             self._live.start()

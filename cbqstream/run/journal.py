@@ -64,9 +64,21 @@ class Journal:
         """Folder of the finished shards that left with `window`, and of what is carried on."""
         return self.path / "parts" / numbered(window)
 
-    def acts(self, window: int) -> Path:
-        """Folder of the two streams at the input of `window`."""
-        return self.path / "acts" / numbered(window)
+    @property
+    def waiting_acts(self) -> Path:
+        """Folder of the streams that the next window, or every epoch, reads."""
+        return self._acts(self.next_window)
+
+    @property
+    def committed_acts(self) -> dict[str, list[list[int]]] | None:
+        """Checksums of those streams as they were committed; None before the first window, which has none to go by."""
+        if not self.commits:
+            return None
+        acts: dict[str, list[list[int]]] = self.commits[min(self.next_window, self._num_windows) - 1]["acts"]
+        return acts
+
+    def _acts(self, window: int) -> Path:
+        return self.path / "acts" / numbered(min(window, self._num_windows))
 
     def shards(self) -> list[Path]:
         """The finished shards of all blocks in order: of each the newest."""
@@ -105,7 +117,7 @@ class Journal:
         """Streams that what is committed left for what is not. Epochs all read those that the last window left."""
         if not 0 < self.next_window < self._num_commits:
             return set()
-        return {numbered(min(self.next_window, self._num_windows))}
+        return {self.waiting_acts.name}
 
     def _drop_old_carry(self) -> None:
         """Only the newest window's carry is ever read again; all of them would be as large as the model."""
@@ -114,11 +126,11 @@ class Journal:
                 return
             self.disk.remove_file(self.parts(window) / CARRY)
 
-    def publish_acts(self, window: int) -> None:
-        """Make `tmp/acts` the durable input of `window`."""
-        self.disk.sync_tree(self.building / "acts")
-        self.disk.rename(self.building / "acts", self.acts(window))
-        self.disk.sync_folder(self.path / "acts")
+    def publish_acts(self, place: Path) -> None:
+        """Make `tmp/acts` durable as `place`."""
+        self.disk.sync_folders(self.building / "acts")
+        self.disk.rename(self.building / "acts", place)
+        self.disk.sync_folder(place.parent)
 
     def commit(
         self,
@@ -139,20 +151,19 @@ class Journal:
         previous = self.commits[-1]["self"] if self.commits else None
         body = {"format": FORMAT, "window": window, "prev": previous, "parts": parts, "acts": acts, "report": report}
         record = {**body, "self": digest_of(body)}
-        self.disk.sync_tree(self.building / "parts")
+        self.disk.sync_folders(self.building / "parts")
         self._require_written(parts)
         self.disk.rename(self.building / "parts", self.parts(window))
         self.disk.sync_folder(self.path / "parts")
         if acts is not None:
-            self.publish_acts(window + 1)
+            self.publish_acts(self._acts(window + 1))
         pending = self.building / "commit"
         self.disk.write(pending, [canonical(record)])
         self.disk.rename(pending, self.path / "commits" / numbered(window))
         self.disk.sync_folder(self.path / "commits")
         self.commits.append(record)
-        read = min(window, self._num_windows)
-        if numbered(read) not in self._waiting_acts():
-            self.disk.remove_tree(self.acts(read))
+        if self._acts(window).name not in self._waiting_acts():
+            self.disk.remove_tree(self._acts(window))
         self._drop_old_carry()
 
     def _require_written(self, parts: dict[str, list[Any]]) -> None:

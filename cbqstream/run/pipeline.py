@@ -14,14 +14,13 @@ After the last window the step sizes of all blocks may learn together (`run/end_
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cbqstream.activations.store import StreamShape
 from cbqstream.activations.zarr_store import ZarrStore
 from cbqstream.checkpoint.header import read_header
 from cbqstream.checkpoint.reader import Checkpoint
@@ -29,7 +28,7 @@ from cbqstream.config import QuantizeConfig
 from cbqstream.disk import Disk
 from cbqstream.errors import DeviceMemoryError, UsageError
 from cbqstream.memory import peak_resident_bytes, release_free_memory, return_large_blocks
-from cbqstream.models.block import BlockArguments, build_block
+from cbqstream.models.block import build_block
 from cbqstream.models.ends import model_ends
 from cbqstream.packed.block_shard import write_block
 from cbqstream.packed.format import quantization_config
@@ -41,6 +40,7 @@ from cbqstream.run.identity import require_same
 from cbqstream.run.inputs import RunInputs, open_inputs
 from cbqstream.run.journal import CARRY, QUANTIZED, REFERENCE, Journal, open_journal, read_run
 from cbqstream.run.seeds import generator_for
+from cbqstream.run.streams import Streams
 from cbqstream.windows.propagate import mix_targets, propagate
 from cbqstream.windows.quantized_linear import Phase, replace_linears
 from cbqstream.windows.reconstruct import Predictions, Reconstruction, WindowData, reconstruct
@@ -79,13 +79,12 @@ def quantize(config: QuantizeConfig, listener: Listener = lambda event: None, di
             if journal.is_complete and journal.is_result(out):
                 return out
             raise UsageError(f"{out}: exists, is not empty and is not the result of this run. Give another OUT.")
-        job = _Job(inputs, journal, listener)
         try:
-            job.enter()
+            job = _Job(inputs, journal, listener)
             for window in inputs.windows[journal.next_window :]:
                 listener(job.quantize_window(window))
                 release_free_memory()
-            for report in learn_end_to_end(inputs, journal, job.arguments, listener):
+            for report in learn_end_to_end(inputs, journal, job.streams, listener):
                 listener(report)
         except torch.OutOfMemoryError as error:
             remedy = "Use a smaller --batch-size or --window-size in a new run"
@@ -108,36 +107,12 @@ class _Job:
         self.inputs = inputs
         self.journal = journal
         self.listener = listener
-        segments, length = inputs.tokens.shape
-        self.shape = StreamShape(segments, length, inputs.skeleton.hidden_size)
-        self.arguments: Sequence[BlockArguments] = ()
         config = inputs.config
         self.settings = BlockSettings(config.scheme, config.reconstruction, config.outliers)
-
-    def enter(self) -> None:
-        """Learn how the model calls its blocks; in a new run, bring both streams to the first window."""
-        self.listener("embedding the calibration segments")
-        with model_ends(
-            self.inputs.skeleton,
-            self.inputs.checkpoint,
-            device=self.inputs.compute.device,
-            dtype=self.inputs.compute.dtype,
-        ) as ends:
-            self.arguments = ends.block_arguments(self.inputs.tokens[0])
-            if self.journal.next_window:
-                return
-            stream = self._new_stream("embedded")
-            for segment, ids_S in enumerate(self.inputs.tokens):
-                stream.write(segment, ends.embed(ids_S))
-        for index in range(self.inputs.config.keep_first):
-            passed = self._new_stream(f"passed-{index}")
-            propagate([self._read_block(index)], stream, passed, self.inputs.compute, phase=Phase.ORIGINAL)
-            self.journal.disk.remove_tree(stream.path)
-            stream = passed
-        self.journal.new_folder("acts")
-        for name in (REFERENCE, QUANTIZED):
-            propagate([], stream, self._new_stream(f"acts/{name}"), self.inputs.compute, phase=Phase.ORIGINAL)
-        self.journal.publish_acts(0)
+        listener("embedding the calibration segments")
+        compute = inputs.compute
+        with model_ends(inputs.skeleton, inputs.checkpoint, device=compute.device, dtype=compute.dtype) as ends:
+            self.streams = Streams.enter(inputs, journal, ends)
 
     def quantize_window(self, window: Window) -> WindowReport:
         """One window, from one committed state to the next."""
@@ -146,9 +121,8 @@ class _Job:
         self.journal.empty_tmp()
         self.journal.new_folder("parts")
         self.journal.new_folder("acts")
-        reference = ZarrStore.open(self.journal.acts(window.index) / REFERENCE, self.shape)
-        quantized = ZarrStore.open(self.journal.acts(window.index) / QUANTIZED, self.shape)
-        reference_out, targets = self._new_stream(f"acts/{REFERENCE}"), self._new_stream("targets")
+        reference, quantized = self.streams.open(REFERENCE), self.streams.open(QUANTIZED)
+        reference_out, targets = self.streams.new(f"acts/{REFERENCE}"), self.streams.new("targets", durable=False)
 
         # 1. read the blocks
         self._tell(window, "reading")
@@ -179,7 +153,7 @@ class _Job:
         # 6. move the quantized stream on
         acts = None
         if not is_last:
-            quantized_out = self._new_stream(f"acts/{QUANTIZED}")
+            quantized_out = self.streams.new(f"acts/{QUANTIZED}")
             propagate(leaving, quantized, quantized_out, compute, phase=Phase.HARD)
             acts = {REFERENCE: reference_out.checksums(), QUANTIZED: quantized_out.checksums()}
         elif self.inputs.num_epochs:
@@ -221,7 +195,7 @@ class _Job:
         )
         spec = inputs.skeleton.blocks[index]
         layers = replace_linears(module, spec.linears, inputs.config.scheme)
-        return ResidentBlock(index, module, self.arguments[index], layers, inputs.skeleton.folds)
+        return ResidentBlock(index, module, self.streams.arguments[index], layers, inputs.skeleton.folds)
 
     @contextmanager
     def _predictions(self, window: Window, reference_out: ZarrStore) -> Iterator[Predictions | None]:
@@ -260,9 +234,6 @@ class _Job:
             carry = {f"{block.index}.{name}": value for block in staying for name, value in block.carry().items()}
             digests[CARRY] = write_tensors(disk, folder / CARRY, carry)
         return {name: [digest.size, digest.sha256] for name, digest in digests.items()}
-
-    def _new_stream(self, name: str) -> ZarrStore:
-        return ZarrStore.create(self.journal.building / name, self.shape)
 
     def _tell(self, window: Window, doing: str) -> None:
         self.listener(

@@ -1,17 +1,20 @@
 """What every activation store promises, checked on each of them."""
 
-import shutil
+import errno
+import os
 
 import numpy as np
 import pytest
 import torch
 import zarr
 
+from cbqstream import disk as disk_module
 from cbqstream.activations.memory_store import MemoryStore
 from cbqstream.activations.read_ahead import in_batches, read_batches
 from cbqstream.activations.store import ActivationStore, StreamShape
 from cbqstream.activations.zarr_store import ZarrStore
-from cbqstream.errors import InputError
+from cbqstream.disk import Disk
+from cbqstream.errors import InputError, StorageError
 
 SHAPE = StreamShape(num_segments=5, seq_len=6, hidden_size=8)
 
@@ -106,7 +109,7 @@ class TestMemoryStore(ActivationStoreContract):
 class TestZarrStore(ActivationStoreContract):
     def make(self, tmp_path, shape):
         tmp_path.mkdir(exist_ok=True)
-        return ZarrStore.create(tmp_path / "stream", shape)
+        return ZarrStore.create(tmp_path / "stream", shape, Disk(), durable=False)
 
     def filled(self, tmp_path):
         store = self.make(tmp_path, SHAPE)
@@ -121,7 +124,7 @@ class TestZarrStore(ActivationStoreContract):
     def test_layout_on_disk(self, tmp_path):
         store = self.filled(tmp_path)
         files = sorted(str(path.relative_to(store.path)) for path in store.path.rglob("*") if path.is_file())
-        assert files == [*(f"c/{segment}/0/0" for segment in range(5)), "zarr.json"]
+        assert files == [*(f"c.{segment}.0.0" for segment in range(5)), "zarr.json"]
         array = zarr.open_array(str(store.path), mode="r")
         assert array.dtype == np.uint16
         assert array.attrs["dtype"] == "bfloat16"
@@ -129,7 +132,7 @@ class TestZarrStore(ActivationStoreContract):
 
     def test_a_flipped_bit_is_found(self, tmp_path):
         store = self.filled(tmp_path)
-        chunk = store.path / "c" / "3" / "0" / "0"
+        chunk = store.path / "c.3.0.0"
         content = bytearray(chunk.read_bytes())
         content[7] ^= 1
         chunk.write_bytes(content)
@@ -138,7 +141,7 @@ class TestZarrStore(ActivationStoreContract):
 
     def test_a_deleted_chunk_is_not_zeros(self, tmp_path):
         store = self.filled(tmp_path)
-        shutil.rmtree(store.path / "c" / "2")
+        (store.path / "c.2.0.0").unlink()
         again = ZarrStore.open(store.path, SHAPE)
         with pytest.raises(InputError, match="segment 2 is missing"):
             again.read(2)
@@ -159,6 +162,28 @@ class TestZarrStore(ActivationStoreContract):
         store = self.filled(tmp_path)
         with pytest.raises(InputError, match="expected"):
             ZarrStore.open(store.path, other)
+
+    def test_a_durable_store_is_written_once_by_counted_operations(self, tmp_path):
+        seen = []
+        disk = Disk(lambda number, name, path: seen.append((name, path.name)))
+        store = ZarrStore.create(tmp_path / "stream", SHAPE, disk, durable=True)
+        store.write(1, torch.ones(6, 8))
+        assert seen == [("make_folder", "stream"), ("write", "zarr.json"), ("write", "c.1.0.0")]
+        with pytest.raises(StorageError, match="File exists"):
+            store.write(1, torch.zeros(6, 8))
+        assert (store.read(1) == 1).all()
+
+    def test_a_full_disk(self, tmp_path, monkeypatch):
+        store = self.filled(tmp_path)
+
+        def full(path, *arguments, **options):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(disk_module.os, "open", full)
+        with pytest.raises(
+            StorageError, match=r"c\.2\.0\.0: replace failed: No space left on device\. Free some space"
+        ):
+            store.write(2, torch.zeros(6, 8))
 
     def test_a_missing_store(self, tmp_path):
         with pytest.raises(InputError, match="not a readable"):

@@ -115,6 +115,59 @@ def test_killed_for_real_in_its_second_window(make_config, tmp_path):
     assert files_of(Path(config.out)) == files_of(Path(whole.out))
 
 
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def stop_after_the_first_commit(config):
+    def die(number, name, path):
+        if name == "remove_tree" and path.parent.name == "acts" and (config.run_path / "commits" / "00000").exists():
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        quantize(config, disk=Disk(die))
+    assert len(read_commits(config.run_path)) == 1
+
+
+LOSSES = {
+    "all": lambda acts: shutil.rmtree(acts),
+    "a stream": lambda acts: shutil.rmtree(acts / "quantized"),
+    "a chunk": lambda acts: (acts / "reference" / "c.3.0.0").unlink(),
+    "a bit": lambda acts: flip(acts / "quantized" / "c.2.0.0"),
+    "the metadata": lambda acts: (acts / "quantized" / "zarr.json").write_text("{"),
+    "an end": lambda acts: os.truncate(acts / "reference" / "c.0.0.0", 7),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_lost_activations_are_made_again(make_config, loss):
+    """From the source and the finished blocks alone, to the checksums that were committed and the same result."""
+    options = {"keep_first": 1, "scheme": Scheme(num_bits=4, group_size=32, activation_bits=8)}
+    whole, config = make_config(name="whole", **options), make_config(name="lost", **options)
+    quantize(whole)
+
+    stop_after_the_first_commit(config)
+    LOSSES[loss](config.run_path / "acts" / "00001")
+    assert windows_done(config) == [1]
+    assert files_of(Path(config.out)) == files_of(Path(whole.out))
+
+
+def test_activations_that_come_out_otherwise_are_refused(make_config):
+    """Where the blocks on disk are not those that made the committed streams, nothing goes on."""
+    config = make_config()
+    stop_after_the_first_commit(config)
+    shutil.rmtree(config.run_path / "acts" / "00001")
+    shard = config.run_path / "parts" / "00000" / "block-00000.safetensors"
+    tensors = load_file(shard)
+    tensors["model.layers.0.mlp.up_proj.weight_packed"][0, 0] ^= 1
+    save_file(tensors, shard)
+    with pytest.raises(InputError, match="made again they are not what was committed"):
+        quantize(config)
+    assert len(read_commits(config.run_path)) == 1
+
+
 def test_parts_and_carry_are_identical_too(make_config):
     whole, config = make_config(name="whole"), make_config(name="stopped")
     carries: dict[str, list[bytes]] = {"whole": [], "stopped": []}

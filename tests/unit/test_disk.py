@@ -76,12 +76,11 @@ def test_operations_are_numbered_before_they_happen(tmp_path):
     disk = Disk(lambda number, name, path: seen.append((number, name, path.exists())))
     disk.make_folder(tmp_path / "d")
     disk.write(tmp_path / "d" / "f", [b""])
-    disk.sync_tree(tmp_path / "d")
+    disk.sync_folders(tmp_path / "d")
     disk.remove_tree(tmp_path / "d")
     assert seen == [
         (1, "make_folder", False),
         (2, "write", False),
-        (3, "sync_file", True),
-        (4, "sync_folder", True),
-        (5, "remove_tree", True),
+        (3, "sync_folder", True),
+        (4, "remove_tree", True),
     ]

@@ -1,0 +1,117 @@
+"""The two streams of hidden states on disk, and how they are brought to where the run stands.
+
+What a window needs are the streams that the window before it left. They are cache: when they are gone or damaged they are made again, from
+the embeddings through the blocks that are done, and must come out with the checksums that were committed.
+"""
+
+from collections.abc import Callable, Sequence
+
+from torch import nn
+
+from cbqstream.activations.store import StreamShape
+from cbqstream.activations.zarr_store import ZarrStore
+from cbqstream.errors import InputError
+from cbqstream.models.block import BlockArguments, build_block
+from cbqstream.models.ends import ModelEnds
+from cbqstream.run.finished import FinishedBlocks
+from cbqstream.run.inputs import RunInputs
+from cbqstream.run.journal import QUANTIZED, REFERENCE, Journal
+from cbqstream.windows.propagate import propagate
+from cbqstream.windows.quantized_linear import Phase
+from cbqstream.windows.resident import ResidentBlock
+
+Build = Callable[[int], nn.Module]
+
+
+class Streams:
+    """The streams of a run. Made by `enter`, when they lie on disk at the input of the next window."""
+
+    def __init__(self, inputs: RunInputs, journal: Journal, arguments: list[BlockArguments]) -> None:
+        self._inputs = inputs
+        self._journal = journal
+        self.arguments = arguments
+        segments, length = inputs.tokens.shape
+        self._shape = StreamShape(segments, length, inputs.skeleton.hidden_size)
+
+    @classmethod
+    def enter(cls, inputs: RunInputs, journal: Journal, ends: ModelEnds) -> "Streams":
+        """Learn how the model calls its blocks, and make sure that the streams are there.
+
+        Raises:
+            InputError: they had to be made again, and are not what was committed.
+        """
+        streams = cls(inputs, journal, ends.block_arguments(inputs.tokens[0]))
+        if not journal.is_complete and not streams._as_committed():
+            streams._make_again(ends)
+        return streams
+
+    def open(self, name: str) -> ZarrStore:
+        """A stream at the input of the next window, to read."""
+        return ZarrStore.open(self._journal.waiting_acts / name, self._shape)
+
+    def new(self, name: str, *, durable: bool = True) -> ZarrStore:
+        """An empty stream in tmp/."""
+        return ZarrStore.create(self._journal.building / name, self._shape, self._journal.disk, durable=durable)
+
+    def original(self, index: int) -> nn.Module:
+        """A block of the original model, to pass a stream through."""
+        inputs, dtype = self._inputs, self._inputs.compute.dtype
+        return build_block(
+            inputs.skeleton, index, inputs.checkpoint, device=inputs.compute.device, dtype=dtype, linear_dtype=dtype
+        )
+
+    def passed(self, source: ZarrStore, steps: Sequence[Sequence[int]], name: str, build: Build) -> ZarrStore:
+        """The new, durable stream `name`: `source` after the blocks that `build` gives. It is stored, and so rounded, after each step."""
+        stream = source
+        for position, step in enumerate([*steps, ()]):  # at last a copy
+            last = position == len(steps)
+            reached = self.new(name if last else f"{name}-{position}", durable=last)
+            blocks = [ResidentBlock(index, build(index), self.arguments[index], {}, ()) for index in step]
+            propagate(blocks, stream, reached, self._inputs.compute, phase=Phase.ORIGINAL)
+            if stream is not source:
+                self._journal.disk.remove_tree(stream.path)
+            stream = reached
+        return stream
+
+    def _steps(self) -> dict[str, list[range]]:
+        """The blocks that each stream which comes next has passed, in the steps in which windows took them."""
+        windows, position = self._inputs.windows, self._journal.next_window
+        kept = [range(index, index + 1) for index in range(self._inputs.config.keep_first)]
+        steps = {REFERENCE: [*kept, *(range(window.frontier, window.stop) for window in windows[:position])]}
+        if position < len(windows):
+            steps[QUANTIZED] = [*kept, *(range(window.start, window.next_start) for window in windows[:position])]
+        return steps
+
+    def _as_committed(self) -> bool:
+        """Whether the streams lie there whole. Every chunk is read once: a run that goes on has the time."""
+        committed = self._journal.committed_acts
+        if committed is None:
+            return False
+        try:
+            stores = {name: self.open(name) for name in self._steps()}
+            for store in stores.values():
+                for segment in range(self._shape.num_segments):
+                    store.read(segment)
+            return all(store.checksums() == committed[name] for name, store in stores.items())
+        except InputError:
+            return False
+
+    def _make_again(self, ends: ModelEnds) -> None:
+        journal = self._journal
+        journal.empty_tmp()
+        journal.new_folder("acts")
+        embedded = self.new("embedded", durable=False)
+        for segment, ids_S in enumerate(self._inputs.tokens):
+            embedded.write(segment, ends.embed(ids_S))
+        builds = {REFERENCE: self.original, QUANTIZED: FinishedBlocks(self._inputs, journal).build}
+        made = {}
+        for name, steps in self._steps().items():
+            made[name] = self.passed(embedded, steps, f"acts/{name}", builds[name]).checksums()
+        committed = journal.committed_acts
+        if committed is not None and made != committed:
+            raise InputError(
+                journal.waiting_acts,
+                "lost, and made again they are not what was committed. Restore the run directory, or use another --run-dir.",
+            )
+        journal.disk.remove_tree(journal.waiting_acts)
+        journal.publish_acts(journal.waiting_acts)
