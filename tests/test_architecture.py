@@ -180,6 +180,7 @@ WRITING_CALLS = {
     "mkdir",
     "rename",
     "replace",
+    "replace_file",
     "rmdir",
     "rmtree",
     "save",

@@ -34,6 +34,12 @@ def read_batches(stores: Sequence[ActivationStore], batches: Sequence[Sequence[i
             pool.shutdown(wait=True, cancel_futures=True)
 
 
+def in_shuffled_batches(segments: Sequence[int], batch_size: int, generator: torch.Generator) -> list[list[int]]:
+    """`segments` in an order that the generator gives, `batch_size` at a time."""
+    order = torch.randperm(len(segments), generator=generator).tolist()
+    return in_batches([segments[position] for position in order], batch_size)
+
+
 def in_batches(segments: Sequence[int], batch_size: int) -> list[list[int]]:
     """`segments` in order, `batch_size` at a time; the last batch may be smaller."""
     return [list(segments[start : start + batch_size]) for start in range(0, len(segments), batch_size)]

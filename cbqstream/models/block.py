@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from cbqstream.models.skeleton import ModelSkeleton
 from cbqstream.records import WeightSource
@@ -58,7 +59,13 @@ def _quantize_input(quantizer: Callable[[Tensor], Tensor], linear: nn.Module, in
     return quantizer(inputs[0])
 
 
-def run_block(block: nn.Module, x_BSD: Tensor, arguments: BlockArguments) -> Tensor:
-    """Hidden states [B, S, D] after the block, called as the model itself calls it."""
-    output: Tensor | tuple[Tensor, ...] = block(x_BSD, **arguments)
+def run_block(
+    block: nn.Module, x_BSD: Tensor, arguments: BlockArguments, weights: Mapping[str, Tensor] | None = None
+) -> Tensor:
+    """Hidden states [B, S, D] after the block, called as the model itself calls it; with other `weights` by name, where they are given."""
+    output: Tensor | tuple[Tensor, ...] = (
+        block(x_BSD, **arguments)
+        if weights is None
+        else functional_call(block, dict(weights), (x_BSD,), dict(arguments))
+    )
     return output if isinstance(output, Tensor) else output[0]

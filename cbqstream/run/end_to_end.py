@@ -5,13 +5,13 @@ Each epoch carries what was learned to the next; the last one writes the shards 
 
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cbqstream.checkpoint.header import read_header
 from cbqstream.checkpoint.reader import Checkpoint
+from cbqstream.disk import FileDigest
 from cbqstream.memory import peak_resident_bytes, release_free_memory
 from cbqstream.models.ends import model_ends
 from cbqstream.packed.block_shard import read_scales, rewrite_scales
@@ -99,24 +99,22 @@ def _starting_steps(inputs: RunInputs, journal: Journal, blocks: FinishedBlocks)
     return all_steps
 
 
-def _write_carry(inputs: RunInputs, journal: Journal, all_steps: list[dict[str, StepSizes]]) -> dict[str, list[Any]]:
+def _write_carry(inputs: RunInputs, journal: Journal, all_steps: list[dict[str, StepSizes]]) -> dict[str, FileDigest]:
     """What was learned, for the next epoch."""
     carry: dict[str, Tensor] = {}
     for spec, steps in zip(inputs.skeleton.blocks, all_steps, strict=True):
         carry |= {f"{spec.prefix}.{name}": of_layer.theta for name, of_layer in steps.items()}
-    digest = write_tensors(journal.disk, journal.building / "parts" / CARRY, carry)
-    return {CARRY: [digest.size, digest.sha256]}
+    return {CARRY: write_tensors(journal.disk, journal.building / "parts" / CARRY, carry)}
 
 
 def _write_shards(
     inputs: RunInputs, journal: Journal, blocks: FinishedBlocks, all_steps: list[dict[str, StepSizes]]
-) -> dict[str, list[Any]]:
+) -> dict[str, FileDigest]:
     """The shards with the step sizes that were learned."""
     parts = {}
     for spec, steps in zip(inputs.skeleton.blocks, all_steps, strict=True):
         shard = blocks.shard(spec.index)
         if shard is not None:
             scales = {f"{spec.prefix}.{name}": of_layer.stored() for name, of_layer in steps.items()}
-            digest = rewrite_scales(journal.disk, journal.building / "parts", shard, scales)
-            parts[shard.name] = [digest.size, digest.sha256]
+            parts[shard.name] = rewrite_scales(journal.disk, journal.building / "parts", shard, scales)
     return parts

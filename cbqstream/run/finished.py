@@ -1,4 +1,4 @@
-"""Blocks that are done, read back from their shards."""
+"""Blocks that only compute: of the original model, and those that are done, read back from their shards."""
 
 from pathlib import Path
 
@@ -12,6 +12,12 @@ from cbqstream.packed.source import PackedSource
 from cbqstream.records import WeightSource
 from cbqstream.run.inputs import RunInputs
 from cbqstream.run.journal import Journal
+
+
+def computing_block(inputs: RunInputs, index: int, source: WeightSource) -> nn.Module:
+    """Block `index` from `source`, all of it in the dtype of the run."""
+    dtype = inputs.compute.dtype
+    return build_block(inputs.skeleton, index, source, device=inputs.compute.device, dtype=dtype, linear_dtype=dtype)
 
 
 class FinishedBlocks:
@@ -28,10 +34,6 @@ class FinishedBlocks:
     def build(self, index: int) -> nn.Module:
         """A block with its weights dequantized, or as they were where it has no shard."""
         inputs, shard = self._inputs, self.shard(index)
-        source: WeightSource = inputs.checkpoint
-        if shard is not None:
-            source = PackedSource(Checkpoint(read_header(shard)), inputs.config.scheme)
-        dtype = inputs.compute.dtype
-        return build_block(
-            inputs.skeleton, index, source, device=inputs.compute.device, dtype=dtype, linear_dtype=dtype
-        )
+        if shard is None:
+            return computing_block(inputs, index, inputs.checkpoint)
+        return computing_block(inputs, index, PackedSource(Checkpoint(read_header(shard)), inputs.config.scheme))

@@ -15,7 +15,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from cbqstream.disk import Disk
+from cbqstream.disk import Disk, FileDigest
 from cbqstream.errors import IdentityError, InputError, StoppedError, UsageError
 from cbqstream.run.identity import FORMAT, canonical, digest_of
 
@@ -106,14 +106,14 @@ class Journal:
     def clean(self) -> None:
         """Delete what no commit names: the remains of a process that was stopped."""
         self.empty_tmp()
-        keep = {"parts": {numbered(index) for index in range(self.next_window)}, "acts": self._waiting_acts()}
+        keep = {"parts": {numbered(index) for index in range(self.next_window)}, "acts": self._acts_to_keep()}
         for folder, names in keep.items():
             for entry in sorted((self.path / folder).iterdir()):
                 if entry.name not in names:
                     self.disk.remove_tree(entry)
         self._drop_old_carry()
 
-    def _waiting_acts(self) -> set[str]:
+    def _acts_to_keep(self) -> set[str]:
         """Streams that what is committed left for what is not. Epochs all read those that the last window left."""
         if not 0 < self.next_window < self._num_commits:
             return set()
@@ -136,7 +136,7 @@ class Journal:
         self,
         window: int,
         *,
-        parts: dict[str, list[Any]],
+        parts: dict[str, FileDigest],
         acts: dict[str, list[list[int]]] | None,
         report: dict[str, Any],
     ) -> None:
@@ -144,12 +144,13 @@ class Journal:
 
         Args:
             window: its number, the next one.
-            parts: size and SHA-256 of each file in tmp/parts.
+            parts: digest of each file in tmp/parts.
             acts: size and crc32c of each chunk in tmp/acts by stream; None where nothing follows that needs other ones.
             report: what is told about it.
         """
         previous = self.commits[-1]["self"] if self.commits else None
-        body = {"format": FORMAT, "window": window, "prev": previous, "parts": parts, "acts": acts, "report": report}
+        table = {name: [digest.size, digest.sha256] for name, digest in parts.items()}
+        body = {"format": FORMAT, "window": window, "prev": previous, "parts": table, "acts": acts, "report": report}
         record = {**body, "self": digest_of(body)}
         self.disk.sync_folders(self.building / "parts")
         self._require_written(parts)
@@ -162,15 +163,15 @@ class Journal:
         self.disk.rename(pending, self.path / "commits" / numbered(window))
         self.disk.sync_folder(self.path / "commits")
         self.commits.append(record)
-        if self._acts(window).name not in self._waiting_acts():
+        if self._acts(window).name not in self._acts_to_keep():
             self.disk.remove_tree(self._acts(window))
         self._drop_old_carry()
 
-    def _require_written(self, parts: dict[str, list[Any]]) -> None:
-        for name, (size, _) in parts.items():
+    def _require_written(self, parts: dict[str, FileDigest]) -> None:
+        for name, digest in parts.items():
             found = (self.building / "parts" / name).stat().st_size
-            if found != size:
-                raise InputError(self.building / "parts" / name, f"is {found} bytes after writing {size}.")
+            if found != digest.size:
+                raise InputError(self.building / "parts" / name, f"is {found} bytes after writing {digest.size}.")
 
 
 @contextmanager

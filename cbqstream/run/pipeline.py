@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -25,7 +24,7 @@ from cbqstream.activations.zarr_store import ZarrStore
 from cbqstream.checkpoint.header import read_header
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.config import QuantizeConfig
-from cbqstream.disk import Disk
+from cbqstream.disk import Disk, FileDigest
 from cbqstream.errors import DeviceMemoryError, UsageError
 from cbqstream.memory import peak_resident_bytes, release_free_memory, return_large_blocks
 from cbqstream.models.block import build_block
@@ -222,7 +221,7 @@ class _Job:
                 own = {name.removeprefix(prefix): value for name, value in carried.items() if name.startswith(prefix)}
                 block.go_on(self.settings, generator, own)
 
-    def _write_parts(self, leaving: list[ResidentBlock], staying: list[ResidentBlock]) -> dict[str, list[Any]]:
+    def _write_parts(self, leaving: list[ResidentBlock], staying: list[ResidentBlock]) -> dict[str, FileDigest]:
         folder, disk = self.journal.building / "parts", self.journal.disk
         digests = {}
         for block in leaving:
@@ -233,7 +232,7 @@ class _Job:
         if staying:
             carry = {f"{block.index}.{name}": value for block in staying for name, value in block.carry().items()}
             digests[CARRY] = write_tensors(disk, folder / CARRY, carry)
-        return {name: [digest.size, digest.sha256] for name, digest in digests.items()}
+        return digests
 
     def _tell(self, window: Window, doing: str) -> None:
         self.listener(

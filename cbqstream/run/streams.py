@@ -11,9 +11,9 @@ from torch import nn
 from cbqstream.activations.store import StreamShape
 from cbqstream.activations.zarr_store import ZarrStore
 from cbqstream.errors import InputError
-from cbqstream.models.block import BlockArguments, build_block
+from cbqstream.models.block import BlockArguments
 from cbqstream.models.ends import ModelEnds
-from cbqstream.run.finished import FinishedBlocks
+from cbqstream.run.finished import FinishedBlocks, computing_block
 from cbqstream.run.inputs import RunInputs
 from cbqstream.run.journal import QUANTIZED, REFERENCE, Journal
 from cbqstream.windows.propagate import propagate
@@ -55,10 +55,7 @@ class Streams:
 
     def original(self, index: int) -> nn.Module:
         """A block of the original model, to pass a stream through."""
-        inputs, dtype = self._inputs, self._inputs.compute.dtype
-        return build_block(
-            inputs.skeleton, index, inputs.checkpoint, device=inputs.compute.device, dtype=dtype, linear_dtype=dtype
-        )
+        return computing_block(self._inputs, index, self._inputs.checkpoint)
 
     def passed(self, source: ZarrStore, steps: Sequence[Sequence[int]], name: str, build: Build) -> ZarrStore:
         """The new, durable stream `name`: `source` after the blocks that `build` gives. It is stored, and so rounded, after each step."""
@@ -74,12 +71,11 @@ class Streams:
         return stream
 
     def _steps(self) -> dict[str, list[range]]:
-        """The blocks that each stream which comes next has passed, in the steps in which windows took them."""
+        """The blocks that each stream which comes next has passed since the first window, in the steps in which windows took them."""
         windows, position = self._inputs.windows, self._journal.next_window
-        kept = [range(index, index + 1) for index in range(self._inputs.config.keep_first)]
-        steps = {REFERENCE: [*kept, *(range(window.frontier, window.stop) for window in windows[:position])]}
+        steps = {REFERENCE: [range(window.frontier, window.stop) for window in windows[:position]]}
         if position < len(windows):
-            steps[QUANTIZED] = [*kept, *(range(window.start, window.next_start) for window in windows[:position])]
+            steps[QUANTIZED] = [range(window.start, window.next_start) for window in windows[:position]]
         return steps
 
     def _as_committed(self) -> bool:
@@ -100,13 +96,16 @@ class Streams:
         journal = self._journal
         journal.empty_tmp()
         journal.new_folder("acts")
-        embedded = self.new("embedded", durable=False)
+        start = self.new("embedded", durable=False)
         for segment, ids_S in enumerate(self._inputs.tokens):
-            embedded.write(segment, ends.embed(ids_S))
+            start.write(segment, ends.embed(ids_S))
+        if self._inputs.config.keep_first:
+            kept = [[index] for index in range(self._inputs.config.keep_first)]
+            start = self.passed(start, kept, "start", self.original)
         builds = {REFERENCE: self.original, QUANTIZED: FinishedBlocks(self._inputs, journal).build}
         made = {}
         for name, steps in self._steps().items():
-            made[name] = self.passed(embedded, steps, f"acts/{name}", builds[name]).checksums()
+            made[name] = self.passed(start, steps, f"acts/{name}", builds[name]).checksums()
         committed = journal.committed_acts
         if committed is not None and made != committed:
             raise InputError(

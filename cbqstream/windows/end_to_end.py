@@ -11,12 +11,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.optim import Adam
 
-from cbqstream.activations.read_ahead import in_batches, read_batches
+from cbqstream.activations.read_ahead import in_batches, in_shuffled_batches, read_batches
 from cbqstream.activations.store import ActivationStore
-from cbqstream.models.block import BlockArguments
+from cbqstream.models.block import BlockArguments, run_block
 from cbqstream.numerics.affine import grouped, storable_scale
 from cbqstream.numerics.losses import Head, head_divergence
 from cbqstream.records import Compute
@@ -62,8 +61,7 @@ class StreamedModel:
         for name, steps in self.steps[index].items():
             w_OGK = grouped(block.get_parameter(f"{name}.weight"), steps.theta.shape[1])
             weights[f"{name}.weight"] = (w_OGK * steps.factor(stored=stored).unsqueeze(-1).to(w_OGK.dtype)).flatten(1)
-        output: Tensor | tuple[Tensor, ...] = functional_call(block, weights, (x_BSD,), dict(self.arguments[index]))
-        return output if isinstance(output, Tensor) else output[0]
+        return run_block(block, x_BSD, self.arguments[index], weights)
 
     @torch.no_grad()
     def forward(self, x_BSD: Tensor) -> list[Tensor]:
@@ -130,8 +128,7 @@ def train_epoch(
     """
     learned = [steps.theta for block in model.steps for steps in block.values()]
     optimizer = Adam(learned, lr=rates[0], foreach=False)
-    order = [segments[position] for position in torch.randperm(len(segments), generator=generator).tolist()]
-    batches = in_batches(order, model.compute.batch_size)
+    batches = in_shuffled_batches(segments, model.compute.batch_size, generator)
     for step, (x_BSD, reference_BSD) in enumerate(data.read(batches, model.compute)):
         optimizer.param_groups[0]["lr"] = rates[0] + (rates[1] - rates[0]) * step / len(batches)
         states = model.forward(x_BSD)

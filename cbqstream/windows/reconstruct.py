@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Adam
 
-from cbqstream.activations.read_ahead import in_batches, read_batches
+from cbqstream.activations.read_ahead import in_batches, in_shuffled_batches, read_batches
 from cbqstream.activations.store import ActivationStore
 from cbqstream.config import ReconstructionConfig, Schedule
 from cbqstream.errors import InputError
@@ -137,8 +137,7 @@ def _training_order(
         return []
     order = []
     for _ in range(config.epochs):
-        shuffled = [segments[position] for position in torch.randperm(len(segments), generator=generator).tolist()]
-        order += in_batches(shuffled, config.batch_size)
+        order += in_shuffled_batches(segments, config.batch_size, generator)
     return order
 
 

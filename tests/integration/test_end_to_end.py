@@ -19,15 +19,12 @@ from cbqstream.numerics.losses import head_divergence
 from cbqstream.records import Compute, EpochReport
 from cbqstream.run.journal import read_commits
 from cbqstream.windows.end_to_end import StepSizes, StreamedModel
+from killing import quantize_until
 from tiny import FAMILIES, SEQ_LEN, VOCAB
 
 CPU = torch.device("cpu")
 COMPUTE = Compute(CPU, torch.float32, 4)
 SCHEME = Scheme(num_bits=2, group_size=16, symmetric=False)
-
-
-class KilledError(Exception):
-    """Stands for a process that is gone."""
 
 
 def learn(config, **options):
@@ -131,13 +128,7 @@ def test_stopped_in_any_epoch(make_config):
     assert len(commits) == 5
     for stop in range(commits[2], len(operations) + 1, 5):
         config = make_config(name=f"stop-{stop}", **settings)
-
-        def die(number, name, path, stop=stop):
-            if number == stop:
-                raise KilledError
-
-        with pytest.raises(KilledError):
-            quantize(config, disk=Disk(die))
+        quantize_until(config, lambda number, name, path, stop=stop: number == stop)
         committed = len(read_commits(config.run_path))
         out, reports = learn(config)
         assert [report.epoch for report in reports] == list(range(max(0, committed - 3), 2)), stop

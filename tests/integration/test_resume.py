@@ -19,11 +19,8 @@ from cbqstream.disk import Disk
 from cbqstream.errors import IdentityError, InputError, StoppedError, UsageError
 from cbqstream.records import WindowReport
 from cbqstream.run.journal import open_journal, read_commits, read_run
+from killing import KilledError, quantize_until
 from tiny import SEQ_LEN, save_model, save_tokens
-
-
-class KilledError(Exception):
-    """Stands for a process that is gone."""
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -66,13 +63,7 @@ def test_stopped_before_durable_operations(make_config, tmp_path):
     assert len(stops) > 20
     for stop in stops:
         config = make_config(name=f"out-{stop}", **options)
-
-        def die(number, name, path, stop=stop):
-            if number == stop:
-                raise KilledError
-
-        with pytest.raises(KilledError):
-            quantize(config, disk=Disk(die))
+        quantize_until(config, lambda number, name, path, stop=stop: number == stop)
         committed = len(read_commits(config.run_path))
         done = windows_done(config)
         assert done == list(range(committed, 2)), f"operation {stop}"
@@ -122,12 +113,10 @@ def flip(path):
 
 
 def stop_after_the_first_commit(config):
-    def die(number, name, path):
-        if name == "remove_tree" and path.parent.name == "acts" and (config.run_path / "commits" / "00000").exists():
-            raise KilledError
-
-    with pytest.raises(KilledError):
-        quantize(config, disk=Disk(die))
+    first = config.run_path / "commits" / "00000"
+    quantize_until(
+        config, lambda _, name, path: name == "remove_tree" and path.parent.name == "acts" and first.exists()
+    )
     assert len(read_commits(config.run_path)) == 1
 
 
