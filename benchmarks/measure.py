@@ -18,6 +18,8 @@ class Measured:
 
     output: str
     seconds: float
+    cpu_seconds: float
+    """Of all threads. With one thread, the wall time on a core that nothing else uses."""
     peak_rss: int
     """Bytes."""
 
@@ -40,7 +42,8 @@ def run(*command: str) -> Measured:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)}: exit code {process.returncode}")
-    return Measured("".join(lines), time.monotonic() - began, usage.ru_maxrss * 1024)
+    seconds, cpu_seconds = time.monotonic() - began, usage.ru_utime + usage.ru_stime
+    return Measured("".join(lines), seconds, cpu_seconds, usage.ru_maxrss * 1024)
 
 
 def cbqstream(*arguments: str) -> Measured:

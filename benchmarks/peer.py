@@ -40,9 +40,10 @@ def load(args: argparse.Namespace) -> tuple:
 
 
 def report(model: torch.nn.Module, tokenizer, texts: list[Path]) -> None:
-    """Print one line of JSON: seconds from start to quantized model, peak RSS at this moment, and then the perplexity on each text."""
+    """Print one line of JSON: seconds from start to quantized model, peak RSS at that moment, and then the perplexity on each text."""
     result = {
         "seconds": time.time() - psutil.Process().create_time(),
+        "cpu_seconds": time.process_time(),
         "peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
     for text in texts:
