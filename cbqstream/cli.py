@@ -1,5 +1,6 @@
 """The command line: arguments to settings, settings to a run. torch is imported only by the commands that compute."""
 
+import os
 import signal
 import sys
 from dataclasses import replace
@@ -11,7 +12,7 @@ import typer
 from rich.console import Console
 
 from cbqstream.config import PROFILES, CalibrationConfig, QuantizeConfig, Scheme
-from cbqstream.errors import CbqstreamError, StoppedError, StorageError, UsageError
+from cbqstream.errors import CbqstreamError, InputError, StoppedError, StorageError, UsageError
 
 app = typer.Typer(
     name="cbqstream",
@@ -28,6 +29,13 @@ _PER_CHANNEL = -1
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; the physical cores by default.")]
+StopAfterWindow = Annotated[int | None, typer.Option(help="Leave after this window, with exit code 75.")]
+AllowNumericsChange = Annotated[
+    bool, typer.Option("--allow-numerics-change", help="Go on with other threads, versions or device.")
+]
+AllowSharedRunDir = Annotated[
+    bool, typer.Option("--allow-shared-run-dir", help="Use a run directory that others can change.")
+]
 LogJson = Annotated[Path | None, typer.Option(help="Append a JSON line per window to this file.")]
 
 
@@ -94,6 +102,9 @@ def quantize(
     seed: Annotated[int, typer.Option(help="Of all randomness.")] = 0,
     device: Device = "auto",
     threads: Threads = None,
+    stop_after_window: StopAfterWindow = None,
+    allow_numerics_change: AllowNumericsChange = False,
+    allow_shared_run_dir: AllowSharedRunDir = False,
     log_json: LogJson = None,
 ) -> None:
     """Quantize MODEL into OUT, or go on with the run that was begun."""
@@ -149,7 +160,7 @@ def quantize(
         device=device,
         threads=threads,
     )
-    _run(config, log_json)
+    _run(config, log_json, stop_after_window, allow_numerics_change, allow_shared_run_dir)
 
 
 def _changed(settings: Any, **flags: Any) -> Any:
@@ -158,23 +169,82 @@ def _changed(settings: Any, **flags: Any) -> Any:
 
 
 @app.command()
-def resume(run: Annotated[Path, typer.Argument(help="The run directory.")], log_json: LogJson = None) -> None:
+def resume(
+    run: Annotated[Path, typer.Argument(help="The run directory.")],
+    stop_after_window: StopAfterWindow = None,
+    allow_numerics_change: AllowNumericsChange = False,
+    allow_shared_run_dir: AllowSharedRunDir = False,
+    log_json: LogJson = None,
+) -> None:
     """Go on with a run; all settings come from its directory."""
-    from cbqstream.run.journal import read_run
+    from cbqstream.run.chain import Chain
 
-    content = read_run(run)
+    content = Chain.read(run).run
     same = {"run_dir": str(run.absolute()), "threads": content["identity"]["numerics"]["threads"]}
-    _run(QuantizeConfig.from_dict({**content["config"], **same}), log_json)
+    config = QuantizeConfig.from_dict({**content["config"], **same})
+    _run(config, log_json, stop_after_window, allow_numerics_change, allow_shared_run_dir)
 
 
 @app.command()
 def status(run: Annotated[Path, typer.Argument(help="The run directory.")]) -> None:
     """Say how far a run is. Reads only."""
     from cbqstream.report.status import status_lines
-    from cbqstream.run.journal import read_commits, read_run
+    from cbqstream.run.chain import Chain
 
-    for line in status_lines(run, read_run(run), read_commits(run)):
-        Console().print(line, highlight=False, soft_wrap=True)
+    chain = Chain.read(run)
+    for line in status_lines(run, chain.run, chain.commits):
+        _say(line)
+
+
+@app.command()
+def check(
+    path: Annotated[Path, typer.Argument(help="A run directory, or a model that was quantized.")],
+    read_data: Annotated[bool, typer.Option("--read-data", help="Read every byte; else sizes and records.")] = False,
+) -> None:
+    """Verify a run or a finished model. Reads only; says what is wrong, and then leaves with exit code 65."""
+    from cbqstream.run.check import check as look
+
+    found = look(path, read_data=read_data)
+    for line in found.facts:
+        _say(line)
+    for problem in found.problems:
+        _complain(problem)
+    if found.problems:
+        raise typer.Exit(InputError.exit_code)
+    _say("ok")
+
+
+@app.command()
+def rollback(
+    run: Annotated[Path, typer.Argument(help="The run directory.")],
+    to: Annotated[int, typer.Option(help="How many windows are kept; 0 starts over.")],
+    allow_shared_run_dir: AllowSharedRunDir = False,
+) -> None:
+    """Give up the newest windows of a run: the last one, or all."""
+    from cbqstream.disk import Disk
+    from cbqstream.run.journal import open_journal
+
+    with open_journal(run, Disk(), shared=allow_shared_run_dir) as journal:
+        journal.roll_back(to)
+    _say(f"{to} windows are left; go on with: cbqstream resume {run}")
+
+
+@app.command()
+def clean(
+    run: Annotated[Path, typer.Argument(help="The run directory.")],
+    unfinished: Annotated[bool, typer.Option("--unfinished", help="Give up a run that is not finished too.")] = False,
+) -> None:
+    """Delete a run directory whose model is finished. The model stays."""
+    from cbqstream.disk import Disk
+    from cbqstream.run.chain import Chain
+    from cbqstream.run.journal import discard
+
+    chain = Chain.read(run)
+    if not unfinished and not (chain.is_complete and chain.is_result(Path(chain.run["config"]["out"]))):
+        done = f"{chain.next_window} of {chain.num_commits} commits"
+        raise UsageError(f"{run}: not finished ({done}). Run cbqstream resume {run}, or give it up with --unfinished.")
+    discard(run, Disk())
+    _say(f"deleted: {run}")
 
 
 @app.command("eval")
@@ -213,42 +283,68 @@ def evaluate(
     )
 
 
-def _run(config: QuantizeConfig, log_json: Path | None) -> None:
+def _say(line: str) -> None:
+    Console().print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def _run(
+    config: QuantizeConfig,
+    log_json: Path | None,
+    stop_after_window: int | None,
+    allow_numerics_change: bool,
+    allow_shared_run_dir: bool,
+) -> None:
     from cbqstream.report.progress import Progress
     from cbqstream.run.pipeline import quantize as run_pipeline
 
-    console = Console()
-    signal.signal(signal.SIGTERM, _stop)
-    signal.signal(signal.SIGINT, _stop)
     try:
-        with Progress(console, log_json) as progress:
-            out = run_pipeline(config, progress)
-    except StoppedError as error:
-        raise StoppedError(f"{error} To go on: cbqstream resume {config.run_path}") from error
-    console.print(f"done: {out}", highlight=False, soft_wrap=True)
+        with Progress(Console(), log_json) as progress:
+            out = run_pipeline(
+                config,
+                progress,
+                stop_after_window=stop_after_window,
+                allow_numerics_change=allow_numerics_change,
+                allow_shared_run_dir=allow_shared_run_dir,
+            )
+    except (Interrupted, StoppedError) as stop:
+        go_on = f"cbqstream resume {config.run_path}" if (config.run_path / "run.json").exists() else "the same command"
+        raise StoppedError(f"{stop} To go on: {go_on}") from stop
+    _say(f"done: {out}")
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM. Not an Exception, so that no library takes it for an error of its own and goes on."""
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
-    """SIGINT and SIGTERM: what is committed is safe wherever this strikes, so leave at once."""
-    signal.signal(number, signal.SIG_DFL)
-    raise StoppedError(f"stopped by {signal.Signals(number).name}.")
+    """What is committed is safe wherever a signal strikes, so leave at once; a second one does not even wait for tmp/ to be emptied."""
+    signal.signal(number, lambda number, frame: os._exit(128 + number))
+    raise Interrupted(f"stopped by {signal.Signals(number).name}.")
 
 
 def main() -> NoReturn:
     """Entry point: flags may be written with - or _, and an expected error is one line and an exit code."""
+    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGINT, _stop)
     arguments = [_dashed(argument) for argument in sys.argv[1:]]
     try:
         app(arguments)
     except CbqstreamError as error:
-        Console(stderr=True).print(f"cbqstream: error: {error}", highlight=False, soft_wrap=True, markup=False)
-        sys.exit(error.exit_code)
+        _fail(str(error), error.exit_code)
+    except Interrupted as stop:
+        _fail(str(stop), StoppedError.exit_code)
     except OSError as error:
-        where = "" if error.filename is None else f"{error.filename}: "
-        Console(stderr=True).print(
-            f"cbqstream: error: {where}{error.strerror}.", highlight=False, soft_wrap=True, markup=False
-        )
-        sys.exit(StorageError.exit_code)
+        _fail(f"{'' if error.filename is None else f'{error.filename}: '}{error.strerror}.", StorageError.exit_code)
     sys.exit(0)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    _complain(message)
+    sys.exit(code)
+
+
+def _complain(message: str) -> None:
+    Console(stderr=True).print(f"cbqstream: error: {message}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _dashed(argument: str) -> str:

@@ -9,7 +9,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,10 +54,9 @@ class Disk:
         try:
             yield
         except OSError as error:
-            remedy = (
-                "Free some space and run the same command again." if error.errno in _FULL else "Check the file system."
-            )
-            raise StorageError(f"{path}: {name} failed: {error.strerror}. {remedy}") from error
+            full = error.errno in _FULL
+            remedy = "Free some space and run the same command again." if full else "Check the file system."
+            raise StorageError(f"{path}: {name} failed: {error.strerror}. {remedy}", full=full) from error
 
     def make_folder(self, path: Path) -> None:
         """Create `path`, which must not exist, with mode 0700."""
@@ -73,13 +72,15 @@ class Disk:
             mode: permissions, before the umask.
         """
         digest, size = hashlib.sha256(), 0
-        with self._operation("write", path):
-            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
-            with os.fdopen(handle, "wb") as file:
+        with ExitStack() as closing:
+            with self._operation("write", path):
+                handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+                file = closing.enter_context(os.fdopen(handle, "wb"))
                 for chunk in chunks:
                     size += file.write(chunk)
                     digest.update(chunk)
                 file.flush()
+            with self._operation("sync_file", path):  # through the handle that wrote: an error may be lost on another
                 os.fsync(file.fileno())
         return FileDigest(size, digest.hexdigest())
 
@@ -149,6 +150,17 @@ class Disk:
         with self._operation("remove_tree", path):
             if path.exists():
                 shutil.rmtree(path)
+
+
+def digest_of_file(path: Path) -> FileDigest:
+    """What a file is now."""
+    with path.open("rb") as file:
+        return FileDigest(os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def free_bytes(folder: Path) -> int:
+    """What this user can still write on the file system of `folder`."""
+    return shutil.disk_usage(folder).free
 
 
 def open_log(path: Path) -> "TextIO":

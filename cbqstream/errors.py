@@ -57,9 +57,18 @@ class DeviceMemoryError(CbqstreamError):
 
 
 class StorageError(CbqstreamError):
-    """The file system refused a write, an fsync or a rename."""
+    """The file system refused a write, an fsync or a rename.
+
+    Args:
+        message: the line.
+        full: whether it was for lack of room.
+    """
 
     exit_code = 74
+
+    def __init__(self, message: str, *, full: bool = False) -> None:
+        super().__init__(message)
+        self.full = full
 
 
 class StoppedError(CbqstreamError):

@@ -136,6 +136,8 @@ class WindowReport:
     """Loss of the hard window on the guard segments before training."""
     loss_after: float
     """The same after training; never above `loss_before`."""
+    fallback: str | None
+    """Why what was learned was taken back, if it was: `worse`, or `not finite`."""
     changed: float
     """Share of codes that differ from rounding the weights to nearest with the same scales."""
     seconds: float
@@ -150,6 +152,7 @@ class WindowReport:
             "blocks": [self.window.start, self.window.stop],
             "loss_before": self.loss_before,
             "loss_after": self.loss_after,
+            "fallback": self.fallback,
             "changed": self.changed,
             "seconds": self.seconds,
             "peak_rss": self.peak_rss,

@@ -198,7 +198,11 @@ WRITING_MODES = {kind + binary + plus for kind in "wax" for binary in ("", "b") 
     "r+b",
 }
 OWN_OPERATIONS = {"disk", "_disk"}  # disk.py's operations may have such names
-PURE = {"cli.py": {"replace"}, "windows/resident.py": {"replace"}}  # str.replace, dataclasses.replace
+PURE = {
+    "cli.py": {"replace"},
+    "windows/resident.py": {"replace"},
+    "run/chain.py": {"replace"},
+}  # str.replace, dataclasses.replace
 
 
 def test_only_disk_writes():

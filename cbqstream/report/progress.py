@@ -12,6 +12,7 @@ from rich.live import Live
 from rich.text import Text
 
 from cbqstream.disk import open_log
+from cbqstream.errors import StorageError
 from cbqstream.memory import GIB, resident_bytes
 from cbqstream.records import EpochReport, WindowReport
 
@@ -31,6 +32,7 @@ def window_line(report: WindowReport, remaining: float) -> str:
         f"window {window.index + 1}/{report.num_windows}  blocks {window.start}-{window.stop - 1}"
         f"  loss {report.loss_before:.3g} -> {report.loss_after:.3g}  changed {report.changed:.1%}"
         f"  {report.seconds:.0f} s  RAM {report.peak_rss / GIB:.2f} GiB  ETA {duration(remaining)}"
+        f"{f'  taken back: {report.fallback}' if report.fallback else ''}"
     )
 
 
@@ -77,8 +79,11 @@ class Progress(AbstractContextManager["Progress"]):
         line = epoch_line(event) if isinstance(event, EpochReport) else self._window_line(event)
         self._console.print(line, highlight=False, soft_wrap=True)
         if self._log is not None:
-            self._log.write(json.dumps(event.to_dict()) + "\n")
-            self._log.flush()
+            try:
+                self._log.write(json.dumps(event.to_dict()) + "\n")
+                self._log.flush()
+            except OSError as error:
+                raise StorageError(f"{self._log_json}: {error.strerror}. Use another --log-json.") from error
 
     def _now(self) -> Text:
         """The live line: what is being done, for how long, and the memory in use."""

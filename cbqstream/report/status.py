@@ -1,13 +1,13 @@
 """What a run directory says of its run, for people."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cbqstream.report.progress import duration
 
 
-def status_lines(run: Path, content: dict[str, Any], commits: Sequence[dict[str, Any]]) -> list[str]:
+def status_lines(run: Path, content: Mapping[str, Any], commits: Sequence[Mapping[str, Any]]) -> list[str]:
     """The lines of `cbqstream status`.
 
     Args:
@@ -20,11 +20,17 @@ def status_lines(run: Path, content: dict[str, Any], commits: Sequence[dict[str,
     lines = [f"{config['model']} -> {config['out']}", f"windows done: {len(reports[:windows])} of {windows}"]
     for index, report in enumerate(reports[:windows]):
         first, stop = report["blocks"]
-        lines.append(f"  window {index + 1}  blocks {first}-{stop - 1}  loss {_change(report)}")
+        taken_back = f"  taken back: {report['fallback']}" if report["fallback"] else ""
+        lines.append(f"  window {index + 1}  blocks {first}-{stop - 1}  loss {_change(report)}{taken_back}")
     if epochs:
         lines.append(f"epochs end to end done: {len(reports[windows:])} of {epochs}")
     for index, report in enumerate(reports[windows:]):
         lines.append(f"  epoch {index + 1}  divergence {_change(report)}")
+    before = content["identity"]["numerics"]
+    for index, commit in enumerate(commits):
+        if commit["numerics"] != before:
+            lines.append(f"from commit {index + 1} on with other numerics: {_difference(before, commit['numerics'])}")
+        before = commit["numerics"]
     if len(reports) < windows + epochs:
         lines.append(f"time left: {_left(reports[:windows], windows)}")
         if epochs:
@@ -39,11 +45,15 @@ def status_lines(run: Path, content: dict[str, Any], commits: Sequence[dict[str,
     return lines
 
 
-def _change(report: dict[str, Any]) -> str:
+def _difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {before[key]} -> {after[key]}" for key in sorted(after) if before[key] != after[key])
+
+
+def _change(report: Mapping[str, Any]) -> str:
     return f"{report['loss_before']:.3g} -> {report['loss_after']:.3g}  {report['seconds']:.0f} s"
 
 
-def _left(reports: Sequence[dict[str, Any]], number: int) -> str:
+def _left(reports: Sequence[Mapping[str, Any]], number: int) -> str:
     """How long the rest of `number` such will take, by the mean of those that are done."""
     if not reports:
         return "unknown"

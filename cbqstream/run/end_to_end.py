@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from cbqstream.checkpoint.header import read_header
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.disk import FileDigest
 from cbqstream.memory import peak_resident_bytes, release_free_memory
@@ -17,9 +16,10 @@ from cbqstream.models.ends import model_ends
 from cbqstream.packed.block_shard import read_scales, rewrite_scales
 from cbqstream.packed.shard import write_tensors
 from cbqstream.records import EpochReport
+from cbqstream.run.chain import CARRY, REFERENCE
 from cbqstream.run.finished import FinishedBlocks
 from cbqstream.run.inputs import RunInputs
-from cbqstream.run.journal import CARRY, REFERENCE, Journal
+from cbqstream.run.journal import Journal
 from cbqstream.run.seeds import generator_for
 from cbqstream.run.streams import Streams
 from cbqstream.windows.end_to_end import EndToEndData, StepSizes, StreamedModel, stored_divergence, train_epoch
@@ -38,18 +38,20 @@ def learn_end_to_end(
         tell: told what is being done.
     """
     num_windows, num_epochs, compute = len(inputs.windows), inputs.num_epochs, inputs.compute
-    if journal.next_window >= num_windows + num_epochs:
+    if journal.chain.is_complete:
         return
+    for shard in journal.chain.shards():  # what is written again would hide a damage
+        journal.chain.require_intact(shard)
     blocks = FinishedBlocks(inputs, journal)
     steps = _starting_steps(inputs, journal, blocks)
     journal.empty_tmp()
     reference, kept = streams.open(REFERENCE), range(inputs.windows[-1].stop, len(inputs.skeleton.blocks))
     if kept:
         reference = streams.passed(reference, [[index] for index in kept], REFERENCE, streams.original)
-    with model_ends(inputs.skeleton, inputs.checkpoint, device=compute.device, dtype=compute.dtype) as ends:
+    with model_ends(inputs.skeleton, inputs.source, device=compute.device, dtype=compute.dtype) as ends:
         data = EndToEndData(lambda segment: ends.embed(inputs.tokens[segment]), reference)
         model = StreamedModel(blocks.build, streams.arguments, steps, ends.head, compute)
-        for epoch in range(journal.next_window - num_windows, num_epochs):
+        for epoch in range(journal.chain.next_window - num_windows, num_epochs):
             began = time.monotonic()
             tell(f"end to end, epoch {epoch + 1}/{num_epochs}")
             journal.new_folder("parts")
@@ -59,7 +61,7 @@ def learn_end_to_end(
             parts = _write_shards(inputs, journal, blocks, steps) if last else _write_carry(inputs, journal, steps)
             seconds = time.monotonic() - began
             report = EpochReport(epoch, num_epochs, before, after, seconds, peak_resident_bytes())
-            journal.commit(num_windows + epoch, parts=parts, acts=None, report=report.to_dict())
+            journal.commit(inputs, parts=parts, acts=None, report=report.to_dict())
             yield report
 
 
@@ -85,8 +87,8 @@ def _epoch(inputs: RunInputs, model: StreamedModel, data: EndToEndData, epoch: i
 def _starting_steps(inputs: RunInputs, journal: Journal, blocks: FinishedBlocks) -> list[dict[str, StepSizes]]:
     """The step sizes of every block, with what the epochs before learned."""
     carry = Checkpoint({})
-    if journal.next_window > len(inputs.windows):
-        carry = Checkpoint(read_header(journal.parts(journal.next_window - 1) / CARRY))
+    if journal.chain.next_window > len(inputs.windows):
+        carry = journal.read_carry()
     device, all_steps = inputs.compute.device, []
     for spec in inputs.skeleton.blocks:
         shard, steps = blocks.shard(spec.index), {}

@@ -25,7 +25,7 @@ class FinishedBlocks:
 
     def __init__(self, inputs: RunInputs, journal: Journal) -> None:
         self._inputs = inputs
-        self._shards = {path.name: path for path in journal.shards()}
+        self._shards = {path.name: path for path in journal.chain.shards()}
 
     def shard(self, index: int) -> Path | None:
         """The newest shard of a block; None if it stays in full precision, or is not done."""
@@ -35,5 +35,5 @@ class FinishedBlocks:
         """A block with its weights dequantized, or as they were where it has no shard."""
         inputs, shard = self._inputs, self.shard(index)
         if shard is None:
-            return computing_block(inputs, index, inputs.checkpoint)
+            return computing_block(inputs, index, inputs.source)
         return computing_block(inputs, index, PackedSource(Checkpoint(read_header(shard)), inputs.config.scheme))

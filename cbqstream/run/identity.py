@@ -9,7 +9,7 @@ from typing import Any
 from cbqstream.config import QuantizeConfig
 from cbqstream.errors import IdentityError
 
-FORMAT = 2
+FORMAT = 3
 """Of the run directory."""
 ALGORITHM = 2
 """Raised when the same settings give other numbers."""
@@ -64,9 +64,10 @@ def require_same(run: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
         if before.get(key) != after.get(key)
     ]
     if changed:
-        raise IdentityError(
-            f"{run}: this run has other inputs or settings ({'; '.join(changed)}). Restore them, or use another --run-dir."
-        )
+        others = "Restore them, or use another --run-dir"
+        if all(field.startswith("numerics.") for field in changed):
+            others += ", or go on with --allow-numerics-change: the result is then that of neither machine"
+        raise IdentityError(f"{run}: this run has other inputs or settings ({'; '.join(changed)}). {others}.")
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, str]:

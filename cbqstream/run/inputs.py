@@ -7,8 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from cbqstream.calibration.segments import load_segments, segments_digest
-from cbqstream.checkpoint.folder import read_json
-from cbqstream.checkpoint.reader import Checkpoint
+from cbqstream.checkpoint.folder import find_tensors, read_json
 from cbqstream.config import QuantizeConfig
 from cbqstream.errors import InputError, UsageError, shown
 from cbqstream.models.compute import choose_device, compute_dtype, make_deterministic, numerics_class
@@ -16,6 +15,7 @@ from cbqstream.models.skeleton import ModelSkeleton
 from cbqstream.packed.output import building_folder
 from cbqstream.records import Compute, Window
 from cbqstream.run.identity import identity
+from cbqstream.run.source import RunSource
 from cbqstream.windows.schedule import schedule
 
 
@@ -26,13 +26,19 @@ class RunInputs:
     config: QuantizeConfig
     model: dict[str, Any]
     """Content of the source's config.json."""
-    checkpoint: Checkpoint
+    source: RunSource
     skeleton: ModelSkeleton
     tokens: Tensor
     """Calibration segments, int64 [N, S]."""
     windows: tuple[Window, ...]
     compute: Compute
     identity: dict[str, Any]
+
+    @property
+    def stream_shape(self) -> tuple[int, int, int]:
+        """Of a stream of hidden states: segments, tokens in each, hidden size."""
+        num_segments, seq_len = self.tokens.shape
+        return num_segments, seq_len, self.skeleton.hidden_size
 
     @property
     def num_epochs(self) -> int:
@@ -54,9 +60,9 @@ def open_inputs(config: QuantizeConfig) -> RunInputs:
         method = shown(str(model["quantization_config"].get("quant_method")))
         raise InputError(folder / "config.json", f"the model is already quantized ({method}). Give the original.")
     _check_paths(config)
-    checkpoint = Checkpoint.open(folder)
-    skeleton = ModelSkeleton(folder, model, checkpoint.tensors())
-    _check_scheme(config, skeleton, checkpoint)
+    source = RunSource(find_tensors(folder))
+    skeleton = ModelSkeleton(folder, model, source.tensors())
+    _check_scheme(config, skeleton, source)
     device = choose_device(config.device)
     threads = make_deterministic(config.threads)
     skeleton.check_length(config.calibration.seq_len)
@@ -74,13 +80,13 @@ def open_inputs(config: QuantizeConfig) -> RunInputs:
     who = identity(
         config,
         model=model,
-        weights=checkpoint.fingerprint(),
+        weights=source.fingerprint(),
         tokens=segments_digest(tokens_NS),
         numerics=numerics_class(device, threads),
     )
     windows = tuple(schedule(config.keep_first, len(skeleton.blocks) - config.keep_last, config.window))
     compute = Compute(device, compute_dtype(device), config.reconstruction.batch_size)
-    return RunInputs(config, model, checkpoint, skeleton, tokens_NS, windows, compute, who)
+    return RunInputs(config, model, source, skeleton, tokens_NS, windows, compute, who)
 
 
 def _check_paths(config: QuantizeConfig) -> None:
@@ -104,7 +110,7 @@ def _check_paths(config: QuantizeConfig) -> None:
             raise UsageError(f"{parent}: no such folder. Create it first.")
 
 
-def _check_scheme(config: QuantizeConfig, skeleton: ModelSkeleton, checkpoint: Checkpoint) -> None:
+def _check_scheme(config: QuantizeConfig, skeleton: ModelSkeleton, source: RunSource) -> None:
     kept = config.keep_first + config.keep_last
     if kept >= len(skeleton.blocks):
         raise UsageError(
@@ -114,16 +120,16 @@ def _check_scheme(config: QuantizeConfig, skeleton: ModelSkeleton, checkpoint: C
     for spec in skeleton.blocks[config.keep_first : len(skeleton.blocks) - config.keep_last]:
         for name in spec.linears:
             stored = spec.tensors[f"{name}.weight"]
-            columns = checkpoint.infos[stored].shape[1]
+            columns = source.infos[stored].shape[1]
             if group_size is not None and columns % group_size:
                 fitting = [size for size in (128, 96, 64, 48, 32, 16, 8) if columns % size == 0 and size < group_size]
                 fits = f"{fitting[0]} fits; or " if fitting else ""
                 raise UsageError(
                     f"group size {group_size} does not divide the {columns} columns of {stored}. {fits}use -1 (per channel)."
                 )
-            if not checkpoint.infos[stored].dtype.is_floating_point:
+            if not source.infos[stored].dtype.is_floating_point:
                 raise InputError(
                     config.model,
-                    f"dtype {checkpoint.infos[stored].dtype}; weights must be bf16, fp16 or fp32.",
+                    f"dtype {source.infos[stored].dtype}; weights must be bf16, fp16 or fp32.",
                     tensor=stored,
                 )

@@ -8,95 +8,53 @@ leaves the state before the window or the state after it, and what is left lying
 """
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from cbqstream.checkpoint.header import read_header
+from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.disk import Disk, FileDigest
-from cbqstream.errors import IdentityError, InputError, StoppedError, UsageError
-from cbqstream.run.identity import FORMAT, canonical, digest_of
-
-CARRY = "carry.safetensors"
-"""What the blocks that stay in the next window carry over; beside the shards of those that left."""
-REFERENCE, QUANTIZED = "reference", "quantized"
-"""The two streams of hidden states: of the original model, and of the one that is being made."""
+from cbqstream.errors import IdentityError, InputError, StoppedError, StorageError, UsageError
+from cbqstream.run.chain import CARRY, RESTORE, Chain, numbered, sealed
+from cbqstream.run.identity import FORMAT, canonical
+from cbqstream.run.inputs import RunInputs
 
 _FOLDERS = ("commits", "parts", "acts", "tmp")
-
-
-def numbered(index: int) -> str:
-    """Name of a window's folder or commit."""
-    return f"{index:05d}"
+_ROLLBACK = "ROLLBACK"
+"""While this is there, the commits from the one that it names on are being deleted."""
 
 
 class Journal:
-    """The state of a run on disk. `open_journal` gives it, with the lock held."""
+    """A run directory that changes. `open_journal` gives it, with the lock held."""
 
-    def __init__(self, path: Path, disk: Disk, num_windows: int, num_epochs: int) -> None:
-        self.path = path
+    def __init__(self, chain: Chain, disk: Disk) -> None:
+        self.chain = chain
         self.disk = disk
-        self.commits = read_commits(path)
-        self._num_windows, self._num_commits = num_windows, num_windows + num_epochs
-
-    @property
-    def next_window(self) -> int:
-        """First window that is not committed; epochs of learning end to end count on after the last."""
-        return len(self.commits)
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether everything is committed."""
-        return self.next_window == self._num_commits
 
     @property
     def building(self) -> Path:
         """Where the next window is built: it has the folders `parts` and `acts`."""
-        return self.path / "tmp"
+        return self.chain.path / "tmp"
 
     def new_folder(self, name: str) -> None:
         """Make the folder `name` in tmp/."""
         self.disk.make_folder(self.building / name)
 
-    def parts(self, window: int) -> Path:
-        """Folder of the finished shards that left with `window`, and of what is carried on."""
-        return self.path / "parts" / numbered(window)
+    def read_carry(self) -> Checkpoint:
+        """What the newest window, or epoch, carried over.
 
-    @property
-    def waiting_acts(self) -> Path:
-        """Folder of the streams that the next window, or every epoch, reads."""
-        return self._acts(self.next_window)
-
-    @property
-    def committed_acts(self) -> dict[str, list[list[int]]] | None:
-        """Checksums of those streams as they were committed; None before the first window, which has none to go by."""
-        if not self.commits:
-            return None
-        acts: dict[str, list[list[int]]] = self.commits[min(self.next_window, self._num_windows) - 1]["acts"]
-        return acts
-
-    def _acts(self, window: int) -> Path:
-        return self.path / "acts" / numbered(min(window, self._num_windows))
-
-    def shards(self) -> list[Path]:
-        """The finished shards of all blocks in order: of each the newest."""
-        newest = {
-            name: self.parts(index) / name
-            for index, commit in enumerate(self.commits)
-            for name in sorted(commit["parts"])
-            if name.startswith("block-")
-        }
-        return list(newest.values())
-
-    def is_result(self, out: Path) -> bool:
-        """Whether `out` is what this run, all of whose windows are done, put together: its config and the very shards."""
-        shards = self.shards()
-        sizes = {name: size for commit in self.commits for name, (size, _) in commit["parts"].items()}
-        return (out / "config.json").is_file() and all(
-            (out / shard.name).is_file() and (out / shard.name).stat().st_size == sizes[shard.name] for shard in shards
-        )
+        Raises:
+            InputError: it is not what was committed.
+        """
+        file = self.chain.parts(self.chain.next_window - 1) / CARRY
+        self.chain.require_intact(file)
+        return Checkpoint(read_header(file))
 
     def empty_tmp(self) -> None:
         """Start to build a window."""
@@ -106,25 +64,22 @@ class Journal:
     def clean(self) -> None:
         """Delete what no commit names: the remains of a process that was stopped."""
         self.empty_tmp()
-        keep = {"parts": {numbered(index) for index in range(self.next_window)}, "acts": self._acts_to_keep()}
+        keep = {
+            "parts": {numbered(index) for index in range(self.chain.next_window)},
+            "acts": self.chain.acts_to_keep(),
+        }
         for folder, names in keep.items():
-            for entry in sorted((self.path / folder).iterdir()):
+            for entry in sorted((self.chain.path / folder).iterdir()):
                 if entry.name not in names:
                     self.disk.remove_tree(entry)
-        self._drop_old_carry()
+        self._drop_old_carries()
 
-    def _acts_to_keep(self) -> set[str]:
-        """Streams that what is committed left for what is not. Epochs all read those that the last window left."""
-        if not 0 < self.next_window < self._num_commits:
-            return set()
-        return {self.waiting_acts.name}
-
-    def _drop_old_carry(self) -> None:
-        """Only the newest window's carry is ever read again; all of them would be as large as the model."""
-        for window in range(self.next_window - 2, -1, -1):
-            if not (self.parts(window) / CARRY).exists():
-                return
-            self.disk.remove_file(self.parts(window) / CARRY)
+    def _drop_old_carries(self) -> None:
+        for window in range(self.chain.next_window - 1, -1, -1):
+            if not self.chain.holds_carry(window):
+                if not (self.chain.parts(window) / CARRY).exists():
+                    return
+                self.disk.remove_file(self.chain.parts(window) / CARRY)
 
     def publish_acts(self, place: Path) -> None:
         """Make `tmp/acts` durable as `place`."""
@@ -134,38 +89,69 @@ class Journal:
 
     def commit(
         self,
-        window: int,
+        inputs: RunInputs,
         *,
         parts: dict[str, FileDigest],
         acts: dict[str, list[list[int]]] | None,
         report: dict[str, Any],
     ) -> None:
-        """Make a window that was built in tmp/ part of the run.
+        """Make what was built in tmp/ part of the run, as its next window.
 
         Args:
-            window: its number, the next one.
+            inputs: what it was made from; the commit names the tensors that were read for the first time, and the numerics.
             parts: digest of each file in tmp/parts.
             acts: size and crc32c of each chunk in tmp/acts by stream; None where nothing follows that needs other ones.
             report: what is told about it.
         """
-        previous = self.commits[-1]["self"] if self.commits else None
-        table = {name: [digest.size, digest.sha256] for name, digest in parts.items()}
-        body = {"format": FORMAT, "window": window, "prev": previous, "parts": table, "acts": acts, "report": report}
-        record = {**body, "self": digest_of(body)}
+        window, before = self.chain.next_window, self.chain
+        body = {
+            "format": FORMAT,
+            "window": window,
+            "prev": before.last,
+            "parts": {name: [digest.size, digest.sha256] for name, digest in parts.items()},
+            "acts": acts,
+            "source": inputs.source.uncommitted(),
+            "numerics": inputs.identity["numerics"],
+            "report": report,
+        }
+        record = sealed(body)
         self.disk.sync_folders(self.building / "parts")
         self._require_written(parts)
-        self.disk.rename(self.building / "parts", self.parts(window))
-        self.disk.sync_folder(self.path / "parts")
+        self.disk.rename(self.building / "parts", before.parts(window))
+        self.disk.sync_folder(before.path / "parts")
         if acts is not None:
-            self.publish_acts(self._acts(window + 1))
+            self.publish_acts(before.acts(window + 1))
         pending = self.building / "commit"
         self.disk.write(pending, [canonical(record)])
-        self.disk.rename(pending, self.path / "commits" / numbered(window))
-        self.disk.sync_folder(self.path / "commits")
-        self.commits.append(record)
-        if self._acts(window).name not in self._acts_to_keep():
-            self.disk.remove_tree(self._acts(window))
-        self._drop_old_carry()
+        self.disk.rename(pending, before.path / "commits" / numbered(window))
+        self.disk.sync_folder(before.path / "commits")
+        self.chain = before.extended(record)
+        inputs.source.remember(record["source"])
+        if before.acts(window).name not in self.chain.acts_to_keep():
+            self.disk.remove_tree(before.acts(window))
+        self._drop_old_carries()
+
+    def roll_back(self, windows: int) -> None:
+        """Give up all but the first `windows` windows.
+
+        Raises:
+            UsageError: there are not more than that, or what the next one needs is no longer kept.
+        """
+        chain = self.chain
+        if not 0 <= windows < chain.next_window:
+            raise UsageError(f"{chain.path}: {chain.next_window} windows are done, so --to must be smaller than that.")
+        needs_carry = windows > 0 and CARRY in chain.commits[windows - 1]["parts"]
+        if needs_carry and not chain.holds_carry(windows - 1):
+            raise UsageError(
+                f"{chain.path}: what window {windows} carried over is no longer kept. Use --to {chain.next_window - 1} or --to 0."
+            )
+        pending = self.building / _ROLLBACK
+        self.disk.write(pending, [canonical({"windows": windows})])
+        self.disk.rename(pending, chain.path / _ROLLBACK)
+        self.disk.sync_folder(chain.path)
+        _finish_rollback(chain.path, self.disk)
+        self.chain = Chain.read(chain.path)
+        self.clean()
 
     def _require_written(self, parts: dict[str, FileDigest]) -> None:
         for name, digest in parts.items():
@@ -175,40 +161,94 @@ class Journal:
 
 
 @contextmanager
-def open_journal(path: Path, run: dict[str, Any], disk: Disk) -> Iterator[Journal]:
-    """The journal of a run, made if it is not there, locked for the length of the `with`.
+def open_journal(
+    path: Path, disk: Disk, run: dict[str, Any] | None = None, *, shared: bool = False
+) -> Iterator[Journal]:
+    """The journal of a run, locked for the length of the `with`. At its end tmp/ is emptied, so that a full disk is not left full.
 
     Args:
         path: the run directory.
-        run: content of run.json for a new run, see `read_run`. Not compared with what is there.
         disk: does the writing.
+        run: content of run.json for a new run, see `Chain`. Not compared with what is there. None: the run must be there.
+        shared: the folder may belong to somebody else, or be open to others.
 
     Raises:
         StoppedError: another process holds it.
         UsageError: the folder is not empty and not a run.
-        InputError: a commit is damaged.
+        InputError: a record is damaged, or a file is missing or of another size.
+        IdentityError: somebody else could have changed it.
+        StorageError: the file system has no locks.
     """
-    _make_run_folder(path, disk)
+    if run is not None:
+        _make_run_folder(path, disk)
+    elif not (path / "run.json").exists():
+        raise InputError(path, "no cbqstream run (run.json is missing).")
+    if not shared:
+        _require_private(path)
+    with _locked(path):
+        if run is not None and not (path / "run.json").exists():
+            _begin(path, disk, run)
+        _finish_rollback(path, disk)
+        chain = Chain.read(path)
+        chain.require_parts()
+        journal = Journal(chain, disk)
+        journal.clean()
+        try:
+            yield journal
+        finally:
+            with suppress(StorageError):  # what went wrong before matters more
+                journal.empty_tmp()
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
     lock = FileLock(path / "LOCK", timeout=0, fallback_to_soft=False)
     try:
         lock.acquire()
     except Timeout as error:
         raise StoppedError(f"{path}: another process is working on this run. Wait for it, or stop it.") from error
+    except NotImplementedError as error:
+        raise StorageError(f"{path}: its file system has no locks. Use a --run-dir on another one.") from error
     try:
-        if not (path / "run.json").exists():
-            for folder in _FOLDERS:
-                disk.remove_tree(path / folder)
-                disk.make_folder(path / folder)
-            pending = path / "tmp" / "run.json"
-            disk.write(pending, [json.dumps(run, indent=2).encode()])
-            disk.rename(pending, path / "run.json")
-            disk.sync_folder(path)
-        content = read_run(path)
-        journal = Journal(path, disk, content["windows"], content["epochs"])
-        journal.clean()
-        yield journal
+        yield
     finally:
         lock.release()
+
+
+def _begin(path: Path, disk: Disk, run: dict[str, Any]) -> None:
+    for folder in _FOLDERS:
+        disk.remove_tree(path / folder)
+        disk.make_folder(path / folder)
+    pending = path / "tmp" / "run.json"
+    disk.write(pending, [canonical(sealed(run))])
+    disk.rename(pending, path / "run.json")
+    disk.sync_folder(path)
+
+
+def _finish_rollback(path: Path, disk: Disk) -> None:
+    marker = path / _ROLLBACK
+    if not marker.exists():
+        return
+    try:
+        windows = int(json.loads(marker.read_bytes())["windows"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(marker, f"damaged. {RESTORE}") from error
+    for record in sorted((path / "commits").iterdir(), reverse=True):
+        if record.name >= numbered(windows):
+            disk.remove_file(record)
+    disk.sync_folder(path / "commits")
+    disk.remove_file(marker)
+    disk.sync_folder(path)
+
+
+def discard(path: Path, disk: Disk) -> None:
+    """Delete a run directory. Once run.json is gone, nothing in it exists any more."""
+    with open_journal(path, disk):
+        disk.remove_file(path / "run.json")
+        disk.sync_folder(path)
+        for folder in _FOLDERS:
+            disk.remove_tree(path / folder)
+    disk.remove_tree(path)
 
 
 def _make_run_folder(path: Path, disk: Disk) -> None:
@@ -224,51 +264,15 @@ def _make_run_folder(path: Path, disk: Disk) -> None:
         raise UsageError(f"{path}: not empty and not a cbqstream run. Use another --run-dir.")
 
 
-def read_run(path: Path) -> dict[str, Any]:
-    """Content of run.json: `identity`, `config`, and how many `windows` and `epochs` of learning end to end it has. Reads only.
-
-    Raises:
-        InputError: there is no run, or it is damaged.
-        IdentityError: it was made by a newer version.
-    """
-    file = path / "run.json"
-    if not file.is_file():
-        raise InputError(path, "no cbqstream run (run.json is missing).")
-    try:
-        run = json.loads(file.read_text())
-        made_by = run["identity"]["format"]
-        run["config"]["out"], int(run["windows"]), int(run["epochs"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(file, "damaged.") from error
-    if made_by != FORMAT:
-        raise IdentityError(f"{path}: run format {made_by}, this version reads {FORMAT}. Use the version that made it.")
-    return dict(run)
-
-
-def read_commits(path: Path) -> list[dict[str, Any]]:
-    """The unbroken chain of commits. Reads only.
-
-    Raises:
-        InputError: a record is damaged or missing from the middle; no crash does that.
-    """
-    folder = path / "commits"
-    names: Sequence[str] = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-    commits: list[dict[str, Any]] = []
-    for index, name in enumerate(names):
-        file = folder / name
-        try:
-            record = json.loads(file.read_text())
-            claimed = record.pop("self")
-        except (ValueError, KeyError, AttributeError) as error:
-            raise InputError(file, "not a commit record.") from error
-        if (
-            name != numbered(index)
-            or claimed != digest_of(record)
-            or record["prev"] != (commits[-1]["self"] if commits else None)
-        ):
-            raise InputError(
-                file,
-                "checksum or place in the chain does not match. Restore the run directory, or use another --run-dir.",
+def _require_private(path: Path) -> None:
+    """As ssh does with its keys: nobody else may be able to change what is believed."""
+    for place in (path, path / "LOCK", path / "run.json", path / "commits"):
+        if not place.exists():
+            continue
+        status = place.stat()
+        if status.st_uid != os.geteuid():
+            raise IdentityError(f"{place}: belongs to another user. Use another --run-dir, or --allow-shared-run-dir.")
+        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise IdentityError(
+                f"{place}: others can write to it. Run chmod go-w on it, or use --allow-shared-run-dir."
             )
-        commits.append({**record, "self": claimed})
-    return commits

@@ -21,11 +21,9 @@ from pathlib import Path
 import torch
 
 from cbqstream.activations.zarr_store import ZarrStore
-from cbqstream.checkpoint.header import read_header
-from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.config import QuantizeConfig
 from cbqstream.disk import Disk, FileDigest
-from cbqstream.errors import DeviceMemoryError, UsageError
+from cbqstream.errors import StoppedError, UsageError
 from cbqstream.memory import peak_resident_bytes, release_free_memory, return_large_blocks
 from cbqstream.models.block import build_block
 from cbqstream.models.ends import model_ends
@@ -34,10 +32,12 @@ from cbqstream.packed.format import quantization_config
 from cbqstream.packed.output import assemble
 from cbqstream.packed.shard import write_tensors
 from cbqstream.records import EpochReport, Window, WindowReport
+from cbqstream.run.chain import CARRY, QUANTIZED, REFERENCE, Chain
 from cbqstream.run.end_to_end import learn_end_to_end
 from cbqstream.run.identity import require_same
 from cbqstream.run.inputs import RunInputs, open_inputs
-from cbqstream.run.journal import CARRY, QUANTIZED, REFERENCE, Journal, open_journal, read_run
+from cbqstream.run.journal import Journal, open_journal
+from cbqstream.run.limits import explained, require_finite_windows, require_space
 from cbqstream.run.seeds import generator_for
 from cbqstream.run.streams import Streams
 from cbqstream.windows.propagate import mix_targets, propagate
@@ -49,13 +49,24 @@ Listener = Callable[[str | WindowReport | EpochReport], None]
 """Is told what is being done, and what happened in each window and in each epoch after them."""
 
 
-def quantize(config: QuantizeConfig, listener: Listener = lambda event: None, disk: Disk | None = None) -> Path:
+def quantize(
+    config: QuantizeConfig,
+    listener: Listener = lambda event: None,
+    disk: Disk | None = None,
+    *,
+    stop_after_window: int | None = None,
+    allow_numerics_change: bool = False,
+    allow_shared_run_dir: bool = False,
+) -> Path:
     """Quantize a model, or go on with the run that was begun.
 
     Args:
         config: all settings.
         listener: told of progress.
         disk: does the writing; tests give one that they watch.
+        stop_after_window: leave with StoppedError when this many windows are committed.
+        allow_numerics_change: go on although threads, device or versions are others. The result is then that of neither.
+        allow_shared_run_dir: use a run directory that other users can change.
 
     Returns:
         The folder with the quantized model.
@@ -67,32 +78,49 @@ def quantize(config: QuantizeConfig, listener: Listener = lambda event: None, di
     inputs = open_inputs(config)
     out, run = Path(config.out), config.run_path
     if (run / "run.json").exists():
-        require_same(run, read_run(run)["identity"], inputs.identity)
+        _require_same(Chain.read(run), inputs, allow_numerics_change=allow_numerics_change)
     elif _is_occupied(out):
         raise UsageError(f"{out}: exists and is not empty. Give another OUT.")
-    sizes = {"windows": len(inputs.windows), "epochs": inputs.num_epochs}
+    sizes = {"windows": len(inputs.windows), "epochs": inputs.num_epochs, "stream": inputs.stream_shape}
     content = {"identity": inputs.identity, "config": config.to_dict(), **sizes}
-    with open_journal(run, content, disk or Disk()) as journal:
-        require_same(run, read_run(run)["identity"], inputs.identity)  # again, now that nobody else can change it
+    with open_journal(run, disk or Disk(), content, shared=allow_shared_run_dir) as journal:
+        _require_same(
+            journal.chain, inputs, allow_numerics_change=allow_numerics_change
+        )  # again, now that nobody else can change it
         if _is_occupied(out):
-            if journal.is_complete and journal.is_result(out):
+            if journal.chain.is_complete and journal.chain.is_result(out):
                 return out
             raise UsageError(f"{out}: exists, is not empty and is not the result of this run. Give another OUT.")
-        try:
-            job = _Job(inputs, journal, listener)
-            for window in inputs.windows[journal.next_window :]:
-                listener(job.quantize_window(window))
-                release_free_memory()
-            for report in learn_end_to_end(inputs, journal, job.streams, listener):
-                listener(report)
-        except torch.OutOfMemoryError as error:
-            remedy = "Use a smaller --batch-size or --window-size in a new run"
-            raise DeviceMemoryError(
-                f"window {journal.next_window + 1} needs more device memory than there is. {remedy}."
-            ) from error
+        inputs.source.remember(journal.chain.source_digests)
+        job = _Job(inputs, journal, listener)
+        for window in inputs.windows[journal.chain.next_window : stop_after_window]:
+            require_finite_windows(journal.chain)
+            require_space(inputs, window, run)
+            with explained(inputs, window):
+                listener(_twice(job, window))
+            release_free_memory()
+        if stop_after_window is not None and stop_after_window < journal.chain.num_commits:
+            raise StoppedError(f"stopped after window {journal.chain.next_window}, as asked.")
+        for report in learn_end_to_end(inputs, journal, job.streams, listener):
+            listener(report)
         listener("writing the model")
         job.finish(out)
     return out
+
+
+def _twice(job: "_Job", window: Window) -> WindowReport:
+    """A window; once more when device memory ran out, which may only have been in pieces."""
+    try:
+        return job.quantize_window(window)
+    except torch.OutOfMemoryError:
+        release_free_memory()
+        torch.cuda.empty_cache()
+    return job.quantize_window(window)
+
+
+def _require_same(chain: Chain, inputs: RunInputs, *, allow_numerics_change: bool) -> None:
+    numerics = inputs.identity["numerics"] if allow_numerics_change else chain.numerics
+    require_same(chain.path, {**chain.run["identity"], "numerics": numerics}, inputs.identity)
 
 
 def _is_occupied(out: Path) -> bool:
@@ -110,7 +138,7 @@ class _Job:
         self.settings = BlockSettings(config.scheme, config.reconstruction, config.outliers)
         listener("embedding the calibration segments")
         compute = inputs.compute
-        with model_ends(inputs.skeleton, inputs.checkpoint, device=compute.device, dtype=compute.dtype) as ends:
+        with model_ends(inputs.skeleton, inputs.source, device=compute.device, dtype=compute.dtype) as ends:
             self.streams = Streams.enter(inputs, journal, ends)
 
     def quantize_window(self, window: Window) -> WindowReport:
@@ -160,13 +188,15 @@ class _Job:
 
         # 7. commit
         report = self._report(window, result, time.monotonic() - began)
-        self.journal.commit(window.index, parts=parts, acts=acts, report=report.to_dict())
+        self.journal.commit(self.inputs, parts=parts, acts=acts, report=report.to_dict())
         return report
 
     def finish(self, out: Path) -> None:
         """Put the finished model together."""
         self.journal.empty_tmp()
-        inputs, config = self.inputs, self.inputs.config
+        inputs, config, shards = self.inputs, self.inputs.config, self.journal.chain.shards()
+        for shard in shards:
+            self.journal.chain.require_intact(shard)
         last = len(inputs.skeleton.blocks) - config.keep_last
         quantized = inputs.skeleton.blocks[config.keep_first : last]
         kept = [*inputs.skeleton.blocks[: config.keep_first], *inputs.skeleton.blocks[last:]]
@@ -176,8 +206,8 @@ class _Job:
             self.journal.disk,
             out,
             source_folder=Path(config.model),
-            source=inputs.checkpoint,
-            shards=self.journal.shards(),
+            source=inputs.source,
+            shards=shards,
             replaced={name for spec in quantized for name in spec.tensors.values()},
             config={**inputs.model, "quantization_config": quantization_config(config.scheme, not_quantized)},
         )
@@ -187,7 +217,7 @@ class _Job:
         module = build_block(
             inputs.skeleton,
             index,
-            inputs.checkpoint,
+            inputs.source,
             device=inputs.compute.device,
             dtype=inputs.compute.dtype,
             linear_dtype=None,
@@ -204,13 +234,13 @@ class _Job:
         if not learns or window.stop < len(inputs.skeleton.blocks):
             yield None
             return
-        with model_ends(inputs.skeleton, inputs.checkpoint, device=where.device, dtype=where.dtype) as ends:
+        with model_ends(inputs.skeleton, inputs.source, device=where.device, dtype=where.dtype) as ends:
             yield Predictions(ends.head, reference_out)
 
     def _start_roundings(self, window: Window, blocks: list[ResidentBlock]) -> None:
         config, carried = self.inputs.config, {}
         if window.frontier > window.start:
-            carry = Checkpoint(read_header(self.journal.parts(window.index - 1) / CARRY))
+            carry = self.journal.read_carry()
             carried = {name: carry.read(name, device=self.inputs.compute.device) for name in carry.infos}
         for block in blocks:
             generator = generator_for(config.seed, block.index, "rounding")
@@ -226,7 +256,7 @@ class _Job:
         digests = {}
         for block in leaving:
             hard = block.harden(self.inputs.compute.dtype)
-            spec, source = self.inputs.skeleton.blocks[block.index], self.inputs.checkpoint
+            spec, source = self.inputs.skeleton.blocks[block.index], self.inputs.source
             name, digest = write_block(disk, folder, spec, hard, block.rescaled(), source)
             digests[name] = digest
         if staying:
@@ -245,6 +275,7 @@ class _Job:
             len(self.inputs.windows),
             result.loss_before,
             result.loss_after,
+            result.fallback,
             result.changed,
             seconds,
             peak_resident_bytes(),

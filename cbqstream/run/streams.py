@@ -5,6 +5,7 @@ the embeddings through the blocks that are done, and must come out with the chec
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from torch import nn
 
@@ -13,9 +14,10 @@ from cbqstream.activations.zarr_store import ZarrStore
 from cbqstream.errors import InputError
 from cbqstream.models.block import BlockArguments
 from cbqstream.models.ends import ModelEnds
+from cbqstream.run.chain import QUANTIZED, REFERENCE
 from cbqstream.run.finished import FinishedBlocks, computing_block
 from cbqstream.run.inputs import RunInputs
-from cbqstream.run.journal import QUANTIZED, REFERENCE, Journal
+from cbqstream.run.journal import Journal
 from cbqstream.windows.propagate import propagate
 from cbqstream.windows.quantized_linear import Phase
 from cbqstream.windows.resident import ResidentBlock
@@ -30,8 +32,7 @@ class Streams:
         self._inputs = inputs
         self._journal = journal
         self.arguments = arguments
-        segments, length = inputs.tokens.shape
-        self._shape = StreamShape(segments, length, inputs.skeleton.hidden_size)
+        self._shape = StreamShape(*inputs.stream_shape)
 
     @classmethod
     def enter(cls, inputs: RunInputs, journal: Journal, ends: ModelEnds) -> "Streams":
@@ -41,13 +42,18 @@ class Streams:
             InputError: they had to be made again, and are not what was committed.
         """
         streams = cls(inputs, journal, ends.block_arguments(inputs.tokens[0]))
-        if not journal.is_complete and not streams._as_committed():
+        if not journal.chain.is_complete and not streams._as_committed():
             streams._make_again(ends)
         return streams
 
+    @property
+    def _waiting(self) -> Path:
+        """Folder of the streams that the next window, or every epoch, reads."""
+        return self._journal.chain.acts(self._journal.chain.next_window)
+
     def open(self, name: str) -> ZarrStore:
         """A stream at the input of the next window, to read."""
-        return ZarrStore.open(self._journal.waiting_acts / name, self._shape)
+        return ZarrStore.open(self._waiting / name, self._shape)
 
     def new(self, name: str, *, durable: bool = True) -> ZarrStore:
         """An empty stream in tmp/."""
@@ -55,7 +61,7 @@ class Streams:
 
     def original(self, index: int) -> nn.Module:
         """A block of the original model, to pass a stream through."""
-        return computing_block(self._inputs, index, self._inputs.checkpoint)
+        return computing_block(self._inputs, index, self._inputs.source)
 
     def passed(self, source: ZarrStore, steps: Sequence[Sequence[int]], name: str, build: Build) -> ZarrStore:
         """The new, durable stream `name`: `source` after the blocks that `build` gives. It is stored, and so rounded, after each step."""
@@ -72,7 +78,7 @@ class Streams:
 
     def _steps(self) -> dict[str, list[range]]:
         """The blocks that each stream which comes next has passed since the first window, in the steps in which windows took them."""
-        windows, position = self._inputs.windows, self._journal.next_window
+        windows, position = self._inputs.windows, self._journal.chain.next_window
         steps = {REFERENCE: [range(window.frontier, window.stop) for window in windows[:position]]}
         if position < len(windows):
             steps[QUANTIZED] = [range(window.start, window.next_start) for window in windows[:position]]
@@ -80,7 +86,7 @@ class Streams:
 
     def _as_committed(self) -> bool:
         """Whether the streams lie there whole. Every chunk is read once: a run that goes on has the time."""
-        committed = self._journal.committed_acts
+        committed = self._journal.chain.committed_acts
         if committed is None:
             return False
         try:
@@ -106,11 +112,12 @@ class Streams:
         made = {}
         for name, steps in self._steps().items():
             made[name] = self.passed(start, steps, f"acts/{name}", builds[name]).checksums()
-        committed = journal.committed_acts
-        if committed is not None and made != committed:
+        committed = journal.chain.committed_acts
+        same_numerics = journal.chain.numerics == self._inputs.identity["numerics"]
+        if committed is not None and made != committed and same_numerics:
             raise InputError(
-                journal.waiting_acts,
+                self._waiting,
                 "lost, and made again they are not what was committed. Restore the run directory, or use another --run-dir.",
             )
-        journal.disk.remove_tree(journal.waiting_acts)
-        journal.publish_acts(journal.waiting_acts)
+        journal.disk.remove_tree(self._waiting)
+        journal.publish_acts(self._waiting)

@@ -28,6 +28,8 @@ class Reconstruction:
 
     loss_before: float
     loss_after: float
+    fallback: str | None
+    """Why what was learned was taken back, if it was: `worse`, or `not finite`."""
     changed: float
 
 
@@ -100,7 +102,7 @@ def reconstruct(
         raise InputError(
             f"blocks {first}-{last}", "their activations are not finite. Look for NaN or Inf in the weights."
         )
-    after = before
+    after, fallback = before, None
     order = _training_order(training, config, generator)
     if order:
         learned: list[Rounding | InputStep] = [*roundings, *input_steps]
@@ -108,11 +110,14 @@ def reconstruct(
         _train(blocks, roundings, input_steps, data, order, config)
         after = hard_loss(blocks, data, guard, config)
         if not after <= before:
+            fallback = "worse" if math.isfinite(after) else "not finite"
             for part, state in zip(learned, start, strict=True):
                 part.load(state)
             after = before
     counts = [rounding.changed() for rounding in roundings]
-    return Reconstruction(before, after, sum(moved for moved, _ in counts) / sum(total for _, total in counts))
+    return Reconstruction(
+        before, after, fallback, sum(moved for moved, _ in counts) / sum(total for _, total in counts)
+    )
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ import pytest
 from cbqstream import cli
 from cbqstream.errors import StoppedError
 from cbqstream.run import pipeline
-from cbqstream.run.journal import read_commits
+from killing import windows_committed
 from tiny import SEQ_LEN
 
 
@@ -60,7 +60,7 @@ def test_quantize_status_resume_eval(cbqstream, tiny_models, tokens, tmp_path):
     lines = text.splitlines()
     assert len(lines) == 4
     for number, line in enumerate(lines[:3], 1):
-        pattern = rf"window {number}/3  blocks \d-\d  loss \S+ -> \S+  changed \S+%  \d+ s  RAM \d\.\d\d GiB  ETA \S+"
+        pattern = rf"window {number}/3  blocks \d-\d  loss \S+ -> \S+  changed \S+%  \d+ s  RAM \d\.\d\d GiB  ETA \S+( +taken back: worse)?"
         assert re.fullmatch(pattern, line)
     assert lines[3] == f"done: {out}"
     logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
@@ -119,7 +119,7 @@ def test_status_of_a_run_that_was_stopped(cbqstream, tiny_models, tokens, tmp_pa
     code, text, _ = cbqstream("resume", f"{out}.run")
     assert code == 0
     assert len([line for line in text.splitlines() if line.startswith("window ")]) == 2
-    assert len(read_commits(Path(f"{out}.run"))) == 3
+    assert windows_committed(Path(f"{out}.run")) == 3
 
 
 def test_a_real_signal_stops_with_75(tiny_models, tokens, tmp_path):

@@ -17,9 +17,8 @@ from cbqstream.models.block import build_block
 from cbqstream.models.ends import model_ends
 from cbqstream.numerics.losses import head_divergence
 from cbqstream.records import Compute, EpochReport
-from cbqstream.run.journal import read_commits
 from cbqstream.windows.end_to_end import StepSizes, StreamedModel
-from killing import quantize_until
+from killing import quantize_until, windows_committed
 from tiny import FAMILIES, SEQ_LEN, VOCAB
 
 CPU = torch.device("cpu")
@@ -129,7 +128,7 @@ def test_stopped_in_any_epoch(make_config):
     for stop in range(commits[2], len(operations) + 1, 5):
         config = make_config(name=f"stop-{stop}", **settings)
         quantize_until(config, lambda number, name, path, stop=stop: number == stop)
-        committed = len(read_commits(config.run_path))
+        committed = windows_committed(config.run_path)
         out, reports = learn(config)
         assert [report.epoch for report in reports] == list(range(max(0, committed - 3), 2)), stop
         assert shards(out) == shards(whole), stop

@@ -40,7 +40,7 @@ def test_a_full_disk_is_one_line_with_a_remedy(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(disk_module.os, "fsync", full)
-    with pytest.raises(StorageError, match=r"write failed: No space left on device\. Free some space") as caught:
+    with pytest.raises(StorageError, match=r"sync_file failed: No space left on device\. Free some space") as caught:
         Disk().write(tmp_path / "f", [b"x"])
     assert caught.value.exit_code == 74
 
@@ -81,6 +81,7 @@ def test_operations_are_numbered_before_they_happen(tmp_path):
     assert seen == [
         (1, "make_folder", False),
         (2, "write", False),
-        (3, "sync_folder", True),
-        (4, "remove_tree", True),
+        (3, "sync_file", True),
+        (4, "sync_folder", True),
+        (5, "remove_tree", True),
     ]

@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -10,9 +11,18 @@ from cbqstream.records import EpochReport, Window, WindowReport
 from cbqstream.report.progress import Progress, duration
 from cbqstream.report.status import status_lines
 
+NUMERICS = {"device": "cpu", "threads": 1}
+IDENTITY = {"identity": {"numerics": NUMERICS}}
+
+
+def commit(made, **numerics):
+    return {"report": made.to_dict(), "numerics": NUMERICS | numerics}
+
 
 def report(index=1, seconds=30.0):
-    return WindowReport(Window(index, index, index + 2, index + 1, index + 1), 4, 0.5, 0.125, 0.08, seconds, 3 << 29)
+    return WindowReport(
+        Window(index, index, index + 2, index + 1, index + 1), 4, 0.5, 0.125, None, 0.08, seconds, 3 << 29
+    )
 
 
 @pytest.mark.parametrize(
@@ -47,15 +57,23 @@ def test_live_output_says_what_is_being_done():
 
 
 def test_status_of_a_finished_window_less_run(tmp_path):
-    content = {"config": {"model": "m", "out": str(tmp_path)}, "windows": 2, "epochs": 0}
+    content = {"config": {"model": "m", "out": str(tmp_path)}, "windows": 2, "epochs": 0, **IDENTITY}
     lines = status_lines(tmp_path, content, [])
     assert lines[1] == "windows done: 0 of 2"
     assert lines[2] == "time left: unknown"
-    done = [{"window": index, "report": report(index).to_dict()} for index in range(2)]
+    done = [commit(report(index)) for index in range(2)]
     assert "not put together" in status_lines(tmp_path, content, done)[-1]
     half = status_lines(tmp_path, content, done[:1])
     assert half[2] == "  window 1  blocks 0-1  loss 0.5 -> 0.125  30 s"
     assert half[3] == "time left: 30s"
+
+
+def test_status_names_what_was_taken_back_and_other_numerics(tmp_path):
+    content = {"config": {"model": "m", "out": str(tmp_path)}, "windows": 3, "epochs": 0, **IDENTITY}
+    done = [commit(replace(report(0), fallback="not finite")), commit(report(1), threads=2)]
+    lines = status_lines(tmp_path, content, done)
+    assert lines[2] == "  window 1  blocks 0-1  loss 0.5 -> 0.125  30 s  taken back: not finite"
+    assert lines[4] == "from commit 2 on with other numerics: threads 1 -> 2"
 
 
 def test_status_and_progress_of_epochs_end_to_end(tmp_path):
@@ -65,8 +83,8 @@ def test_status_and_progress_of_epochs_end_to_end(tmp_path):
         progress(epoch)
     assert text.getvalue() == "end to end 1/2  divergence 0.5 -> 0.25  12 s  RAM 1.50 GiB\n"
     assert json.loads((tmp_path / "log.jsonl").read_text()) == epoch.to_dict()
-    content = {"config": {"model": "m", "out": str(tmp_path)}, "windows": 1, "epochs": 2}
-    done = [{"report": report(0).to_dict()}, {"report": epoch.to_dict()}]
+    content = {"config": {"model": "m", "out": str(tmp_path)}, "windows": 1, "epochs": 2, **IDENTITY}
+    done = [commit(report(0)), commit(epoch)]
     assert status_lines(tmp_path, content, done)[1:] == [
         "windows done: 1 of 1",
         "  window 1  blocks 0-1  loss 0.5 -> 0.125  30 s",

@@ -1,0 +1,126 @@
+"""Whether a run directory, or a finished model, is what was written. Nothing here writes, and no lock is taken."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from cbqstream.activations.store import StreamShape
+from cbqstream.activations.zarr_store import ZarrStore
+from cbqstream.checkpoint.folder import find_tensors
+from cbqstream.config import QuantizeConfig
+from cbqstream.errors import CbqstreamError, InputError
+from cbqstream.evaluate.perplexity import open_model
+from cbqstream.records import WeightSource
+from cbqstream.run.chain import Chain
+from cbqstream.run.source import RunSource
+
+CPU = torch.device("cpu")
+
+
+@dataclass(slots=True)
+class Findings:
+    """What was looked at, and what is wrong with it: each a line."""
+
+    facts: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def attempt(self, check: Callable[..., object], *arguments: object) -> bool:
+        """Make a check; an expected error is a problem. Whether there was none."""
+        try:
+            check(*arguments)
+        except CbqstreamError as error:
+            self.problems.append(str(error))
+            return False
+        return True
+
+
+def check(path: Path, *, read_data: bool) -> Findings:
+    """Check a run directory or a model folder.
+
+    Args:
+        path: the folder.
+        read_data: read every byte and compare it with what was committed; else only names, sizes, headers and records.
+
+    Raises:
+        InputError: the records of a run are damaged, or it is neither.
+        IdentityError: the run was made by another version.
+    """
+    if (path / "run.json").exists():
+        return _check_run(Chain.read(path), read_data=read_data)
+    if (path / "config.json").exists():
+        return _check_model(path, read_data=read_data)
+    raise InputError(path, "neither a run directory (run.json is missing) nor a model (config.json is missing).")
+
+
+def _check_run(chain: Chain, *, read_data: bool) -> Findings:
+    found = Findings()
+    found.facts.append(f"records: {chain.next_window} of {chain.num_commits} commits, an unbroken chain")
+    if found.attempt(chain.require_parts):
+        files = list(chain.expected_parts())
+        intact = [found.attempt(chain.require_intact, file) for file in files if read_data]
+        found.facts.append(f"parts: {len(files)} files, {_how(sum(intact), read_data=read_data)}")
+    if not chain.is_complete and chain.commits:
+        found.facts.append(_streams(chain, read_data=read_data))
+    config = QuantizeConfig.from_dict(dict(chain.run["config"]))
+    if read_data:
+        found.attempt(_read_source_again, chain, Path(config.model), found)
+    out = Path(config.out)
+    if chain.is_complete and chain.is_result(out):
+        found.facts.append(f"result: {out}")
+        model = _check_model(out, read_data=read_data)
+        found.facts += model.facts
+        found.problems += model.problems
+    return found
+
+
+def _how(intact: int, *, read_data: bool) -> str:
+    return f"{intact} read and as committed" if read_data else "of the right size (--read-data compares their content)"
+
+
+def _streams(chain: Chain, *, read_data: bool) -> str:
+    """Streams that are gone or damaged are not a problem: they are made again."""
+    folder, committed = chain.acts(chain.next_window), chain.committed_acts or {}
+    shape = StreamShape(*chain.run["stream"])
+    try:
+        for name, table in committed.items():
+            store = ZarrStore.open(folder / name, shape)
+            for segment in range(shape.num_segments) if read_data else ():
+                store.read(segment)
+            if store.checksums() != table:
+                raise InputError(folder / name, "not what was committed.")
+    except InputError as error:
+        return f"streams: {error} They will be made again."
+    return f"streams: {len(committed)} of {shape.num_segments} segments, {'read and ' if read_data else ''}as committed"
+
+
+def _read_source_again(chain: Chain, folder: Path, found: Findings) -> None:
+    source = RunSource(find_tensors(folder))
+    source.remember(chain.source_digests)
+    names = chain.source_digests
+    same = [found.attempt(_require, source, folder, name) for name in names]
+    found.facts.append(f"source: {sum(same)} of {len(names)} tensors that were read are as they were")
+
+
+def _require(source: RunSource, folder: Path, name: str) -> None:
+    if name not in source.infos:
+        raise InputError(folder, "missing.", tensor=name)
+    source.read(name, device=CPU)
+
+
+def _check_model(folder: Path, *, read_data: bool) -> Findings:
+    found = Findings()
+    skeleton, source = open_model(folder)
+    names = sorted(source.tensors())
+    if read_data:
+        for name in names:
+            found.attempt(_require_finite, folder, name, source)
+    how = ", all finite" if read_data and not found.problems else ""
+    found.facts.append(f"model: {len(skeleton.blocks)} blocks, {len(names)} tensors{how}")
+    return found
+
+
+def _require_finite(folder: Path, name: str, source: WeightSource) -> None:
+    if not torch.isfinite(source.read(name, device=CPU)).all():
+        raise InputError(folder, "holds values that are not finite.", tensor=name)

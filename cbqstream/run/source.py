@@ -1,0 +1,57 @@
+"""The source checkpoint as a run reads it: what was read once must stay what it was, and must be numbers."""
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from cbqstream.checkpoint.reader import Checkpoint
+from cbqstream.errors import IdentityError, InputError
+from cbqstream.records import TensorInfo
+
+
+class RunSource(Checkpoint):
+    """A checkpoint that knows the SHA-256 of every tensor that was read from it."""
+
+    def __init__(self, infos: Mapping[str, TensorInfo]) -> None:
+        super().__init__(infos)
+        self._committed: dict[str, str] = {}
+        self._seen: dict[str, str] = {}
+
+    def remember(self, digests: Mapping[str, str]) -> None:
+        """Take over the digests, by tensor, of what the run has committed."""
+        self._committed.update(digests)
+
+    def uncommitted(self) -> dict[str, str]:
+        """Digests, by tensor, of what was read and is not in a commit yet."""
+        return {name: sha256 for name, sha256 in sorted(self._seen.items()) if name not in self._committed}
+
+    def read(self, name: str, *, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+        """One tensor on `device`, in `dtype` or as stored.
+
+        Raises:
+            InputError: the file can no longer be read, or the tensor holds values that are not finite.
+            IdentityError: the tensor is not what it was when this run read it first.
+        """
+        tensor = super().read(name, device=torch.device("cpu"))
+        info = self.infos[name]
+        sha256 = hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
+        known = self._committed.get(name, self._seen.get(name, sha256))
+        if sha256 != known:
+            raise IdentityError(f'{info.file}: tensor "{name}" is not what this run read before. Restore the file.')
+        if name not in self._seen:
+            _require_finite(info, tensor)
+            self._seen[name] = sha256
+        return tensor.to(device=device, dtype=dtype or info.dtype)
+
+
+def _require_finite(info: TensorInfo, tensor: Tensor) -> None:
+    if not tensor.is_floating_point() or torch.isfinite(tensor).all():
+        return
+    places = (~torch.isfinite(tensor.flatten())).nonzero()
+    raise InputError(
+        info.file,
+        f"{len(places):,} non-finite values (first at {places[0].item():,}). Download it again, or repair the model.",
+        tensor=info.name,
+    )
