@@ -167,7 +167,7 @@ class ReconstructionConfig:
     """Adam's learning rate of the logarithm of the step sizes, falling linearly to zero."""
     activation_scale_lr: float = 1e-4
     """The same for the step sizes of activations, where these are learned."""
-    target_mix: float = 0.5
+    target_mix: float = 0.75
     """a: 1 imitates the original model on its own inputs, 0 on the inputs that the quantized prefix gives."""
     kl_weight: float = 0.0
     """Weight of the Kullback-Leibler term over the hidden dimension."""
@@ -234,6 +234,7 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
                 batch_size=1,
                 rounding_lr=1e-4,
                 scale_lr=1e-3,
+                target_mix=0.5,
                 kl_weight=1.0,
                 head_weight=0.0,
                 token_balance=0.0,
