@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from cbqstream.config import PROFILES, CalibrationConfig, QuantizeConfig, Scheme
-from cbqstream.errors import CbqstreamError, InputError, StoppedError, StorageError, UsageError
+from cbqstream.errors import CbqstreamError, DeviceMemoryError, InputError, StoppedError, StorageError, UsageError
 
 app = typer.Typer(
     name="cbqstream",
@@ -333,6 +333,8 @@ def main() -> NoReturn:
         _fail(str(error), error.exit_code)
     except Interrupted as stop:
         _fail(str(stop), StoppedError.exit_code)
+    except MemoryError:
+        _fail("out of memory. Close other programs, or use fewer --num-samples.", DeviceMemoryError.exit_code)
     except OSError as error:
         _fail(f"{'' if error.filename is None else f'{error.filename}: '}{error.strerror}.", StorageError.exit_code)
     sys.exit(0)

@@ -315,6 +315,8 @@ class QuantizeConfig:
 def _build(cls: Any, values: dict[str, Any]) -> Any:
     """`cls(**values)`, with an unknown key refused by naming the nearest known one."""
     known = [item.name for item in fields(cls)]
+    if not isinstance(values, dict):
+        raise UsageError(f"{cls.__name__} is not a table of settings.")
     for key in values:
         if key not in known:
             nearest = difflib.get_close_matches(key, known, 1)

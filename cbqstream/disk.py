@@ -18,7 +18,7 @@ from cbqstream.errors import StorageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from typing import TextIO
+    from io import RawIOBase
 
     from _typeshed import ReadableBuffer
 
@@ -39,7 +39,7 @@ class Disk:
     """The durable operations, counted.
 
     Args:
-        observer: called as `observer(number, operation, path)` before each operation.
+        observer: called as `observer(number, operation, path)` before each operation; an OSError that it raises is the operation's.
     """
 
     def __init__(self, observer: Observer | None = None) -> None:
@@ -49,9 +49,9 @@ class Disk:
     @contextmanager
     def _operation(self, name: str, path: Path) -> "Iterator[None]":
         self._count += 1
-        if self._observer is not None:
-            self._observer(self._count, name, path)
         try:
+            if self._observer is not None:
+                self._observer(self._count, name, path)
             yield
         except OSError as error:
             full = error.errno in _FULL
@@ -146,10 +146,12 @@ class Disk:
             path.unlink(missing_ok=True)
 
     def remove_tree(self, path: Path) -> None:
-        """Delete a folder and all below it, if it is there. Not synced: what is deleted is garbage already."""
+        """Delete a folder and all below it, or what else has its name, if it is there. Not synced: what is deleted is garbage already."""
         with self._operation("remove_tree", path):
-            if path.exists():
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def digest_of_file(path: Path) -> FileDigest:
@@ -163,9 +165,9 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def open_log(path: Path) -> "TextIO":
-    """A text file to which lines are added, for people and other programs; never read back, never synced."""
-    return path.open("a", encoding="utf-8")
+def open_log(path: Path) -> "RawIOBase":
+    """A file to which lines are added, for people and other programs; never read back, never synced. Nothing waits in a buffer."""
+    return path.open("ab", buffering=0)
 
 
 def _fsync(path: Path, flag: int) -> None:

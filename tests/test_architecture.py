@@ -165,13 +165,16 @@ def test_what_never_appears(path):
             assert node.value.value is False
         if isinstance(node, ast.ExceptHandler):
             assert node.type is not None, f"{path.name}:{node.lineno}: bare except"
-            assert ast.unparse(node.type) not in {"Exception", "BaseException"}, (
+            assert ast.unparse(node.type) not in {"Exception", "BaseException"} or path.name in BROAD, (
                 f"{path.name}:{node.lineno}: broad except"
             )
         if isinstance(node, ast.FunctionDef) and path.name != "cli.py":
             local = [inner for inner in ast.walk(node) if isinstance(inner, ast.Import | ast.ImportFrom)]
             assert not local, f"{path.name}:{node.lineno}: import inside {node.name}"
 
+
+BROAD = {"segments.py", "skeleton.py"}
+"""Where a library is given a stranger's file: tokenizers raises Exception itself, model code whatever it stumbles over."""
 
 WRITING_CALLS = {
     "chmod",

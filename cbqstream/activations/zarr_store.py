@@ -13,14 +13,16 @@ import numpy as np
 import torch
 import zarr
 from torch import Tensor
+from zarr.abc.store import Store
 from zarr.codecs import BytesCodec, Crc32cCodec
 from zarr.core.buffer import Buffer
-from zarr.storage import LocalStore
+from zarr.storage import LocalStore, MemoryStore
 
 from cbqstream.activations.store import ActivationStore, StreamShape
 from cbqstream.disk import Disk
 from cbqstream.errors import InputError
 
+METADATA = "zarr.json"
 _CRC_BYTES = 4
 _CARRIERS = {torch.bfloat16: "uint16", torch.float16: "float16", torch.float32: "float32"}
 _VIEWS = {torch.bfloat16: torch.uint16, torch.float16: torch.float16, torch.float32: torch.float32}
@@ -64,45 +66,23 @@ class ZarrStore(ActivationStore):
             durable: segments are synced as they are written, once each; else they may be overwritten.
         """
         disk.make_folder(path)
-        array = zarr.create_array(
-            store=_FolderOfFiles(path, disk, durable=durable),
-            shape=(shape.num_segments, shape.seq_len, shape.hidden_size),
-            chunks=(1, shape.seq_len, shape.hidden_size),
-            dtype=_CARRIERS[shape.dtype],
-            serializer=BytesCodec(endian="little"),
-            filters=None,
-            compressors=(Crc32cCodec(),),
-            fill_value=0,
-            attributes={"dtype": str(shape.dtype).removeprefix("torch.")},
-            chunk_key_encoding={"name": "default", "separator": "."},
-            config={"write_empty_chunks": True},
-        )
-        return cls(path, shape, array)
+        return cls(path, shape, _new_array(_FolderOfFiles(path, disk, durable=durable), shape))
 
     @classmethod
     def open(cls, path: Path, shape: StreamShape) -> "ZarrStore":
-        """A store that was written before.
+        """A store that was written before. Its metadata is compared with what `shape` makes of it before Zarr sees it.
 
         Raises:
             InputError: it is missing, or is not what `shape` says.
         """
+        metadata, expected = path / METADATA, _expected_metadata(shape)
         try:
-            array = zarr.open_array(str(path), mode="r")
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(path, "not a readable activation store.") from error
-        found = (
-            array.shape,
-            array.chunks,
-            str(array.dtype),
-            array.attrs.get("dtype"),
-            array.metadata.to_dict().get("codecs"),
-        )
-        size = (shape.num_segments, shape.seq_len, shape.hidden_size)
-        codecs = tuple(codec.to_dict() for codec in (BytesCodec(endian="little"), Crc32cCodec()))
-        expected = (size, (1, *size[1:]), _CARRIERS[shape.dtype], str(shape.dtype).removeprefix("torch."), codecs)
-        if found != expected:
-            raise InputError(path, f"holds {found}, expected {expected}.")
-        return cls(path, shape, array)
+            is_expected = metadata.is_file() and metadata.read_bytes() == expected
+        except OSError as error:
+            raise InputError(metadata, f"cannot be read: {error.strerror}.") from error
+        if not is_expected:
+            raise InputError(metadata, "not that of the stream that is expected.")
+        return cls(path, shape, zarr.open_array(str(path), mode="r"))
 
     def write(self, segment: int, x_SD: Tensor) -> None:
         self._check(segment, x_SD)
@@ -138,3 +118,25 @@ class ZarrStore(ActivationStore):
 
     def _chunk(self, segment: int) -> Path:
         return self.path / f"c.{segment}.0.0"
+
+
+def _new_array(store: Store, shape: StreamShape) -> "zarr.Array[Any]":
+    return zarr.create_array(
+        store=store,
+        shape=(shape.num_segments, shape.seq_len, shape.hidden_size),
+        chunks=(1, shape.seq_len, shape.hidden_size),
+        dtype=_CARRIERS[shape.dtype],
+        serializer=BytesCodec(endian="little"),
+        filters=None,
+        compressors=(Crc32cCodec(),),
+        fill_value=0,
+        attributes={"dtype": str(shape.dtype).removeprefix("torch.")},
+        chunk_key_encoding={"name": "default", "separator": "."},
+        config={"write_empty_chunks": True},
+    )
+
+
+def _expected_metadata(shape: StreamShape) -> bytes:
+    files: dict[str, Buffer] = {}
+    _new_array(MemoryStore(files), shape)
+    return files[METADATA].to_bytes()

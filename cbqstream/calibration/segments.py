@@ -10,12 +10,14 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from cbqstream.calibration.text import documents
+from cbqstream.checkpoint.folder import read_json
 from cbqstream.checkpoint.header import read_header
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.errors import InputError
 
 Choice = Literal["first", "spread"]
 
+_TOKENIZER = "tokenizer.json"
 _SEPARATOR = "\n\n"
 _CHARACTERS_A_TOKEN = 8
 _UNSURE_TOKENS = 32
@@ -93,9 +95,11 @@ def _text(data: Path, limit: int | None) -> tuple[str, bool]:
 
 
 def _load_tokenizer(model: Path) -> Any:
+    if (model / _TOKENIZER).exists():
+        read_json(model, _TOKENIZER)
     try:
         return AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:
         raise InputError(
             model, "no tokenizer that transformers can load. Give token ids (.npy) instead of text."
         ) from error

@@ -9,6 +9,8 @@ from cbqstream.errors import InputError, UsageError
 
 _FIELD = "text"
 _PARQUET_ROWS = 256
+_MAX_PLAIN = 1 << 30
+_MAX_LINE = 1 << 26
 
 
 def documents(path: Path) -> Iterator[str]:
@@ -28,12 +30,18 @@ def documents(path: Path) -> Iterator[str]:
 
 
 def _plain(path: Path) -> Iterator[str]:
+    if path.stat().st_size > _MAX_PLAIN:
+        raise InputError(
+            path, f"larger than {_MAX_PLAIN >> 20} MiB, which is held in memory. Give a part of it, or .jsonl."
+        )
     yield path.read_text(encoding="utf-8")
 
 
 def _jsonl(path: Path) -> Iterator[str]:
     with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(lambda: file.readline(_MAX_LINE), ""), 1):
+            if len(line) == _MAX_LINE:
+                raise InputError(path, f"line {number} is longer than {_MAX_LINE:,} characters.")
             if not line.strip():
                 continue
             try:

@@ -1,6 +1,7 @@
 """Which files of a model folder hold its tensors: one `model.safetensors`, or the shards of an index. JSON files are read here too."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from cbqstream.records import TensorInfo
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_MAX_JSON = {INDEX: 256 << 20, "config.json": 1 << 20}
+_MAX_JSON = {INDEX: 256 << 20, "tokenizer.json": 256 << 20}
+_MAX_OTHER_JSON = 1 << 20
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -25,15 +27,24 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
         raise InputError(folder, "no such folder. Give the folder of a model with config.json and safetensors.")
     if not path.is_file():
         raise InputError(path, f"missing. A model folder has {name}.")
-    limit = _MAX_JSON.get(name, 1 << 20)
+    limit = _MAX_JSON.get(name, _MAX_OTHER_JSON)
     if path.stat().st_size > limit:
         raise InputError(path, f"larger than {limit >> 20} MiB, which is not plausible.")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=partial(_unique, path))
     except (ValueError, RecursionError) as error:
         raise InputError(path, "not JSON.") from error
     if not isinstance(value, dict):
         raise InputError(path, "not a JSON object.")
+    return value
+
+
+def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, of which programs differ in what they read when a key is there twice."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise InputError(path, f'"{shown(next(name for name in names if names.count(name) > 1))}" appears twice.')
     return value
 
 
@@ -47,8 +58,9 @@ def find_tensors(folder: Path) -> dict[str, TensorInfo]:
         return _from_index(folder)
     shards = sorted(folder.glob("*.safetensors"))
     if (folder / SINGLE).exists():
-        return read_header(folder / SINGLE)
+        shards = [folder / SINGLE]
     if len(shards) == 1:
+        _require_inside(folder, shards[0])
         return read_header(shards[0])
     if shards:
         raise InputError(folder, f"{len(shards)} shards but no {INDEX}. Download it too.")
@@ -65,19 +77,31 @@ def _from_index(folder: Path) -> dict[str, TensorInfo]:
     for shard in weight_map.values():
         if (
             not isinstance(shard, str)
+            or not shard
             or Path(shard).name != shard
             or "\\" in shard
             or ":" in shard
             or not shard.isprintable()
         ):
             raise InputError(index, f'shard name "{shown(str(shard))}" leaves the model folder.')
+    if (folder / SINGLE).exists() and SINGLE not in weight_map.values():
+        raise InputError(folder, f"two layouts in one folder: {SINGLE}, and the shards of {INDEX}. Remove one.")
     tensors: dict[str, TensorInfo] = {}
     for shard in sorted(set(weight_map.values())):
         named = {name for name, where in weight_map.items() if where == shard}
         if not (folder / shard).exists():
             raise InputError(folder / shard, f"missing ({len(named)} tensors). Download it again.")
+        _require_inside(folder, folder / shard)
         held = read_header(folder / shard)
         for name in sorted(named ^ held.keys()):
             raise InputError(folder / shard, "index and shards disagree.", tensor=name)
         tensors.update(held)
     return tensors
+
+
+def _require_inside(folder: Path, shard: Path) -> None:
+    """A link may lead to another file of the folder, or from a snapshot of the Hugging Face cache to its blobs."""
+    real, home = shard.resolve(), folder.resolve()
+    if home in real.parents or (home.parent.name == "snapshots" and home.parent.parent / "blobs" == real.parent):
+        return
+    raise InputError(shard, f"a link to {shown(str(real))}, outside the model. Copy the file into the folder.")

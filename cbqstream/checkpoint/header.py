@@ -50,10 +50,11 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise InputError(path, f"cannot be opened: {error.strerror}.") from error
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(handle)
+        raise InputError(path, "not a regular file.")
     with os.fdopen(handle, "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise InputError(path, "not a regular file.")
         start = file.read(64)
         _refuse_other_kinds(path, start)
         length = int.from_bytes(start[:8], "little")

@@ -11,6 +11,8 @@ import transformers
 from cbqstream.errors import UsageError
 from cbqstream.memory import physical_cores
 
+_OVERRIDES = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")
+
 
 def choose_device(name: str) -> torch.device:
     """The device of a setting: `auto` is the first CUDA device, or the CPU where there is none.
@@ -35,20 +37,34 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 
 
 def make_deterministic(threads: int | None) -> int:
-    """Fix the thread count, turn TF32 off and deterministic algorithms on; returns the threads."""
+    """Fix the thread count, and everything else that lets the same numbers come out otherwise; returns the threads.
+
+    Raises:
+        UsageError: the environment turns on again what is turned off here.
+    """
+    for variable in _OVERRIDES:
+        if variable in os.environ:
+            raise UsageError(f"{variable} is set, which changes results behind our back. Unset it.")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when it starts
     count = threads or physical_cores()
     torch.set_num_threads(count)
     torch.use_deterministic_algorithms(mode=True)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
     torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.enable_cudnn_sdp(enabled=False)  # its backward pass is not deterministic
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
     return count
 
 
 def numerics_class(device: torch.device, threads: int) -> dict[str, Any]:
     """What must be equal for results to be equal bit for bit."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    on_cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if on_cuda else platform.machine()
+    libraries = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()} if on_cuda else {}
     return {
         "device": device.type,
         "device_name": name,
@@ -56,4 +72,5 @@ def numerics_class(device: torch.device, threads: int) -> dict[str, Any]:
         "threads": threads,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        **libraries,
     }

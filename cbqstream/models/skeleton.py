@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import init_empty_weights
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -16,6 +15,9 @@ from cbqstream.errors import InputError, UsageError, shown
 from cbqstream.models.families import FAMILIES
 from cbqstream.records import BlockSpec
 
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+_OTHER_SIZES = ("intermediate_size", "ffn_dim", "head_dim", "num_key_value_heads", "word_embed_proj_dim")
+"""Not every architecture has them, and they may be null."""
 _NEVER_READ = ("auto_map", "quantization_config", "model_type", "transformers_version", "architectures")
 
 
@@ -41,15 +43,22 @@ class ModelSkeleton:
         self._tensors = tensors
         path = folder / "config.json"
         model_type = str(config.get("model_type"))
+        if model_type not in FAMILIES and config.get("auto_map"):
+            raise InputError(path, f'architecture "{shown(model_type)}" needs remote code, which is never run.')
         if model_type not in FAMILIES:
             raise InputError(
                 path, f'architecture "{shown(model_type)}" is not supported (known: {", ".join(FAMILIES)}).'
             )
-        for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
+        for key in (*_SIZES, *(key for key in _OTHER_SIZES if config.get(key) is not None)):
             if not is_size(config.get(key)):
                 raise InputError(
                     path, f"{key} is {shown(str(config.get(key)))}, it must be a whole number from 1 to {1 << 20:,}."
                 )
+        if config["num_hidden_layers"] > len(tensors):
+            raise InputError(
+                path,
+                f"num_hidden_layers is {config['num_hidden_layers']:,}, the weights hold {len(tensors):,} tensors.",
+            )
         kept = {
             key: value
             for key, value in config.items()
@@ -60,7 +69,7 @@ class ModelSkeleton:
             with init_empty_weights(include_buffers=False):
                 auto: Any = AutoModelForCausalLM
                 self.shell: Any = auto.from_config(self.config, attn_implementation="sdpa").eval()
-        except (ValueError, TypeError, KeyError, ZeroDivisionError, RuntimeError, StrictDataclassError) as error:
+        except Exception as error:
             raise InputError(path, f"does not describe a {model_type} model: {shown(str(error))}") from error
         family = FAMILIES[model_type]
         self.blocks_path = family.blocks

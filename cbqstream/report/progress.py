@@ -3,9 +3,10 @@
 import json
 import time
 from contextlib import AbstractContextManager
+from io import RawIOBase
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TextIO
+from typing import Self
 
 from rich.console import Console
 from rich.live import Live
@@ -50,7 +51,7 @@ class Progress(AbstractContextManager["Progress"]):
     def __init__(self, console: Console, log_json: Path | None = None) -> None:
         self._console = console
         self._log_json = log_json
-        self._log: TextIO | None = None
+        self._log: RawIOBase | None = None
         self._live: Live | None = None
         self._seconds: list[float] = []
         self._doing, self._since = "", 0.0
@@ -80,8 +81,7 @@ class Progress(AbstractContextManager["Progress"]):
         self._console.print(line, highlight=False, soft_wrap=True)
         if self._log is not None:
             try:
-                self._log.write(json.dumps(event.to_dict()) + "\n")
-                self._log.flush()
+                self._log.write(json.dumps(event.to_dict()).encode() + b"\n")
             except OSError as error:
                 raise StorageError(f"{self._log_json}: {error.strerror}. Use another --log-json.") from error
 

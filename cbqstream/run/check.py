@@ -50,7 +50,9 @@ def check(path: Path, *, read_data: bool) -> Findings:
     if (path / "run.json").exists():
         return _check_run(Chain.read(path), read_data=read_data)
     if (path / "config.json").exists():
-        return _check_model(path, read_data=read_data)
+        found = Findings()
+        found.attempt(_check_model, path, read_data, found)
+        return found
     raise InputError(path, "neither a run directory (run.json is missing) nor a model (config.json is missing).")
 
 
@@ -69,9 +71,7 @@ def _check_run(chain: Chain, *, read_data: bool) -> Findings:
     out = Path(config.out)
     if chain.is_complete and chain.is_result(out):
         found.facts.append(f"result: {out}")
-        model = _check_model(out, read_data=read_data)
-        found.facts += model.facts
-        found.problems += model.problems
+        found.attempt(_check_model, out, read_data, found)
     return found
 
 
@@ -109,8 +109,7 @@ def _require(source: RunSource, folder: Path, name: str) -> None:
     source.read(name, device=CPU)
 
 
-def _check_model(folder: Path, *, read_data: bool) -> Findings:
-    found = Findings()
+def _check_model(folder: Path, read_data: bool, found: Findings) -> None:  # noqa: FBT001
     skeleton, source = open_model(folder)
     names = sorted(source.tensors())
     if read_data:
@@ -118,7 +117,6 @@ def _check_model(folder: Path, *, read_data: bool) -> Findings:
             found.attempt(_require_finite, folder, name, source)
     how = ", all finite" if read_data and not found.problems else ""
     found.facts.append(f"model: {len(skeleton.blocks)} blocks, {len(names)} tensors{how}")
-    return found
 
 
 def _require_finite(folder: Path, name: str, source: WeightSource) -> None:

@@ -69,7 +69,11 @@ class Journal:
             "acts": self.chain.acts_to_keep(),
         }
         for folder, names in keep.items():
+            if not (self.chain.path / folder).exists():  # somebody thought that it could go
+                self.disk.make_folder(self.chain.path / folder)
             for entry in sorted((self.chain.path / folder).iterdir()):
+                if not entry.name.isdigit():
+                    raise InputError(entry, "does not belong in a run directory. Move it away.")
                 if entry.name not in names:
                     self.disk.remove_tree(entry)
         self._drop_old_carries()
@@ -81,11 +85,13 @@ class Journal:
                     return
                 self.disk.remove_file(self.chain.parts(window) / CARRY)
 
-    def publish_acts(self, place: Path) -> None:
-        """Make `tmp/acts` durable as `place`."""
-        self.disk.sync_folders(self.building / "acts")
+    def publish_acts(self, place: Path, *, durable: bool = True) -> None:
+        """Rename `tmp/acts` to `place`. What no commit will name need not be durable: after a crash it is deleted."""
+        if durable:
+            self.disk.sync_folders(self.building / "acts")
         self.disk.rename(self.building / "acts", place)
-        self.disk.sync_folder(place.parent)
+        if durable:
+            self.disk.sync_folder(place.parent)
 
     def commit(
         self,
@@ -207,8 +213,11 @@ def _locked(path: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout as error:
         raise StoppedError(f"{path}: another process is working on this run. Wait for it, or stop it.") from error
-    except NotImplementedError as error:
-        raise StorageError(f"{path}: its file system has no locks. Use a --run-dir on another one.") from error
+    except (NotImplementedError, OSError) as error:
+        why = error.strerror if isinstance(error, OSError) else "not implemented"
+        raise StorageError(
+            f"{path}: cannot be locked: {why}. Use a --run-dir on a file system that has locks."
+        ) from error
     try:
         yield
     finally:
@@ -216,9 +225,11 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _begin(path: Path, disk: Disk, run: dict[str, Any]) -> None:
+    disk.sync_folder(path)  # LOCK first: what has our folders and no lock belongs to somebody else
     for folder in _FOLDERS:
         disk.remove_tree(path / folder)
         disk.make_folder(path / folder)
+    disk.sync_folder(path)  # then the folders: a run has them all
     pending = path / "tmp" / "run.json"
     disk.write(pending, [canonical(sealed(run))])
     disk.rename(pending, path / "run.json")

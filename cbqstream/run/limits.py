@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from cbqstream.disk import free_bytes
-from cbqstream.errors import DeviceMemoryError, InputError, StorageError
+from cbqstream.errors import DeviceMemoryError, InputError, StorageError, shown
 from cbqstream.memory import GIB
 from cbqstream.records import Window
 from cbqstream.run.chain import Chain
@@ -22,21 +22,24 @@ _MARGIN = 1.05
 _FALLBACKS = 0.1
 
 
-def window_bytes(inputs: RunInputs, window: Window) -> int:
-    """What is written in tmp/ for a window, from above. Not counted is what lies there from the windows before."""
-    stream = math.prod(inputs.stream_shape)
+def window_bytes(inputs: RunInputs, window: Window, *, and_its_streams: bool = False) -> int:
+    """What is written for a window, from above; and for the two streams that it reads, where they are not there yet.
+
+    Not counted is what the windows before have left.
+    """
+    streams = _STREAMS + 2 * and_its_streams
     blocks = inputs.skeleton.blocks[window.start : window.stop]
     weights = sum(math.prod(inputs.source.infos[name].shape) for block in blocks for name in block.tensors.values())
-    return int(_MARGIN * _BYTES_A_VALUE * (_STREAMS * stream + weights))
+    return int(_MARGIN * _BYTES_A_VALUE * (streams * math.prod(inputs.stream_shape) + weights))
 
 
-def require_space(inputs: RunInputs, window: Window, folder: Path) -> None:
+def require_space(inputs: RunInputs, window: Window, folder: Path, *, and_its_streams: bool = False) -> None:
     """Refuse to begin a window that the file system of `folder` has no room for.
 
     Raises:
         StorageError: with what is missing.
     """
-    needed, free = window_bytes(inputs, window), free_bytes(folder)
+    needed, free = window_bytes(inputs, window, and_its_streams=and_its_streams), free_bytes(folder)
     if needed > free:
         raise StorageError(
             f"{folder}: window {window.index + 1} needs {needed / GIB:.3f} GiB of disk, {free / GIB:.3f} are free."
@@ -77,7 +80,7 @@ def explained(inputs: RunInputs, window: Window) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
             raise
-        said = str(error).partition(". ")[0].partition("\n")[0] or "out of memory"
+        said = shown(str(error).partition("\n")[0]) or "out of memory"
         remedy = "Use a smaller --batch-size or --window-size in a new run."
         raise DeviceMemoryError(
             f"window {window.index + 1} needs more memory than there is ({said}). {remedy}"

@@ -92,11 +92,10 @@ def quantize(
                 return out
             raise UsageError(f"{out}: exists, is not empty and is not the result of this run. Give another OUT.")
         inputs.source.remember(journal.chain.source_digests)
-        job = _Job(inputs, journal, listener)
+        with _within_limits(inputs, journal, first=True):
+            job = _Job(inputs, journal, listener)
         for window in inputs.windows[journal.chain.next_window : stop_after_window]:
-            require_finite_windows(journal.chain)
-            require_space(inputs, window, run)
-            with explained(inputs, window):
+            with _within_limits(inputs, journal):
                 listener(_twice(job, window))
             release_free_memory()
         if stop_after_window is not None and stop_after_window < journal.chain.num_commits:
@@ -106,6 +105,20 @@ def quantize(
         listener("writing the model")
         job.finish(out)
     return out
+
+
+@contextmanager
+def _within_limits(inputs: RunInputs, journal: Journal, *, first: bool = False) -> Iterator[None]:
+    """Begin the next window, or what comes before the first of this process, only where it can end; say why where it does not."""
+    chain = journal.chain
+    if chain.next_window == len(inputs.windows):
+        yield
+        return
+    window = inputs.windows[chain.next_window]
+    require_finite_windows(chain)
+    require_space(inputs, window, chain.path, and_its_streams=first and not chain.acts(window.index).exists())
+    with explained(inputs, window):
+        yield
 
 
 def _twice(job: "_Job", window: Window) -> WindowReport:
@@ -149,7 +162,9 @@ class _Job:
         self.journal.new_folder("parts")
         self.journal.new_folder("acts")
         reference, quantized = self.streams.open(REFERENCE), self.streams.open(QUANTIZED)
-        reference_out, targets = self.streams.new(f"acts/{REFERENCE}"), self.streams.new("targets", durable=False)
+        reference_stays = bool(not is_last or self.inputs.num_epochs)
+        reference_out = self.streams.new(f"acts/{REFERENCE}", durable=reference_stays)
+        targets = self.streams.new("targets", durable=False)
 
         # 1. read the blocks
         self._tell(window, "reading")
@@ -183,7 +198,7 @@ class _Job:
             quantized_out = self.streams.new(f"acts/{QUANTIZED}")
             propagate(leaving, quantized, quantized_out, compute, phase=Phase.HARD)
             acts = {REFERENCE: reference_out.checksums(), QUANTIZED: quantized_out.checksums()}
-        elif self.inputs.num_epochs:
+        elif reference_stays:
             acts = {REFERENCE: reference_out.checksums()}
 
         # 7. commit

@@ -63,12 +63,14 @@ class Streams:
         """A block of the original model, to pass a stream through."""
         return computing_block(self._inputs, index, self._inputs.source)
 
-    def passed(self, source: ZarrStore, steps: Sequence[Sequence[int]], name: str, build: Build) -> ZarrStore:
-        """The new, durable stream `name`: `source` after the blocks that `build` gives. It is stored, and so rounded, after each step."""
+    def passed(
+        self, source: ZarrStore, steps: Sequence[Sequence[int]], name: str, build: Build, *, durable: bool = False
+    ) -> ZarrStore:
+        """The new stream `name`: `source` after the blocks that `build` gives. It is stored, and so rounded, after each step."""
         stream = source
         for position, step in enumerate([*steps, ()]):  # at last a copy
             last = position == len(steps)
-            reached = self.new(name if last else f"{name}-{position}", durable=last)
+            reached = self.new(name if last else f"{name}-{position}", durable=durable and last)
             blocks = [ResidentBlock(index, build(index), self.arguments[index], {}, ()) for index in step]
             propagate(blocks, stream, reached, self._inputs.compute, phase=Phase.ORIGINAL)
             if stream is not source:
@@ -109,15 +111,15 @@ class Streams:
             kept = [[index] for index in range(self._inputs.config.keep_first)]
             start = self.passed(start, kept, "start", self.original)
         builds = {REFERENCE: self.original, QUANTIZED: FinishedBlocks(self._inputs, journal).build}
-        made = {}
+        made, committed = {}, journal.chain.committed_acts
+        durable = committed is not None
         for name, steps in self._steps().items():
-            made[name] = self.passed(start, steps, f"acts/{name}", builds[name]).checksums()
-        committed = journal.chain.committed_acts
+            made[name] = self.passed(start, steps, f"acts/{name}", builds[name], durable=durable).checksums()
         same_numerics = journal.chain.numerics == self._inputs.identity["numerics"]
-        if committed is not None and made != committed and same_numerics:
+        if durable and made != committed and same_numerics:
             raise InputError(
                 self._waiting,
                 "lost, and made again they are not what was committed. Restore the run directory, or use another --run-dir.",
             )
         journal.disk.remove_tree(self._waiting)
-        journal.publish_acts(self._waiting)
+        journal.publish_acts(self._waiting, durable=durable)

@@ -6,6 +6,7 @@ import torch
 
 from cbqstream.activations.read_ahead import in_batches, read_batches
 from cbqstream.activations.store import ActivationStore
+from cbqstream.errors import InputError
 from cbqstream.numerics.losses import mixed_target
 from cbqstream.records import Compute
 from cbqstream.windows.quantized_linear import Phase
@@ -21,12 +22,23 @@ def propagate(
     *,
     phase: Phase,
 ) -> None:
-    """Run every segment of `source` through the blocks and store it in `destination`."""
+    """Run every segment of `source` through the blocks and store it in `destination`.
+
+    Raises:
+        InputError: some become infinite or NaN.
+    """
+    finite = []
     batches = in_batches(range(source.shape.num_segments), compute.batch_size)
     for batch, (x_BSD,) in zip(batches, read_batches([source], batches), strict=True):
         y_BSD = run_blocks(blocks, x_BSD.to(compute.device, compute.dtype), phase)
+        finite.append(torch.isfinite(y_BSD).all(dim=2).all(dim=1))
         for segment, y_SD in zip(batch, y_BSD, strict=True):
             destination.write(segment, y_SD)
+    broken = int((~torch.cat(finite)).sum())  # the device is asked once
+    if broken:
+        numbers = f"{blocks[0].index}-{blocks[-1].index}" if len(blocks) > 1 else str(blocks[0].index)
+        total = source.shape.num_segments
+        raise InputError(f"block {numbers}", f"{broken} of {total} samples became non-finite. Look for huge weights.")
 
 
 @torch.no_grad()

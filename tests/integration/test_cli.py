@@ -336,6 +336,77 @@ def test_another_setting_on_a_run_is_refused_with_78(cbqstream, tiny_models, tok
     assert err.count("\n") == 1
 
 
+def test_check_rollback_and_clean(cbqstream, tiny_models, tokens, tmp_path):
+    out, run = tmp_path / "out", tmp_path / "out.run"
+    arguments = ("quantize", tiny_models["llama"], out, *options(tokens))
+    code, _, err = cbqstream(*arguments, "--stop-after-window", 2)
+    assert (code, err) == (
+        75,
+        f"cbqstream: error: stopped after window 2, as asked. To go on: cbqstream resume {run}\n",
+    )
+
+    code, text, _ = cbqstream("check", run, "--read-data")
+    assert code == 0
+    assert text.splitlines() == [
+        "records: 2 of 3 commits, an unbroken chain",
+        "parts: 4 files, 4 read and as committed",
+        "streams: 2 of 8 segments, read and as committed",
+        "source: 30 of 30 tensors that were read are as they were",
+        "ok",
+    ]
+    code, _, err = cbqstream("clean", run)
+    assert (code, err) == (
+        2,
+        f"cbqstream: error: {run}: not finished (2 of 3 commits)."
+        f" Run cbqstream resume {run}, or give it up with --unfinished.\n",
+    )
+    code, _, err = cbqstream("rollback", run, "--to", 2)
+    assert (code, err) == (
+        2,
+        f"cbqstream: error: {run}: 2 windows are done, so --to must be smaller than that.\n",
+    )
+    code, text, _ = cbqstream("rollback", run, "--to", 1)
+    assert (code, text) == (0, f"1 windows are left; go on with: cbqstream resume {run}\n")
+    assert cbqstream("resume", run)[0] == 0
+
+    code, text, _ = cbqstream("check", run)
+    assert code == 0
+    assert f"result: {out}" in text.splitlines()
+    code, text, _ = cbqstream("check", out, "--read-data")
+    assert (code, text) == (0, "model: 4 blocks, 39 tensors, all finite\nok\n")
+    code, text, _ = cbqstream("clean", run)
+    assert (code, text) == (0, f"deleted: {run}\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    assert cbqstream("check", out)[0] == 0
+    assert cbqstream("check", tmp_path)[0] == 65
+
+
+def test_a_window_whose_carry_is_gone_cannot_be_the_last(cbqstream, tiny_models, tokens, tmp_path):
+    run = tmp_path / "out.run"
+    assert cbqstream("quantize", tiny_models["llama"], tmp_path / "out", *options(tokens))[0] == 0
+    code, _, err = cbqstream("rollback", run, "--to", 1)
+    assert (code, err) == (
+        2,
+        f"cbqstream: error: {run}: what window 1 carried over is no longer kept. Use --to 2 or --to 0.\n",
+    )
+    assert cbqstream("rollback", run, "--to", 0)[0] == 0
+    assert windows_committed(run) == 0
+
+
+def test_everything_wrong_is_told(cbqstream, tiny_models, tokens, tmp_path):
+    run = tmp_path / "out.run"
+    assert cbqstream("quantize", tiny_models["llama"], tmp_path / "out", *options(tokens))[0] == 0
+    shards = sorted((run / "parts").rglob("block-*"))
+    for shard in shards[:2]:
+        content = bytearray(shard.read_bytes())
+        content[-1] ^= 1
+        shard.write_bytes(content)
+    code, _, err = cbqstream("check", run, "--read-data")
+    assert code == 65
+    told = [line.split(": ")[2] for line in err.splitlines()]
+    assert told == [*map(str, shards[:2]), str(tmp_path / "out")]  # the result has the very same files
+
+
 def test_no_run_to_resume(cbqstream, tmp_path):
     for command in ("resume", "status"):
         code, _, err = cbqstream(command, tmp_path)

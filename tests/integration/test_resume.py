@@ -14,13 +14,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from cbqstream import quantize
-from cbqstream.config import OutlierConfig, QuantizeConfig, Scheme, WindowConfig
+from cbqstream.config import OutlierConfig, QuantizeConfig, Scheme
 from cbqstream.disk import Disk
 from cbqstream.errors import IdentityError, InputError, StoppedError, UsageError
 from cbqstream.records import WindowReport
 from cbqstream.run.journal import open_journal
 from killing import KilledError, quantize_until, windows_committed
-from tiny import SEQ_LEN, save_model, save_tokens
+from tiny import save_model
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -31,49 +31,6 @@ def windows_done(config, **options):
     reports = []
     quantize(config, lambda event: reports.append(event) if isinstance(event, WindowReport) else None, **options)
     return [report.window.index for report in reports]
-
-
-def record_operations(config) -> list[tuple[str, Path]]:
-    operations = []
-    quantize(config, disk=Disk(lambda number, name, path: operations.append((name, path))))
-    return operations
-
-
-def test_stopped_before_durable_operations(make_config, tmp_path):
-    """Whatever operation a process dies at, the next one finishes with the same bytes and redoes at most one window.
-
-    Every fifth operation, and every one from a window's first rename to the end of its commit.
-    """
-    options = {
-        "dataset": save_tokens(tmp_path / "few.npy", 4 * SEQ_LEN),
-        "reconstruction": {"epochs": 1},
-        "num_samples": 4,
-        "window": WindowConfig(size=2, overlap=1),
-        "keep_last": 1,
-    }
-    whole = make_config(name="whole", **options)
-    operations = record_operations(whole)
-    expected = files_of(Path(whole.out))
-    delicate = {
-        number
-        for number, (name, path) in enumerate(operations, 1)
-        if name in ("rename", "publish") or path.name == "commits"
-    }
-    stops = sorted({number for number in range(1, len(operations) + 1) if number % 5 == 0} | delicate)
-    assert len(stops) > 20
-    for stop in stops:
-        config = make_config(name=f"out-{stop}", **options)
-        quantize_until(config, lambda number, name, path, stop=stop: number == stop)
-        committed = windows_committed(config.run_path)
-        done = windows_done(config)
-        assert done == list(range(committed, 2)), f"operation {stop}"
-        assert files_of(Path(config.out)) == expected, f"operation {stop}"
-        run = config.run_path
-        assert {path.name for path in run.iterdir()} == {"LOCK", "run.json", "commits", "parts", "acts", "tmp"}
-        assert sorted(path.name for path in (run / "parts").iterdir()) == ["00000", "00001"]
-        assert list((run / "acts").iterdir()) == []
-        shutil.rmtree(run)
-        shutil.rmtree(config.out)
 
 
 def test_killed_for_real_in_its_second_window(make_config, tmp_path):

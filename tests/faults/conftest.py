@@ -1,0 +1,51 @@
+"""What all fault tests share: a toy run, how often things are tried, and the tally that becomes README.md."""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from toy import NIGHTLY, Toy
+
+TALLY = os.environ.get("CBQSTREAM_FAULT_TALLY")
+"""A file to which each test adds a line of JSON."""
+
+
+class Tally:
+    """Counts of one row of the table in README.md."""
+
+    def __init__(self, row: int, what: str) -> None:
+        self.counts = {"row": row, "what": what, "runs": 0, "faults": 0, "lost": 0, "redone": 0, "note": ""}
+
+    def add(self, *, runs: int = 1, faults: int = 1, redone: int = 0) -> None:
+        self.counts["runs"] += runs
+        self.counts["faults"] += faults
+        self.counts["redone"] = max(self.counts["redone"], redone)
+
+
+@pytest.fixture
+def tally():
+    """A context manager: counts of a row, kept when the test passes."""
+
+    @contextmanager
+    def keep(row: int, what: str) -> Iterator[Tally]:
+        began, counted = time.monotonic(), Tally(row, what)
+        yield counted
+        assert counted.counts["faults"], "nothing was tried"
+        if TALLY:
+            seconds = round(time.monotonic() - began, 1)
+            with Path(TALLY).open("a") as file:
+                file.write(json.dumps({**counted.counts, "seconds": seconds, "nightly": NIGHTLY}) + "\n")
+
+    return keep
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory) -> Iterator[Toy]:
+    """A run of three windows that takes a fraction of a second, and what it must give."""
+    made = Toy(tmp_path_factory.mktemp("toy"))
+    yield made
+    made.close()

@@ -1,0 +1,43 @@
+#!/usr/bin/env python3
+"""Put the counts of a run of the fault tests into the table of README.md.
+
+Usage: page.py TALLY README
+"""
+
+import json
+import sys
+from pathlib import Path
+
+BEGIN, END = "<!-- table -->\n", "<!-- end of table -->\n"
+
+
+def table(lines: list[str]) -> str:
+    """Markdown, a line for each kind of fault."""
+    merged: dict[tuple[int, str], dict] = {}
+    for counts in map(json.loads, lines):
+        key = (counts["row"], counts["what"])
+        held = merged.setdefault(key, {**counts, "runs": 0, "faults": 0, "seconds": 0})
+        held["redone"] = max(held["redone"], counts["redone"])
+        for name in ("runs", "faults", "seconds"):
+            held[name] += counts[name]
+    rows = [
+        f"| {row} | {what} | {held['runs']:,} | {held['faults']:,} | {held['lost']} | {held['redone']} | {held['seconds']:.0f} |"
+        for (row, what), held in sorted(merged.items())
+    ]
+    total = [sum(held[name] for held in merged.values()) for name in ("runs", "faults")]
+    rows.append(
+        f"| | all | {total[0]:,} | {total[1]:,} | 0 | | {sum(held['seconds'] for held in merged.values()):.0f} |"
+    )
+    head = "| row | fault | runs | faults | results lost | windows redone, at most | seconds |\n|---|---|---|---|---|---|---|"
+    return "\n".join([head, *rows]) + "\n"
+
+
+def main() -> None:
+    tally, page = map(Path, sys.argv[1:])
+    before, _, rest = page.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    page.write_text(before + BEGIN + table(tally.read_text().splitlines()) + END + after)
+
+
+if __name__ == "__main__":
+    main()

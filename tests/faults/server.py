@@ -1,0 +1,119 @@
+"""Runs `cbqstream` command lines, each in a forked process that need not import torch first. Requests and answers are lines of JSON.
+
+A request has `arguments`, and may have one fault:
+
+    at, kind            before durable operation `at`: "kill" (SIGKILL), "signal" (`which`), "memory" (MemoryError), or an errno by name
+    file_size           no file can become larger than this many bytes
+    patch               name of a function in patches.py that is called first
+    count               a file to which the operations are written at the end
+"""
+
+import errno
+import json
+import os
+import resource
+import signal
+import sys
+import time
+import traceback
+from functools import partial
+from pathlib import Path
+
+import patches
+import torch
+
+from cbqstream import cli, disk
+from cbqstream.disk import Disk
+from cbqstream.evaluate import perplexity  # noqa: F401
+from cbqstream.report import progress, status  # noqa: F401
+from cbqstream.run import pipeline
+
+torch.set_num_threads(1)
+
+
+class Fault:
+    """An observer of the disk that does harm at one operation."""
+
+    def __init__(self, request: dict) -> None:
+        self.request = request
+        self.seen: list[tuple[str, str]] = []
+
+    def __call__(self, number: int, name: str, path: Path) -> None:
+        self.seen.append((name, str(path)))
+        if number != self.request.get("at"):
+            return
+        kind = self.request["kind"]
+        if kind == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif kind == "signal":
+            os.kill(os.getpid(), self.request["which"])
+        elif kind == "memory":
+            raise MemoryError
+        else:
+            code = getattr(errno, kind)
+            raise OSError(code, os.strerror(code))
+
+
+def work(request: dict, out: Path, err: Path) -> None:
+    """Of the forked process."""
+    for stream, file in ((1, out), (2, err)):
+        handle = os.open(file, os.O_WRONLY)
+        os.dup2(handle, stream)
+    sys.stdin.close()
+    fault = Fault(request)
+    pipeline.Disk = disk.Disk = partial(Disk, fault)
+    if "patch" in request:
+        getattr(patches, request["patch"])()
+    if "file_size" in request:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_size"], request["file_size"]))
+    if "umask" in request:
+        os.umask(request["umask"])
+    sys.argv = ["cbqstream", *request["arguments"]]
+    code = 1
+    try:
+        cli.main()
+    except SystemExit as stop:
+        code = stop.code
+    except BaseException:  # noqa: BLE001
+        traceback.print_exc()
+    if "count" in request:
+        Path(request["count"]).write_text(json.dumps(fault.seen))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def main() -> None:
+    """Answer requests until there are no more."""
+    running: dict[int, tuple[Path, Path, float]] = {}
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "wait" in request:
+            number = request["wait"]
+            out, err, began = running.pop(number)
+            _, status = os.waitpid(number, 0)
+            seconds = time.monotonic() - began
+            answer = {"code": os.waitstatus_to_exitcode(status), "seconds": seconds}
+            answer |= {"out": out.read_text(), "err": err.read_text()}
+            out.unlink()
+            err.unlink()
+        elif "signal" in request:
+            os.kill(request["number"], request["signal"])
+            answer = {}
+        else:
+            folder = Path(os.environ.get("TMPDIR", "/tmp"))
+            names = [
+                folder / f"faults-{os.getpid()}-{len(running)}-{time.monotonic_ns()}.{part}" for part in ("out", "err")
+            ]
+            for name in names:
+                name.touch()
+            number = os.fork()
+            if not number:
+                work(request, *names)
+            running[number] = (*names, time.monotonic())
+            answer = {"number": number}
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()

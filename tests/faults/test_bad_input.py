@@ -1,0 +1,391 @@
+"""The catalogue of bad input: what a user can hand over by mistake, and the one line that says so. Numbers are those of the catalogue.
+
+Each case damages a good model, calibration file or folder, runs a command line, and expects an exit code, one line, and nothing written.
+Cases of flags are in tests/integration/test_cli.py, of run directories in test_damage.py and test_surroundings.py.
+"""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from toy import one_line
+
+from tiny import save_model
+
+
+class Bad:
+    """A good model in one shard, and a good calibration file, to be damaged."""
+
+    def __init__(self, folder: Path, single: Path, sharded: Path) -> None:
+        self.folder, self.sharded = folder, sharded
+        self.model = Path(shutil.copytree(single, folder / "model"))
+        self.weights = self.model / "model.safetensors"
+        self.tokens: Path | None = None
+
+    def shards(self) -> None:
+        """Use the model in several shards instead."""
+        shutil.rmtree(self.model)
+        shutil.copytree(self.sharded, self.model)
+        self.weights = sorted(self.model.glob("*.safetensors"))[1]
+
+    def put(self, content: bytes) -> None:
+        self.weights.write_bytes(content)
+
+    def header(self, change, data: bytes | None = None) -> None:
+        """Change the parsed header, or put other text in its place."""
+        content = self.weights.read_bytes()
+        length = int.from_bytes(content[:8], "little")
+        entries = json.loads(content[8 : 8 + length])
+        text = change(entries)
+        text = text if isinstance(text, bytes) else json.dumps(entries).encode()
+        self.put(len(text).to_bytes(8, "little") + text + (content[8 + length :] if data is None else data))
+
+    def entry(self, change, name="lm_head.weight") -> None:
+        self.header(lambda entries: change(entries[name]))
+
+    def index(self, change) -> None:
+        self.shards()
+        path = self.model / "model.safetensors.index.json"
+        index = json.loads(path.read_text())
+        text = change(index)
+        path.write_text(text if isinstance(text, str) else json.dumps(index))
+
+    def config(self, **changes) -> None:
+        path = self.model / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    def tensors(self, change) -> None:
+        tensors = load_file(self.weights)
+        change(tensors)
+        save_file(tensors, self.weights)
+
+    def calibration(self, name: str, content: bytes | np.ndarray) -> None:
+        self.tokens = self.folder / name
+        if isinstance(content, bytes):
+            self.tokens.write_bytes(content)
+        else:
+            np.save(self.tokens, content)
+
+
+def replace_by(path: Path, make) -> None:
+    path.unlink()
+    make(path)
+
+
+def rename_in(entries, old, new):
+    entries[new] = entries.pop(old)
+
+
+def swap_text(bad, old: bytes, new: bytes):
+    bad.header(lambda entries: json.dumps(entries).encode().replace(old, new))
+
+
+def outside_link(bad):
+    bad.shards()
+    target = bad.folder / "elsewhere.safetensors"
+    bad.weights.rename(target)
+    bad.weights.symlink_to(target)
+
+
+def disagree(bad):
+    bad.index(
+        lambda index: index["weight_map"].update({"model.norm.weight": sorted(set(index["weight_map"].values()))[0]})
+    )
+
+
+DEEP = b"[" * 100_000
+CASES = {
+    "1 empty": (lambda bad: bad.put(b""), r"{weights}: empty file \(0 bytes\)\. Download it again\."),
+    "2 seven bytes": (lambda bad: bad.put(b"\1" * 7), r"{weights}: too short to be safetensors \(7 bytes\)\. .*"),
+    "3 git-lfs": (
+        lambda bad: bad.put(b"version https://git-lfs.github.com/spec/v1\n"),
+        r"{weights}: a git-lfs pointer, not weights\. .*",
+    ),
+    "4 HTML": (lambda bad: bad.put(b"<!DOCTYPE html><html>"), r"{weights}: an HTML page, not weights .*"),
+    "5 zip": (
+        lambda bad: bad.put(b"PK\x03\x04" + b"\0" * 99),
+        r"{weights}: a pickle checkpoint, which is never read\. .*",
+    ),
+    "6 pickle": (lambda bad: bad.put(b"\x80\x02}q\x00." + b"\0" * 99), r"{weights}: a pickle checkpoint, .*"),
+    "7 GGUF": (lambda bad: bad.put(b"GGUF" + b"\0" * 99), r"{weights}: a GGUF file\. .*"),
+    "8 header too long": (
+        lambda bad: bad.put((10**9).to_bytes(8, "little") + b"{" + b"\0" * 99),
+        r"{weights}: header of 1,000,000,000 bytes exceeds the 100,000,000 limit\.",
+    ),
+    "9 header longer than the file": (
+        lambda bad: bad.put((5000).to_bytes(8, "little") + b"{}"),
+        r"{weights}: header says 5000 bytes, file has 10 \(truncated\?\)\. .*",
+    ),
+    "10 not JSON": (lambda bad: bad.header(lambda entries: b"{nothing"), r"{weights}: header is not JSON\."),
+    "10 not UTF-8": (lambda bad: bad.header(lambda entries: b'{"\xff": 1}'), r"{weights}: header is not JSON\."),
+    "10 a list": (lambda bad: bad.header(lambda entries: b"[]"), r"{weights}: header is not plausible\."),
+    "11 too deep": (
+        lambda bad: bad.header(lambda entries: DEEP),
+        r"{weights}: header is not JSON \(too deeply nested\)\.",
+    ),
+    "12 a name twice": (
+        lambda bad: swap_text(bad, b'"model.norm.weight"', b'"lm_head.weight"'),
+        r'{weights}: "lm_head.weight" appears twice in the header\.',
+    ),
+    "13 dtype": (
+        lambda bad: bad.entry(lambda entry: entry.update(dtype="F99")),
+        r'{weights}: tensor "lm_head.weight": dtype F99 is not supported\.',
+    ),
+    "14 offsets": (
+        lambda bad: bad.entry(lambda entry: entry.update(data_offsets=[8, 0])),
+        r'{weights}: tensor "lm_head.weight": offsets \[8, 0\] are not valid\.',
+    ),
+    "14 negative offsets": (
+        lambda bad: bad.entry(lambda entry: entry.update(data_offsets=[-8, 0])),
+        r'{weights}: tensor "lm_head.weight": offsets \[-8, 0\] are not valid\.',
+    ),
+    "15 a hole": (
+        lambda bad: bad.header(lambda entries: entries.pop("lm_head.weight") and None),
+        r'{weights}: tensor ".*": bytes overlap or leave a hole\.',
+    ),
+    "16 size": (
+        lambda bad: bad.entry(lambda entry: entry.update(shape=[3])),
+        r'{weights}: tensor "lm_head.weight": shape \[3\] BF16 needs 6 bytes, header gives 12288\.',
+    ),
+    "17 overflow": (
+        lambda bad: bad.entry(lambda entry: entry.update(shape=[1 << 33, 1 << 33])),
+        r'{weights}: tensor "lm_head.weight": shape is not plausible\.',
+    ),
+    "18 nothing of a huge size": (
+        lambda bad: bad.entry(lambda entry: entry.update(shape=[0, 1 << 40])),
+        r'{weights}: tensor "lm_head.weight": shape is not plausible\.',
+    ),
+    "19 truncated": (
+        lambda bad: bad.put(bad.weights.read_bytes()[:-100]),
+        r"{weights}: file is \d+ bytes, header describes \d+\. Download it again\.",
+    ),
+    "20 name with a way out": (
+        lambda bad: bad.header(lambda entries: rename_in(entries, "lm_head.weight", "../x")),
+        r'{weights}: tensor name "../x" is not allowed\.',
+    ),
+    "20 name with a terminal code": (
+        lambda bad: bad.header(lambda entries: rename_in(entries, "lm_head.weight", "a\x1b[2J\0")),
+        r'{weights}: tensor name "a\\x1b\[2J\\x00" is not allowed\.',
+    ),
+    "20 long name": (
+        lambda bad: bad.header(lambda entries: rename_in(entries, "lm_head.weight", "x" * 1025)),
+        r'{weights}: tensor name "x{{120}}\.\.\." is not allowed\.',
+    ),
+    "21 metadata": (
+        lambda bad: bad.header(lambda entries: entries.update(__metadata__={"a": 1})),
+        r"{weights}: header is not plausible\.",
+    ),
+    "22 no index": (
+        lambda bad: (bad.shards(), (bad.model / "model.safetensors.index.json").unlink()),
+        r"{model}: \d+ shards but no model\.safetensors\.index\.json\. .*",
+    ),
+    "23 index without a map": (
+        lambda bad: bad.index(lambda index: index.pop("weight_map") and None),
+        r"{model}/model\.safetensors\.index\.json: not a weight index \(no weight_map\)\.",
+    ),
+    "23 index not JSON": (
+        lambda bad: bad.index(lambda index: "{"),
+        r"{model}/model\.safetensors\.index\.json: not JSON\.",
+    ),
+    "28 shard missing": (
+        lambda bad: (bad.shards(), bad.weights.unlink()),
+        r"{weights}: missing \(\d+ tensors\)\. Download it again\.",
+    ),
+    "26 link to the outside": (outside_link, r"{weights}: a link to .*elsewhere\.safetensors, outside the model\. .*"),
+    "27 pipe": (
+        lambda bad: (bad.shards(), replace_by(bad.weights, os.mkfifo)),
+        r"{weights}: not a regular file\.",
+    ),
+    "27 folder": (
+        lambda bad: (bad.shards(), replace_by(bad.weights, Path.mkdir)),
+        r"{weights}: not a regular file\.",
+    ),
+    "29 30 index and shards": (disagree, r'.*: tensor "model.norm.weight": index and shards disagree\.'),
+    "32 two layouts": (
+        lambda bad: (
+            bad.weights.rename(bad.folder / "aside"),
+            bad.shards(),
+            (bad.folder / "aside").rename(bad.model / "model.safetensors"),
+        ),
+        r"{model}: two layouts in one folder: .* Remove one\.",
+    ),
+    "33 no config": (lambda bad: (bad.model / "config.json").unlink(), r"{model}/config\.json: missing\. .*"),
+    "33 config not JSON": (
+        lambda bad: (bad.model / "config.json").write_text("[1,"),
+        r"{model}/config\.json: not JSON\.",
+    ),
+    "33 config a list": (
+        lambda bad: (bad.model / "config.json").write_text("[]"),
+        r"{model}/config\.json: not a JSON object\.",
+    ),
+    "33 config too large": (
+        lambda bad: (bad.model / "config.json").write_text(" " * (2 << 20)),
+        r"{model}/config\.json: larger than 1 MiB, which is not plausible\.",
+    ),
+    "33 a key twice": (
+        lambda bad: (bad.model / "config.json").write_text('{"hidden_size": 64, "hidden_size": 32}'),
+        r'{model}/config\.json: "hidden_size" appears twice\.',
+    ),
+    "34 architecture": (
+        lambda bad: bad.config(model_type="\x1b[2Jfoo"),
+        r'{model}/config\.json: architecture "\\x1b\[2Jfoo" is not supported .*',
+    ),
+    "35 remote code": (
+        lambda bad: bad.config(model_type="foo", auto_map={"AutoModel": "x.y"}),
+        r'{model}/config\.json: architecture "foo" needs remote code, which is never run\.',
+    ),
+    "37 no width": (lambda bad: bad.config(hidden_size=0), r"{model}/config\.json: hidden_size is 0, it must be .*"),
+    "37 negative": (
+        lambda bad: bad.config(num_attention_heads=-4),
+        r"{model}/config\.json: num_attention_heads is -4, .*",
+    ),
+    "37 a float": (lambda bad: bad.config(hidden_size=64.0), r"{model}/config\.json: hidden_size is 64\.0, .*"),
+    "37 huge": (lambda bad: bad.config(vocab_size=10**12), r"{model}/config\.json: vocab_size is 1000000000000, .*"),
+    "37 text": (lambda bad: bad.config(num_hidden_layers="4"), r"{model}/config\.json: num_hidden_layers is 4, .*"),
+    "37 more blocks than tensors": (
+        lambda bad: bad.config(num_hidden_layers=1 << 20),
+        r"{model}/config\.json: num_hidden_layers is 1,048,576, the weights hold 39 tensors\.",
+    ),
+    "37 negative inside": (
+        lambda bad: bad.config(intermediate_size=-1),
+        r"{model}/config\.json: intermediate_size is -1, .*",
+    ),
+    "37 huge inside": (
+        lambda bad: bad.config(intermediate_size=10**12),
+        r"{model}/config\.json: intermediate_size is 1000000000000, .*",
+    ),
+    "38 a block is missing": (
+        lambda bad: bad.config(num_hidden_layers=5),
+        r'{model}: tensor "model.layers.4.*": missing from the weights, config.json needs it\.',
+    ),
+    "38 a block too many": (
+        lambda bad: bad.config(num_hidden_layers=3),
+        r"{model}: config.json says 3 blocks, weights hold 4\.",
+    ),
+    "39 shape": (
+        lambda bad: bad.config(intermediate_size=96),
+        r"{model}: tensor .*: shape \[128, 64\], config.json needs \[96, 64\]\.",
+    ),
+    "40 dtype": (
+        lambda bad: bad.tensors(
+            lambda tensors: tensors.update(
+                {"model.layers.1.mlp.up_proj.weight": torch.ones(128, 64, dtype=torch.int32)}
+            )
+        ),
+        r'{model}: tensor "model.layers.1.mlp.up_proj.weight": dtype torch.int32; weights must be bf16, fp16 or fp32\.',
+    ),
+    "41 no head": (
+        lambda bad: bad.tensors(lambda tensors: tensors.pop("lm_head.weight")),
+        r'{model}: tensor "lm_head.weight": missing from the weights, config.json needs it\.',
+    ),
+    "42 quantized": (
+        lambda bad: bad.config(quantization_config={"quant_method": "gptq"}),
+        r"{model}/config\.json: the model is already quantized \(gptq\)\. Give the original\.",
+    ),
+    "43 NaN": (
+        lambda bad: bad.tensors(
+            lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].view(-1)[17:20].fill_(float("nan"))
+        ),
+        r'{weights}: tensor "model.layers.1.mlp.up_proj.weight": 3 non-finite values \(first at 17\)\. .*',
+    ),
+    "45 overflow of activations": (
+        lambda bad: bad.tensors(lambda tensors: tensors["model.layers.1.mlp.down_proj.weight"].fill_(3e38)),
+        r"block 0-1: [1-4] of 4 samples became non-finite\. .*",
+    ),
+    "46 tokenizer not JSON": (
+        lambda bad: ((bad.model / "tokenizer.json").write_text("{"), bad.calibration("c.txt", b"some text " * 99)),
+        r"{model}/tokenizer\.json: not JSON\.",
+    ),
+    "46 tokenizer of another kind": (
+        lambda bad: (
+            (bad.model / "tokenizer.json").write_text('{"model": 1}'),
+            bad.calibration("c.txt", b"some text " * 99),
+        ),
+        r"{model}: no tokenizer that transformers can load\. .*",
+    ),
+    "46 token outside": (
+        lambda bad: bad.calibration("c.npy", np.full(64, 151_936)),
+        r"{tokens}: token 151936 is outside the vocabulary of 96\.",
+    ),
+    "48 missing": (
+        lambda bad: setattr(bad, "tokens", Path("/nowhere.txt")),
+        r"/nowhere\.txt: no such calibration file\.",
+    ),
+    "48 a folder": (lambda bad: setattr(bad, "tokens", bad.folder), r"{tokens}: a folder; give a file of text\."),
+    "48 not UTF-8": (lambda bad: bad.calibration("c.txt", b"abc\xff"), r"{tokens}: not UTF-8 text \(byte 3\)\."),
+    "48 jsonl without text": (
+        lambda bad: bad.calibration("c.jsonl", b'{"a": 1}\n'),
+        r'{tokens}: line 1 is not a JSON object with a field "text"\.',
+    ),
+    "48 floats": (
+        lambda bad: bad.calibration("c.npy", np.zeros(64)),
+        r"{tokens}: holds float64, token ids are integers\.",
+    ),
+    "48 pickled objects": (
+        lambda bad: bad.calibration("c.npy", np.array([{}], dtype=object)),
+        r"{tokens}: not a \.npy file of numbers\.",
+    ),
+    "49 too few": (
+        lambda bad: bad.calibration("c.npy", np.zeros(63, dtype=np.int64)),
+        r"{tokens}: calibration has 63 tokens, needs 64 \(4 x 16\)\. .*",
+    ),
+}
+NAMES = {
+    "24 way out": "../../etc/passwd",
+    "25 absolute": "/etc/passwd",
+    "25 backslash": "..\\x.safetensors",
+    "25 drive": "C:x.safetensors",
+    "25 empty": "",
+    "25 number": 7,
+    "25 control": "a\n.safetensors",
+}
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("single") / "model", max_shard_size="1GB")
+
+
+def refused(toy, bad, pattern, tally):
+    out = bad.folder / "out"
+    before = {str(path) for path in bad.folder.rglob("*")}
+    with tally(20, "bad input, by the catalogue") as counted:
+        ended = toy.run(toy.quantize(out, "--dataset", bad.tokens or toy.tokens, model=bad.model))
+        assert (ended.code, ended.out) == (65, ""), ended.err
+        assert one_line(ended.err), ended.err
+        places = {"weights": bad.weights, "model": bad.model, "tokens": bad.tokens}
+        places = {key: re.escape(str(value)) for key, value in places.items()}
+        expected = re.sub(r"\{(weights|model|tokens)\}", lambda match: places[match[1]], pattern)
+        expected = expected.replace("{{", "{").replace("}}", "}")
+        assert re.fullmatch(f"cbqstream: error: {expected}\n", ended.err), ended.err
+        assert ended.seconds < 3
+        counted.add()
+    after = {str(path) for path in bad.folder.rglob("*")}
+    run = {path for path in after if path.startswith(f"{out}.run")}
+    assert after - run == before
+    return run
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input(toy, single, tmp_path, tally, case):
+    damage, pattern = CASES[case]
+    bad = Bad(tmp_path, single, toy.model)
+    damage(bad)
+    run = refused(toy, bad, pattern, tally)
+    seen_late = case.split()[0] in ("43", "45")  # tensors are read window by window
+    assert bool(run) == seen_late
+
+
+@pytest.mark.parametrize("case", NAMES)
+def test_bad_shard_names(toy, single, tmp_path, tally, case):
+    bad = Bad(tmp_path, single, toy.model)
+    bad.index(lambda index: index["weight_map"].update({"lm_head.weight": NAMES[case]}))
+    assert not refused(
+        toy, bad, r'{model}/model\.safetensors\.index\.json: shard name ".*" leaves the model folder\.', tally
+    )

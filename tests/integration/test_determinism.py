@@ -1,0 +1,78 @@
+"""What is promised of equal bytes, as far as a CPU can show it. Kills, lost streams, clocks and places: tests/faults."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from cbqstream import quantize
+from cbqstream.activations import read_ahead
+from cbqstream.config import Scheme
+from cbqstream.errors import UsageError
+from cbqstream.models.compute import make_deterministic
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def test_one_function_sets_everything():
+    torch.use_deterministic_algorithms(mode=False)
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.deterministic = False
+    torch.set_float32_matmul_precision("medium")
+    assert make_deterministic(1) == 1
+    assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.is_deterministic_algorithms_warn_only_enabled()
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert torch.get_num_threads() == 1
+    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+    assert not cuda.matmul.allow_tf32
+    assert not cuda.matmul.allow_bf16_reduced_precision_reduction
+    assert not cuda.matmul.allow_fp16_reduced_precision_reduction
+    assert not cuda.cudnn_sdp_enabled()
+    assert (cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark) == (False, True, False)
+
+
+@pytest.mark.parametrize("variable", ["NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"])
+def test_the_environment_cannot_undo_it(monkeypatch, variable):
+    monkeypatch.setenv(variable, "1")
+    with pytest.raises(UsageError, match=f"{variable} is set"):
+        make_deterministic(1)
+
+
+SETTINGS = {"scheme": Scheme(num_bits=2, group_size=16, symmetric=False, activation_bits=8)}
+
+
+def test_twice_the_same_whatever_the_global_generators_say(make_config):
+    """And they are left as they were."""
+    outs = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        outs.append(files_of(quantize(make_config(name=f"out-{seed}", **SETTINGS))))
+        assert torch.equal(torch.get_rng_state(), before)
+    assert outs[0] == outs[1]
+
+
+def test_reading_further_ahead_changes_nothing(make_config, monkeypatch):
+    outs = []
+    for depth in (0, 1, 4):
+        monkeypatch.setattr(read_ahead, "_DEPTH", depth)
+        outs.append(files_of(quantize(make_config(name=f"out-{depth}", **SETTINGS))))
+    assert outs[0] == outs[1] == outs[2]
+
+
+def test_another_seed_is_another_result(make_config):
+    one, two = (files_of(quantize(make_config(name=f"out-{seed}", seed=seed, **SETTINGS))) for seed in (1, 2))
+    assert one.keys() == two.keys()
+    assert one != two
+
+
+def test_uninitialised_memory_is_never_read(make_config, monkeypatch):
+    """With it filled with NaN or left as it is: the same bytes."""
+    outs = []
+    for fill in (True, False):
+        monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", fill)
+        outs.append(files_of(quantize(make_config(name=f"out-{fill}", **SETTINGS))))
+    assert outs[0] == outs[1]
