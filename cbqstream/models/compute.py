@@ -64,7 +64,8 @@ def numerics_class(device: torch.device, threads: int) -> dict[str, Any]:
     """What must be equal for results to be equal bit for bit."""
     on_cuda = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if on_cuda else platform.machine()
-    libraries = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()} if on_cuda else {}
+    cudnn = torch.backends.cudnn.version() if on_cuda else None  # type: ignore[no-untyped-call]
+    libraries = {"cuda": torch.version.cuda, "cudnn": cudnn} if on_cuda else {}
     return {
         "device": device.type,
         "device_name": name,
