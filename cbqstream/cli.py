@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -179,9 +180,9 @@ def resume(
     """Go on with a run; all settings come from its directory."""
     from cbqstream.run.chain import Chain
 
-    content = Chain.read(run).run
-    same = {"run_dir": str(run.absolute()), "threads": content["identity"]["numerics"]["threads"]}
-    config = QuantizeConfig.from_dict({**content["config"], **same})
+    chain = Chain.read(run)
+    same = {"run_dir": str(run.absolute()), "threads": chain.numerics["threads"]}
+    config = QuantizeConfig.from_dict({**chain.run["config"], **same})
     _run(config, log_json, stop_after_window, allow_numerics_change, allow_shared_run_dir)
 
 
@@ -224,7 +225,7 @@ def rollback(
     from cbqstream.disk import Disk
     from cbqstream.run.journal import open_journal
 
-    with open_journal(run, Disk(), shared=allow_shared_run_dir) as journal:
+    with open_journal(run, Disk(), shared=allow_shared_run_dir, whole=False) as journal:
         journal.roll_back(to)
     _say(f"{to} windows are left; go on with: cbqstream resume {run}")
 
@@ -233,6 +234,7 @@ def rollback(
 def clean(
     run: Annotated[Path, typer.Argument(help="The run directory.")],
     unfinished: Annotated[bool, typer.Option("--unfinished", help="Give up a run that is not finished too.")] = False,
+    allow_shared_run_dir: AllowSharedRunDir = False,
 ) -> None:
     """Delete a run directory whose model is finished. The model stays."""
     from cbqstream.disk import Disk
@@ -243,7 +245,7 @@ def clean(
     if not unfinished and not (chain.is_complete and chain.is_result(Path(chain.run["config"]["out"]))):
         done = f"{chain.next_window} of {chain.num_commits} commits"
         raise UsageError(f"{run}: not finished ({done}). Run cbqstream resume {run}, or give it up with --unfinished.")
-    discard(run, Disk())
+    discard(run, Disk(), shared=allow_shared_run_dir)
     _say(f"deleted: {run}")
 
 
@@ -307,9 +309,21 @@ def _run(
                 allow_shared_run_dir=allow_shared_run_dir,
             )
     except (Interrupted, StoppedError) as stop:
-        go_on = f"cbqstream resume {config.run_path}" if (config.run_path / "run.json").exists() else "the same command"
-        raise StoppedError(f"{stop} To go on: {go_on}") from stop
+        raise StoppedError(f"{stop} To go on: {_how_to_go_on(config)}") from stop
     _say(f"done: {out}")
+
+
+def _how_to_go_on(config: QuantizeConfig) -> str:
+    """`resume` where it would do the same as the command that was given."""
+    from cbqstream.run.chain import Chain
+
+    try:
+        begun = Chain.read(config.run_path).run["config"]
+    except CbqstreamError:
+        return "the same command"
+    now = config.to_dict()
+    same = all(begun[key] == now[key] for key in ("model", "out", "device"))
+    return f"cbqstream resume {config.run_path}" if same else "the same command"
 
 
 class Interrupted(BaseException):
@@ -319,6 +333,7 @@ class Interrupted(BaseException):
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
     """What is committed is safe wherever a signal strikes, so leave at once; a second one does not even wait for tmp/ to be emptied."""
     signal.signal(number, lambda number, frame: os._exit(128 + number))
+    warnings.simplefilter("ignore")  # Zarr's coroutines complain that nobody waits for them any more
     raise Interrupted(f"stopped by {signal.Signals(number).name}.")
 
 
@@ -336,7 +351,10 @@ def main() -> NoReturn:
     except MemoryError:
         _fail("out of memory. Close other programs, or use fewer --num-samples.", DeviceMemoryError.exit_code)
     except OSError as error:
-        _fail(f"{'' if error.filename is None else f'{error.filename}: '}{error.strerror}.", StorageError.exit_code)
+        _fail(
+            f"{'' if error.filename is None else f'{error.filename}: '}{error.strerror or error}.",
+            StorageError.exit_code,
+        )
     sys.exit(0)
 
 

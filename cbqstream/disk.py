@@ -49,9 +49,15 @@ class Disk:
     @contextmanager
     def _operation(self, name: str, path: Path) -> "Iterator[None]":
         self._count += 1
-        try:
+        with self._step(name, path):
             if self._observer is not None:
                 self._observer(self._count, name, path)
+            yield
+
+    @contextmanager
+    def _step(self, name: str, path: Path) -> "Iterator[None]":
+        """A part of an operation, whose errors are those of the operation."""
+        try:
             yield
         except OSError as error:
             full = error.errno in _FULL
@@ -76,9 +82,11 @@ class Disk:
             with self._operation("write", path):
                 handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
                 file = closing.enter_context(os.fdopen(handle, "wb"))
-                for chunk in chunks:
+            for chunk in chunks:  # an error in making one is not an error of the disk
+                with self._step("write", path):
                     size += file.write(chunk)
-                    digest.update(chunk)
+                digest.update(chunk)
+            with self._step("write", path):
                 file.flush()
             with self._operation("sync_file", path):  # through the handle that wrote: an error may be lost on another
                 os.fsync(file.fileno())
@@ -114,12 +122,15 @@ class Disk:
     def publish(self, source: Path, target: Path) -> None:
         """Make a finished folder durable under its final name, with ordinary permissions. `target` may be an empty folder."""
         self.sync_folder(source)
+        self._put(source, target)
+        self.sync_folder(target.parent)
+
+    def _put(self, source: Path, target: Path) -> None:
         with self._operation("publish", target):
             umask = os.umask(0)
             os.umask(umask)
             source.chmod(0o777 & ~umask)
             source.rename(target)  # replaces an empty folder, and no other
-        self.sync_folder(target.parent)
 
     def link_or_copy(self, source: Path, target: Path) -> None:
         """Make `target` the same file as `source`: a hard link, or a durable copy where the file system has none."""

@@ -110,6 +110,8 @@ def _npy(path: Path) -> Tensor:
         values = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise InputError(path, "not a .npy file of numbers.") from error
+    if not isinstance(values, np.ndarray):
+        raise InputError(path, "not a .npy file of numbers.")
     if not np.issubdtype(values.dtype, np.integer):
         raise InputError(path, f"holds {values.dtype}, token ids are integers.")
     return torch.from_numpy(values.astype(np.int64)).flatten()

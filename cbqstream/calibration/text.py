@@ -24,7 +24,11 @@ def documents(path: Path) -> Iterator[str]:
         raise InputError(path, "no such calibration file." if not path.is_dir() else "a folder; give a file of text.")
     reader = {".jsonl": _jsonl, ".parquet": _parquet}.get(path.suffix.lower(), _plain)
     try:
-        yield from reader(path)
+        for document in reader(path):
+            document.encode()
+            yield document
+    except UnicodeEncodeError as error:
+        raise InputError(path, "holds half of a surrogate pair, which is no character.") from error
     except UnicodeDecodeError as error:
         raise InputError(path, f"not UTF-8 text (byte {error.start}).") from error
 
@@ -64,5 +68,14 @@ def _parquet(path: Path) -> Iterator[str]:
         raise InputError(path, "not a parquet file.") from error
     if _FIELD not in table.schema_arrow.names:
         raise InputError(path, f'no column "{_FIELD}" (columns: {", ".join(table.schema_arrow.names)}).')
-    for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=[_FIELD]):
-        yield from (text for text in batch.column(0).to_pylist() if text)
+    if str(table.schema_arrow.field(_FIELD).type) not in ("string", "large_string", "string_view"):
+        raise InputError(path, f'column "{_FIELD}" holds {table.schema_arrow.field(_FIELD).type}, not strings.')
+    batches = table.iter_batches(batch_size=_PARQUET_ROWS, columns=[_FIELD])
+    while True:
+        try:
+            texts = next(batches).column(0).to_pylist()
+        except StopIteration:
+            return
+        except (OSError, ValueError) as error:
+            raise InputError(path, "damaged parquet data.") from error
+        yield from (text for text in texts if text)

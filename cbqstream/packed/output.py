@@ -15,14 +15,18 @@ REST = "rest.safetensors"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
 
 
-def building_folder(out: Path) -> Path:
-    """What `out` is called until it is complete. It belongs to this program: whatever lies there is deleted."""
-    return out.with_name(out.name + ".cbqstream.tmp")
+def building_folder(out: Path, digest: str) -> Path:
+    """What `out` is called until it is complete, for the run with this digest: two runs must not fill one folder.
+
+    It belongs to this program: whatever lies there is deleted.
+    """
+    return out.with_name(f"{out.name}.{digest[:8]}.cbqstream.tmp")
 
 
 def assemble(
     disk: Disk,
     out: Path,
+    building: Path,
     *,
     source_folder: Path,
     source: Checkpoint,
@@ -30,18 +34,18 @@ def assemble(
     replaced: set[str],
     config: dict[str, Any],
 ) -> None:
-    """Make the folder `out` from the shards of the blocks; until its last rename it has another name.
+    """Make the folder `out` from the shards of the blocks; until its last rename it is called `building`.
 
     Args:
         disk: for durable writes.
         out: must not exist, or be empty.
+        building: beside it, see `building_folder`.
         source_folder: its tokenizer and other files are copied byte for byte; its weights are not.
         source: its tensors.
         shards: finished blocks.
         replaced: names of the source's tensors that the shards stand for; all others are copied byte for byte.
         config: content of the new config.json.
     """
-    building = building_folder(out)
     disk.remove_tree(building)
     disk.make_folder(building)
     weight_map: dict[str, str] = {}

@@ -46,7 +46,8 @@ def status_lines(run: Path, content: Mapping[str, Any], commits: Sequence[Mappin
 
 
 def _difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {before[key]} -> {after[key]}" for key in sorted(after) if before[key] != after[key])
+    changed = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
+    return ", ".join(f"{key} {before.get(key)} -> {after.get(key)}" for key in changed)
 
 
 def _change(report: Mapping[str, Any]) -> str:

@@ -20,9 +20,11 @@ REFERENCE, QUANTIZED = "reference", "quantized"
 """The two streams of hidden states: of the original model, and of the one that is being made."""
 RESTORE = "Restore the run directory, or use another --run-dir."
 
-_CARRIES_KEPT = 2
+CARRIES_KEPT = 2
 """The newest; all would be as large as the model. The next window reads one, the other makes it possible to take a window back."""
 _MAX_RECORD = 256 << 20
+_RUN_FIELDS = {"identity": dict, "config": dict, "windows": int, "epochs": int, "stream": list}
+_COMMIT_FIELDS = {"parts": dict, "source": dict, "numerics": dict, "report": dict}
 
 
 def numbered(index: int) -> str:
@@ -61,6 +63,10 @@ class Chain:
     def extended(self, commit: Mapping[str, Any]) -> "Chain":
         """With one more commit."""
         return replace(self, commits=(*self.commits, commit))
+
+    def shortened(self, windows: int) -> "Chain":
+        """With the first `windows` commits only."""
+        return replace(self, commits=self.commits[:windows])
 
     @property
     def last(self) -> str:
@@ -118,17 +124,13 @@ class Chain:
         """Names in acts/ of what the commits left for what is not committed."""
         return {self.acts(self.next_window).name} if 0 < self.next_window < self.num_commits else set()
 
-    def holds_carry(self, window: int) -> bool:
-        """Whether what `window` carried over is still kept."""
-        return window >= self.next_window - _CARRIES_KEPT
-
     def expected_parts(self) -> dict[Path, tuple[int, str]]:
-        """Size and SHA-256 of every file that must be in parts/."""
+        """Size and SHA-256 of every file that is still needed in parts/: of what was carried over, the newest."""
         return {
             self.parts(index) / name: (size, sha256)
             for index, commit in enumerate(self.commits)
             for name, (size, sha256) in sorted(commit["parts"].items())
-            if name != CARRY or self.holds_carry(index)
+            if name != CARRY or index == self.next_window - 1
         }
 
     def shards(self) -> list[Path]:
@@ -158,12 +160,17 @@ class Chain:
             raise InputError(file, f"is not what was committed (its SHA-256 does not match). {RESTORE}")
 
     def is_result(self, out: Path) -> bool:
-        """Whether `out` is what this run, all of it done, put together: its config and the very shards."""
-        sizes = {file.name: size for file, (size, _) in self.expected_parts().items()}
+        """Whether `out` is what this run, all of it done, put together: its config and the very shards, or equal ones."""
         return (out / "config.json").is_file() and all(
-            (out / shard.name).is_file() and (out / shard.name).stat().st_size == sizes[shard.name]
-            for shard in self.shards()
+            self._is_copy(out / shard.name, shard) for shard in self.shards()
         )
+
+    def _is_copy(self, file: Path, shard: Path) -> bool:
+        if not file.is_file():
+            return False
+        return (shard.exists() and file.samefile(shard)) or digest_of_file(file).sha256 == self.expected_parts()[shard][
+            1
+        ]
 
 
 def _read_run(path: Path) -> dict[str, Any]:
@@ -182,6 +189,7 @@ def _read_run(path: Path) -> dict[str, Any]:
         )
     if not _is_sealed(run):
         raise InputError(file, f"checksum does not match. {RESTORE}")
+    _require_fields(file, run, _RUN_FIELDS)
     return run
 
 
@@ -193,6 +201,7 @@ def _read_commits(folder: Path, before: str) -> list[dict[str, Any]]:
         record = _read_record(folder / name)
         if name != numbered(index) or record.get("prev") != before or not _is_sealed(record):
             raise InputError(folder / name, f"checksum or place in the chain does not match. {RESTORE}")
+        _require_fields(folder / name, record, _COMMIT_FIELDS)
         commits.append(record)
         before = record["self"]
     return commits
@@ -208,6 +217,12 @@ def _read_record(file: Path) -> dict[str, Any]:
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise InputError(file, f"not a record of a run. {RESTORE}") from error
     return record
+
+
+def _require_fields(file: Path, record: Mapping[str, Any], fields: Mapping[str, type]) -> None:
+    for name, kind in fields.items():
+        if not isinstance(record.get(name), kind):
+            raise InputError(file, f"has no plausible {name}. {RESTORE}")
 
 
 def _is_sealed(record: Mapping[str, Any]) -> bool:

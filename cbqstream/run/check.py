@@ -30,7 +30,7 @@ class Findings:
         """Make a check; an expected error is a problem. Whether there was none."""
         try:
             check(*arguments)
-        except CbqstreamError as error:
+        except (CbqstreamError, OSError) as error:
             self.problems.append(str(error))
             return False
         return True
@@ -48,7 +48,11 @@ def check(path: Path, *, read_data: bool) -> Findings:
         IdentityError: the run was made by another version.
     """
     if (path / "run.json").exists():
-        return _check_run(Chain.read(path), read_data=read_data)
+        chain = Chain.read(path)
+        found = _check_run(chain, read_data=read_data)
+        while found.problems and chain.last != (chain := Chain.read(path)).last:  # a process went on meanwhile
+            found = _check_run(chain, read_data=read_data)
+        return found
     if (path / "config.json").exists():
         found = Findings()
         found.attempt(_check_model, path, read_data, found)
@@ -100,6 +104,8 @@ def _read_source_again(chain: Chain, folder: Path, found: Findings) -> None:
     source.remember(chain.source_digests)
     names = chain.source_digests
     same = [found.attempt(_require, source, folder, name) for name in names]
+    if source.fingerprint() != chain.run["identity"]["source"]["weights"]:
+        found.problems.append(f"{folder}: the weights are not those that this run began with. Restore them.")
     found.facts.append(f"source: {sum(same)} of {len(names)} tensors that were read are as they were")
 
 

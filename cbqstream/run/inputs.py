@@ -12,7 +12,6 @@ from cbqstream.config import QuantizeConfig
 from cbqstream.errors import InputError, UsageError, shown
 from cbqstream.models.compute import choose_device, compute_dtype, make_deterministic, numerics_class
 from cbqstream.models.skeleton import ModelSkeleton
-from cbqstream.packed.output import building_folder
 from cbqstream.records import Compute, Window
 from cbqstream.run.identity import identity
 from cbqstream.run.source import RunSource
@@ -91,13 +90,11 @@ def open_inputs(config: QuantizeConfig) -> RunInputs:
 
 def _check_paths(config: QuantizeConfig) -> None:
     model, out, run = (Path(path).resolve() for path in (config.model, config.out, config.run_path))
-    building = building_folder(out)
     for inner, outer, text in (
         (out, model, "OUT is inside the model"),
         (run, model, "the run directory is inside the model"),
         (run, out, "the run directory is inside OUT"),
-        (run, building, "this name is needed while OUT is put together"),
-        (model, building, "this name is needed while OUT is put together"),
+        (out, run, "OUT is inside the run directory"),
     ):
         if inner == outer or outer in inner.parents:
             raise UsageError(f"{inner}: {text}. Use another place.")

@@ -12,6 +12,7 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from cbqstream.checkpoint.header import read_header
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.disk import Disk, FileDigest
 from cbqstream.errors import IdentityError, InputError, StoppedError, StorageError, UsageError
-from cbqstream.run.chain import CARRY, RESTORE, Chain, numbered, sealed
+from cbqstream.run.chain import CARRIES_KEPT, CARRY, RESTORE, Chain, numbered, sealed
 from cbqstream.run.identity import FORMAT, canonical
 from cbqstream.run.inputs import RunInputs
 
@@ -79,11 +80,10 @@ class Journal:
         self._drop_old_carries()
 
     def _drop_old_carries(self) -> None:
-        for window in range(self.chain.next_window - 1, -1, -1):
-            if not self.chain.holds_carry(window):
-                if not (self.chain.parts(window) / CARRY).exists():
-                    return
-                self.disk.remove_file(self.chain.parts(window) / CARRY)
+        for window in range(self.chain.next_window - 1 - CARRIES_KEPT, -1, -1):
+            if not (self.chain.parts(window) / CARRY).exists():
+                return
+            self.disk.remove_file(self.chain.parts(window) / CARRY)
 
     def publish_acts(self, place: Path, *, durable: bool = True) -> None:
         """Rename `tmp/acts` to `place`. What no commit will name need not be durable: after a crash it is deleted."""
@@ -147,10 +147,11 @@ class Journal:
         if not 0 <= windows < chain.next_window:
             raise UsageError(f"{chain.path}: {chain.next_window} windows are done, so --to must be smaller than that.")
         needs_carry = windows > 0 and CARRY in chain.commits[windows - 1]["parts"]
-        if needs_carry and not chain.holds_carry(windows - 1):
+        if needs_carry and not (chain.parts(windows - 1) / CARRY).exists():
             raise UsageError(
-                f"{chain.path}: what window {windows} carried over is no longer kept. Use --to {chain.next_window - 1} or --to 0."
+                f"{chain.path}: what window {windows} carried over is no longer kept. Go back one window at a time, or use --to 0."
             )
+        chain.shortened(windows).require_parts()
         pending = self.building / _ROLLBACK
         self.disk.write(pending, [canonical({"windows": windows})])
         self.disk.rename(pending, chain.path / _ROLLBACK)
@@ -168,7 +169,7 @@ class Journal:
 
 @contextmanager
 def open_journal(
-    path: Path, disk: Disk, run: dict[str, Any] | None = None, *, shared: bool = False
+    path: Path, disk: Disk, run: dict[str, Any] | None = None, *, shared: bool = False, whole: bool = True
 ) -> Iterator[Journal]:
     """The journal of a run, locked for the length of the `with`. At its end tmp/ is emptied, so that a full disk is not left full.
 
@@ -177,6 +178,7 @@ def open_journal(
         disk: does the writing.
         run: content of run.json for a new run, see `Chain`. Not compared with what is there. None: the run must be there.
         shared: the folder may belong to somebody else, or be open to others.
+        whole: every file of parts/ must be there.
 
     Raises:
         StoppedError: another process holds it.
@@ -185,6 +187,7 @@ def open_journal(
         IdentityError: somebody else could have changed it.
         StorageError: the file system has no locks.
     """
+    disk.remove_tree(_deleted(path))
     if run is not None:
         _make_run_folder(path, disk)
     elif not (path / "run.json").exists():
@@ -196,7 +199,8 @@ def open_journal(
             _begin(path, disk, run)
         _finish_rollback(path, disk)
         chain = Chain.read(path)
-        chain.require_parts()
+        if whole:
+            chain.require_parts()
         journal = Journal(chain, disk)
         journal.clean()
         try:
@@ -252,26 +256,43 @@ def _finish_rollback(path: Path, disk: Disk) -> None:
     disk.sync_folder(path)
 
 
-def discard(path: Path, disk: Disk) -> None:
-    """Delete a run directory. Once run.json is gone, nothing in it exists any more."""
-    with open_journal(path, disk):
-        disk.remove_file(path / "run.json")
-        disk.sync_folder(path)
-        for folder in _FOLDERS:
-            disk.remove_tree(path / folder)
-    disk.remove_tree(path)
+def discard(path: Path, disk: Disk, *, shared: bool = False) -> None:
+    """Delete a run directory: it is gone with one rename, whatever happens after that.
+
+    Raises:
+        UsageError: something in it is not of the run.
+        CbqstreamError: see `open_journal`.
+    """
+    with open_journal(path, disk, shared=shared, whole=False) as journal:
+        for entry in sorted(path.iterdir()):
+            if entry.name not in ("LOCK", "run.json", *_FOLDERS):
+                raise UsageError(f"{entry}: does not belong to the run. Move it away first.")
+        disk.rename(path, _deleted(path))
+        disk.sync_folder(path.parent)
+        journal.chain = replace(journal.chain, path=_deleted(path))
+    disk.remove_tree(_deleted(path))
+
+
+def _deleted(path: Path) -> Path:
+    """What a run directory is called while it is deleted. It belongs to this program."""
+    return path.with_name(path.name + ".cbqstream.deleted")
 
 
 def _make_run_folder(path: Path, disk: Disk) -> None:
     if not path.exists():
-        disk.make_folder(path)
+        try:
+            disk.make_folder(path)
+        except StorageError:
+            if not path.is_dir():  # else another process was faster, and holds the lock soon
+                raise
         disk.sync_folder(path.parent)
-        return
     if not path.is_dir():
         raise UsageError(f"{path}: not a folder. Use another --run-dir.")
     names = {entry.name for entry in path.iterdir()}
-    interrupted_start = "LOCK" in names and not names - {"LOCK", *_FOLDERS}
-    if names and "run.json" not in names and not interrupted_start:
+    ours = "LOCK" in names and not names - {"LOCK", *_FOLDERS}
+    if ours and "commits" in names and any((path / "commits").iterdir()):
+        raise InputError(path, f"run.json is missing, and there are commits. {RESTORE}")
+    if names and "run.json" not in names and not ours:
         raise UsageError(f"{path}: not empty and not a cbqstream run. Use another --run-dir.")
 
 

@@ -23,13 +23,13 @@ import torch
 from cbqstream.activations.zarr_store import ZarrStore
 from cbqstream.config import QuantizeConfig
 from cbqstream.disk import Disk, FileDigest
-from cbqstream.errors import StoppedError, UsageError
+from cbqstream.errors import IdentityError, StoppedError, UsageError
 from cbqstream.memory import peak_resident_bytes, release_free_memory, return_large_blocks
 from cbqstream.models.block import build_block
 from cbqstream.models.ends import model_ends
 from cbqstream.packed.block_shard import write_block
 from cbqstream.packed.format import quantization_config
-from cbqstream.packed.output import assemble
+from cbqstream.packed.output import assemble, building_folder
 from cbqstream.packed.shard import write_tensors
 from cbqstream.records import EpochReport, Window, WindowReport
 from cbqstream.run.chain import CARRY, QUANTIZED, REFERENCE, Chain
@@ -37,7 +37,7 @@ from cbqstream.run.end_to_end import learn_end_to_end
 from cbqstream.run.identity import require_same
 from cbqstream.run.inputs import RunInputs, open_inputs
 from cbqstream.run.journal import Journal, open_journal
-from cbqstream.run.limits import explained, require_finite_windows, require_space
+from cbqstream.run.limits import disk_bytes, require_finite_windows, room_for
 from cbqstream.run.seeds import generator_for
 from cbqstream.run.streams import Streams
 from cbqstream.windows.propagate import mix_targets, propagate
@@ -84,41 +84,37 @@ def quantize(
     sizes = {"windows": len(inputs.windows), "epochs": inputs.num_epochs, "stream": inputs.stream_shape}
     content = {"identity": inputs.identity, "config": config.to_dict(), **sizes}
     with open_journal(run, disk or Disk(), content, shared=allow_shared_run_dir) as journal:
-        _require_same(
-            journal.chain, inputs, allow_numerics_change=allow_numerics_change
-        )  # again, now that nobody else can change it
+        # again, now that nobody else can change it
+        _require_same(journal.chain, inputs, allow_numerics_change=allow_numerics_change)
         if _is_occupied(out):
             if journal.chain.is_complete and journal.chain.is_result(out):
                 return out
             raise UsageError(f"{out}: exists, is not empty and is not the result of this run. Give another OUT.")
         inputs.source.remember(journal.chain.source_digests)
-        with _within_limits(inputs, journal, first=True):
+        with room_for("making the streams", disk_bytes(inputs, streams=_missing_streams(journal.chain)), run):
             job = _Job(inputs, journal, listener)
         for window in inputs.windows[journal.chain.next_window : stop_after_window]:
-            with _within_limits(inputs, journal):
+            require_finite_windows(journal.chain)
+            blocks = inputs.skeleton.blocks[window.start : window.stop]
+            needed = disk_bytes(inputs, streams=3, blocks=blocks)  # both streams after it, and the targets
+            with room_for(f"window {window.index + 1}", needed, run):
                 listener(_twice(job, window))
             release_free_memory()
+        require_finite_windows(journal.chain)
         if stop_after_window is not None and stop_after_window < journal.chain.num_commits:
             raise StoppedError(f"stopped after window {journal.chain.next_window}, as asked.")
-        for report in learn_end_to_end(inputs, journal, job.streams, listener):
-            listener(report)
+        needed = 0 if journal.chain.is_complete else disk_bytes(inputs, streams=1, blocks=inputs.skeleton.blocks)
+        with room_for("learning end to end", needed, run):
+            for report in learn_end_to_end(inputs, journal, job.streams, listener):
+                listener(report)
         listener("writing the model")
         job.finish(out)
     return out
 
 
-@contextmanager
-def _within_limits(inputs: RunInputs, journal: Journal, *, first: bool = False) -> Iterator[None]:
-    """Begin the next window, or what comes before the first of this process, only where it can end; say why where it does not."""
-    chain = journal.chain
-    if chain.next_window == len(inputs.windows):
-        yield
-        return
-    window = inputs.windows[chain.next_window]
-    require_finite_windows(chain)
-    require_space(inputs, window, chain.path, and_its_streams=first and not chain.acts(window.index).exists())
-    with explained(inputs, window):
-        yield
+def _missing_streams(chain: Chain) -> int:
+    """How many streams are on disk at most while those of the next window are made."""
+    return 0 if chain.is_complete or chain.acts(chain.next_window).exists() else 4
 
 
 def _twice(job: "_Job", window: Window) -> WindowReport:
@@ -126,8 +122,9 @@ def _twice(job: "_Job", window: Window) -> WindowReport:
     try:
         return job.quantize_window(window)
     except torch.OutOfMemoryError:
-        release_free_memory()
-        torch.cuda.empty_cache()
+        pass  # as long as it is handled it holds what the window had
+    release_free_memory()
+    torch.cuda.empty_cache()
     return job.quantize_window(window)
 
 
@@ -212,6 +209,8 @@ class _Job:
         inputs, config, shards = self.inputs, self.inputs.config, self.journal.chain.shards()
         for shard in shards:
             self.journal.chain.require_intact(shard)
+        if inputs.source.fingerprint() != inputs.identity["source"]["weights"]:
+            raise IdentityError(f"{config.model}: the weights changed since this run began. Restore them.")
         last = len(inputs.skeleton.blocks) - config.keep_last
         quantized = inputs.skeleton.blocks[config.keep_first : last]
         kept = [*inputs.skeleton.blocks[: config.keep_first], *inputs.skeleton.blocks[last:]]
@@ -220,6 +219,7 @@ class _Job:
         assemble(
             self.journal.disk,
             out,
+            building_folder(out, self.journal.chain.run["self"]),
             source_folder=Path(config.model),
             source=inputs.source,
             shards=shards,

@@ -1,13 +1,13 @@
 """The source checkpoint as a run reads it: what was read once must stay what it was, and must be numbers."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from cbqstream.checkpoint.reader import Checkpoint
-from cbqstream.errors import IdentityError, InputError
+from cbqstream.errors import IdentityError, InputError, shown
 from cbqstream.records import TensorInfo
 
 
@@ -37,13 +37,32 @@ class RunSource(Checkpoint):
         tensor = super().read(name, device=torch.device("cpu"))
         info = self.infos[name]
         sha256 = hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
-        known = self._committed.get(name, self._seen.get(name, sha256))
-        if sha256 != known:
-            raise IdentityError(f'{info.file}: tensor "{name}" is not what this run read before. Restore the file.')
+        self._require_same(info, sha256)
         if name not in self._seen:
             _require_finite(info, tensor)
             self._seen[name] = sha256
         return tensor.to(device=device, dtype=dtype or info.dtype)
+
+    def raw(self, name: str) -> Iterator[bytes]:
+        """The bytes of one tensor as they lie in the file, in pieces; the last one only when all of them are what was read before.
+
+        Raises:
+            InputError, IdentityError: see `read`.
+        """
+        digest, held = hashlib.sha256(), b""
+        for piece in super().raw(name):
+            yield held
+            digest.update(piece)
+            held = piece
+        self._require_same(self.infos[name], digest.hexdigest())
+        yield held
+
+    def _require_same(self, info: TensorInfo, sha256: str) -> None:
+        known = self._committed.get(info.name, self._seen.get(info.name, sha256))
+        if sha256 != known:
+            raise IdentityError(
+                f'{info.file}: tensor "{shown(info.name)}" is not what this run read before. Restore the file.'
+            )
 
 
 def _require_finite(info: TensorInfo, tensor: Tensor) -> None:

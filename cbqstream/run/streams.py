@@ -115,7 +115,8 @@ class Streams:
         durable = committed is not None
         for name, steps in self._steps().items():
             made[name] = self.passed(start, steps, f"acts/{name}", builds[name], durable=durable).checksums()
-        same_numerics = journal.chain.numerics == self._inputs.identity["numerics"]
+        numerics = self._inputs.identity["numerics"]
+        same_numerics = all(commit["numerics"] == numerics for commit in journal.chain.commits)
         if durable and made != committed and same_numerics:
             raise InputError(
                 self._waiting,

@@ -72,12 +72,9 @@ class Recorder(Disk):
         super().rename(source, target)
         self._add("rename", source, target=target)
 
-    def publish(self, source, target):
-        self.sync_folder(source)
-        with self._operation("publish", target):
-            source.rename(target)
+    def _put(self, source, target):
+        super()._put(source, target)
         self._add("rename", source, target=target)
-        self.sync_folder(target.parent)
 
     def link_or_copy(self, source, target):
         super().link_or_copy(source, target)

@@ -7,6 +7,7 @@ import sys
 import time
 
 import torch
+from toy import STEPS
 
 from cbqstream.run import journal, pipeline
 from cbqstream.windows import reconstruct
@@ -59,6 +60,11 @@ def nan_in_one_step() -> None:
 def nan_in_every_step() -> None:
     """Of all windows."""
     _nan_in(range(10**6))
+
+
+def nan_from_the_second_window_on() -> None:
+    """And in all steps of it."""
+    _nan_in(range(STEPS, 10**6))
 
 
 def stuck_while_leaving() -> None:

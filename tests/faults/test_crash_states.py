@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from crash_model import Event, Recorder, lay_out, states
-from toy import NIGHTLY, SAMPLES, files_of
+from toy import NIGHTLY, SAMPLES, STEPS, files_of
 
 from cbqstream import quantize
 from cbqstream.config import CalibrationConfig, QuantizeConfig, ReconstructionConfig, Scheme
@@ -31,7 +31,7 @@ class Recorded:
             out=str(folder / "out"),
             scheme=Scheme(num_bits=4, group_size=32),
             calibration=CalibrationConfig(dataset=str(toy.tokens), num_samples=SAMPLES, seq_len=SEQ_LEN),
-            reconstruction=ReconstructionConfig(epochs=1, batch_size=4),
+            reconstruction=ReconstructionConfig(epochs=STEPS, batch_size=4),
             threads=1,
             device="cpu",
         )

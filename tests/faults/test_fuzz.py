@@ -126,9 +126,11 @@ def test_records(toy, tmp_path, counting):
     texts = {name: (run / name).read_bytes() for name in ("run.json", "commits/00000")}
 
     @FUZZ
-    @given(st.sampled_from(sorted(texts)), st.text(max_size=8), values, garbage, st.booleans())
-    def fuzz(name, key, value, text, whole):
-        body = {**json.loads(texts[name]), key: value}
+    @given(st.sampled_from(sorted(texts)), st.integers(0, 20), st.text(max_size=8), values, garbage, st.booleans())
+    def fuzz(name, pick, key, value, text, whole):
+        body = json.loads(texts[name])
+        keys = sorted(body.keys() - {"self"})
+        body |= {keys[pick % len(keys)] if pick else key: value}
         body["self"] = digest_of({key: item for key, item in body.items() if key != "self"})
         (run / name).write_bytes(text if whole else canonical(body))
         calmly(Chain.read, run)

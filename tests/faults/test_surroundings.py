@@ -58,6 +58,17 @@ def before_value(value, path):
     return value
 
 
+def test_every_setting_is_identity_or_named_as_not(toy, half, tally):
+    """A new setting that is forgotten would let two runs mix."""
+    config = dict(Chain.read(half).run["config"])
+    settings = Chain.read(half).run["identity"]["settings"]
+    left_out = {path for path in fields(config) if path not in fields(settings)}
+    with tally(12, "settings outside the identity") as counted:
+        expected = {("model",), ("out",), ("run_dir",), ("device",), ("threads",), ("calibration", "dataset")}
+        assert left_out == expected
+        counted.add()
+
+
 def test_what_is_not_identity(toy, tally):
     """Another place for everything, and another name of the same calibration text."""
     with tally(12, "what the identity leaves out") as counted:
@@ -221,6 +232,67 @@ def test_commands_that_only_read(toy, half, tally):
             assert toy.run([str(part) for part in command]).code == 0
             counted.add()
         assert {str(path): path.stat().st_mtime_ns for path in half.rglob("*")} == before
+
+
+def test_rolling_back_step_by_step(toy, tally):
+    """As far as what was carried over is kept: two windows from the end, then only to the start."""
+    with tally(5, "rollback from the end") as counted:
+        for way in ([2], [2, 1], [0], [2, 0]):
+            out = toy.new_out()
+            run = Path(f"{out}.run")
+            assert toy.run(toy.quantize(out)).code == 0
+            shutil.rmtree(out)
+            for to in way:
+                ended = toy.run(["rollback", str(run), "--to", str(to)])
+                refused = to == 1
+                assert ended.code == (2 if refused else 0), ended.err
+                assert toy.committed(out) == (2 if refused else to)
+            toy.finishes(out)
+            counted.add(faults=len(way))
+
+
+def test_parts_that_are_lost_can_be_rolled_back(toy, tally):
+    with tally(10, "the newest part deleted, then rolled back") as counted:
+        out = toy.new_out()
+        run = toy.stopped(out, 2)
+        (run / "parts" / "00001" / "block-00001.safetensors").unlink()
+        ended = toy.run(toy.quantize(out))
+        assert (ended.code, one_line(ended.err)) == (65, True)
+        assert toy.run(["rollback", str(run), "--to", "1"]).code == 0
+        toy.finishes(out)
+        counted.add()
+
+
+def test_the_output_of_another_run_is_not_ours(toy, tally):
+    """Of the same sizes."""
+    with tally(17, "OUT is that of another run") as counted:
+        out, other = toy.new_out(), toy.new_out()
+        assert toy.run(toy.quantize(out)).code == 0
+        assert toy.run(toy.quantize(other, "--rounding-travel", 0.1)).code == 0
+        before = files_of(other)
+        assert {name: len(content) for name, content in before.items()} == {
+            name: len(content) for name, content in toy.expected.items()
+        }
+        ended = toy.run(toy.quantize(other, "--run-dir", f"{out}.run"))
+        assert (ended.code, one_line(ended.err)) == (2, True)
+        assert "is not the result of this run" in ended.err
+        assert files_of(other) == before
+        inside = toy.run(toy.quantize(toy.folder / "new-run" / "out", "--run-dir", toy.folder / "new-run"))
+        assert (inside.code, one_line(inside.err)) == (2, True)
+        assert "OUT is inside the run directory" in inside.err
+        counted.add(faults=2)
+
+
+def test_other_numerics_are_resumed(toy, tally):
+    with tally(12, "resume after --allow-numerics-change") as counted:
+        out = toy.new_out()
+        run = toy.stopped(out, 1)
+        ended = toy.run(toy.quantize(out, "--threads", 2, "--allow-numerics-change", "--stop-after-window", 2))
+        assert ended.code == 75
+        shutil.rmtree(run / "acts")  # made by both
+        ended = toy.run(["resume", str(run)])
+        assert (ended.code, ended.windows) == (0, 1), ended.err
+        counted.add()
 
 
 def test_killed_while_rolling_back(toy, tally):

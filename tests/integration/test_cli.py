@@ -349,7 +349,7 @@ def test_check_rollback_and_clean(cbqstream, tiny_models, tokens, tmp_path):
     assert code == 0
     assert text.splitlines() == [
         "records: 2 of 3 commits, an unbroken chain",
-        "parts: 4 files, 4 read and as committed",
+        "parts: 3 files, 3 read and as committed",
         "streams: 2 of 8 segments, read and as committed",
         "source: 30 of 30 tensors that were read are as they were",
         "ok",
@@ -387,7 +387,7 @@ def test_a_window_whose_carry_is_gone_cannot_be_the_last(cbqstream, tiny_models,
     code, _, err = cbqstream("rollback", run, "--to", 1)
     assert (code, err) == (
         2,
-        f"cbqstream: error: {run}: what window 1 carried over is no longer kept. Use --to 2 or --to 0.\n",
+        f"cbqstream: error: {run}: what window 1 carried over is no longer kept. Go back one window at a time, or use --to 0.\n",
     )
     assert cbqstream("rollback", run, "--to", 0)[0] == 0
     assert windows_committed(run) == 0
