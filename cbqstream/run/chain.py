@@ -64,6 +64,10 @@ class Chain:
         """With one more commit."""
         return replace(self, commits=(*self.commits, commit))
 
+    def moved(self, path: Path) -> "Chain":
+        """In another folder."""
+        return replace(self, path=path)
+
     def shortened(self, windows: int) -> "Chain":
         """With the first `windows` commits only."""
         return replace(self, commits=self.commits[:windows])

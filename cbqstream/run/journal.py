@@ -12,7 +12,6 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -269,7 +268,7 @@ def discard(path: Path, disk: Disk, *, shared: bool = False) -> None:
                 raise UsageError(f"{entry}: does not belong to the run. Move it away first.")
         disk.rename(path, _deleted(path))
         disk.sync_folder(path.parent)
-        journal.chain = replace(journal.chain, path=_deleted(path))
+        journal.chain = journal.chain.moved(_deleted(path))
     disk.remove_tree(_deleted(path))
 
 
