@@ -127,6 +127,13 @@ class EpochReport:
 
 
 @dataclass(frozen=True, slots=True)
+class Notice:
+    """Something about the inputs that a user should know, and that stops nothing."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class WindowReport:
     """What happened in a window."""
 

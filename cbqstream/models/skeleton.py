@@ -62,7 +62,10 @@ class ModelSkeleton:
         kept = {
             key: value
             for key, value in config.items()
-            if key not in _NEVER_READ and not key.startswith("_") and "kernel" not in key
+            if key not in _NEVER_READ
+            and not key.startswith("_")
+            and "kernel" not in key
+            and "attn_implementation" not in key
         }
         try:
             self.config: Any = CONFIG_MAPPING[model_type](**kept)

@@ -15,7 +15,7 @@ from rich.text import Text
 from cbqstream.disk import open_log
 from cbqstream.errors import StorageError
 from cbqstream.memory import GIB, resident_bytes
-from cbqstream.records import EpochReport, WindowReport
+from cbqstream.records import EpochReport, Notice, WindowReport
 
 
 def duration(seconds: float) -> str:
@@ -72,8 +72,11 @@ class Progress(AbstractContextManager["Progress"]):
         if self._log is not None:
             self._log.close()
 
-    def __call__(self, event: str | WindowReport | EpochReport) -> None:
+    def __call__(self, event: str | WindowReport | EpochReport | Notice) -> None:
         """Show an event."""
+        if isinstance(event, Notice):
+            self._console.print(f"note: {event.text}", highlight=False, soft_wrap=True, markup=False)
+            return
         if isinstance(event, str):
             self._doing, self._since = event, time.monotonic()
             return

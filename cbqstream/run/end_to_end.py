@@ -17,7 +17,7 @@ from cbqstream.packed.block_shard import read_scales, rewrite_scales
 from cbqstream.packed.shard import write_tensors
 from cbqstream.records import EpochReport
 from cbqstream.run.chain import CARRY, REFERENCE
-from cbqstream.run.finished import FinishedBlocks
+from cbqstream.run.finished import FinishedBlocks, read_carry
 from cbqstream.run.inputs import RunInputs
 from cbqstream.run.journal import Journal
 from cbqstream.run.seeds import generator_for
@@ -42,7 +42,7 @@ def learn_end_to_end(
         return
     for shard in journal.chain.shards():  # what is written again would hide a damage
         journal.chain.require_intact(shard)
-    blocks = FinishedBlocks(inputs, journal)
+    blocks = FinishedBlocks(inputs, journal.chain)
     steps = _starting_steps(inputs, journal, blocks)
     journal.empty_tmp()
     reference, kept = streams.open(REFERENCE), range(inputs.windows[-1].stop, len(inputs.skeleton.blocks))
@@ -88,7 +88,7 @@ def _starting_steps(inputs: RunInputs, journal: Journal, blocks: FinishedBlocks)
     """The step sizes of every block, with what the epochs before learned."""
     carry = Checkpoint({})
     if journal.chain.next_window > len(inputs.windows):
-        carry = journal.read_carry()
+        carry = read_carry(journal.chain)
     device, all_steps = inputs.compute.device, []
     for spec in inputs.skeleton.blocks:
         shard, steps = blocks.shard(spec.index), {}

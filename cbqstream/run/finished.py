@@ -1,4 +1,4 @@
-"""Blocks that only compute: of the original model, and those that are done, read back from their shards."""
+"""What is done, read back: blocks that only compute, and what the newest window carried over."""
 
 from pathlib import Path
 
@@ -10,8 +10,8 @@ from cbqstream.models.block import build_block
 from cbqstream.packed.block_shard import shard_name
 from cbqstream.packed.source import PackedSource
 from cbqstream.records import WeightSource
+from cbqstream.run.chain import CARRY, Chain
 from cbqstream.run.inputs import RunInputs
-from cbqstream.run.journal import Journal
 
 
 def computing_block(inputs: RunInputs, index: int, source: WeightSource) -> nn.Module:
@@ -20,12 +20,23 @@ def computing_block(inputs: RunInputs, index: int, source: WeightSource) -> nn.M
     return build_block(inputs.skeleton, index, source, device=inputs.compute.device, dtype=dtype, linear_dtype=dtype)
 
 
+def read_carry(chain: Chain) -> Checkpoint:
+    """What the newest window, or epoch, carried over.
+
+    Raises:
+        InputError: it is not what was committed.
+    """
+    file = chain.parts(chain.next_window - 1) / CARRY
+    chain.require_intact(file)
+    return Checkpoint(read_header(file))
+
+
 class FinishedBlocks:
     """The blocks as the result has them, as far as windows have left them."""
 
-    def __init__(self, inputs: RunInputs, journal: Journal) -> None:
+    def __init__(self, inputs: RunInputs, chain: Chain) -> None:
         self._inputs = inputs
-        self._shards = {path.name: path for path in journal.chain.shards()}
+        self._shards = {path.name: path for path in chain.shards()}
 
     def shard(self, index: int) -> Path | None:
         """The newest shard of a block; None if it stays in full precision, or is not done."""

@@ -13,17 +13,17 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from cbqstream.checkpoint.header import read_header
-from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.disk import Disk, FileDigest
 from cbqstream.errors import IdentityError, InputError, StoppedError, StorageError, UsageError
 from cbqstream.run.chain import CARRIES_KEPT, CARRY, RESTORE, Chain, numbered, sealed
 from cbqstream.run.identity import FORMAT, canonical
-from cbqstream.run.inputs import RunInputs
+
+if TYPE_CHECKING:
+    from cbqstream.run.inputs import RunInputs  # imports torch, which deleting a run does not need
 
 _FOLDERS = ("commits", "parts", "acts", "tmp")
 _ROLLBACK = "ROLLBACK"
@@ -45,16 +45,6 @@ class Journal:
     def new_folder(self, name: str) -> None:
         """Make the folder `name` in tmp/."""
         self.disk.make_folder(self.building / name)
-
-    def read_carry(self) -> Checkpoint:
-        """What the newest window, or epoch, carried over.
-
-        Raises:
-            InputError: it is not what was committed.
-        """
-        file = self.chain.parts(self.chain.next_window - 1) / CARRY
-        self.chain.require_intact(file)
-        return Checkpoint(read_header(file))
 
     def empty_tmp(self) -> None:
         """Start to build a window."""
@@ -94,7 +84,7 @@ class Journal:
 
     def commit(
         self,
-        inputs: RunInputs,
+        inputs: "RunInputs",
         *,
         parts: dict[str, FileDigest],
         acts: dict[str, list[list[int]]] | None,

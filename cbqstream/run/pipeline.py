@@ -31,9 +31,10 @@ from cbqstream.packed.block_shard import write_block
 from cbqstream.packed.format import quantization_config
 from cbqstream.packed.output import assemble, building_folder
 from cbqstream.packed.shard import write_tensors
-from cbqstream.records import EpochReport, Window, WindowReport
+from cbqstream.records import EpochReport, Notice, Window, WindowReport
 from cbqstream.run.chain import CARRY, QUANTIZED, REFERENCE, Chain
 from cbqstream.run.end_to_end import learn_end_to_end
+from cbqstream.run.finished import read_carry
 from cbqstream.run.identity import require_same
 from cbqstream.run.inputs import RunInputs, open_inputs
 from cbqstream.run.journal import Journal, open_journal
@@ -45,8 +46,8 @@ from cbqstream.windows.quantized_linear import Phase, replace_linears
 from cbqstream.windows.reconstruct import Predictions, Reconstruction, WindowData, reconstruct
 from cbqstream.windows.resident import BlockSettings, ResidentBlock
 
-Listener = Callable[[str | WindowReport | EpochReport], None]
-"""Is told what is being done, and what happened in each window and in each epoch after them."""
+Listener = Callable[[str | WindowReport | EpochReport | Notice], None]
+"""Is told what is being done, what happened in each window and in each epoch after them, and what is odd about the inputs."""
 
 
 def quantize(
@@ -81,6 +82,8 @@ def quantize(
         _require_same(Chain.read(run), inputs, allow_numerics_change=allow_numerics_change)
     elif _is_occupied(out):
         raise UsageError(f"{out}: exists and is not empty. Give another OUT.")
+    if inputs.model.get("auto_map"):
+        listener(Notice(f"{config.model}: brings its own code (auto_map), which is not run."))
     sizes = {"windows": len(inputs.windows), "epochs": inputs.num_epochs, "stream": inputs.stream_shape}
     content = {"identity": inputs.identity, "config": config.to_dict(), **sizes}
     with open_journal(run, disk or Disk(), content, shared=allow_shared_run_dir) as journal:
@@ -99,6 +102,8 @@ def quantize(
             needed = disk_bytes(inputs, streams=3, blocks=blocks)  # both streams after it, and the targets
             with room_for(f"window {window.index + 1}", needed, run):
                 listener(_twice(job, window))
+            for notice in inputs.source.take_notices():
+                listener(notice)
             release_free_memory()
         require_finite_windows(journal.chain)
         if stop_after_window is not None and stop_after_window < journal.chain.num_commits:
@@ -255,7 +260,7 @@ class _Job:
     def _start_roundings(self, window: Window, blocks: list[ResidentBlock]) -> None:
         config, carried = self.inputs.config, {}
         if window.frontier > window.start:
-            carry = self.journal.read_carry()
+            carry = read_carry(self.journal.chain)
             carried = {name: carry.read(name, device=self.inputs.compute.device) for name in carry.infos}
         for block in blocks:
             generator = generator_for(config.seed, block.index, "rounding")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.errors import IdentityError, InputError, shown
-from cbqstream.records import TensorInfo
+from cbqstream.records import Notice, TensorInfo
 
 
 class RunSource(Checkpoint):
@@ -18,6 +18,7 @@ class RunSource(Checkpoint):
         super().__init__(infos)
         self._committed: dict[str, str] = {}
         self._seen: dict[str, str] = {}
+        self._notices: list[Notice] = []
 
     def remember(self, digests: Mapping[str, str]) -> None:
         """Take over the digests, by tensor, of what the run has committed."""
@@ -26,6 +27,11 @@ class RunSource(Checkpoint):
     def uncommitted(self) -> dict[str, str]:
         """Digests, by tensor, of what was read and is not in a commit yet."""
         return {name: sha256 for name, sha256 in sorted(self._seen.items()) if name not in self._committed}
+
+    def take_notices(self) -> list[Notice]:
+        """What was noticed since this was asked last."""
+        taken, self._notices = self._notices, []
+        return taken
 
     def read(self, name: str, *, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
         """One tensor on `device`, in `dtype` or as stored.
@@ -41,6 +47,8 @@ class RunSource(Checkpoint):
         if name not in self._seen:
             _require_finite(info, tensor)
             self._seen[name] = sha256
+            if not tensor.any():
+                self._notices.append(Notice(f'{info.file}: tensor "{shown(name)}" is zero throughout.'))
         return tensor.to(device=device, dtype=dtype or info.dtype)
 
     def raw(self, name: str) -> Iterator[bytes]:

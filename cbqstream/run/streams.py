@@ -110,7 +110,7 @@ class Streams:
         if self._inputs.config.keep_first:
             kept = [[index] for index in range(self._inputs.config.keep_first)]
             start = self.passed(start, kept, "start", self.original)
-        builds = {REFERENCE: self.original, QUANTIZED: FinishedBlocks(self._inputs, journal).build}
+        builds = {REFERENCE: self.original, QUANTIZED: FinishedBlocks(self._inputs, journal.chain).build}
         made, committed = {}, journal.chain.committed_acts
         durable = committed is not None
         for name, steps in self._steps().items():

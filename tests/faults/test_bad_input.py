@@ -382,6 +382,27 @@ def test_bad_input(toy, single, tmp_path, tally, case):
     assert bool(run) == seen_late
 
 
+def test_what_is_only_noted(toy, single, tmp_path, tally):
+    """35: code that a model brings. 36: an attention kernel from somewhere else. 44: a tensor of zeros."""
+    bad = Bad(tmp_path, single, toy.model)
+    bad.config(
+        auto_map={"AutoModel": "modeling_evil.Evil"},
+        _attn_implementation="evil/kernel",
+        attn_implementation="evil/kernel",
+    )
+    (bad.model / "modeling_evil.py").write_text("raise SystemExit(99)")
+    bad.tensors(lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].zero_())
+    with tally(20, "bad input, by the catalogue") as counted:
+        ended = toy.run(toy.quantize(tmp_path / "out", model=bad.model))
+        assert (ended.code, ended.err) == (0, "")
+        notes = [line for line in ended.out.splitlines() if line.startswith("note: ")]
+        assert notes == [
+            f"note: {bad.model}: brings its own code (auto_map), which is not run.",
+            f'note: {bad.weights}: tensor "model.layers.1.mlp.up_proj.weight" is zero throughout.',
+        ]
+        counted.add(faults=3)
+
+
 @pytest.mark.parametrize("case", NAMES)
 def test_bad_shard_names(toy, single, tmp_path, tally, case):
     bad = Bad(tmp_path, single, toy.model)
