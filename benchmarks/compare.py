@@ -130,6 +130,23 @@ def table(cells: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
+def summary(cells: dict[str, dict]) -> str:
+    """A line a grid: perplexity on WikiText-2 test, and the time of the slower programs in minutes. Empty where nothing was run."""
+    methods = ["round-to-nearest", *PEERS, *(name for name in OURS if name != "round-to-nearest")]
+    held = [method for method in methods if any(f"{row} | {method}" in cells for row in ROWS)]
+    lines = ["| | " + " | ".join(held) + " |", "|---" * (len(held) + 1) + "|"]
+    for row in ROWS:
+        figures = []
+        for method in held:
+            cell = cells.get(f"{row} | {method}")
+            minutes = (
+                "" if cell is None or method in ("round-to-nearest", "GPTQ") else f" ({cell['seconds'] / 60:.0f} min)"
+            )
+            figures.append("" if cell is None else f"{cell[TEXTS[0].stem]:,.2f}{minutes}")
+        lines.append(f"| {row} | " + " | ".join(figures) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
@@ -159,6 +176,8 @@ def main() -> None:
                 cell = our_cell(flags, grid, args.model, out, args.threads)
             save(RESULTS, name, {**cell, "threads": args.threads})
     print(table(load(RESULTS)))
+    print()
+    print(summary(load(RESULTS)))
 
 
 if __name__ == "__main__":
