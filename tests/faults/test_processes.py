@@ -52,10 +52,10 @@ ERRORS = {"ENOSPC": 74, "EIO": 74, "EDQUOT": 74, "memory": 69, "SIGINT": 75}
 
 
 def test_an_operation_fails(toy, tally):
-    """Every operation with every error at night; else a few, in turn."""
-    everything = list(itertools.product(range(1, len(toy.operations) + 1), ERRORS))
+    """Every operation with two or three of the errors at night; else a few, in turn."""
+    everything = list(itertools.product(range(1, len(toy.operations) + 1), ERRORS))[::2]
     with tally(4, "an operation fails: full, broken, no memory, Ctrl-C") as counted:
-        for at, kind in some(everything, 31):
+        for at, kind in some(everything, 23):
             out = toy.new_out()
             fault = {"kind": "signal", "which": signal.SIGINT} if kind == "SIGINT" else {"kind": kind}
             ended = toy.run(toy.quantize(out), at=at, **fault)
@@ -66,7 +66,7 @@ def test_an_operation_fails(toy, tally):
                 assert toy.operations[at - 1][0] in ("remove_tree", "make_folder"), (at, kind)
                 assert files_of(out) == toy.expected
             run = Path(f"{out}.run")
-            if (run / "run.json").exists():
+            if (run / "run.json").exists() and (run / "tmp").exists():
                 assert not list((run / "tmp").iterdir()), f"{kind} at {at} left its files on a full disk"
             if ended.code:
                 counted.add(redone=toy.finishes(out, begun=toy.windows_begun(at - 1)))
