@@ -17,11 +17,13 @@ def table(lines: list[str]) -> str:
     for counts in map(json.loads, lines):
         key = (counts["row"], counts["what"])
         held = merged.setdefault(key, {**counts, "runs": 0, "faults": 0, "seconds": 0})
-        held["redone"] = max(held["redone"], counts["redone"])
+        if counts["redone"] is not None:
+            held["redone"] = max(held["redone"] or 0, counts["redone"])
         for name in ("runs", "faults", "seconds"):
             held[name] += counts[name]
     rows = [
-        f"| {row} | {what} | {held['runs']:,} | {held['faults']:,} | {held['lost']} | {held['redone']} | {held['seconds']:.0f} |"
+        f"| {row} | {what} | {held['runs']:,} | {held['faults']:,} | {held['lost']}"
+        f" | {'' if held['redone'] is None else held['redone']} | {held['seconds']:.0f} |"
         for (row, what), held in sorted(merged.items())
     ]
     total = [sum(held[name] for held in merged.values()) for name in ("runs", "faults")]
