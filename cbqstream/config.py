@@ -177,7 +177,7 @@ class ReconstructionConfig:
     """Every how many tokens the next-token distribution is looked at; each in its turn."""
     end_to_end_epochs: int = 0
     """Passes over the calibration segments after the last window, in which the step sizes of all blocks learn together."""
-    end_to_end_lr: float = 4e-3
+    end_to_end_lr: float = 2e-3
     """Adam's learning rate of the logarithm of the step sizes in these, falling linearly to zero."""
     penalty_weight: float = 0.1
     """`lora`: weight of the term that drives the rounding to 0 or 1."""
