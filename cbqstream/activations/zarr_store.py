@@ -6,6 +6,7 @@ makes a durable store part of something syncs its folder.
 """
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,17 @@ class ZarrStore(ActivationStore):
                 file.seek(max(0, size - _CRC_BYTES))
                 table.append([size, int.from_bytes(file.read(_CRC_BYTES), "little")])
         return table
+
+    def require(self, checksums: Sequence[Sequence[int]], *, read: bool) -> None:
+        """Check that the store is what it was when it had these `checksums`; with `read`, by reading every segment.
+
+        Raises:
+            InputError: it is not.
+        """
+        for segment in range(self.shape.num_segments) if read else ():
+            self.read(segment)
+        if self.checksums() != checksums:
+            raise InputError(self.path, "not what was committed.")
 
     def _chunk(self, segment: int) -> Path:
         return self.path / f"c.{segment}.0.0"

@@ -24,9 +24,7 @@ def documents(path: Path) -> Iterator[str]:
         raise InputError(path, "no such calibration file." if not path.is_dir() else "a folder; give a file of text.")
     reader = {".jsonl": _jsonl, ".parquet": _parquet}.get(path.suffix.lower(), _plain)
     try:
-        for document in reader(path):
-            document.encode()
-            yield document
+        yield from reader(path)
     except UnicodeEncodeError as error:
         raise InputError(path, "holds half of a surrogate pair, which is no character.") from error
     except UnicodeDecodeError as error:
@@ -54,6 +52,7 @@ def _jsonl(path: Path) -> Iterator[str]:
                 raise InputError(path, f'line {number} is not a JSON object with a field "{_FIELD}".') from error
             if not isinstance(text, str):
                 raise InputError(path, f'line {number}: "{_FIELD}" is not a string.')
+            text.encode()  # JSON can spell what UTF-8 cannot
             yield text
 
 

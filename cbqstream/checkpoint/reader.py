@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,7 +25,7 @@ class Checkpoint:
         self._open: dict[Path, Any] = {}
 
     @classmethod
-    def open(cls, folder: Path) -> "Checkpoint":
+    def open(cls, folder: Path) -> Self:
         """The tensors of a model folder: `model.safetensors`, or shards and their index.
 
         Raises:

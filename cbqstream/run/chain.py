@@ -154,14 +154,16 @@ class Chain:
             if file.stat().st_size != size:
                 raise InputError(file, f"is {file.stat().st_size} bytes, {size} were committed. {RESTORE}")
 
-    def require_intact(self, file: Path) -> None:
-        """Check the content of a file of parts/. All of it is read.
+    def require_intact(self, *files: Path) -> None:
+        """Check the content of files of parts/. All of it is read.
 
         Raises:
-            InputError: it is not what was committed.
+            InputError: one is not what was committed.
         """
-        if digest_of_file(file).sha256 != self.expected_parts()[file][1]:
-            raise InputError(file, f"is not what was committed (its SHA-256 does not match). {RESTORE}")
+        expected = self.expected_parts()
+        for file in files:
+            if digest_of_file(file).sha256 != expected[file][1]:
+                raise InputError(file, f"is not what was committed (its SHA-256 does not match). {RESTORE}")
 
     def is_result(self, out: Path) -> bool:
         """Whether `out` is what this run, all of it done, put together: its config and the very shards, or equal ones."""

@@ -8,7 +8,6 @@ import torch
 
 from cbqstream.activations.store import StreamShape
 from cbqstream.activations.zarr_store import ZarrStore
-from cbqstream.checkpoint.folder import find_tensors
 from cbqstream.config import QuantizeConfig
 from cbqstream.errors import CbqstreamError, InputError
 from cbqstream.evaluate.perplexity import open_model
@@ -48,11 +47,11 @@ def check(path: Path, *, read_data: bool) -> Findings:
         IdentityError: the run was made by another version.
     """
     if (path / "run.json").exists():
-        chain = Chain.read(path)
-        found = _check_run(chain, read_data=read_data)
-        while found.problems and chain.last != (chain := Chain.read(path)).last:  # a process went on meanwhile
+        while True:
+            chain = Chain.read(path)
             found = _check_run(chain, read_data=read_data)
-        return found
+            if not found.problems or Chain.read(path).last == chain.last:
+                return found  # else a process went on meanwhile
     if (path / "config.json").exists():
         found = Findings()
         found.attempt(_check_model, path, read_data, found)
@@ -89,18 +88,14 @@ def _streams(chain: Chain, *, read_data: bool) -> str:
     shape = StreamShape(*chain.run["stream"])
     try:
         for name, table in committed.items():
-            store = ZarrStore.open(folder / name, shape)
-            for segment in range(shape.num_segments) if read_data else ():
-                store.read(segment)
-            if store.checksums() != table:
-                raise InputError(folder / name, "not what was committed.")
+            ZarrStore.open(folder / name, shape).require(table, read=read_data)
     except InputError as error:
         return f"streams: {error} They will be made again."
     return f"streams: {len(committed)} of {shape.num_segments} segments, {'read and ' if read_data else ''}as committed"
 
 
 def _read_source_again(chain: Chain, folder: Path, found: Findings) -> None:
-    source = RunSource(find_tensors(folder))
+    source = RunSource.open(folder)
     source.remember(chain.source_digests)
     names = chain.source_digests
     same = [found.attempt(_require, source, folder, name) for name in names]

@@ -40,8 +40,7 @@ def learn_end_to_end(
     num_windows, num_epochs, compute = len(inputs.windows), inputs.num_epochs, inputs.compute
     if journal.chain.is_complete:
         return
-    for shard in journal.chain.shards():  # what is written again would hide a damage
-        journal.chain.require_intact(shard)
+    journal.chain.require_intact(*journal.chain.shards())  # what is written again would hide a damage
     blocks = FinishedBlocks(inputs, journal.chain)
     steps = _starting_steps(inputs, journal, blocks)
     journal.empty_tmp()

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from cbqstream.calibration.segments import load_segments, segments_digest
-from cbqstream.checkpoint.folder import find_tensors, read_json
+from cbqstream.checkpoint.folder import read_json
 from cbqstream.config import QuantizeConfig
 from cbqstream.errors import InputError, UsageError, shown
 from cbqstream.models.compute import choose_device, compute_dtype, make_deterministic, numerics_class
@@ -59,7 +59,7 @@ def open_inputs(config: QuantizeConfig) -> RunInputs:
         method = shown(str(model["quantization_config"].get("quant_method")))
         raise InputError(folder / "config.json", f"the model is already quantized ({method}). Give the original.")
     _check_paths(config)
-    source = RunSource(find_tensors(folder))
+    source = RunSource.open(folder)
     skeleton = ModelSkeleton(folder, model, source.tensors())
     _check_scheme(config, skeleton, source)
     device = choose_device(config.device)

@@ -212,8 +212,7 @@ class _Job:
         """Put the finished model together."""
         self.journal.empty_tmp()
         inputs, config, shards = self.inputs, self.inputs.config, self.journal.chain.shards()
-        for shard in shards:
-            self.journal.chain.require_intact(shard)
+        self.journal.chain.require_intact(*shards)
         if inputs.source.fingerprint() != inputs.identity["source"]["weights"]:
             raise IdentityError(f"{config.model}: the weights changed since this run began. Restore them.")
         last = len(inputs.skeleton.blocks) - config.keep_last
