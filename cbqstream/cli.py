@@ -14,6 +14,7 @@ from rich.console import Console
 
 from cbqstream.config import PROFILES, CalibrationConfig, QuantizeConfig, Scheme
 from cbqstream.errors import CbqstreamError, DeviceMemoryError, InputError, StoppedError, StorageError, UsageError
+from cbqstream.recipe import read_recipe
 
 app = typer.Typer(
     name="cbqstream",
@@ -40,10 +41,26 @@ AllowSharedRunDir = Annotated[
 LogJson = Annotated[Path | None, typer.Option(help="Append a JSON line per window to this file.")]
 
 
+def _take_recipe(context: typer.Context, recipe: Path | None) -> None:
+    """What a recipe says is the default of the flag of that name."""
+    if recipe is not None:
+        flags = [parameter.name or "" for parameter in context.command.params if parameter.param_type_name == "option"]
+        context.default_map = read_recipe(recipe, flags)
+
+
 @app.command()
 def quantize(
     model: Annotated[str, typer.Argument(help="Folder with config.json and safetensors.")],
     out: Annotated[str, typer.Argument(help="Folder to write.")],
+    *,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            help="A TOML file with flags, such as group-size = 64; those on the command line win.",
+            is_eager=True,
+            callback=_take_recipe,
+        ),
+    ] = None,
     dataset: Annotated[
         str, typer.Option(help="Calibration: .txt, .jsonl, .parquet, or token ids in .npy or .safetensors.")
     ],
@@ -278,11 +295,7 @@ def evaluate(
             threads=threads,
             listener=progress,
         )
-    Console().print(
-        f"{text.name}: perplexity {result.perplexity:.4f} ({result.num_segments} x {seq_len} tokens)",
-        highlight=False,
-        soft_wrap=True,
-    )
+    _say(f"{text.name}: perplexity {result.perplexity:.4f} ({result.num_segments} x {seq_len} tokens)")
 
 
 def _say(line: str) -> None:

@@ -21,6 +21,7 @@ LAYERS = [
     {"activations"},
     {"numerics"},
     {"records"},
+    {"recipe"},
     {"config"},
     {"memory"},
     {"disk"},
@@ -32,7 +33,7 @@ BESIDE = [
     {"evaluate", "report"},
     {"windows", "packed", "calibration"},
     {"checkpoint", "activations"},
-    {"config", "memory", "disk"},
+    {"recipe", "config", "memory", "disk"},
 ]
 """Layers of one height, which do not import each other."""
 
@@ -203,6 +204,7 @@ WRITING_MODES = {kind + binary + plus for kind in "wax" for binary in ("", "b") 
 OWN_OPERATIONS = {"disk", "_disk"}  # disk.py's operations may have such names
 PURE = {
     "cli.py": {"replace"},
+    "recipe.py": {"replace"},
     "windows/resident.py": {"replace"},
     "run/chain.py": {"replace"},
 }  # str.replace, dataclasses.replace

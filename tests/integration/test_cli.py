@@ -96,6 +96,52 @@ def test_underscores_in_flags(cbqstream, tiny_models, tokens, tmp_path):
     assert '"strategy": "channel"' in (tmp_path / "out" / "config.json").read_text()
 
 
+def test_recipe(cbqstream, tiny_models, tokens, tmp_path):
+    """Flags from a file, in either spelling; the command line wins."""
+    recipe, out = tmp_path / "w3.toml", tmp_path / "out"
+    recipe.write_text(
+        f'scheme = "W3A16"\ngroup-size = 64\nsymmetric = false\nrounding = "none"\ndataset = "{tokens}"\nseq_len = {SEQ_LEN}\n'
+    )
+    code, _, err = cbqstream(
+        "quantize", tiny_models["llama"], out, "--recipe", recipe, "--group-size", 32, "--num_samples", 8
+    )
+    assert (code, err) == (0, "")
+    group = json.loads((out / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]["weights"]
+    assert (group["num_bits"], group["group_size"], group["symmetric"]) == (3, 32, False)
+
+
+BAD_RECIPES = {
+    "unknown": ("epoch = 3", '{recipe}: unknown key "epoch" (epochs?).'),
+    "nothing like it": ("bitz = 3", '{recipe}: unknown key "bitz".'),
+    "a table": ("[seed]\nsize = 2", '{recipe}: "seed" is not one value.'),
+    "twice": ("seq-len = 2\nseq_len = 3", '{recipe}: "seq_len" is there twice, once with - and once with _.'),
+    "another recipe": ('recipe = "a"', '{recipe}: unknown key "recipe".'),
+    "not TOML": ("scheme: W4A16", "{recipe}: not TOML (Expected '=' after a key"),
+    "out of range": ("group-size = 7", "group_size is 7. It must be a multiple of 8"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_RECIPES)
+def test_bad_recipes(cbqstream, tiny_models, tokens, tmp_path, case):
+    content, message = BAD_RECIPES[case]
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(content)
+    code, _, err = cbqstream(
+        "quantize", tiny_models["llama"], tmp_path / "out", "--recipe", recipe, "--dataset", tokens
+    )
+    assert err.startswith(f"cbqstream: error: {message.format(recipe=recipe)}")
+    assert (code, err.count("\n")) == (2, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["r.toml"]
+
+
+def test_recipes_are_toml(cbqstream, tiny_models, tokens, tmp_path):
+    for name, message in (("r.yaml", "recipes are TOML (NAME.toml)."), ("r.toml", "No such file or directory.")):
+        code, _, err = cbqstream(
+            "quantize", tiny_models["llama"], tmp_path / "out", "--recipe", tmp_path / name, "--dataset", tokens
+        )
+        assert (code, err) == (2, f"cbqstream: error: {tmp_path / name}: {message}\n")
+
+
 def test_status_of_a_run_that_was_stopped(cbqstream, tiny_models, tokens, tmp_path, monkeypatch):
     real = pipeline.reconstruct
     calls = []

@@ -1,0 +1,43 @@
+"""A file of settings in TOML: each key is a flag of the command line, written with - or _."""
+
+import difflib
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+
+from cbqstream.errors import UsageError, shown
+
+_NOT_IN_A_FILE = ("recipe", "help")
+
+
+def read_recipe(path: Path, flags: Sequence[str]) -> dict[str, str]:
+    """Values by flag, as they would be written on the command line.
+
+    Args:
+        path: of the file.
+        flags: names of all flags, with _.
+
+    Raises:
+        UsageError: the file cannot be read, is not TOML, has a key that is no flag, or a value that a flag cannot have.
+    """
+    if path.suffix != ".toml":
+        raise UsageError(f"{path}: recipes are TOML (NAME.toml).")
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: not TOML ({shown(str(error))}).") from error
+    known = [flag for flag in flags if flag not in _NOT_IN_A_FILE]
+    values: dict[str, str] = {}
+    for key, value in content.items():
+        flag = key.replace("-", "_")
+        if flag not in known:
+            nearest = difflib.get_close_matches(flag, known, 1)
+            raise UsageError(f'{path}: unknown key "{shown(key)}"{f" ({nearest[0]}?)" if nearest else ""}.')
+        if flag in values:
+            raise UsageError(f'{path}: "{key}" is there twice, once with - and once with _.')
+        if not isinstance(value, (str, int, float)):
+            raise UsageError(f'{path}: "{key}" is not one value.')
+        values[flag] = str(value)
+    return values
