@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 Observer = Callable[[int, str, Path], None]
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_REMEDIES = {
+    **dict.fromkeys(_FULL, "Free some space and run the same command again."),
+    **dict.fromkeys((errno.ENOTEMPTY, errno.EEXIST), "Something else was put there. Give another place."),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +64,10 @@ class Disk:
         try:
             yield
         except OSError as error:
-            full = error.errno in _FULL
-            remedy = "Free some space and run the same command again." if full else "Check the file system."
-            raise StorageError(f"{path}: {name} failed: {error.strerror}. {remedy}", full=full) from error
+            remedy = _REMEDIES.get(error.errno or 0, "Check the file system.")
+            raise StorageError(
+                f"{path}: {name} failed: {error.strerror}. {remedy}", full=error.errno in _FULL
+            ) from error
 
     def make_folder(self, path: Path) -> None:
         """Create `path`, which must not exist, with mode 0700."""

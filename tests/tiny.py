@@ -62,3 +62,8 @@ def save_tokens(path: Path, num_tokens: int = 8 * SEQ_LEN, seed: int = 1) -> Pat
     """Write random token ids as .npy and return the path."""
     np.save(path, np.random.default_rng(seed).integers(0, VOCAB, num_tokens))
     return path
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Content of all files below a folder, by path."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

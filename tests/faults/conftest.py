@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,6 +44,25 @@ def tally():
                 file.write(json.dumps({**counted.counts, "seconds": seconds, "nightly": NIGHTLY}) + "\n")
 
     return keep
+
+
+@pytest.fixture
+def tmpfs(tmp_path):
+    """A function that mounts a file system of its own with some options, and gives its folder."""
+    mounted = []
+
+    def mount(options: str) -> Path:
+        place = tmp_path / f"tmpfs-{len(mounted)}"
+        place.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
+        if subprocess.run(command, check=False, capture_output=True).returncode:
+            pytest.skip("may not mount a tmpfs")
+        mounted.append(place)
+        return place
+
+    yield mount
+    for place in mounted:
+        subprocess.run(["umount", str(place)], check=True)
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ import fcntl
 import os
 import sys
 import time
+import weakref
 
 import torch
 from toy import STEPS
@@ -17,10 +18,14 @@ real_loss = reconstruct.reconstruction_loss
 
 
 def _out_of_memory(times: int):
-    calls = []
+    """From the second window on; and when a window is tried again, what it held the first time must be gone."""
+    calls, held = [], []
 
-    def fail(*arguments):
+    def fail(blocks, *more):
+        arguments = (blocks, *more)
         calls.append(1)
+        assert not any(block() is not None for block in held), "tried again with the memory of the first time"
+        held[:] = [weakref.ref(block.module) for block in blocks]
         if 2 <= len(calls) < 2 + times:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has less.")
         return real_reconstruct(*arguments)
@@ -79,6 +84,20 @@ def stuck_while_leaving() -> None:
         return None
 
     journal.Journal.empty_tmp = empty
+
+
+def source_changes_before_the_export() -> None:
+    """A bit of a tensor that is only copied, after the model has been looked at for the last time."""
+    real = pipeline.assemble
+
+    def assemble(*arguments, **options):
+        tensor = options["source"].infos["lm_head.weight"]
+        content = bytearray(tensor.file.read_bytes())
+        content[tensor.start] ^= 1
+        tensor.file.write_bytes(content)
+        return real(*arguments, **options)
+
+    pipeline.assemble = assemble
 
 
 def no_locks() -> None:

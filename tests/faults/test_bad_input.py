@@ -37,14 +37,14 @@ class Bad:
     def put(self, content: bytes) -> None:
         self.weights.write_bytes(content)
 
-    def header(self, change, data: bytes | None = None) -> None:
+    def header(self, change) -> None:
         """Change the parsed header, or put other text in its place."""
         content = self.weights.read_bytes()
         length = int.from_bytes(content[:8], "little")
         entries = json.loads(content[8 : 8 + length])
         text = change(entries)
         text = text if isinstance(text, bytes) else json.dumps(entries).encode()
-        self.put(len(text).to_bytes(8, "little") + text + (content[8 + length :] if data is None else data))
+        self.put(len(text).to_bytes(8, "little") + text + content[8 + length :])
 
     def entry(self, change, name="lm_head.weight") -> None:
         self.header(lambda entries: change(entries[name]))
@@ -383,7 +383,8 @@ def test_bad_input(toy, single, tmp_path, tally, case):
 
 
 def test_what_is_only_noted(toy, single, tmp_path, tally):
-    """35: code that a model brings. 36: an attention kernel from somewhere else. 44: a tensor of zeros."""
+    """35: code that a model brings. 36: an attention kernel from somewhere else. 44: a tensor of zeros. 47: a chat template, which is
+    copied and never run."""
     bad = Bad(tmp_path, single, toy.model)
     bad.config(
         auto_map={"AutoModel": "modeling_evil.Evil"},
@@ -391,6 +392,8 @@ def test_what_is_only_noted(toy, single, tmp_path, tally):
         attn_implementation="evil/kernel",
     )
     (bad.model / "modeling_evil.py").write_text("raise SystemExit(99)")
+    endless = "{% for i in range(10**9) %}{% for j in range(10**9) %}{% endfor %}{% endfor %}"
+    (bad.model / "chat_template.jinja").write_text(endless)
     bad.tensors(lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].zero_())
     with tally(20, "bad input, by the catalogue") as counted:
         ended = toy.run(toy.quantize(tmp_path / "out", model=bad.model))
@@ -400,7 +403,8 @@ def test_what_is_only_noted(toy, single, tmp_path, tally):
             f"note: {bad.model}: brings its own code (auto_map), which is not run.",
             f'note: {bad.weights}: tensor "model.layers.1.mlp.up_proj.weight" is zero throughout.',
         ]
-        counted.add(faults=3)
+        assert (tmp_path / "out" / "chat_template.jinja").read_text() == endless
+        counted.add(faults=4)
 
 
 @pytest.mark.parametrize("case", NAMES)

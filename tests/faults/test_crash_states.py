@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from crash_model import Event, Recorder, lay_out, states
-from toy import NIGHTLY, SAMPLES, STEPS, files_of
+from toy import NIGHTLY, SAMPLES, STEPS
 
 from cbqstream import quantize
 from cbqstream.config import CalibrationConfig, QuantizeConfig, ReconstructionConfig, Scheme
@@ -16,7 +16,7 @@ from cbqstream.errors import CbqstreamError
 from cbqstream.records import WindowReport
 from cbqstream.run.chain import Chain
 from cbqstream.run.journal import open_journal
-from tiny import SEQ_LEN
+from tiny import SEQ_LEN, files_of
 
 MEMORY = Path("/dev/shm")
 """Nothing here needs to outlive the process; not every machine has it."""

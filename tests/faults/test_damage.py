@@ -7,12 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from toy import NIGHTLY, WINDOWS, files_of, one_line
+from toy import NIGHTLY, WINDOWS, one_line
 
 from cbqstream.checkpoint.folder import find_tensors
 from cbqstream.errors import CbqstreamError, IdentityError, InputError
 from cbqstream.run.chain import Chain
 from cbqstream.run.check import check
+from tiny import files_of
 
 OLD_CARRY = "parts/00000/carry.safetensors"
 """Kept for rollback; nothing reads it."""
@@ -40,12 +41,6 @@ def flip(path: Path, bit: int) -> None:
     content = bytearray(path.read_bytes())
     content[bit // 8] ^= 1 << bit % 8
     path.write_bytes(content)
-
-
-def bits(path: Path, count: int, chance: random.Random):
-    """Bits of a file: all bytes at night if they are few, else a sample."""
-    size = path.stat().st_size
-    return [8 * chance.randrange(size) + chance.randrange(8) for _ in range(count)]
 
 
 def test_flips_in_records(half, tmp_path, tally):
@@ -77,7 +72,7 @@ def test_flips_in_parts_and_streams(toy, copy, tally):
             kind = ("parts", "acts")[number % 2]
             files = sorted(path for path in (run / kind).rglob("*") if path.is_file())
             file = chance.choice([path for path in files if path != run / OLD_CARRY])
-            flip(file, bits(file, 1, chance)[0])
+            flip(file, chance.randrange(8 * file.stat().st_size))
             counted.add()
             if kind == "acts":
                 toy.finishes(out)
@@ -131,7 +126,10 @@ def problems(run: Path) -> list[str]:
 
 SHAPES = {
     "cut to nothing": lambda path: os.truncate(path, 0),
+    "cut to one byte": lambda path: os.truncate(path, 1),
     "cut to 7 bytes": lambda path: os.truncate(path, 7),
+    "cut to 8 bytes": lambda path: os.truncate(path, 8),
+    "cut in half": lambda path: os.truncate(path, path.stat().st_size // 2),
     "cut by one": lambda path: os.truncate(path, path.stat().st_size - 1),
     "longer by one": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
     "a folder": lambda path: (path.unlink(), path.mkdir()),
@@ -169,6 +167,35 @@ def test_other_shapes_of_files(toy, half, copy, tally):
                 assert ended.code == 65, (shape, name, ended.err)
                 assert one_line(ended.err), ended.err
                 assert f"{out}.run" in ended.err
+
+
+def test_two_files_deleted(toy, half, copy, tally):
+    """A chain that ends earlier needs what the window after its end began with; streams are made again; all else is 65."""
+    first, last = "commits/00000", "commits/00001"
+    files = [str(path.relative_to(half)) for path in sorted(half.rglob("*")) if path.is_file() and path.name != "LOCK"]
+    cases = list(itertools.combinations(files, 2))
+    random.Random(12).shuffle(cases)
+    with tally(10, "two files deleted, all pairs") as counted:
+        for case in cases if NIGHTLY else cases[:8]:
+            out = copy()
+            for name in case:
+                (Path(f"{out}.run") / name).unlink()
+            counted.add(faults=2)
+            left = {first, last} - {*case}
+            needed = {"run.json"} | {name for name in files if name.startswith("parts/") and name != OLD_CARRY}
+            if left == {first}:  # one window is left
+                needed = {name for name in needed if not name.startswith("parts/00001")} | {OLD_CARRY}
+            elif left == {last}:
+                needed = {first}
+            elif not left:
+                needed = {"run.json"}
+            ended = toy.run(toy.quantize(out))
+            if needed & {*case}:
+                assert (ended.code, one_line(ended.err)) == (65, True), (case, ended.err)
+                assert not out.exists()
+            else:
+                assert ended.code == 0, (case, ended.err)
+                assert files_of(out) == toy.expected
 
 
 def test_chunks_that_change_places(toy, half, copy, tally):
@@ -245,3 +272,19 @@ def test_a_source_that_changed(toy, tally):
             else:
                 assert one_line(ended.err)
             counted.add()
+
+
+def test_a_source_that_changes_during_the_export(toy, tally):
+    """It is copied as it is read, so what is wrong is known only at the end: then there is no OUT."""
+    with tally(13, "the source changes while it is copied") as counted:
+        out = toy.new_out()
+        model = Path(shutil.copytree(toy.model, toy.folder / "changing"))
+        ended = toy.run(toy.quantize(out, model=model), patch="source_changes_before_the_export")
+        assert (ended.code, one_line(ended.err)) == (78, True), ended.err
+        assert 'tensor "lm_head.weight" is not what this run read before. Restore the file.' in ended.err
+        assert not out.exists()
+        shutil.rmtree(model)
+        shutil.copytree(toy.model, model)
+        assert toy.run(toy.quantize(out, model=model)).code == 0
+        assert files_of(out) == toy.expected
+        counted.add()

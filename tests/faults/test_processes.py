@@ -4,16 +4,17 @@ import errno
 import itertools
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import time
 from pathlib import Path
 
-import pytest
-from toy import NIGHTLY, WINDOWS, files_of, one_line, sleep_until
+from toy import NIGHTLY, WINDOWS, one_line, sleep_until
 
 from cbqstream.run.chain import Chain
+from tiny import files_of
 
 
 def some(numbers, every):
@@ -52,10 +53,10 @@ ERRORS = {"ENOSPC": 74, "EIO": 74, "EDQUOT": 74, "memory": 69, "SIGINT": 75}
 
 
 def test_an_operation_fails(toy, tally):
-    """Every operation with two or three of the errors at night; else a few, in turn."""
-    everything = list(itertools.product(range(1, len(toy.operations) + 1), ERRORS))[::2]
+    """Every operation with every error at night; else a few, in turn."""
+    everything = list(itertools.product(range(1, len(toy.operations) + 1), ERRORS))
     with tally(4, "an operation fails: full, broken, no memory, Ctrl-C") as counted:
-        for at, kind in some(everything, 23):
+        for at, kind in some(everything, 46):
             out = toy.new_out()
             fault = {"kind": "signal", "which": signal.SIGINT} if kind == "SIGINT" else {"kind": kind}
             ended = toy.run(toy.quantize(out), at=at, **fault)
@@ -77,7 +78,7 @@ def test_an_operation_fails(toy, tally):
 def test_killed_at_any_time(toy, tally):
     chance = random.Random(5)
     with tally(5, "SIGKILL at a random time; chains of five") as counted:
-        for kills in [1] * (200 if NIGHTLY else 8) + [5] * (20 if NIGHTLY else 1):
+        for kills in [1] * (1000 if NIGHTLY else 8) + [5] * (50 if NIGHTLY else 1):
             out = toy.new_out()
             for _ in range(kills):
                 process = toy.start(toy.quantize(out))
@@ -94,7 +95,7 @@ def test_killed_at_any_time(toy, tally):
 def test_stopped_at_any_time(toy, tally):
     chance = random.Random(6)
     with tally(6, "SIGTERM or SIGINT at a random time") as counted:
-        for number in range(60 if NIGHTLY else 8):
+        for number in range(300 if NIGHTLY else 8):
             out = toy.new_out()
             process = toy.start(toy.quantize(out))
             time.sleep(chance.uniform(0, toy.seconds))
@@ -130,22 +131,6 @@ def test_a_second_signal_does_not_wait(toy, tally):
         toy.finishes(out)
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A function that gives a folder on a file system of some size, and one that changes the size."""
-    place = tmp_path / "small"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)]
-    if subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("may not mount a tmpfs")
-
-    def resize(size: int) -> None:
-        subprocess.run(["mount", "-o", f"remount,size={size}", str(place)], check=True)
-
-    yield place, resize
-    subprocess.run(["umount", str(place)], check=True)
-
-
 def committed_to_begin(out) -> bool:
     return (Path(f"{out}.run") / "run.json").exists()
 
@@ -154,9 +139,13 @@ def committed_all(toy, out) -> bool:
     return toy.committed(out) == WINDOWS
 
 
-def test_a_disk_that_is_full(toy, tally, small_disk):
+def test_a_disk_that_is_full(toy, tally, tmpfs):
     """With less room than it takes at its largest, down to a tenth of that; then it grows."""
-    place, resize = small_disk
+    place = tmpfs("size=64k")
+
+    def resize(size: int) -> None:
+        subprocess.run(["mount", "-o", f"remount,size={size}", str(place)], check=True)
+
     needed = 600 << 10
     with tally(7, "a tmpfs with 10 to 100 % of the room") as counted:
         for share in range(10, 101, 4) if NIGHTLY else (10, 45, 70):
@@ -216,6 +205,59 @@ def test_two_processes(toy, tally):
             toy.signal(first, signal.SIGKILL)
             toy.wait(first)  # its lock file stays and means nothing
             shutil.rmtree(f"{out}.run")
+
+
+def test_two_first_starts(toy, tally):
+    """The same command twice at once: one begins the run, the other finds it locked, or done."""
+    with tally(11, "two first starts at once") as counted:
+        for _ in range(20 if NIGHTLY else 4):
+            out = toy.new_out()
+            ends = [toy.wait(number) for number in [toy.start(toy.quantize(out)) for _ in range(2)]]
+            assert sorted(ended.code for ended in ends) in ([0, 0], [0, 75]), [ended.err for ended in ends]
+            assert all(one_line(ended.err) for ended in ends if ended.code)
+            assert sum(ended.windows for ended in ends) == WINDOWS
+            assert files_of(out) == toy.expected
+            counted.add(runs=2)
+
+
+def test_two_runs_with_one_output(toy, tally):
+    """Each has a run directory of its own. The first that is done has OUT, whole; the other says so, and loses nothing."""
+    with tally(11, "two runs with one OUT") as counted:
+        for number in range(6 if NIGHTLY else 2):
+            out, runs = toy.new_out(), [toy.new_out(), toy.new_out()]
+            commands = [toy.quantize(out, "--run-dir", run, "--seed", 3 + seed) for seed, run in enumerate(runs)]
+            ends = [
+                toy.wait(process) for process in [toy.start(command) for command in commands[:: 1 - 2 * (number % 2)]]
+            ]
+            late = next(ended for ended in ends if ended.code)
+            assert sorted(ended.code for ended in ends) in ([0, 2], [0, 74]), late.err
+            assert one_line(late.err)
+            assert re.search(r"Give another (OUT|place)\.", late.err), late.err
+            looked = [toy.run(["check", str(path), "--read-data"]) for path in (out, *runs)]
+            assert [ended.code for ended in looked] == [0, 0, 0], [ended.err for ended in looked]
+            shutil.rmtree(out)
+            for command, run in zip(commands, runs, strict=True):
+                assert toy.run(command).code == 0
+                assert Chain.read(run).is_result(out)
+                shutil.rmtree(out)
+            assert not list(out.parent.glob(f"{out.name}.*cbqstream*"))
+            counted.add(runs=2)
+
+
+def test_check_beside_a_live_run(toy, tally):
+    """What it says is true of some moment: never that something is broken."""
+    with tally(11, "check and status beside a run that goes on") as counted:
+        for _ in range(5 if NIGHTLY else 1):
+            out = toy.new_out()
+            run = Path(f"{out}.run")
+            process = toy.start(toy.quantize(out, "--epochs", 30))
+            sleep_until(lambda run=run: (run / "run.json").exists())
+            while toy.committed(out) < WINDOWS:
+                for command in (["check", str(run), "--read-data"], ["status", str(run)]):
+                    looked = toy.run(command)
+                    assert (looked.code, looked.err) == (0, ""), looked.err
+                    counted.add()
+            assert toy.wait(process).code == 0
 
 
 def test_no_locks_on_this_file_system(toy, tally):

@@ -10,11 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from toy import NIGHTLY, files_of, one_line
+from toy import NIGHTLY, one_line
 
 from cbqstream.errors import IdentityError
 from cbqstream.run.chain import Chain, sealed
 from cbqstream.run.identity import FORMAT, canonical, require_same
+from tiny import files_of
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -123,20 +124,12 @@ def test_owners_and_permissions(toy, tally):
             counted.add()
 
 
-def test_a_place_that_is_read_only(toy, tally, tmp_path):
-    place = tmp_path / "read-only"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(place)]
-    if subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("may not mount a tmpfs")
-    try:
-        with tally(14, "OUT on a read-only file system") as counted:
-            ended = toy.run(toy.quantize(place / "out"))
-            assert (ended.code, one_line(ended.err)) == (74, True), ended.err
-            assert "Read-only file system" in ended.err
-            counted.add()
-    finally:
-        subprocess.run(["umount", str(place)], check=True)
+def test_a_place_that_is_read_only(toy, tally, tmpfs):
+    with tally(14, "OUT on a read-only file system") as counted:
+        ended = toy.run(toy.quantize(tmpfs("ro") / "out"))
+        assert (ended.code, one_line(ended.err)) == (74, True), ended.err
+        assert "Read-only file system" in ended.err
+        counted.add()
 
 
 def test_the_result_has_ordinary_permissions(toy, tally):

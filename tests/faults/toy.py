@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tiny import SEQ_LEN, save_model, save_tokens
+from tiny import SEQ_LEN, files_of, save_model, save_tokens
 
 HERE = Path(__file__).parent
 NIGHTLY = bool(os.environ.get("CBQSTREAM_NIGHTLY"))
@@ -20,11 +20,6 @@ SAMPLES = 4
 WINDOWS = 3
 STEPS = 4
 """Of training in a window: enough to make every window better, so that what was learned is in every byte that is compared."""
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    """Content of all files by path."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,5 @@
 """What is promised of equal bytes, as far as a CPU can show it. Kills, lost streams, clocks and places: tests/faults."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -10,10 +8,7 @@ from cbqstream.activations import read_ahead
 from cbqstream.config import Scheme
 from cbqstream.errors import UsageError
 from cbqstream.models.compute import make_deterministic
-
-
-def files_of(folder):
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+from tiny import files_of
 
 
 def test_one_function_sets_everything():

@@ -20,11 +20,7 @@ from cbqstream.errors import IdentityError, InputError, StoppedError, UsageError
 from cbqstream.records import WindowReport
 from cbqstream.run.journal import open_journal
 from killing import KilledError, quantize_until, windows_committed
-from tiny import save_model
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+from tiny import files_of, save_model
 
 
 def windows_done(config, **options):

@@ -110,6 +110,17 @@ def test_broken_text(tmp_path, name):
         list(documents(write(tmp_path / name, content)))
 
 
+def test_damaged_parquet(tmp_path):
+    """The footer is read first and is sound; the pages before it are not."""
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": DOCUMENTS * 20}), path, compression="zstd", use_dictionary=False)
+    content = bytearray(path.read_bytes())
+    content[200:400] = bytes(200)
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="damaged parquet data"):
+        list(documents(path))
+
+
 def test_missing_file_and_folder(tmp_path):
     with pytest.raises(InputError, match="no such calibration file"):
         list(documents(tmp_path / "none.txt"))

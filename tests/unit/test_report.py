@@ -76,6 +76,13 @@ def test_status_names_what_was_taken_back_and_other_numerics(tmp_path):
     assert lines[4] == "from commit 2 on with other numerics: threads 1 -> 2"
 
 
+def test_status_of_a_run_that_moved_from_cpu_to_cuda(tmp_path):
+    """On CUDA there are keys that a CPU does not have."""
+    content = {"config": {"model": "m", "out": str(tmp_path)}, "windows": 2, "epochs": 0, **IDENTITY}
+    lines = status_lines(tmp_path, content, [commit(report(0), device="cuda", cudnn=91002)])
+    assert lines[3] == "from commit 1 on with other numerics: cudnn None -> 91002, device cpu -> cuda"
+
+
 def test_status_and_progress_of_epochs_end_to_end(tmp_path):
     text = io.StringIO()
     epoch = EpochReport(0, 2, 0.5, 0.25, 12.0, 3 << 29)
