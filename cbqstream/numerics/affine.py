@@ -18,7 +18,7 @@ from cbqstream.config import Scheme
 from cbqstream.records import QuantizedWeight
 
 SMALLEST_SCALE = 2.0**-17
-_TILE, _DEVICE_TILE = 1 << 18, 1 << 26  # weights
+_TILE, _DEVICE_TILE = 1 << 16, 1 << 26  # weights
 LARGEST_SCALE = 65280.0  # the largest bf16 value that fp16 holds
 
 

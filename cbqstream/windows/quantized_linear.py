@@ -120,7 +120,7 @@ class QuantizedLinear(nn.Module):
         if self.rounding is None:
             return functional.linear(x, self.weight.to(x.dtype), self.bias)
         if self.phase is Phase.SOFT:
-            return linear_without_saved_weight(x, self.rounding, self.bias)
+            return self.rounding.product(x, self.bias)
         return functional.linear(x, dequantize(self.rounding.harden()).to(x.dtype), self.bias)
 
     def watch_inputs(self, stride: int | None) -> None:
@@ -153,29 +153,6 @@ class QuantizedLinear(nn.Module):
         if self.input_step is not None:
             return self.input_step.soft(x) if self.phase is Phase.SOFT else self.input_step.hard(x)
         return x if self.scheme.activation_bits is None else quantize_per_token(x, self.scheme.activation_bits)
-
-
-def linear_without_saved_weight(x: Tensor, rounding: Rounding, bias: Tensor | None) -> Tensor:
-    """The layer's product with the soft weight, which the backward pass computes again instead of keeping it.
-
-    A soft weight is as large as the layer and cheap beside its products; kept, those of a window would be most of its memory.
-    The parameters of the rounding do not change between the two computations, so both give the same bits.
-    """
-    w_hat = rounding.soft().to(x.dtype)
-    storage = w_hat.untyped_storage().data_ptr()
-
-    def pack(saved: Tensor) -> Tensor | tuple[torch.Size, tuple[int, ...]]:
-        is_weight = saved.untyped_storage().data_ptr() == storage
-        return (saved.size(), saved.stride()) if is_weight else saved
-
-    def unpack(packed: Tensor | tuple[torch.Size, tuple[int, ...]]) -> Tensor:
-        if isinstance(packed, Tensor):
-            return packed
-        with torch.no_grad():
-            return rounding.soft().to(x.dtype).as_strided(*packed)
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        return functional.linear(x, w_hat, bias)
 
 
 def replace_linears(block: nn.Module, names: tuple[str, ...], scheme: Scheme) -> dict[str, QuantizedLinear]:

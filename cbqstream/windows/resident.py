@@ -11,10 +11,11 @@ from cbqstream.models.block import BlockArguments, run_block
 from cbqstream.models.families import Fold
 from cbqstream.numerics.outliers import OutlierRule, truncated
 from cbqstream.numerics.scale_search import minmax_grid, search_grid
+from cbqstream.numerics.scratch import Scratch
 from cbqstream.records import QuantizedWeight
 from cbqstream.windows.folding import apply_fold, fold_scale, parameters_of, reader_scale
 from cbqstream.windows.quantized_linear import InputStep, Phase, QuantizedLinear
-from cbqstream.windows.rounding import make_rounding
+from cbqstream.windows.rounding import Rounding, make_rounding
 
 _SAMPLED_TOKENS = 1024
 _FOLD, _INPUT = "fold.", "input."
@@ -27,6 +28,14 @@ class BlockSettings:
     scheme: Scheme
     reconstruction: ReconstructionConfig
     outliers: OutlierConfig
+    scratch: Scratch = field(default_factory=Scratch)
+
+    def rounding(
+        self, w_OI: Tensor, scale_OG: Tensor, zero_point_OG: Tensor | None, generator: torch.Generator
+    ) -> Rounding:
+        """For a weight and its grid."""
+        grid = (scale_OG, zero_point_OG)
+        return make_rounding(w_OI, *grid, self.scheme, self.reconstruction, generator, self.scratch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +72,7 @@ class ResidentBlock:
                 grid = search_grid(weight, statistics[name].second_moment, settings.scheme)
             else:
                 grid = minmax_grid(weight, settings.scheme)
-            layer.rounding = make_rounding(weight, *grid, settings.scheme, settings.reconstruction, generator)
+            layer.rounding = settings.rounding(weight, *grid, generator)
 
     def go_on(self, settings: BlockSettings, generator: torch.Generator, carried: Mapping[str, Tensor]) -> None:
         """From what `carry` gave in the window before."""
@@ -79,7 +88,7 @@ class ResidentBlock:
             state = {key: value for key, value in state.items() if not key.startswith(_INPUT)}
             grid = (state["scale0"], state.get("zero_point"))
             weight = self._rounded_weight(layer, settings)
-            layer.rounding = make_rounding(weight, *grid, settings.scheme, settings.reconstruction, generator)
+            layer.rounding = settings.rounding(weight, *grid, generator)
             layer.rounding.load(state)
 
     def carry(self) -> dict[str, Tensor]:

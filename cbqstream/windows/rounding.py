@@ -1,13 +1,14 @@
-"""The two ways to learn rounding, and rounding to nearest, behind one interface. The formulas are in `numerics/rounding.py`.
+"""The two ways to learn rounding, and rounding to nearest, behind one interface. Formulas: `numerics/rounding.py`, `straight_through.py`.
 
-A rounding belongs to one linear layer, knows its weight and its starting grid, and gives the weight that the layer computes with: soft
-while it trains, hard when it is done. What it remembers between windows is its `state`.
+A rounding belongs to one linear layer, knows its weight and its starting grid, and computes the layer's products while it trains; when
+that is done it gives the hard weight. What it remembers between windows is its `state`.
 """
 
 import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from cbqstream.config import ReconstructionConfig, Scheme
 from cbqstream.numerics.affine import (
@@ -18,7 +19,9 @@ from cbqstream.numerics.affine import (
     nearest_levels,
     storable_scale,
 )
-from cbqstream.numerics.rounding import StraightThroughRounding, low_rank_rise, rounding_penalty
+from cbqstream.numerics.rounding import low_rank_rise, rounding_penalty
+from cbqstream.numerics.scratch import Scratch
+from cbqstream.numerics.straight_through import StraightThrough, straight_through_product
 from cbqstream.records import QuantizedWeight
 
 _BETA_START, _BETA_END, _WARM_UP = 20.0, 2.0, 0.2
@@ -53,6 +56,28 @@ class Rounding(nn.Module):
         """The weight to train with, float32 [O, I], differentiable in `theta` and the rounding's own parameters."""
         levels = nearest_levels(self.weight, self.scale0, self.zero_point, self.scheme)
         return (levels * self._scale().unsqueeze(-1)).flatten(1)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's output to train with, [..., O], for an input [..., I]; differentiable in it and in what is learned.
+
+        The soft weight is computed again in the backward pass instead of kept: it is as large as the layer and cheap beside its products;
+        those of a window would be most of its memory. What is learned does not change in between, so both times give the same bits.
+        """
+        w_hat = self.soft().to(x.dtype)
+        storage = w_hat.untyped_storage().data_ptr()
+
+        def pack(saved: Tensor) -> Tensor | tuple[torch.Size, tuple[int, ...]]:
+            is_weight = saved.untyped_storage().data_ptr() == storage
+            return (saved.size(), saved.stride()) if is_weight else saved
+
+        def unpack(packed: Tensor | tuple[torch.Size, tuple[int, ...]]) -> Tensor:
+            if isinstance(packed, Tensor):
+                return packed
+            with torch.no_grad():
+                return self.soft().to(x.dtype).as_strided(*packed)
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            return functional.linear(x, w_hat, bias)
 
     def penalty(self) -> Tensor | None:
         """What the loss adds to make the rounding decided, or None."""
@@ -104,21 +129,33 @@ class FullRounding(Rounding):
     _carried = (*Rounding._carried, "v")
 
     def __init__(
-        self, w_OI: Tensor, scale_OG: Tensor, zero_point_OG: Tensor | None, scheme: Scheme, travel: float
+        self,
+        w_OI: Tensor,
+        scale_OG: Tensor,
+        zero_point_OG: Tensor | None,
+        scheme: Scheme,
+        travel: float,
+        scratch: Scratch,
     ) -> None:
         super().__init__(w_OI, scale_OG, zero_point_OG, scheme)
         self.register_buffer("v", torch.zeros_like(w_OI, dtype=torch.float16))
         self._travel = travel
+        self._scratch = scratch
         self._step = 0.0
 
     def begin_step(self, progress: float, rate_left: float, total_steps: int) -> None:
         self._step = 2 * self._travel / total_steps * rate_left
 
     def soft(self) -> Tensor:
-        low, high = level_range(self.scheme, self.zero_point)
-        step = self._step if torch.is_grad_enabled() else 0.0
-        w_hat: Tensor = StraightThroughRounding.apply(self.theta, self.weight, self.scale0, self.v, low, high, step)  # type: ignore[no-untyped-call]
-        return w_hat
+        """As above, and not differentiable: `product` is."""
+        return self._weight().soft(self.theta.detach(), torch.float32).clone()
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return straight_through_product(x, self.theta, self._weight(), bias)
+
+    def _weight(self) -> StraightThrough:
+        bounds = level_range(self.scheme, self.zero_point)
+        return StraightThrough(self.weight, self.scale0, self.v, *bounds, self._step, self._scratch)
 
     def state(self) -> dict[str, Tensor]:
         """As above; values that are all zero, as they start, are left out."""
@@ -191,10 +228,11 @@ def make_rounding(
     scheme: Scheme,
     config: ReconstructionConfig,
     generator: torch.Generator,
+    scratch: Scratch,
 ) -> Rounding:
     """The rounding that the settings ask for, at round-to-nearest."""
     if config.rounding == "full":
-        return FullRounding(w_OI, scale_OG, zero_point_OG, scheme, config.rounding_travel)
+        return FullRounding(w_OI, scale_OG, zero_point_OG, scheme, config.rounding_travel, scratch)
     if config.rounding == "lora":
         return LowRankRounding(w_OI, scale_OG, zero_point_OG, scheme, config.rounding_rank, generator)
     return Rounding(w_OI, scale_OG, zero_point_OG, scheme)

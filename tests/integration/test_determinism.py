@@ -8,6 +8,7 @@ from cbqstream.activations import read_ahead
 from cbqstream.config import Scheme
 from cbqstream.errors import UsageError
 from cbqstream.models.compute import make_deterministic
+from cbqstream.run import inputs
 from tiny import files_of
 
 
@@ -68,6 +69,12 @@ def test_uninitialised_memory_is_never_read(make_config, monkeypatch):
     """With it filled with NaN or left as it is: the same bytes."""
     outs = []
     for fill in (True, False):
-        monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", fill)
+
+        def settings(threads, fill=fill):
+            count = make_deterministic(threads)
+            torch.utils.deterministic.fill_uninitialized_memory = fill
+            return count
+
+        monkeypatch.setattr(inputs, "make_deterministic", settings)
         outs.append(files_of(quantize(make_config(name=f"out-{fill}", **SETTINGS))))
     assert outs[0] == outs[1]

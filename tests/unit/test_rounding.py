@@ -6,14 +6,10 @@ from torch.nn import functional
 
 from cbqstream.config import ReconstructionConfig, Scheme
 from cbqstream.numerics.affine import dequantize, grouped, level_range
-from cbqstream.numerics.rounding import (
-    StraightThroughRounding,
-    inverse_rectified_sigmoid,
-    rectified_sigmoid,
-    rounding_penalty,
-)
+from cbqstream.numerics.rounding import inverse_rectified_sigmoid, rectified_sigmoid, rounding_penalty
 from cbqstream.numerics.scale_search import minmax_grid
-from cbqstream.windows.quantized_linear import linear_without_saved_weight
+from cbqstream.numerics.scratch import Scratch
+from cbqstream.numerics.straight_through import StraightThrough, straight_through_product
 from cbqstream.windows.rounding import FullRounding, LowRankRounding, Rounding, make_rounding
 
 SCHEMES = [
@@ -26,7 +22,7 @@ SCHEMES = [
 def make(scheme, mode="full", seed=0, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
     w = (torch.randn(12, 32, generator=generator) * 0.1).to(dtype)
-    return make_rounding(w, *minmax_grid(w, scheme), scheme, ReconstructionConfig(rounding=mode), generator)
+    return make_rounding(w, *minmax_grid(w, scheme), scheme, ReconstructionConfig(rounding=mode), generator, Scratch())
 
 
 def test_inverse_of_the_rectified_sigmoid():
@@ -87,9 +83,9 @@ def test_straight_through_gradients_against_autograd(scheme):
 
     again = theta.detach().clone().requires_grad_()
     stepped = rounding.v.clone()
-    actual = StraightThroughRounding.apply(again, rounding.weight, rounding.scale0, stepped, low, high, 0.05)
-    assert torch.allclose(actual, expected, atol=1e-7)
-    actual.backward(grad)
+    weight = StraightThrough(rounding.weight, rounding.scale0, stepped, low, high, 0.05, Scratch())
+    assert torch.allclose(weight.soft(again.detach(), torch.float32), expected, atol=1e-7)
+    straight_through_product(torch.eye(32), again, weight, None).backward(grad.t())
     assert torch.allclose(again.grad, theta.grad, atol=1e-5)
     moved = (rounding.v.float() - 0.05 * v.grad.sign()).clamp(-0.5, 0.5)
     assert torch.allclose(stepped.float(), moved, atol=1e-3)
@@ -100,7 +96,7 @@ def test_full_mode_moves_nothing_without_gradients():
     assert isinstance(rounding, FullRounding)
     rounding.begin_step(0.0, 1.0, 10)
     with torch.no_grad():
-        rounding.soft()
+        rounding.product(torch.eye(32), None)
     assert not rounding.v.any()
 
 
@@ -110,7 +106,7 @@ def test_full_mode_travels_at_most_its_range_and_its_rate_falls_to_zero():
     steps = 20
     for step in range(steps):
         rounding.begin_step(step / steps, 1 - step / steps, steps)
-        rounding.soft().sum().backward()
+        rounding.product(torch.eye(32), None).sum().backward()
     assert rounding.v.abs().max() == pytest.approx(ReconstructionConfig().rounding_travel, rel=1.5 / steps)
 
 
@@ -161,23 +157,42 @@ def test_weights_stay_in_the_dtype_they_came_in():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("mode", ["lora", "full"])
-def test_a_weight_that_is_computed_again_gives_the_same_gradients(mode, dtype):
-    """The layer that does not keep its soft weight against the one that does, bit for bit."""
+@pytest.mark.parametrize("mode", ["none", "lora", "full"])
+def test_products_are_those_of_the_soft_weight(mode, dtype):
+    """Output, and gradients of the input and of what is learned, against a plain product that keeps its weight, bit for bit."""
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(2, 7, 32, generator=generator).to(dtype)
     bias = torch.randn(12, generator=generator).to(dtype)
+    grad = torch.randn(2, 7, 12, generator=generator).to(dtype)
 
-    def gradients(product):
-        rounding = make(SCHEMES[0], mode)
-        rounding.begin_step(0.0, 1.0, 20)
-        inputs = x.clone().requires_grad_()
-        output = product(inputs, rounding)
-        output.float().square().sum().backward()
-        v = rounding.v if isinstance(rounding, FullRounding) else rounding.a2.grad
-        return [output, inputs.grad, rounding.theta.grad, v]
+    rounding = make(SCHEMES[0], mode)
+    inputs, weight = x.clone().requires_grad_(), rounding.soft().detach().to(dtype).requires_grad_()
+    expected = functional.linear(inputs, weight, bias)
+    expected.backward(grad)
+    again = x.clone().requires_grad_()
+    rounding.begin_step(0.0, 1.0, 20)
+    actual = rounding.product(again, bias)
+    actual.backward(grad)
+    assert torch.equal(actual, expected)
+    assert torch.equal(again.grad, inputs.grad)
 
-    kept = gradients(lambda x, rounding: functional.linear(x, rounding.soft().to(dtype), bias))
-    again = gradients(lambda x, rounding: linear_without_saved_weight(x, rounding, bias))
-    for first, second in zip(kept, again, strict=True):
-        assert torch.equal(first, second)
+    other = make(SCHEMES[0], mode)
+    other.begin_step(0.0, 1.0, 20)
+    if isinstance(other, FullRounding):
+        gradient_OG = other._weight().move(other.theta.detach(), weight.grad)
+        assert torch.equal(rounding.v, other.v)
+    else:
+        other.soft().backward(weight.grad.float())
+        gradient_OG = other.theta.grad
+        for one, two in zip(rounding.rounding_parameters(), other.rounding_parameters(), strict=True):
+            assert torch.equal(one.grad, two.grad)
+    assert torch.equal(rounding.theta.grad, gradient_OG)
+
+
+def test_scratch_is_used_again():
+    scratch = Scratch()
+    first = scratch.take("a", (4, 6), torch.float32, torch.device("cpu"))
+    again = scratch.take("a", (3, 5), torch.float32, torch.device("cpu"))
+    assert (again.shape, again.data_ptr()) == ((3, 5), first.data_ptr())
+    assert scratch.take("b", (3, 5), torch.float32, torch.device("cpu")).data_ptr() != first.data_ptr()
+    assert scratch.take("a", (5, 5), torch.bfloat16, torch.device("cpu")).dtype == torch.bfloat16

@@ -1,0 +1,241 @@
+#!/usr/bin/env python3
+"""A training step of one window beside its matrix products alone, with random weights: seconds, ratio, peak memory.
+
+Usage: bench_window.py SHAPE [--blocks 2] [--batch 4] [--seq-len 512] [--scheme W4A16] [--group-size 64] [--rounding full|lora]
+                       [--device cpu] [--threads 1] [--steps 5] [--repeats 3] [--name LABEL] [--results FILE]
+
+SHAPE is a Llama block: smollm2, 1b, 7b, 65b or 405b. The step is that of `reconstruct`: soft weights, forward, loss, backward, Adam; it is
+timed as the difference between training for 1 and for 1 + STEPS steps. The products are those of the step and nothing else: for each
+linear layer the output, the gradient of the weight, and that of the input where the step needs it, and attention forward and backward.
+Both are timed in turn, REPEATS times, and the medians are reported. On a CPU the clock is that of the process over all its threads, which
+other programs disturb little.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from measure import save
+from torch import Tensor
+from torch.nn import functional
+
+from cbqstream.activations.memory_store import MemoryStore
+from cbqstream.activations.store import StreamShape
+from cbqstream.config import OutlierConfig, ReconstructionConfig, Scheme
+from cbqstream.memory import GIB, peak_resident_bytes, return_large_blocks
+from cbqstream.models.block import build_block
+from cbqstream.models.compute import compute_dtype, make_deterministic
+from cbqstream.models.ends import model_ends
+from cbqstream.models.skeleton import ModelSkeleton
+from cbqstream.records import Compute
+from cbqstream.windows.propagate import propagate
+from cbqstream.windows.quantized_linear import Phase, replace_linears
+from cbqstream.windows.reconstruct import WindowData, reconstruct
+from cbqstream.windows.resident import BlockSettings, ResidentBlock
+
+RESULTS = Path(__file__).resolve().parent / "results" / "window.json"
+VOCABULARY = 64
+NEED_INPUT_GRADIENT = ("self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+"""Also in the first block, whose own input needs none."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a Llama block."""
+
+    hidden: int
+    inner: int
+    heads: int
+    key_heads: int
+
+    def config(self, blocks: int) -> dict:
+        """Content of a config.json."""
+        return {
+            "model_type": "llama",
+            "hidden_size": self.hidden,
+            "intermediate_size": self.inner,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.key_heads,
+            "num_hidden_layers": blocks,
+            "vocab_size": VOCABULARY,
+            "tie_word_embeddings": True,
+        }
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """Shape of each weight, [O, I]."""
+        small = self.hidden // self.heads * self.key_heads
+        shapes = {"q": (self.hidden, self.hidden), "k": (small, self.hidden), "v": (small, self.hidden)}
+        shapes = {f"self_attn.{name}_proj": shape for name, shape in shapes.items()}
+        return shapes | {
+            "self_attn.o_proj": (self.hidden, self.hidden),
+            "mlp.gate_proj": (self.inner, self.hidden),
+            "mlp.up_proj": (self.inner, self.hidden),
+            "mlp.down_proj": (self.hidden, self.inner),
+        }
+
+
+SHAPES = {
+    "smollm2": Shape(576, 1536, 9, 3),
+    "1b": Shape(2048, 8192, 32, 8),
+    "7b": Shape(4096, 11008, 32, 32),
+    "65b": Shape(8192, 22016, 64, 64),
+    "405b": Shape(16384, 53248, 128, 8),
+}
+
+
+class RandomWeights:
+    """A source whose tensors are drawn when they are read."""
+
+    def __init__(self, shape: Shape, blocks: int) -> None:
+        self._shapes = {"model.embed_tokens.weight": (VOCABULARY, shape.hidden), "model.norm.weight": (shape.hidden,)}
+        for index in range(blocks):
+            prefix = f"model.layers.{index}"
+            self._shapes |= {f"{prefix}.{name}.weight": size for name, size in shape.linears().items()}
+            for norm in ("input_layernorm", "post_attention_layernorm"):
+                self._shapes[f"{prefix}.{norm}.weight"] = (shape.hidden,)
+
+    def tensors(self) -> Mapping[str, tuple[int, ...]]:
+        """Shapes by name."""
+        return self._shapes
+
+    def read(self, name: str, *, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+        """bf16, or what is asked for."""
+        shape = self._shapes[name]
+        if len(shape) == 1:
+            return torch.ones(shape, device=device, dtype=dtype or torch.bfloat16)
+        generator = torch.Generator(device).manual_seed(len(name) + sum(shape))
+        value = torch.empty(shape, device=device, dtype=torch.bfloat16)
+        return value.normal_(0, shape[1] ** -0.5, generator=generator).to(dtype or torch.bfloat16)
+
+    def input_quantizer(self, name: str) -> None:
+        """None."""
+
+
+def window(
+    shape: Shape, blocks: int, compute: Compute, seq_len: int, settings: BlockSettings
+) -> tuple[list[ResidentBlock], WindowData]:
+    """Blocks that are ready to be trained, and data for one batch."""
+    source = RandomWeights(shape, blocks)
+    skeleton = ModelSkeleton(Path("random"), shape.config(blocks), source.tensors())
+    tokens = torch.arange(seq_len) % VOCABULARY
+    with model_ends(skeleton, source, device=compute.device, dtype=compute.dtype) as ends:
+        arguments = ends.block_arguments(tokens)
+    made = []
+    for index in range(blocks):
+        module = build_block(skeleton, index, source, device=compute.device, dtype=compute.dtype, linear_dtype=None)
+        layers = replace_linears(module, skeleton.blocks[index].linears, settings.scheme)
+        made.append(ResidentBlock(index, module, arguments[index], layers, skeleton.folds))
+    stream = StreamShape(compute.batch_size, seq_len, shape.hidden)
+    inputs, targets = MemoryStore(stream), MemoryStore(stream)
+    generator = torch.Generator().manual_seed(0)
+    for segment in range(compute.batch_size):
+        inputs.write(segment, torch.randn(seq_len, shape.hidden, generator=generator))
+    for block in made:
+        block.watch_inputs(compute.batch_size * seq_len, settings)
+    propagate(made, inputs, targets, compute, phase=Phase.ORIGINAL)
+    for block in made:
+        block.start(settings, generator)
+    return made, WindowData(inputs, targets, compute)
+
+
+def matrix_products(shape: Shape, blocks: int, compute: Compute, seq_len: int) -> Callable[[], None]:
+    """What multiplies matrices as one step does, and does nothing else."""
+    device, dtype, tokens = compute.device, compute.dtype, compute.batch_size * seq_len
+    operands = []
+    for name, (rows, columns) in shape.linears().items():
+        x, w, g = (
+            torch.randn(size, device=device, dtype=dtype)
+            for size in ((tokens, columns), (rows, columns), (tokens, rows))
+        )
+        operands.append((name, x, w, g))
+    heads = (compute.batch_size, shape.heads, seq_len, shape.hidden // shape.heads)
+    q, k, v, out = (torch.randn(heads, device=device, dtype=dtype) for _ in range(4))
+
+    def multiply() -> None:
+        for block in range(blocks):
+            for name, x, w, g in operands:
+                functional.linear(x, w)
+                torch.mm(g.t(), x)
+                if block or name in NEED_INPUT_GRADIENT:
+                    torch.mm(g, w)
+            leaves = [value.requires_grad_() for value in (q, k, v)]
+            attention = functional.scaled_dot_product_attention(*leaves, is_causal=True)
+            torch.autograd.grad(attention, leaves, out)
+
+    return multiply
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("--blocks", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--scheme", default="W4A16")
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--rounding", default="full")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--name", default="")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    device, shape = torch.device(args.device), SHAPES[args.shape]
+    return_large_blocks()
+    make_deterministic(args.threads)
+    compute = Compute(device, compute_dtype(device), args.batch)
+    settings = BlockSettings(
+        Scheme.named(args.scheme, group_size=None if args.group_size == -1 else args.group_size),
+        ReconstructionConfig(rounding=args.rounding, init="minmax", batch_size=args.batch),
+        OutlierConfig(activations="never"),
+    )
+
+    def seconds(work: Callable[[], object]) -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        clock = time.perf_counter if device.type == "cuda" else time.process_time
+        began = clock()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return clock() - began
+
+    multiply = matrix_products(shape, args.blocks, compute, args.seq_len)
+    blocks, data = window(shape, args.blocks, compute, args.seq_len, settings)
+
+    def train(steps: int) -> None:
+        config = ReconstructionConfig(rounding=args.rounding, init="minmax", batch_size=args.batch, epochs=steps)
+        reconstruct(blocks, data, config, torch.Generator().manual_seed(0))
+
+    multiply()
+    train(1)
+    products, steps = [], []
+    for _ in range(args.repeats):
+        products.append(seconds(lambda: [multiply() for _ in range(args.steps)]) / args.steps)
+        steps.append((seconds(lambda: train(1 + args.steps)) - seconds(lambda: train(1))) / args.steps)
+    row = {
+        "products": statistics.median(products),
+        "step": statistics.median(steps),
+        "ratio": statistics.median(steps) / statistics.median(products),
+        "peak_rss": peak_resident_bytes(),
+        "tokens": args.batch * args.seq_len,
+        "threads": args.threads,
+    }
+    if device.type == "cuda":
+        row |= {"device": torch.cuda.get_device_name(device), "peak_vram": torch.cuda.max_memory_allocated(device)}
+    memory = row.get("peak_vram", row["peak_rss"]) / GIB
+    name = f"{args.shape}, {args.blocks} blocks, {args.batch} x {args.seq_len}, {args.scheme} group {args.group_size}, {args.rounding}"
+    name += f", {args.device}{f', {args.name}' if args.name else ''}"
+    print(
+        f"{name}: products {row['products']:.3f} s, step {row['step']:.3f} s, ratio {row['ratio']:.2f}, peak {memory:.2f} GiB"
+    )
+    save(args.results, name, row)
+
+
+if __name__ == "__main__":
+    main()
