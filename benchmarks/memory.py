@@ -21,7 +21,7 @@ HERE = Path(__file__).resolve().parent
 VOCABULARY, SAMPLES, SEQ_LEN = 1024, 4, 64
 
 
-def write_checkpoint(folder: Path, blocks: int, hidden: int) -> int:
+def write_checkpoint(folder: Path, blocks: int, hidden: int, vocabulary: int = VOCABULARY) -> int:
     """Write a random Llama checkpoint and return the size of its weights in bytes."""
     import torch
     from safetensors.torch import save_file
@@ -41,12 +41,12 @@ def write_checkpoint(folder: Path, blocks: int, hidden: int) -> int:
         "num_hidden_layers": blocks,
         "num_attention_heads": hidden // 128,
         "num_key_value_heads": hidden // 128,
-        "vocab_size": VOCABULARY,
+        "vocab_size": vocabulary,
         "tie_word_embeddings": False,
         "dtype": "bfloat16",
     }
     (folder / "config.json").write_text(json.dumps(config))
-    ends = {"model.embed_tokens.weight": matrix(VOCABULARY, hidden), "lm_head.weight": matrix(VOCABULARY, hidden)}
+    ends = {"model.embed_tokens.weight": matrix(vocabulary, hidden), "lm_head.weight": matrix(vocabulary, hidden)}
     ends["model.norm.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
     shards = {"ends.safetensors": ends}
     shapes = {f"self_attn.{name}_proj": (hidden, hidden) for name in "qkvo"}

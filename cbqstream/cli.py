@@ -1,10 +1,11 @@
 """The command line: arguments to settings, settings to a run. torch is imported only by the commands that compute."""
 
+import json
 import os
 import signal
 import sys
 import warnings
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn
@@ -115,6 +116,9 @@ def quantize(
         float | None, typer.Option(help="How far a channel's error is relative to its size, 0 to 1.")
     ] = None,
     robust_tokens: Annotated[int | None, typer.Option(help="Largest tokens of a segment that are left out.")] = None,
+    kernels: Annotated[
+        str | None, typer.Option(help="auto (Triton on CUDA) or plain, which needs nothing but torch.")
+    ] = None,
     keep_first: Annotated[int, typer.Option(help="Blocks at the start left in full precision.")] = 0,
     keep_last: Annotated[int, typer.Option(help="Blocks at the end left in full precision.")] = 0,
     seed: Annotated[int, typer.Option(help="Of all randomness.")] = 0,
@@ -126,64 +130,68 @@ def quantize(
     log_json: LogJson = None,
 ) -> None:
     """Quantize MODEL into OUT, or go on with the run that was begun."""
-    if profile not in PROFILES:
-        raise UsageError(f"profile {profile!r} is not {', '.join(PROFILES)}.")
-    parts = PROFILES[profile]
-    config = QuantizeConfig(
-        model=str(Path(model).absolute()),
-        out=str(Path(out).absolute()),
-        run_dir=None if run_dir is None else str(Path(run_dir).absolute()),
+    _run(_config(locals()), log_json, stop_after_window, allow_numerics_change, allow_shared_run_dir)
+
+
+def _config(said: dict[str, Any]) -> QuantizeConfig:
+    """The settings of a run, from the flags of `quantize` by name."""
+    if said["profile"] not in PROFILES:
+        raise UsageError(f"profile {said['profile']!r} is not {', '.join(PROFILES)}.")
+    parts = PROFILES[said["profile"]]
+    size = said["group_size"]
+    own = {name: said[name] for name in ("keep_first", "keep_last", "seed", "device", "threads")}
+    return QuantizeConfig(
+        model=_absolute(said["model"]),
+        out=_absolute(said["out"]),
+        run_dir=None if said["run_dir"] is None else _absolute(said["run_dir"]),
         scheme=Scheme.named(
-            scheme,
-            group_size=None if group_size == _PER_CHANNEL else group_size,
-            symmetric=symmetric,
-            activation_strategy=activation_strategy,
+            said["scheme"],
+            group_size=None if size == _PER_CHANNEL else size,
+            symmetric=said["symmetric"],
+            activation_strategy=said["activation_strategy"],
         ),
-        calibration=CalibrationConfig(dataset=str(Path(dataset).absolute()), num_samples=num_samples, seq_len=seq_len),
-        window=_changed(parts.window, size=window_size, overlap=overlap),
-        outliers=_changed(
-            parts.outliers,
-            weights=cfp_weights,
-            activations=cfp_activations,
-            variant=cfp_variant,
-            lambda1=cfp_lambda1,
-            lambda2=cfp_lambda2,
+        calibration=CalibrationConfig(
+            dataset=_absolute(said["dataset"]), num_samples=said["num_samples"], seq_len=said["seq_len"]
         ),
-        reconstruction=_changed(
-            parts.reconstruction,
-            rounding=rounding,
-            init=init,
-            schedule=schedule,
-            epochs=epochs,
-            batch_size=batch_size,
-            rounding_travel=rounding_travel,
-            rounding_lr=rounding_lr,
-            rounding_rank=rounding_rank,
-            scale_lr=scale_lr,
-            activation_scale_lr=activation_scale_lr,
-            target_mix=target_mix,
-            kl_weight=kl_weight,
-            head_weight=head_weight,
-            head_stride=head_stride,
-            end_to_end_epochs=end_to_end_epochs,
-            end_to_end_lr=end_to_end_lr,
-            penalty_weight=penalty_weight,
-            token_balance=token_balance,
-            channel_balance=channel_balance,
-            robust_tokens=robust_tokens,
-        ),
-        keep_first=keep_first,
-        keep_last=keep_last,
-        seed=seed,
-        device=device,
-        threads=threads,
+        window=_changed(parts.window, {"size": said["window_size"], "overlap": said["overlap"]}),
+        outliers=_changed(parts.outliers, {name.removeprefix("cfp_"): said[name] for name in said if "cfp_" in name}),
+        reconstruction=_changed(parts.reconstruction, said),
+        **own,
     )
-    _run(config, log_json, stop_after_window, allow_numerics_change, allow_shared_run_dir)
 
 
-def _changed(settings: Any, **flags: Any) -> Any:
+def _absolute(path: str) -> str:
+    return str(Path(path).absolute())
+
+
+def _changed(settings: Any, said: dict[str, Any]) -> Any:
     """Settings of a profile with what was said on the command line in their place."""
-    return replace(settings, **{name: value for name, value in flags.items() if value is not None})
+    names = {field.name for field in fields(settings)}
+    return replace(settings, **{name: value for name, value in said.items() if name in names and value is not None})
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def plan(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="Folder with config.json and safetensors.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as one JSON object.")] = False,
+    without_time: Annotated[
+        bool, typer.Option("--without-time", help="Do not measure this machine, which takes five seconds.")
+    ] = False,
+) -> None:
+    """What `quantize MODEL OUT` with the same flags would need: memory, disk, time. Reads headers, writes nothing."""
+    from cbqstream.report.plan import plan_lines
+    from cbqstream.run.plan import plan_run
+
+    command = typer.main.get_command(app).commands["quantize"]  # type: ignore[attr-defined]
+    flags = [_dashed(argument) for argument in context.args]
+    parsed = command.make_context("plan", [model, "OUT", *flags], default_map={"dataset": "DATASET"})
+    made, others = plan_run(_config(parsed.params), with_time=not without_time)
+    if as_json:
+        typer.echo(json.dumps({**made, "smaller": others}, indent=1))
+        return
+    for line in plan_lines(made, others):
+        _say(line)
 
 
 @app.command()

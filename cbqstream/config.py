@@ -16,6 +16,7 @@ Schedule = Literal["linear", "cosine"]
 ActivationStrategy = Literal["token", "tensor"]
 FoldWhen = Literal["never", "quantized", "always"]
 OutlierVariant = Literal["paper", "huawei", "search"]
+Kernels = Literal["auto", "plain"]
 
 
 def _require(ok: bool, message: str) -> None:  # noqa: FBT001
@@ -181,6 +182,8 @@ class ReconstructionConfig:
     """Adam's learning rate of the logarithm of the step sizes in these, falling linearly to zero."""
     penalty_weight: float = 0.1
     """`lora`: weight of the term that drives the rounding to 0 or 1."""
+    kernels: Kernels = "auto"
+    """What `full` computes its weights with: Triton on CUDA and torch on the CPU, or `plain` torch everywhere."""
     token_balance: float = 1.0
     """0: the squared error of every token counts as it is; 1: relative to the token's power."""
     channel_balance: float = 0.5
@@ -191,6 +194,7 @@ class ReconstructionConfig:
     def __post_init__(self) -> None:
         _require(self.rounding in get_args(RoundingMode), f"rounding {self.rounding!r} is not none, lora or full.")
         _require(self.init in get_args(ScaleInit), f"init {self.init!r} is not minmax or search.")
+        _require(self.kernels in get_args(Kernels), f"kernels {self.kernels!r} is not auto or plain.")
         _require(self.schedule in get_args(Schedule), f"schedule {self.schedule!r} is not linear or cosine.")
         _require(self.epochs >= 0, f"epochs is {self.epochs}. It must be at least 0.")
         _require(self.end_to_end_epochs >= 0, f"end_to_end_epochs is {self.end_to_end_epochs}. It must be at least 0.")

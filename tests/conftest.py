@@ -7,6 +7,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is loaded
+
 from hypothesis import settings
 
 from cbqstream.config import CalibrationConfig, QuantizeConfig, ReconstructionConfig, Scheme

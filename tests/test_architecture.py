@@ -44,6 +44,7 @@ HOMES = {
     "safetensors": {"checkpoint", "packed", "run"},
     "compressed_tensors": {"packed"},
     "psutil": {"memory"},
+    "triton": {"numerics"},
     "filelock": {"run"},
     "typer": {"cli"},
     "rich": {"cli", "report"},
@@ -205,6 +206,7 @@ OWN_OPERATIONS = {"disk", "_disk"}  # disk.py's operations may have such names
 PURE = {
     "cli.py": {"replace"},
     "recipe.py": {"replace"},
+    "run/plan.py": {"replace"},
     "windows/resident.py": {"replace"},
     "run/chain.py": {"replace"},
 }  # str.replace, dataclasses.replace

@@ -3,10 +3,10 @@
 import os
 import platform
 import re
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
-import transformers
 
 from cbqstream.errors import UsageError
 from cbqstream.memory import physical_cores
@@ -67,13 +67,20 @@ def numerics_class(device: torch.device, threads: int) -> dict[str, Any]:
     on_cuda = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if on_cuda else platform.machine()
     cudnn = torch.backends.cudnn.version() if on_cuda else None  # type: ignore[no-untyped-call]
-    libraries = {"cuda": torch.version.cuda, "cudnn": cudnn} if on_cuda else {}
+    libraries = {"cuda": torch.version.cuda, "cudnn": cudnn, "triton": _installed("triton")} if on_cuda else {}
     return {
         "device": device.type,
         "device_name": name,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": threads,
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "transformers": version("transformers"),
         **libraries,
     }
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

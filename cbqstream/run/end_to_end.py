@@ -23,7 +23,7 @@ from cbqstream.run.journal import Journal
 from cbqstream.run.seeds import generator_for
 from cbqstream.run.streams import Streams
 from cbqstream.windows.end_to_end import EndToEndData, StepSizes, StreamedModel, stored_divergence, train_epoch
-from cbqstream.windows.reconstruct import split_guard
+from cbqstream.windows.schedule import split_guard
 
 
 def learn_end_to_end(

@@ -18,8 +18,7 @@ from cbqstream.records import Compute
 from cbqstream.windows.quantized_linear import InputStep, Phase
 from cbqstream.windows.resident import ResidentBlock, all_layers, run_blocks
 from cbqstream.windows.rounding import Rounding
-
-_GUARD_SHARE = 8
+from cbqstream.windows.schedule import split_guard
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,17 +65,6 @@ class WindowData:
         for x_BSD, target_BSD, *more in read_batches(stores, batches):
             reference = more[0].to(device, self.compute.dtype) if more else None
             yield Batch(x_BSD.to(device, self.compute.dtype), target_BSD.to(device, torch.float32), reference)
-
-
-def split_guard(num_segments: int) -> tuple[list[int], list[int]]:
-    """Segments to train on and segments of the guard: the last eighth, or all for both where there are fewer than eight."""
-    held_out = num_segments // _GUARD_SHARE
-    everything = list(range(num_segments))
-    return (
-        (everything[: num_segments - held_out], everything[num_segments - held_out :])
-        if held_out
-        else (everything, everything)
-    )
 
 
 def reconstruct(

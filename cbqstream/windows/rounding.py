@@ -21,7 +21,7 @@ from cbqstream.numerics.affine import (
 )
 from cbqstream.numerics.rounding import low_rank_rise, rounding_penalty
 from cbqstream.numerics.scratch import Scratch
-from cbqstream.numerics.straight_through import StraightThrough, straight_through_product
+from cbqstream.numerics.straight_through import Passes, StraightThrough, passes_for, straight_through_product
 from cbqstream.records import QuantizedWeight
 
 _BETA_START, _BETA_END, _WARM_UP = 20.0, 2.0, 0.2
@@ -135,11 +135,13 @@ class FullRounding(Rounding):
         zero_point_OG: Tensor | None,
         scheme: Scheme,
         travel: float,
+        passes: Passes,
         scratch: Scratch,
     ) -> None:
         super().__init__(w_OI, scale_OG, zero_point_OG, scheme)
         self.register_buffer("v", torch.zeros_like(w_OI, dtype=torch.float16))
         self._travel = travel
+        self._passes = passes
         self._scratch = scratch
         self._step = 0.0
 
@@ -155,7 +157,7 @@ class FullRounding(Rounding):
 
     def _weight(self) -> StraightThrough:
         bounds = level_range(self.scheme, self.zero_point)
-        return StraightThrough(self.weight, self.scale0, self.v, *bounds, self._step, self._scratch)
+        return StraightThrough(self.weight, self.scale0, self.v, *bounds, self._step, self._passes, self._scratch)
 
     def state(self) -> dict[str, Tensor]:
         """As above; values that are all zero, as they start, are left out."""
@@ -232,7 +234,8 @@ def make_rounding(
 ) -> Rounding:
     """The rounding that the settings ask for, at round-to-nearest."""
     if config.rounding == "full":
-        return FullRounding(w_OI, scale_OG, zero_point_OG, scheme, config.rounding_travel, scratch)
+        passes = passes_for(config.kernels, w_OI.device)
+        return FullRounding(w_OI, scale_OG, zero_point_OG, scheme, config.rounding_travel, passes, scratch)
     if config.rounding == "lora":
         return LowRankRounding(w_OI, scale_OG, zero_point_OG, scheme, config.rounding_rank, generator)
     return Rounding(w_OI, scale_OG, zero_point_OG, scheme)

@@ -1,7 +1,9 @@
-"""Which blocks each window holds."""
+"""Which blocks each window holds, and which segments it learns from."""
 
 from cbqstream.config import WindowConfig
 from cbqstream.records import Window
+
+_GUARD_SHARE = 8
 
 
 def schedule(first: int, stop: int, window: WindowConfig) -> list[Window]:
@@ -20,3 +22,14 @@ def schedule(first: int, stop: int, window: WindowConfig) -> list[Window]:
         windows.append(Window(len(windows), start, end, frontier, stop if end == stop else start + stride))
         start, frontier = start + stride, end
     return windows
+
+
+def split_guard(num_segments: int) -> tuple[list[int], list[int]]:
+    """Segments to train on and segments of the guard: the last eighth, or all for both where there are fewer than eight."""
+    held_out = num_segments // _GUARD_SHARE
+    everything = list(range(num_segments))
+    return (
+        (everything[: num_segments - held_out], everything[num_segments - held_out :])
+        if held_out
+        else (everything, everything)
+    )

@@ -96,6 +96,25 @@ def test_underscores_in_flags(cbqstream, tiny_models, tokens, tmp_path):
     assert '"strategy": "channel"' in (tmp_path / "out" / "config.json").read_text()
 
 
+def test_plan(cbqstream, tiny_models, tmp_path):
+    """The flags of quantize, and nothing written."""
+    flags = ("--num-samples", 8, "--seq_len", SEQ_LEN, "--group-size", 32, "--device", "cpu")
+    before = sorted(tmp_path.rglob("*"))
+    code, text, err = cbqstream("plan", tiny_models["llama"], "--without-time", *flags)
+    assert (code, err) == (0, "")
+    assert text.splitlines()[0] == "windows: 3"
+    assert "with --window-size 1 --overlap 0: " in text
+    code, text, _ = cbqstream("plan", tiny_models["llama"], "--json", *flags, "--threads", 1)
+    plan = json.loads(text)
+    assert (code, plan["windows"]) == (0, 3)
+    assert plan["seconds_total"] == pytest.approx(sum(plan["seconds"].values()))
+    assert plan["smaller"]["--epochs 3"]["seconds_total"] < plan["seconds_total"]
+    assert sorted(tmp_path.rglob("*")) == before
+    assert cbqstream("plan", tiny_models["llama"], "--no-such-flag", 3)[0] == 2
+    assert cbqstream("plan", tiny_models["llama"], "--bits", 3)[0] == 2
+    assert cbqstream("plan", tmp_path / "nowhere", "--without-time")[0] == 65
+
+
 def test_recipe(cbqstream, tiny_models, tokens, tmp_path):
     """Flags from a file, in either spelling; the command line wins."""
     recipe, out = tmp_path / "w3.toml", tmp_path / "out"

@@ -9,7 +9,7 @@ from cbqstream.numerics.affine import dequantize, grouped, level_range
 from cbqstream.numerics.rounding import inverse_rectified_sigmoid, rectified_sigmoid, rounding_penalty
 from cbqstream.numerics.scale_search import minmax_grid
 from cbqstream.numerics.scratch import Scratch
-from cbqstream.numerics.straight_through import StraightThrough, straight_through_product
+from cbqstream.numerics.straight_through import Plain, StraightThrough, straight_through_product
 from cbqstream.windows.rounding import FullRounding, LowRankRounding, Rounding, make_rounding
 
 SCHEMES = [
@@ -83,7 +83,7 @@ def test_straight_through_gradients_against_autograd(scheme):
 
     again = theta.detach().clone().requires_grad_()
     stepped = rounding.v.clone()
-    weight = StraightThrough(rounding.weight, rounding.scale0, stepped, low, high, 0.05, Scratch())
+    weight = StraightThrough(rounding.weight, rounding.scale0, stepped, low, high, 0.05, Plain(), Scratch())
     assert torch.allclose(weight.soft(again.detach(), torch.float32), expected, atol=1e-7)
     straight_through_product(torch.eye(32), again, weight, None).backward(grad.t())
     assert torch.allclose(again.grad, theta.grad, atol=1e-5)

@@ -1,0 +1,167 @@
+"""The plan: counted by hand where that is possible, and in time for a model of 405 billion weights."""
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from cbqstream import quantize
+from cbqstream.config import CalibrationConfig, QuantizeConfig, ReconstructionConfig, Scheme
+from cbqstream.errors import InputError, UsageError
+from cbqstream.report.plan import plan_lines
+from cbqstream.run.plan import ModelSizes, Rates, make_plan, measure_rates, smaller_settings
+from tiny import SEQ_LEN, save_tokens
+
+RATES = Rates(product=1e-11, weight=1e-8, value=1e-9)
+
+
+def settings(model="MODEL", scheme=None, **sizes):
+    scheme = scheme or Scheme(num_bits=4, group_size=32)
+    return QuantizeConfig(
+        model=str(model), out="OUT", scheme=scheme, calibration=CalibrationConfig(dataset="D", **sizes)
+    )
+
+
+@pytest.fixture(scope="module")
+def sizes_405b(tmp_path_factory):
+    """Headers and an index as Llama-3.1-405B has them: 191 shards whose data are holes; and the seconds to read them."""
+    folder = tmp_path_factory.mktemp("405b")
+    hidden, inner, vocabulary = 16384, 53248, 128256
+    shapes = {f"self_attn.{name}_proj": (hidden, hidden) for name in "qo"}
+    shapes |= {f"self_attn.{name}_proj": (1024, hidden) for name in "kv"}
+    shapes |= {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}
+    tensors = {"model.embed_tokens": (vocabulary, hidden), "model.norm": (hidden,), "lm_head": (vocabulary, hidden)}
+    for index in range(126):
+        tensors |= {f"model.layers.{index}.{name}": shape for name, shape in shapes.items()}
+        tensors |= {
+            f"model.layers.{index}.{name}": (hidden,) for name in ("input_layernorm", "post_attention_layernorm")
+        }
+    names, weight_map = list(tensors), {}
+    for shard in range(191):
+        file, at, header = f"model-{shard:05d}.safetensors", 0, {}
+        for name in names[shard::191]:
+            shape, start = tensors[name], at
+            at += 2 * shape[0] * (shape[1] if len(shape) > 1 else 1)
+            header[f"{name}.weight"] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, at]}
+            weight_map[f"{name}.weight"] = file
+        text = json.dumps(header).encode()
+        with (folder / file).open("wb") as handle:
+            handle.write(len(text).to_bytes(8, "little") + text)
+            handle.truncate(8 + len(text) + at)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    config = {"model_type": "llama", "hidden_size": hidden, "vocab_size": vocabulary, "num_hidden_layers": 126}
+    (folder / "config.json").write_text(json.dumps(config))
+    began = time.process_time()
+    sizes = ModelSizes.of(folder)
+    return sizes, time.process_time() - began
+
+
+def test_405b_is_planned_at_once(sizes_405b):
+    sizes, seconds = sizes_405b
+    began = time.process_time()
+    plan = make_plan(settings(num_samples=128, seq_len=2048), sizes, "cuda", RATES)
+    assert seconds + time.process_time() - began < 1
+    assert (sizes.num_blocks, plan.windows) == (126, 125)
+    assert plan.source == pytest.approx(811.7e9, rel=0.001)
+    assert sizes.weights == 2 * 16384**2 + 2 * 1024 * 16384 + 3 * 16384 * 53248
+    assert plan.vram["weights"] == 2 * sizes.block_bytes
+    assert plan.vram["rounding"] == 3 * 2 * sizes.weights
+    assert plan.disk["streams"] == 5 * 128 * 2048 * 16384 * 2
+    # per-block forward of reference/performance: 6.442 GFLOP a token at 2048 tokens, half of the attention counted
+    steps = 125 * 2 * 6 * 112 * 3 + 125 * (128 * (1 + 2 + 1) + 2 * 16 * 2)
+    assert plan.flop == pytest.approx(steps * 2048 * 6.442e9, rel=0.01)
+
+
+def test_memory_does_not_grow_with_blocks_or_samples(sizes_405b):
+    sizes, _ = sizes_405b
+    small, large = (
+        make_plan(settings(num_samples=count), replace(sizes, num_blocks=blocks), device, RATES)
+        for count, blocks, device in ((32, 8, "cpu"), (512, 126, "cpu"))
+    )
+    assert small.ram == large.ram
+    assert large.disk["streams"] == 16 * small.disk["streams"]
+
+
+def test_a_quarter_of_the_blocks_is_a_quarter_of_the_time(sizes_405b):
+    sizes, _ = sizes_405b
+    seconds = [
+        sum(make_plan(settings(), replace(sizes, num_blocks=1 + blocks), "cuda", RATES).seconds.values())
+        for blocks in (25, 100)
+    ]
+    assert seconds[1] == pytest.approx(4 * seconds[0])
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        Scheme(num_bits=4, group_size=32),
+        Scheme(num_bits=2, group_size=16, symmetric=False),
+        Scheme(num_bits=3, group_size=None),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("family", ["llama", "opt", "qwen2"])
+def test_the_result_on_disk(tiny_models, tmp_path, family, scheme):
+    """Counted against what a run writes, but for headers."""
+    tokens = save_tokens(tmp_path / "tokens.npy", 2 * SEQ_LEN)
+    config = QuantizeConfig(
+        model=str(tiny_models[family]),
+        out=str(tmp_path / "out"),
+        scheme=scheme,
+        calibration=CalibrationConfig(dataset=str(tokens), num_samples=2, seq_len=SEQ_LEN),
+        reconstruction=ReconstructionConfig(rounding="none"),
+        device="cpu",
+        threads=1,
+    )
+    sizes = ModelSizes.of(Path(config.model))
+    plan = make_plan(config, sizes, "cpu")
+    out = quantize(config)
+    written = {path.name: path.stat().st_size for path in out.glob("*.safetensors")}
+    headers = {path.name: 8 + int.from_bytes(path.read_bytes()[:8], "little") for path in out.glob("*.safetensors")}
+    blocks = sum(size - headers[name] for name, size in written.items() if name.startswith("block"))
+    shapes = sizes.num_blocks * len(sizes.layers) * 16
+    assert blocks - shapes == pytest.approx(plan.disk["blocks"], rel=0.02)
+    assert written["rest.safetensors"] - headers["rest.safetensors"] == plan.disk["rest of the model"]
+
+
+def test_smaller_settings_are_smaller(sizes_405b):
+    sizes, _ = sizes_405b
+    config = settings(num_samples=128)
+    plan = make_plan(config, sizes, "cuda", RATES)
+    others = {flags: make_plan(other, sizes, "cuda", RATES) for flags, other in smaller_settings(config).items()}
+    assert list(others) == [
+        "--batch-size 2",
+        "--seq-len 1024",
+        "--num-samples 64",
+        "--window-size 1 --overlap 0",
+        "--epochs 3",
+    ]
+    for other in others.values():
+        figures = [
+            (sum(getattr(other, name).values()), sum(getattr(plan, name).values()))
+            for name in ("vram", "ram", "disk", "seconds")
+        ]
+        assert any(smaller < larger for smaller, larger in figures)
+    lines = plan_lines(plan.to_dict(), {flags: other.to_dict() for flags, other in others.items()})
+    assert lines[0] == "windows: 125"
+    assert any(line.startswith("device memory: ") for line in lines)
+    assert any(line.startswith("with --batch-size 2: device memory -") for line in lines)
+
+
+def test_rates_are_measured():
+    sizes = ModelSizes(4, 64, 100, ((64, 64), (128, 64)), 2, 30_000, 200_000, 12_800, 25_600)
+    rates = measure_rates(settings(num_samples=4, seq_len=64), sizes, torch.device("cpu"), torch.float32)
+    assert rates.product >= 0
+    assert rates.weight > 0
+    assert 0 < rates.value < 1e-6
+
+
+def test_what_cannot_be_planned(tmp_path, tiny_models):
+    with pytest.raises(InputError, match="no such folder"):
+        ModelSizes.of(tmp_path / "nowhere")
+    sizes = ModelSizes.of(tiny_models["llama"])
+    with pytest.raises(UsageError, match="leave none of the 4 blocks"):
+        make_plan(replace(settings(), keep_first=4), sizes, "cpu")

@@ -1,0 +1,87 @@
+"""The Triton kernels against the plain passes and against float64: on a GPU, or in Triton's interpreter, which computes on the CPU."""
+
+import importlib
+import sys
+
+import pytest
+import torch
+
+from cbqstream.config import Scheme
+from cbqstream.errors import UsageError
+from cbqstream.numerics.affine import grouped, level_range
+from cbqstream.numerics.scale_search import minmax_grid
+from cbqstream.numerics.straight_through import Plain, passes_for
+
+pytest.importorskip("triton")
+MODULE = "cbqstream.numerics.straight_through_triton"
+
+
+kernels = importlib.import_module(MODULE)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+CASES = [
+    (Scheme(num_bits=bits, group_size=size, symmetric=symmetric), shape)
+    for bits in (2, 3, 4, 8)
+    for symmetric in (True, False)
+    for size, shape in ((64, (20, 256)), (32, (33, 96)), (None, (16, 200)), (8, (7, 64)))
+]
+
+
+def operands(scheme, shape, dtype):
+    generator = torch.Generator().manual_seed(scheme.num_bits)
+    w, v, gradient = (torch.randn(shape, generator=generator) for _ in range(3))
+    gradient[0, :5] = 0
+    w, v, gradient = w.to(dtype), (v * 0.3).clamp(-0.5, 0.5).half(), gradient.to(dtype)
+    scale, zero_point = minmax_grid(w * 0.9, scheme)  # so that some weights lie beyond the grid
+    theta = torch.randn(scale.shape, generator=generator) * 0.05
+    bounds = tuple(
+        value.to(DEVICE) if isinstance(value, torch.Tensor) else value for value in level_range(scheme, zero_point)
+    )
+    return w.to(DEVICE), (scale * theta.exp()).to(DEVICE), v.to(DEVICE), bounds, gradient.to(DEVICE)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("scheme", "shape"), CASES, ids=str)
+def test_the_same_as_the_plain_passes(scheme, shape, dtype):
+    """w_hat and v bit for bit; the gradient of theta as exact as float32 sums are."""
+    w, scale, v, bounds, gradient = operands(scheme, shape, dtype)
+    expected, actual, moved = torch.empty_like(w.float()), torch.full_like(w.float(), torch.nan), v.clone()
+    Plain().soft(w, scale, v, *bounds, expected)
+    kernels.soft(w, scale, v, *bounds, actual)
+    assert torch.equal(actual, expected)
+
+    before = v.clone()
+    plain_gradient = Plain().move(w, scale, v, *bounds, gradient, 0.01)
+    triton_gradient = kernels.move(w, scale, moved, *bounds, gradient, 0.01)
+    assert torch.equal(moved, v)
+    assert not torch.equal(moved, before)
+
+    exact = theta_gradient(w, scale, before, bounds, gradient)
+    size = theta_gradient(w, scale, before, bounds, gradient, absolute=True)
+    for found in (plain_gradient, triton_gradient):
+        assert ((found.double() - exact).abs() <= 1e-5 * size).all()
+
+
+def theta_gradient(w, scale, v, bounds, gradient, *, absolute=False):
+    """By the formula, in float64; or the sum of the absolute values of its terms."""
+    groups = scale.shape[1]
+    scale = scale.unsqueeze(-1)
+    w_over_s = grouped(w.float(), groups) / scale
+    levels = (w_over_s + grouped(v.float(), groups)).round()
+    low, high = bounds
+    inside = (levels >= low) & (levels <= high)
+    terms = levels.clamp(low, high).double() - w_over_s.double() * inside
+    terms = terms * grouped(gradient.double(), groups) * scale.double()
+    return (terms.abs() if absolute else terms).sum(-1)
+
+
+def test_the_kernels_of_a_device(monkeypatch):
+    cuda = torch.device("cuda")
+    assert isinstance(passes_for("auto", torch.device("cpu")), Plain)
+    assert isinstance(passes_for("plain", cuda), Plain)
+    assert passes_for("auto", cuda).__name__ == MODULE
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, MODULE, raising=False)
+    with pytest.raises(UsageError, match=r"triton cannot be loaded .*\. Install it, or use --kernels plain\."):
+        passes_for("auto", cuda)
