@@ -127,7 +127,7 @@ def window(
     made = []
     for index in range(blocks):
         module = build_block(skeleton, index, source, device=compute.device, dtype=compute.dtype, linear_dtype=None)
-        layers = replace_linears(module, skeleton.blocks[index].linears, settings.scheme)
+        layers = replace_linears(module, skeleton.blocks[index].linears, settings.scheme, settings.scratch)
         made.append(ResidentBlock(index, module, arguments[index], layers, skeleton.folds))
     stream = StreamShape(compute.batch_size, seq_len, shape.hidden)
     inputs, targets = MemoryStore(stream), MemoryStore(stream)
@@ -210,7 +210,7 @@ def main() -> None:
 
     def train(steps: int) -> None:
         config = ReconstructionConfig(rounding=args.rounding, init="minmax", batch_size=args.batch, epochs=steps)
-        reconstruct(blocks, data, config, torch.Generator().manual_seed(0))
+        reconstruct(blocks, data, config, torch.Generator().manual_seed(0), ResidentBlock.carry)
 
     multiply()
     train(1)

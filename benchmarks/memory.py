@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Peak resident memory does not grow with the number of blocks.
+"""Peak resident memory does not grow with the number of blocks, and not with the number of samples.
 
-Usage: memory.py WORK [--hidden 2048] [--blocks 8 64] [--results FILE]
+Usage: memory.py WORK [--results FILE]
 
-Writes Llama-shaped checkpoints of random bf16 weights, equal but for their number of blocks, one shard a block, and quantizes each in a
-process of its own: W4A16 group 64, learned rounding from min-max scales, windows of
-two blocks without overlap (both save time, not memory), 4 x 64 random tokens. Prints peak resident memory beside the checkpoint's size.
+Writes Llama-shaped checkpoints of random bf16 weights, one shard a block, and quantizes each in a process of its own: W4A16 group 64,
+learned rounding from min-max scales, windows of two blocks without overlap (both save time, not memory), 64 random tokens a sample.
+Prints peak resident memory beside the checkpoint's size.
 """
 
 import argparse
@@ -18,7 +18,9 @@ import numpy as np
 from measure import cbqstream, run
 
 HERE = Path(__file__).resolve().parent
-VOCABULARY, SAMPLES, SEQ_LEN = 1024, 4, 64
+VOCABULARY, SEQ_LEN = 1024, 64
+ROWS = [(2048, 8, 4), (2048, 64, 4), (512, 4, 64), (512, 4, 512)]
+"""Hidden size, blocks, samples; each two belong together."""
 
 
 def write_checkpoint(folder: Path, blocks: int, hidden: int, vocabulary: int = VOCABULARY) -> int:
@@ -69,12 +71,12 @@ def write_checkpoint(folder: Path, blocks: int, hidden: int, vocabulary: int = V
     return size
 
 
-def measure(work: Path, blocks: int, hidden: int) -> dict:
+def measure(work: Path, hidden: int, blocks: int, samples: int) -> dict:
     """Quantize a checkpoint of `blocks` blocks."""
     folder, out, tokens = work / f"model-{blocks}", work / f"out-{blocks}", work / "tokens.npy"
-    np.save(tokens, np.random.default_rng(0).integers(0, VOCABULARY, SAMPLES * SEQ_LEN))
+    np.save(tokens, np.random.default_rng(0).integers(0, VOCABULARY, samples * SEQ_LEN))
     # In a process of its own: a child's peak starts at what its parent holds when it is spawned.
-    written = run(sys.executable, __file__, str(folder), "--hidden", str(hidden), "--blocks", str(blocks), "--write")
+    written = run(sys.executable, __file__, str(folder), "--write", str(hidden), str(blocks))
     size = int(written.output)
     made = cbqstream(
         "quantize",
@@ -83,7 +85,7 @@ def measure(work: Path, blocks: int, hidden: int) -> dict:
         "--dataset",
         str(tokens),
         "--num-samples",
-        str(SAMPLES),
+        str(samples),
         "--seq-len",
         str(SEQ_LEN),
         "--group-size",
@@ -97,37 +99,29 @@ def measure(work: Path, blocks: int, hidden: int) -> dict:
     )
     for path in (folder, out, Path(f"{out}.run")):
         shutil.rmtree(path)
-    return {"blocks": blocks, "hidden": hidden, "checkpoint": size, "peak_rss": made.peak_rss, "seconds": made.seconds}
+    sizes = {"hidden": hidden, "blocks": blocks, "samples": samples, "checkpoint": size}
+    return {**sizes, "peak_rss": made.peak_rss, "seconds": made.seconds}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
-    parser.add_argument("--hidden", type=int, default=2048)
-    parser.add_argument("--blocks", type=int, nargs="+", default=[8, 64])
     parser.add_argument("--results", type=Path, default=HERE / "results" / "memory.json")
-    parser.add_argument(
-        "--write", action="store_true", help="only write one checkpoint into WORK, and print its size in bytes"
-    )
+    parser.add_argument("--write", nargs=2, type=int, metavar=("HIDDEN", "BLOCKS"), help="only a checkpoint into WORK")
     args = parser.parse_args()
     if args.write:
-        print(write_checkpoint(args.work, args.blocks[0], args.hidden))
+        print(write_checkpoint(args.work, args.write[1], args.write[0]))
         return
     args.work.mkdir(parents=True, exist_ok=True)
-    rows = [measure(args.work, blocks, args.hidden) for blocks in args.blocks]
+    rows = [measure(args.work, *row) for row in ROWS]
     args.results.parent.mkdir(exist_ok=True)
     args.results.write_text(json.dumps(rows, indent=1) + "\n")
-    print(
-        "| blocks | checkpoint, GiB | peak RSS, GiB | share of the checkpoint | seconds |",
-        "|---|---|---|---|---|",
-        sep="\n",
-    )
-    for row in rows:
-        share = row["peak_rss"] / row["checkpoint"]
-        print(
-            f"| {row['blocks']} | {row['checkpoint'] / 2**30:.2f} | {row['peak_rss'] / 2**30:.2f} | {share:.1%} | {row['seconds']:.0f} |"
-        )
-    print(f"largest against smallest: {rows[-1]['peak_rss'] / rows[0]['peak_rss']:.3f}", file=sys.stderr)
+    print("| hidden | blocks | samples | checkpoint, GiB | peak RSS, GiB | against the row above | seconds |")
+    print("|---|---|---|---|---|---|---|")
+    for index, row in enumerate(rows):
+        against = f"{row['peak_rss'] / rows[index - 1]['peak_rss']:.3f}" if index % 2 else ""
+        sizes = f"{row['hidden']} | {row['blocks']} | {row['samples']} | {row['checkpoint'] / 2**30:.2f}"
+        print(f"| {sizes} | {row['peak_rss'] / 2**30:.2f} | {against} | {row['seconds']:.0f} |")
 
 
 if __name__ == "__main__":

@@ -83,9 +83,13 @@ def codes_of_levels(levels_OGK: Tensor, zero_point_OG: Tensor | None) -> Tensor:
     return levels_OGK.to(torch.int8).flatten(1)
 
 
-def dequantize(weight: QuantizedWeight) -> Tensor:
-    """`(q - z) * s`, float32 [O, I], exact."""
-    levels_OGK = grouped(weight.codes.float(), weight.scale.shape[1])
-    if weight.zero_point is not None:
-        levels_OGK = levels_OGK - weight.zero_point.float().unsqueeze(-1)
-    return (levels_OGK * weight.scale.unsqueeze(-1)).flatten(1)
+def dequantize(weight: QuantizedWeight, out: Tensor | None = None) -> Tensor:
+    """`(q - z) * s`, [O, I]: float32 and exact, or in `out`, rounded to its dtype."""
+    w_hat = torch.empty(weight.codes.shape, device=weight.codes.device) if out is None else out
+    groups = weight.scale.shape[1]
+    for rows in row_tiles(weight.codes):
+        levels_OGK = grouped(weight.codes[rows].float(), groups)
+        if weight.zero_point is not None:
+            levels_OGK.sub_(weight.zero_point[rows].float().unsqueeze(-1))
+        torch.mul(levels_OGK, weight.scale[rows].unsqueeze(-1), out=grouped(w_hat[rows], groups))
+    return w_hat

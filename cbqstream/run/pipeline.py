@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from cbqstream.activations.zarr_store import ZarrStore
 from cbqstream.config import QuantizeConfig
@@ -183,12 +184,16 @@ class _Job:
 
         # 3. outliers, grids and roundings
         self._start_roundings(window, blocks)
+        fresh = {block.index: block.carry() for block in new}
 
         # 4. reconstruct
         self._tell(window, "reconstruction")
         order = generator_for(self.inputs.config.seed, window.index, "order")
         with self._predictions(window, reference_out) as predictions:
-            result = reconstruct(blocks, WindowData(quantized, targets, compute, predictions), settings, order)
+            data = WindowData(quantized, targets, compute, predictions)
+            result = reconstruct(
+                blocks, data, settings, order, lambda block: fresh.get(block.index) or self._carried(block.index)
+            )
 
         # 5. harden what leaves, carry what stays
         self._tell(window, "writing")
@@ -242,7 +247,7 @@ class _Job:
             linear_dtype=None,
         )
         spec = inputs.skeleton.blocks[index]
-        layers = replace_linears(module, spec.linears, inputs.config.scheme)
+        layers = replace_linears(module, spec.linears, inputs.config.scheme, self.settings.scratch)
         return ResidentBlock(index, module, self.streams.arguments[index], layers, inputs.skeleton.folds)
 
     @contextmanager
@@ -257,24 +262,28 @@ class _Job:
             yield Predictions(ends.head, reference_out)
 
     def _start_roundings(self, window: Window, blocks: list[ResidentBlock]) -> None:
-        config, carried = self.inputs.config, {}
-        if window.frontier > window.start:
-            carry = read_carry(self.journal.chain)
-            carried = {name: carry.read(name, device=self.inputs.compute.device) for name in carry.infos}
         for block in blocks:
-            generator = generator_for(config.seed, block.index, "rounding")
+            generator = generator_for(self.inputs.config.seed, block.index, "rounding")
             if block.index >= window.frontier:
                 block.start(self.settings, generator)
             else:
-                prefix = f"{block.index}."
-                own = {name.removeprefix(prefix): value for name, value in carried.items() if name.startswith(prefix)}
-                block.go_on(self.settings, generator, own)
+                block.go_on(self.settings, generator, self._carried(block.index))
+
+    def _carried(self, index: int) -> dict[str, Tensor]:
+        """What the window before left of a block."""
+        carry, prefix = read_carry(self.journal.chain), f"{index}."
+        device = self.inputs.compute.device
+        return {
+            name.removeprefix(prefix): carry.read(name, device=device)
+            for name in carry.infos
+            if name.startswith(prefix)
+        }
 
     def _write_parts(self, leaving: list[ResidentBlock], staying: list[ResidentBlock]) -> dict[str, FileDigest]:
         folder, disk = self.journal.building / "parts", self.journal.disk
         digests = {}
         for block in leaving:
-            hard = block.harden(self.inputs.compute.dtype)
+            hard = block.harden()
             spec, source = self.inputs.skeleton.blocks[block.index], self.inputs.source
             name, digest = write_block(disk, folder, spec, hard, block.rescaled(), source)
             digests[name] = digest

@@ -170,7 +170,7 @@ def make_plan(config: QuantizeConfig, sizes: ModelSizes, device: str, rates: Rat
     windows = schedule(config.keep_first, sizes.num_blocks - config.keep_last, config.window)
     in_window = max(window.stop - window.start for window in windows)
     staying = max(window.stop - window.next_start for window in windows)
-    on_device = _device_bytes(config, sizes, in_window, staying, 2 if device == "cuda" else 4)
+    on_device = _device_bytes(config, sizes, in_window, 2 if device == "cuda" else 4)
     host = {"process": _PROCESS[device]}
     tokens = config.calibration.num_samples * config.calibration.seq_len
     stream, settings = tokens * sizes.hidden * _STREAM_BYTES, config.reconstruction
@@ -202,7 +202,7 @@ def make_plan(config: QuantizeConfig, sizes: ModelSizes, device: str, rates: Rat
     )
 
 
-def _device_bytes(config: QuantizeConfig, sizes: ModelSizes, blocks: int, staying: int, width: int) -> dict[str, int]:
+def _device_bytes(config: QuantizeConfig, sizes: ModelSizes, blocks: int, width: int) -> dict[str, int]:
     """The largest moment of a window that learns, or of the embeddings and the head, where that is larger."""
     settings, calibration = config.reconstruction, config.calibration
     batch = settings.batch_size * calibration.seq_len
@@ -210,17 +210,15 @@ def _device_bytes(config: QuantizeConfig, sizes: ModelSizes, blocks: int, stayin
     saved = 2 * sizes.outputs + (4 * sizes.hidden if config.scheme.activation_bits else 0)
     window = {
         "weights": blocks * sizes.block_bytes,
-        "rounding": (blocks + staying) * sizes.weights * 2 if full else 0,
+        "rounding": blocks * sizes.weights * 2 if full else 0,
         "step sizes": blocks * _scale_bytes(config, sizes, 24),
         "scratch": 2 * width * sizes.largest if full else (10 * 4 * sizes.largest),
         "activations": int(_HEAP * width * batch * ((blocks + 1) * saved + 8 * sizes.hidden)),
     }
-    leaving = {"finished blocks": max(1, blocks - staying) * width * sizes.weights}
-    without_training = {key: window[key] for key in ("weights", "rounding", "step sizes")} | leaving
     ends = width * sizes.ends + 2 * sizes.vocabulary * sizes.hidden
     head = {"head and logits": width * sizes.ends + _LOGIT_COPIES * 4 * _LOGIT_TOKENS * sizes.vocabulary}
     last = window | (head if settings.head_weight and settings.rounding != "none" else {})
-    return max((last, without_training, {"embeddings": ends}), key=lambda parts: sum(parts.values()))
+    return max((last, {"embeddings": ends}), key=lambda parts: sum(parts.values()))
 
 
 def _read_ahead(config: QuantizeConfig, sizes: ModelSizes) -> dict[str, int]:

@@ -11,6 +11,7 @@ from torch.nn import functional
 from cbqstream.config import Scheme
 from cbqstream.numerics.activation_quant import quantize_per_tensor, quantize_per_token, starting_step
 from cbqstream.numerics.affine import dequantize, storable_scale
+from cbqstream.numerics.scratch import Scratch
 from cbqstream.records import QuantizedWeight
 from cbqstream.windows.rounding import Rounding
 
@@ -98,9 +99,11 @@ class InputStep(nn.Module):
 class QuantizedLinear(nn.Module):
     """Stands in for an `nn.Linear` inside a block. The weight keeps the dtype it is stored in; products are in that of the input."""
 
-    def __init__(self, linear: nn.Linear, scheme: Scheme) -> None:
+    def __init__(self, linear: nn.Linear, scheme: Scheme, scratch: Scratch) -> None:
         super().__init__()
         self.scheme = scheme
+        self._scratch = scratch
+        self._finished: QuantizedWeight | None = None
         self.weight: Tensor = linear.weight.detach()
         self.bias = linear.bias
         self.rounding: Rounding | None = None
@@ -115,13 +118,24 @@ class QuantizedLinear(nn.Module):
             seen = InputStatistics.of(x, self._sample_stride)
             self._watched = seen if self._watched is None else self._watched + seen
         if self.phase is Phase.ORIGINAL:
-            return functional.linear(x, self.weight.to(x.dtype), self.bias)
+            return functional.linear(x, self._in_dtype(x), self.bias)
         x = self._quantized_input(x)
-        if self.rounding is None:
-            return functional.linear(x, self.weight.to(x.dtype), self.bias)
-        if self.phase is Phase.SOFT:
+        if self.phase is Phase.SOFT and self.rounding is not None:
             return self.rounding.product(x, self.bias)
-        return functional.linear(x, dequantize(self.rounding.harden()).to(x.dtype), self.bias)
+        hard = self._finished if self.rounding is None else self.rounding.harden()
+        if hard is None:
+            return functional.linear(x, self._in_dtype(x), self.bias)
+        return functional.linear(x, dequantize(hard, self._room(x)), self.bias)
+
+    def _in_dtype(self, x: Tensor) -> Tensor:
+        """The original weight in the dtype of the input."""
+        return self.weight if self.weight.dtype == x.dtype else self._room(x).copy_(self.weight)
+
+    def _room(self, x: Tensor) -> Tensor:
+        """Memory for a weight that is needed for one product; where a backward pass would need it again, it is nobody else's."""
+        if x.requires_grad and torch.is_grad_enabled():
+            return torch.empty_like(self.weight, dtype=x.dtype)
+        return self._scratch.take("weight", self.weight.shape, x.dtype, x.device)
 
     def watch_inputs(self, stride: int | None) -> None:
         """Start to gather statistics of the inputs, and every `stride`-th token; None is no tokens."""
@@ -145,9 +159,9 @@ class QuantizedLinear(nn.Module):
             largest = torch.maximum(-statistics.low.min(), statistics.high.max())
             self.input_step = InputStep(starting_step(statistics.second_moment, largest, bits), bits)
 
-    def freeze(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
+    def freeze(self, weight: QuantizedWeight) -> None:
         """Compute with a finished weight from now on; the original and the rounding are let go."""
-        self.weight, self.rounding = dequantize(weight).to(dtype), None
+        self.weight, self.rounding, self._finished = weight.codes, None, weight
 
     def _quantized_input(self, x: Tensor) -> Tensor:
         if self.input_step is not None:
@@ -155,7 +169,9 @@ class QuantizedLinear(nn.Module):
         return x if self.scheme.activation_bits is None else quantize_per_token(x, self.scheme.activation_bits)
 
 
-def replace_linears(block: nn.Module, names: tuple[str, ...], scheme: Scheme) -> dict[str, QuantizedLinear]:
+def replace_linears(
+    block: nn.Module, names: tuple[str, ...], scheme: Scheme, scratch: Scratch
+) -> dict[str, QuantizedLinear]:
     """Put a `QuantizedLinear` in the place of each named linear layer of a block, and return them by name."""
     layers = {}
     for name in names:
@@ -163,6 +179,6 @@ def replace_linears(block: nn.Module, names: tuple[str, ...], scheme: Scheme) ->
         linear = block.get_submodule(name)
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"{name} is a {type(linear).__name__}, not a linear layer")
-        layers[name] = QuantizedLinear(linear, scheme)
+        layers[name] = QuantizedLinear(linear, scheme, scratch)
         setattr(block.get_submodule(owner), leaf, layers[name])
     return layers

@@ -1,7 +1,7 @@
 """Optimising one window: step sizes and rounding, until its output is nearest to the target."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -68,7 +68,11 @@ class WindowData:
 
 
 def reconstruct(
-    blocks: Sequence[ResidentBlock], data: WindowData, config: ReconstructionConfig, generator: torch.Generator
+    blocks: Sequence[ResidentBlock],
+    data: WindowData,
+    config: ReconstructionConfig,
+    generator: torch.Generator,
+    started: Callable[[ResidentBlock], Mapping[str, Tensor]],
 ) -> Reconstruction:
     """Train the roundings of a window in place. It never ends worse than it began: the guard keeps the better of the two.
 
@@ -80,6 +84,7 @@ def reconstruct(
         data: its input from the quantized stream, and its targets.
         config: how.
         generator: gives the order of the segments.
+        started: the `carry` of a block as it is now; asked only where what was learned is taken back.
     """
     training, guard = split_guard(data.inputs.shape.num_segments)
     roundings = [layer.rounding for layer in all_layers(blocks) if layer.rounding is not None]
@@ -93,14 +98,12 @@ def reconstruct(
     after, fallback = before, None
     order = _training_order(training, config, generator)
     if order:
-        learned: list[Rounding | InputStep] = [*roundings, *input_steps]
-        start = [part.state() for part in learned]
         _train(blocks, roundings, input_steps, data, order, config)
         after = hard_loss(blocks, data, guard, config)
         if not after <= before:
             fallback = "worse" if math.isfinite(after) else "not finite"
-            for part, state in zip(learned, start, strict=True):
-                part.load(state)
+            for block in blocks:
+                block.load(started(block))
             after = before
     counts = [rounding.changed() for rounding in roundings]
     return Reconstruction(

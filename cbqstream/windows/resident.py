@@ -100,6 +100,15 @@ class ResidentBlock:
                     carried |= {f"{name}.{prefix}{key}": value for key, value in part.state().items()}
         return carried | {f"{_FOLD}{writer}": scale for writer, scale in self.scales.items()}
 
+    def load(self, carried: Mapping[str, Tensor]) -> None:
+        """Take every rounding and step size of inputs back to what `carry` gave; what was folded stays folded."""
+        for name, layer in self.layers.items():
+            state = _under(f"{name}.", carried)
+            if layer.input_step is not None:
+                layer.input_step.load(_under(_INPUT, state))
+            if layer.rounding is not None:
+                layer.rounding.load({key: value for key, value in state.items() if not key.startswith(_INPUT)})
+
     def rescaled(self) -> dict[str, Tensor]:
         """What folding changed besides the weights of layers: norms and biases, by their name in the block."""
         changed = {
@@ -119,14 +128,14 @@ class ResidentBlock:
             return layer.weight
         return truncated(layer.weight, OutlierRule.of(settings.outliers))
 
-    def harden(self, dtype: torch.dtype) -> dict[str, QuantizedWeight]:
-        """The final quantized weights by layer. The block computes with them, in `dtype`, from now on."""
+    def harden(self) -> dict[str, QuantizedWeight]:
+        """The final quantized weights by layer. The block computes with them from now on."""
         hard = {}
         for name, layer in self.layers.items():
             if layer.rounding is not None:
                 step = None if layer.input_step is None else layer.input_step.stored()
                 hard[name] = replace(layer.rounding.harden(), input_scale=step)
-                layer.freeze(hard[name], dtype)
+                layer.freeze(hard[name])
         return hard
 
 

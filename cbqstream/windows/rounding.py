@@ -17,6 +17,7 @@ from cbqstream.numerics.affine import (
     grouped,
     level_range,
     nearest_levels,
+    row_tiles,
     storable_scale,
 )
 from cbqstream.numerics.rounding import low_rank_rise, rounding_penalty
@@ -91,18 +92,19 @@ class Rounding(nn.Module):
     def harden(self) -> QuantizedWeight:
         """The weight as it is stored and evaluated: the scale is rounded first, the codes are assigned after."""
         scale = storable_scale(self._scale())
-        return QuantizedWeight(
-            codes_of_levels(self._hard_levels(scale), self.zero_point), scale, self.zero_point, self.scheme
-        )
+        codes = torch.empty(self.weight.shape, dtype=torch.int8, device=self.weight.device)
+        for rows in row_tiles(self.weight):
+            codes[rows] = codes_of_levels(self._hard_levels(scale, rows), self._zero_point(rows))
+        return QuantizedWeight(codes, scale, self.zero_point, self.scheme)
 
     @torch.no_grad()
     def changed(self) -> tuple[int, int]:
         """Codes that differ from rounding to nearest with the same scales, and all codes."""
-        hard = self.harden()
-        nearest = codes_of_levels(
-            nearest_levels(self.weight, hard.scale, self.zero_point, self.scheme), self.zero_point
-        )
-        return int((hard.codes != nearest).sum()), hard.codes.numel()
+        scale, moved = storable_scale(self._scale()), 0
+        for rows in row_tiles(self.weight):
+            nearest = nearest_levels(self.weight[rows], scale[rows], self._zero_point(rows), self.scheme)
+            moved += int((self._hard_levels(scale, rows) != nearest).sum())
+        return moved, self.weight.numel()
 
     def state(self) -> dict[str, Tensor]:
         """What a window that follows needs to go on, by name. Copies."""
@@ -118,8 +120,12 @@ class Rounding(nn.Module):
     def _scale(self) -> Tensor:
         return self.scale0 * self.theta.exp()
 
-    def _hard_levels(self, scale_OG: Tensor) -> Tensor:
-        return nearest_levels(self.weight, scale_OG, self.zero_point, self.scheme)
+    def _zero_point(self, rows: slice) -> Tensor | None:
+        return None if self.zero_point is None else self.zero_point[rows]
+
+    def _hard_levels(self, scale_OG: Tensor, rows: slice) -> Tensor:
+        """Levels q - z of some rows with stored scales, float32 [O, G, K]."""
+        return nearest_levels(self.weight[rows], scale_OG[rows], self._zero_point(rows), self.scheme)
 
 
 class FullRounding(Rounding):
@@ -172,10 +178,11 @@ class FullRounding(Rounding):
         if "v" not in state:
             self.v.zero_()
 
-    def _hard_levels(self, scale_OG: Tensor) -> Tensor:
-        groups = scale_OG.shape[1]
-        levels = (grouped(self.weight.float(), groups) / scale_OG.unsqueeze(-1)).add_(grouped(self.v, groups)).round_()
-        return clamp_levels(levels, *level_range(self.scheme, self.zero_point))
+    def _hard_levels(self, scale_OG: Tensor, rows: slice) -> Tensor:
+        groups, scale_OG1 = scale_OG.shape[1], scale_OG[rows].unsqueeze(-1)
+        levels = grouped(self.weight[rows].float(), groups) / scale_OG1
+        levels.add_(grouped(self.v[rows].float(), groups)).round_()
+        return clamp_levels(levels, *level_range(self.scheme, self._zero_point(rows)))
 
 
 class LowRankRounding(Rounding):
@@ -218,9 +225,9 @@ class LowRankRounding(Rounding):
     def rounding_parameters(self) -> list[nn.Parameter]:
         return [self.a1, self.a2]
 
-    def _hard_levels(self, scale_OG: Tensor) -> Tensor:
-        floor, rise = low_rank_rise(self.weight, self.scale0, self.a1, self.a2)
-        return clamp_levels(floor + (rise >= 0.5), *level_range(self.scheme, self.zero_point))
+    def _hard_levels(self, scale_OG: Tensor, rows: slice) -> Tensor:
+        floor, rise = low_rank_rise(self.weight[rows], self.scale0[rows], self.a1[rows], self.a2)
+        return clamp_levels(floor + (rise >= 0.5), *level_range(self.scheme, self._zero_point(rows)))
 
 
 def make_rounding(

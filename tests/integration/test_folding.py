@@ -9,6 +9,7 @@ from cbqstream.config import OutlierConfig, ReconstructionConfig, Scheme
 from cbqstream.evaluate.perplexity import open_model
 from cbqstream.models.block import build_block
 from cbqstream.models.ends import model_ends
+from cbqstream.numerics.scratch import Scratch
 from cbqstream.records import Compute
 from cbqstream.windows.folding import apply_fold, parameters_of
 from cbqstream.windows.quantized_linear import Phase, replace_linears
@@ -21,7 +22,7 @@ SCHEME = Scheme(num_bits=4, group_size=32)
 
 def resident(skeleton, source, arguments, index=1, scheme=SCHEME):
     module = build_block(skeleton, index, source, device=CPU.device, dtype=CPU.dtype, linear_dtype=None)
-    layers = replace_linears(module, skeleton.blocks[index].linears, scheme)
+    layers = replace_linears(module, skeleton.blocks[index].linears, scheme, Scratch())
     return ResidentBlock(index, module, arguments[index], layers, skeleton.folds)
 
 

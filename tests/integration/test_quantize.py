@@ -1,5 +1,6 @@
 """A whole run on tiny models: what comes out, and who can load it."""
 
+import itertools
 import json
 import os
 from dataclasses import replace
@@ -17,6 +18,8 @@ from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.config import PROFILES, OutlierConfig, Scheme, WindowConfig
 from cbqstream.evaluate.perplexity import open_model, perplexity
 from cbqstream.records import Compute, WindowReport
+from cbqstream.run import pipeline
+from cbqstream.windows import reconstruct
 from tiny import FAMILIES, SEQ_LEN, VOCAB, save_tokens
 
 CPU = torch.device("cpu")
@@ -194,6 +197,35 @@ def test_another_seed_is_another_result(make_config):
         (first / f"block-{i:05d}.safetensors").read_bytes() != (second / f"block-{i:05d}.safetensors").read_bytes()
         for i in range(4)
     )
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_what_is_taken_back_is_as_the_window_found_it(make_config, monkeypatch, mode):
+    """Blocks that are new, and those that the window before carried over, with folds and step sizes of inputs."""
+    real, judged = pipeline.reconstruct, itertools.count()
+
+    def reconstruct_and_compare(blocks, *more):
+        before = {block.index: block.carry() for block in blocks}
+        result = real(blocks, *more)
+        assert result.fallback == "worse"
+        for block in blocks:
+            after = block.carry()
+            assert after.keys() == before[block.index].keys()
+            assert all(torch.equal(after[name], value) for name, value in before[block.index].items())
+        return result
+
+    def let_the_first_window_learn(*arguments):
+        number = next(judged)
+        return 1 / (1 + number) if number < 2 else float(number)
+
+    def only_later_windows(blocks, *more):
+        return (real if blocks[0].index == 0 else reconstruct_and_compare)(blocks, *more)
+
+    monkeypatch.setattr(reconstruct, "hard_loss", let_the_first_window_learn)
+    monkeypatch.setattr(pipeline, "reconstruct", only_later_windows)
+    scheme = Scheme(num_bits=2, group_size=16, activation_bits=8, activation_strategy="tensor")
+    _, reports = run(make_config(scheme=scheme, reconstruction={"rounding": mode}))
+    assert [report.fallback for report in reports] == [None, "worse", "worse"]
 
 
 ACTIVATION_SCHEMES = {
