@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from cbqstream.config import PROFILES, CalibrationConfig, QuantizeConfig, Scheme
+from cbqstream.config import PROFILES, CalibrationConfig, QuantizeConfig, Scheme, parse_bytes
 from cbqstream.errors import CbqstreamError, DeviceMemoryError, InputError, StoppedError, StorageError, UsageError
 from cbqstream.recipe import read_recipe
 
@@ -124,6 +124,8 @@ def quantize(
     seed: Annotated[int, typer.Option(help="Of all randomness.")] = 0,
     device: Device = "auto",
     threads: Threads = None,
+    max_ram: Annotated[str | None, typer.Option(help="Memory that it may take, such as 16GiB.")] = None,
+    max_vram: Annotated[str | None, typer.Option(help="Device memory that it may take.")] = None,
     stop_after_window: StopAfterWindow = None,
     allow_numerics_change: AllowNumericsChange = False,
     allow_shared_run_dir: AllowSharedRunDir = False,
@@ -140,6 +142,7 @@ def _config(said: dict[str, Any]) -> QuantizeConfig:
     parts = PROFILES[said["profile"]]
     size = said["group_size"]
     own = {name: said[name] for name in ("keep_first", "keep_last", "seed", "device", "threads")}
+    own |= {name: parse_bytes(said[name]) for name in ("max_ram", "max_vram") if said[name] is not None}
     return QuantizeConfig(
         model=_absolute(said["model"]),
         out=_absolute(said["out"]),

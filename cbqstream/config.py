@@ -217,6 +217,18 @@ class ReconstructionConfig:
             _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}. It must not be negative.")
 
 
+def parse_bytes(text: str) -> int:
+    """Bytes of a size such as 16GiB, 1.5 GB or 800MiB.
+
+    Raises:
+        UsageError: it is none.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise UsageError(f"{text!r} is not a size. Write it as 16GiB or 800MB.")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** ("KMGT".index(match[2].upper()) + 1))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Profile:
     """Settings that belong together, as parts of a `QuantizeConfig`."""
@@ -276,6 +288,10 @@ class QuantizeConfig:
     """All randomness comes from this, the window and the purpose."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+    max_ram: int | None = None
+    """Bytes of resident memory that the run may take; what does not fit is refused before it starts."""
+    max_vram: int | None = None
+    """The same of device memory."""
     threads: int | None = None
     """CPU threads; the physical cores by default. Results depend on it in the last bits, so it is part of the run's identity."""
 
@@ -286,6 +302,8 @@ class QuantizeConfig:
             re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None,
             f"device {self.device!r} is not auto, cpu or cuda.",
         )
+        for name in ("max_ram", "max_vram"):
+            _require((getattr(self, name) or 1) > 0, f"{name} is {getattr(self, name)}. It must be more than 0.")
         _require(self.threads is None or self.threads >= 1, f"threads is {self.threads}. It must be at least 1.")
 
     @property

@@ -98,6 +98,8 @@ class Compute:
     device: torch.device
     dtype: torch.dtype
     batch_size: int
+    recompute: bool = False
+    """In training, keep the activations of one block and compute those of the others again: the same bits, less memory, more time."""
 
 
 @dataclass(frozen=True, slots=True)

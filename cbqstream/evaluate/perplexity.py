@@ -117,7 +117,7 @@ def perplexity(
     shape = StreamShape(len(tokens_NS), tokens_NS.shape[1], skeleton.hidden_size, compute.dtype)
     with tempfile.TemporaryDirectory(prefix="cbqstream-eval-", dir=scratch) as work:
         listener("embedding")
-        with model_ends(skeleton, source, device=compute.device, dtype=compute.dtype) as ends:
+        with model_ends(skeleton, source, device=compute.device, dtype=compute.dtype, only="embed") as ends:
             arguments = ends.block_arguments(tokens_NS[0])
             stream = ZarrStore.create(Path(work) / "stream", shape, Disk(), durable=False)
             for segment, ids_S in enumerate(tokens_NS):
@@ -126,7 +126,7 @@ def perplexity(
             listener(f"block {index + 1}/{len(skeleton.blocks)}")
             _advance(skeleton, source, index, arguments[index], stream, compute)
         listener("head")
-        with model_ends(skeleton, source, device=compute.device, dtype=compute.dtype) as ends:
+        with model_ends(skeleton, source, device=compute.device, dtype=compute.dtype, only="head") as ends:
             total = 0.0
             for segment, ids_S in enumerate(tokens_NS):
                 start = 0

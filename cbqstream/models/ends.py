@@ -6,7 +6,7 @@ one puts the finished hidden states in. So masks, rotary embeddings, scalings an
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from cbqstream.models.skeleton import ModelSkeleton
 from cbqstream.records import WeightSource
 
 _LOGIT_TOKENS = 256
+
+End = Literal["embed", "head"]
 
 
 class _StandIn(nn.Module):
@@ -78,9 +80,9 @@ class ModelEnds:
 
 @contextmanager
 def model_ends(
-    skeleton: ModelSkeleton, source: WeightSource, *, device: torch.device, dtype: torch.dtype
+    skeleton: ModelSkeleton, source: WeightSource, *, device: torch.device, dtype: torch.dtype, only: End | None = None
 ) -> Iterator[ModelEnds]:
-    """Embeddings, final norm and head in memory, for the length of a `with`.
+    """Embeddings, final norm and head in memory, for the length of a `with`; with `only`, one of the two large matrices.
 
     Raises:
         InputError: a tensor cannot be read.
@@ -90,8 +92,11 @@ def model_ends(
     stand_ins = [_StandIn() for _ in skeleton.blocks]
     empty = dict(shell.named_parameters(remove_duplicate=False))
     read: dict[str, Tensor] = {}
+    unused = {"embed": shell.get_output_embeddings(), "head": shell.get_input_embeddings()}.get(only or "")
     try:
         for name, stored in skeleton.outer.items():
+            if unused is not None and name == f"{_name_of(shell, unused)}.weight":
+                continue  # where it is tied to the other one, the other one is read
             if stored not in read:
                 read[stored] = source.read(stored, device=device, dtype=dtype)
             _set_parameter(shell, name, nn.Parameter(read[stored], requires_grad=False))
@@ -106,6 +111,11 @@ def model_ends(
             layers[index] = nn.Identity()
         for name, parameter in empty.items():
             _set_parameter(shell, name, parameter)
+
+
+def _name_of(shell: nn.Module, wanted: nn.Module) -> str:
+    names: list[str] = [name for name, module in shell.named_modules() if module is wanted]
+    return names[0]
 
 
 def _set_parameter(module: nn.Module, name: str, value: nn.Parameter) -> None:

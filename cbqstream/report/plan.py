@@ -26,6 +26,8 @@ def plan_lines(plan: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]])
     lines.append(
         f"source: {plan['source'] / GIB:.2f} GiB; in all {moved}, {plan['flop']:.1e} floating-point operations"
     )
+    if plan["recompute"]:
+        lines.append("to keep the limit, activations of one block are kept and those of the others computed again")
     if plan["seconds"]:
         total = plan["seconds_total"]
         low, high = (duration(total * factor) for factor in (1 - _SPREAD, 1 + _SPREAD))

@@ -14,7 +14,7 @@ FORMAT = 3
 ALGORITHM = 3
 """Raised when the same settings give other numbers."""
 
-_NOT_IDENTITY = ("model", "out", "run_dir", "device", "threads")
+_NOT_IDENTITY = ("model", "out", "run_dir", "device", "threads", "max_ram", "max_vram")
 
 
 def identity(

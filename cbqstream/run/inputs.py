@@ -14,6 +14,7 @@ from cbqstream.models.compute import choose_device, compute_dtype, make_determin
 from cbqstream.models.skeleton import ModelSkeleton
 from cbqstream.records import Compute, Window
 from cbqstream.run.identity import identity
+from cbqstream.run.plan import ModelSizes, fitting_plan
 from cbqstream.run.source import RunSource
 from cbqstream.windows.schedule import schedule
 
@@ -52,6 +53,7 @@ def open_inputs(config: QuantizeConfig) -> RunInputs:
     Raises:
         UsageError: settings that do not fit the model, or paths that collide.
         InputError: the model or the calibration data cannot be used.
+        DeviceMemoryError: it does not fit the limits of the settings.
     """
     folder = Path(config.model)
     model = read_json(folder, "config.json")
@@ -84,7 +86,8 @@ def open_inputs(config: QuantizeConfig) -> RunInputs:
         numerics=numerics_class(device, threads),
     )
     windows = tuple(schedule(config.keep_first, len(skeleton.blocks) - config.keep_last, config.window))
-    compute = Compute(device, compute_dtype(device), config.reconstruction.batch_size)
+    plan = fitting_plan(config, ModelSizes.counted(folder, model, source.infos), device.type)
+    compute = Compute(device, compute_dtype(device), config.reconstruction.batch_size, plan.recompute)
     return RunInputs(config, model, source, skeleton, tokens_NS, windows, compute, who)
 
 

@@ -154,7 +154,9 @@ class _Job:
         self.settings = BlockSettings(config.scheme, config.reconstruction, config.outliers)
         listener("embedding the calibration segments")
         compute = inputs.compute
-        with model_ends(inputs.skeleton, inputs.source, device=compute.device, dtype=compute.dtype) as ends:
+        with model_ends(
+            inputs.skeleton, inputs.source, device=compute.device, dtype=compute.dtype, only="embed"
+        ) as ends:
             self.streams = Streams.enter(inputs, journal, ends)
 
     def quantize_window(self, window: Window) -> WindowReport:
@@ -258,7 +260,7 @@ class _Job:
         if not learns or window.stop < len(inputs.skeleton.blocks):
             yield None
             return
-        with model_ends(inputs.skeleton, inputs.source, device=where.device, dtype=where.dtype) as ends:
+        with model_ends(inputs.skeleton, inputs.source, device=where.device, dtype=where.dtype, only="head") as ends:
             yield Predictions(ends.head, reference_out)
 
     def _start_roundings(self, window: Window, blocks: list[ResidentBlock]) -> None:

@@ -5,23 +5,19 @@ the counts against real runs. The time comes from rates that are measured here a
 """
 
 import math
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch.nn import functional
+from typing import Any, Literal
 
 from cbqstream.checkpoint.folder import find_tensors, read_json
 from cbqstream.config import QuantizeConfig
-from cbqstream.errors import InputError, UsageError, shown
+from cbqstream.errors import DeviceMemoryError, InputError, UsageError, shown
+from cbqstream.memory import GIB
 from cbqstream.models.compute import choose_device, compute_dtype, make_deterministic
 from cbqstream.models.families import FAMILIES
-from cbqstream.numerics.scratch import Scratch
-from cbqstream.numerics.straight_through import StraightThrough, passes_for, straight_through_product
 from cbqstream.records import TensorInfo
+from cbqstream.run.rates import Rates, measure_rates
 from cbqstream.windows.schedule import schedule, split_guard
 
 _PROCESS = {"cpu": 385 << 20, "cuda": 2 << 30}
@@ -34,7 +30,6 @@ _STREAM_BYTES, _LOGIT_TOKENS, _LOGIT_COPIES, _READ_AHEAD = 2, 128, 6, 3
 _GRID_CANDIDATES = {True: 80, False: 16}
 _ELEMENTWISE = 14
 """Values of a block's activations that are read or written elementwise in training, for one value of its layers' outputs."""
-_MEASURED_WEIGHTS, _MEASURED_TOKENS = 4 << 20, 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +45,8 @@ class ModelSizes:
     """Bytes of a stored weight."""
     block_bytes: int
     source_bytes: int
-    ends: int
-    """Parameters outside the blocks."""
     ends_bytes: int
+    """Of what lies outside the blocks."""
 
     @property
     def weights(self) -> int:
@@ -76,7 +70,11 @@ class ModelSizes:
         Raises:
             InputError: it cannot be read, or is of an architecture that is not known.
         """
-        model, infos = read_json(folder, "config.json"), find_tensors(folder)
+        return cls.counted(folder, read_json(folder, "config.json"), find_tensors(folder))
+
+    @classmethod
+    def counted(cls, folder: Path, model: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> "ModelSizes":
+        """The same, of what was read from there."""
         family = FAMILIES.get(str(model.get("model_type")))
         if family is None:
             raise InputError(
@@ -98,7 +96,6 @@ class ModelSizes:
             max(info.dtype.itemsize for info in matrices),
             sum(info.num_bytes for info in largest),
             sum(info.num_bytes for info in infos.values()),
-            sum(math.prod(info.shape) for info in outside),
             sum(info.num_bytes for info in outside),
         )
 
@@ -114,18 +111,6 @@ def _by_block(infos: Mapping[str, TensorInfo], path: str) -> dict[int, list[Tens
         if blocks:
             break
     return blocks
-
-
-@dataclass(frozen=True, slots=True)
-class Rates:
-    """Seconds on this machine."""
-
-    product: float
-    """Of a weight, a token and a training step: output, gradient of the input, gradient of the weight."""
-    weight: float
-    """Of a weight and a training step, whatever the tokens: its rounding, forward twice and backward."""
-    value: float
-    """Of reading or writing a value of the activations."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +130,12 @@ class Plan:
     flop: float
     seconds: Mapping[str, float]
     """By what is being done; empty where no rates were given."""
+    recompute: bool
+    """Activations of one block are kept, those of the others computed again; see `Compute`."""
+
+    def largest(self, name: Literal["ram", "vram"]) -> int:
+        """All parts together."""
+        return sum((self.ram if name == "ram" else self.vram).values())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, with totals."""
@@ -153,7 +144,9 @@ class Plan:
         return {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()} | totals
 
 
-def make_plan(config: QuantizeConfig, sizes: ModelSizes, device: str, rates: Rates | None = None) -> Plan:
+def make_plan(
+    config: QuantizeConfig, sizes: ModelSizes, device: str, rates: Rates | None = None, *, recompute: bool = False
+) -> Plan:
     """Count.
 
     Args:
@@ -161,6 +154,7 @@ def make_plan(config: QuantizeConfig, sizes: ModelSizes, device: str, rates: Rat
         sizes: of the model.
         device: `cpu` or `cuda`.
         rates: of the machine, for the time.
+        recompute: see `Plan`.
 
     Raises:
         UsageError: nothing is left to quantize.
@@ -170,7 +164,7 @@ def make_plan(config: QuantizeConfig, sizes: ModelSizes, device: str, rates: Rat
     windows = schedule(config.keep_first, sizes.num_blocks - config.keep_last, config.window)
     in_window = max(window.stop - window.start for window in windows)
     staying = max(window.stop - window.next_start for window in windows)
-    on_device = _device_bytes(config, sizes, in_window, 2 if device == "cuda" else 4)
+    on_device = _device_bytes(config, sizes, 1 if recompute else in_window, in_window, 2 if device == "cuda" else 4)
     host = {"process": _PROCESS[device]}
     tokens = config.calibration.num_samples * config.calibration.seq_len
     stream, settings = tokens * sizes.hidden * _STREAM_BYTES, config.reconstruction
@@ -182,7 +176,7 @@ def make_plan(config: QuantizeConfig, sizes: ModelSizes, device: str, rates: Rat
     epochs = settings.epochs if learns else 0
     passes = (3 + 2 * (epochs * training + 2 * guard) / (training + guard)) * len(windows)  # of a stream, read
     whole_model = settings.end_to_end_epochs if learns else 0
-    work = _work(config, sizes, len(windows), in_window, training, guard)
+    work = _work(config, sizes, len(windows), in_window, training, guard, recompute=recompute)
     return Plan(
         windows=len(windows),
         ram=host | ({} if device == "cuda" else on_device) | _read_ahead(config, sizes),
@@ -199,11 +193,12 @@ def make_plan(config: QuantizeConfig, sizes: ModelSizes, device: str, rates: Rat
         bytes_written=len(windows) * (3 * stream + carried) + quantized * packed + sizes.ends_bytes,
         flop=2 * tokens / (training + guard) * work["token passes"] * (sizes.weights + _attention(config, sizes)),
         seconds={} if rates is None else _seconds(config, sizes, work, rates),
+        recompute=recompute,
     )
 
 
-def _device_bytes(config: QuantizeConfig, sizes: ModelSizes, blocks: int, width: int) -> dict[str, int]:
-    """The largest moment of a window that learns, or of the embeddings and the head, where that is larger."""
+def _device_bytes(config: QuantizeConfig, sizes: ModelSizes, kept: int, blocks: int, width: int) -> dict[str, int]:
+    """The largest moment of a window that learns, or of the embeddings, where that is larger; activations of `kept` blocks are kept."""
     settings, calibration = config.reconstruction, config.calibration
     batch = settings.batch_size * calibration.seq_len
     full = settings.rounding == "full"
@@ -213,12 +208,12 @@ def _device_bytes(config: QuantizeConfig, sizes: ModelSizes, blocks: int, width:
         "rounding": blocks * sizes.weights * 2 if full else 0,
         "step sizes": blocks * _scale_bytes(config, sizes, 24),
         "scratch": 2 * width * sizes.largest if full else (10 * 4 * sizes.largest),
-        "activations": int(_HEAP * width * batch * ((blocks + 1) * saved + 8 * sizes.hidden)),
+        "activations": int(_HEAP * width * batch * ((kept + 1) * saved + (8 + blocks) * sizes.hidden)),
     }
-    ends = width * sizes.ends + 2 * sizes.vocabulary * sizes.hidden
-    head = {"head and logits": width * sizes.ends + _LOGIT_COPIES * 4 * _LOGIT_TOKENS * sizes.vocabulary}
+    matrix = sizes.vocabulary * sizes.hidden
+    head = {"head and logits": width * matrix + _LOGIT_COPIES * 4 * _LOGIT_TOKENS * sizes.vocabulary}
     last = window | (head if settings.head_weight and settings.rounding != "none" else {})
-    return max((last, {"embeddings": ends}), key=lambda parts: sum(parts.values()))
+    return max((last, {"embeddings": (width + sizes.stored) * matrix}), key=lambda parts: sum(parts.values()))
 
 
 def _read_ahead(config: QuantizeConfig, sizes: ModelSizes) -> dict[str, int]:
@@ -246,7 +241,14 @@ def _attention(config: QuantizeConfig, sizes: ModelSizes) -> int:
 
 
 def _work(
-    config: QuantizeConfig, sizes: ModelSizes, windows: int, in_window: int, training: int, guard: int
+    config: QuantizeConfig,
+    sizes: ModelSizes,
+    windows: int,
+    in_window: int,
+    training: int,
+    guard: int,
+    *,
+    recompute: bool,
 ) -> dict[str, float]:
     """How often a segment passes a block, in forward passes and in training steps (three of them), and how many steps there are."""
     settings = config.reconstruction
@@ -255,6 +257,8 @@ def _work(
     forward = windows * ((training + guard) * (stride + in_window + stride) + 2 * guard * in_window)
     trained = windows * epochs * training * in_window
     steps = windows * epochs * math.ceil(training / settings.batch_size)
+    if recompute:
+        forward += trained
     if settings.end_to_end_epochs and settings.rounding != "none":
         forward += settings.end_to_end_epochs * sizes.num_blocks * (training + 2 * guard)
         trained += settings.end_to_end_epochs * sizes.num_blocks * training
@@ -303,64 +307,38 @@ def smaller_settings(config: QuantizeConfig) -> dict[str, QuantizeConfig]:
     return others
 
 
-def measure_rates(config: QuantizeConfig, sizes: ModelSizes, device: torch.device, dtype: torch.dtype) -> Rates:
-    """The rates of this machine, where the run has its cores for itself.
+def fitting_plan(config: QuantizeConfig, sizes: ModelSizes, device: str, rates: Rates | None = None) -> Plan:
+    """The plan within the limits of the settings: what costs time and no bit of the result is given up first.
 
-    Two products of different length with a layer as wide as the model's largest tell apart what a weight takes and what a token takes.
+    Raises:
+        DeviceMemoryError: nothing fits; the message says what would.
     """
-    rows, columns = max(sizes.layers, key=math.prod)
-    rows = max(16, min(rows, _MEASURED_WEIGHTS // columns))
-    groups = 1 if config.scheme.group_size is None else columns // config.scheme.group_size
-    theta_OG = torch.zeros(rows, groups, device=device, requires_grad=True)
-    weight = StraightThrough(
-        torch.full((rows, columns), 0.1, device=device, dtype=torch.bfloat16),
-        torch.full((rows, groups), 0.3, device=device),
-        torch.zeros(rows, columns, device=device, dtype=torch.float16),
-        -8.0,
-        7.0,
-        1e-3,
-        passes_for(config.reconstruction.kernels, device),
-        Scratch(),
-    )
-    batch = config.reconstruction.batch_size * config.calibration.seq_len
-    many = max(4, min(batch, _MEASURED_TOKENS))
-    few = many // 4
-
-    def product(tokens: int) -> Callable[[], object]:
-        x_TI = torch.ones(tokens, columns, device=device, dtype=dtype, requires_grad=True)
-        g_TO = torch.ones(tokens, rows, device=device, dtype=dtype)
-        return lambda: torch.autograd.grad(
-            straight_through_product(x_TI, theta_OG, weight, None), (x_TI, theta_OG), g_TO
-        )
-
-    gate, up = (torch.ones(many, columns, device=device, dtype=dtype, requires_grad=True) for _ in range(2))
-
-    def elementwise() -> object:
-        return torch.autograd.grad(functional.silu(gate) * up, (gate, up), up.detach())
-
-    slow, fast = _timed(product(many), device), _timed(product(few), device)
-    a_token = max(0.0, slow - fast) / (many - few)
-    return Rates(
-        product=a_token / (rows * columns),
-        weight=max(0.0, fast - few * a_token) / (rows * columns),
-        value=_timed(elementwise, device) / (11 * gate.numel()),  # reads and writes of the two passes
+    plan = make_plan(config, sizes, device, rates)
+    if _over(config, plan) is not None:
+        plan = make_plan(config, sizes, device, rates, recompute=True)
+    over = _over(config, plan)
+    if over is None:
+        return plan
+    name, limit = over
+    needs = [f"{part} {size / GIB:.2f}" for part, size in getattr(plan, name).items() if size > GIB / 100]
+    fits = [
+        f"{flags} ({made.largest(name) / GIB:.2f})"
+        for flags, other in smaller_settings(config).items()
+        if _over(config, made := make_plan(other, sizes, device, recompute=True)) is None
+    ]
+    remedy = f"These fit: {', '.join(fits)}" if fits else "No smaller batch or window fits either; give it more"
+    raise DeviceMemoryError(
+        f"--max-{name} {limit / GIB:.2f} GiB: this run needs {plan.largest(name) / GIB:.2f} ({', '.join(needs)}). {remedy}."
     )
 
 
-def _timed(work: Callable[[], object], device: torch.device, seconds: float = 1.2) -> float:
-    """Median time of a call, from as many as fit; on the CPU, of the cores that it uses, so that other programs do not count."""
-    times: list[float] = []
-    end = time.perf_counter() + seconds
-    cuda = device.type == "cuda"
-    clock, cores = (time.perf_counter, 1) if cuda else (time.process_time, torch.get_num_threads())
-    work()
-    while not times or time.perf_counter() < end:
-        began = clock()
-        work()
-        if cuda:
-            torch.cuda.synchronize(device)
-        times.append((clock() - began) / cores)
-    return sorted(times)[len(times) // 2]
+def _over(config: QuantizeConfig, plan: Plan) -> tuple[Literal["ram", "vram"], int] | None:
+    """The limit that a plan does not keep."""
+    if config.max_vram is not None and plan.largest("vram") > config.max_vram:
+        return "vram", config.max_vram
+    if config.max_ram is not None and plan.largest("ram") > config.max_ram:
+        return "ram", config.max_ram
+    return None
 
 
 def plan_run(config: QuantizeConfig, *, with_time: bool) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
@@ -369,14 +347,16 @@ def plan_run(config: QuantizeConfig, *, with_time: bool) -> tuple[dict[str, Any]
     Raises:
         InputError: the model cannot be read.
         UsageError: the settings do not fit it.
+        DeviceMemoryError: it does not fit the limits of the settings.
     """
     sizes = ModelSizes.of(Path(config.model))
     device, rates = choose_device(config.device), None
     if with_time:
         make_deterministic(config.threads)
-        rates = measure_rates(config, sizes, device, compute_dtype(device))
-
-    def made(which: QuantizeConfig) -> dict[str, Any]:
-        return make_plan(which, sizes, device.type, rates).to_dict()
-
-    return made(config), {flags: made(other) for flags, other in smaller_settings(config).items()}
+        rates = measure_rates(config, sizes.layers, device, compute_dtype(device))
+    plan = fitting_plan(config, sizes, device.type, rates)
+    others = {
+        flags: make_plan(other, sizes, device.type, rates, recompute=plan.recompute).to_dict()
+        for flags, other in smaller_settings(config).items()
+    }
+    return plan.to_dict(), others

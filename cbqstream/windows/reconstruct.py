@@ -162,7 +162,8 @@ def _train(
             rounding.begin_step(step / steps, rate_left, steps)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * rate_left  # by hand: a scheduler would keep the optimizer alive in a cycle
-        loss = _loss(run_blocks(blocks, batch.x, Phase.SOFT), batch, data.predictions, config, step)
+        h_BSD = run_blocks(blocks, batch.x, Phase.SOFT, recompute=data.compute.recompute)
+        loss = _loss(h_BSD, batch, data.predictions, config, step)
         penalties = [penalty for rounding in roundings if (penalty := rounding.penalty()) is not None]
         if penalties:
             loss = loss + config.penalty_weight * torch.stack(penalties).mean()

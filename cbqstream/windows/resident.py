@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from cbqstream.config import OutlierConfig, ReconstructionConfig, Scheme
 from cbqstream.models.block import BlockArguments, run_block
@@ -150,10 +152,18 @@ def all_layers(blocks: Sequence[ResidentBlock]) -> Iterator[QuantizedLinear]:
         yield from block.layers.values()
 
 
-def run_blocks(blocks: Sequence[ResidentBlock], x_BSD: Tensor, phase: Phase) -> Tensor:
-    """Hidden states after the blocks, computed with the weights of `phase`."""
+def run_blocks(blocks: Sequence[ResidentBlock], x_BSD: Tensor, phase: Phase, *, recompute: bool = False) -> Tensor:
+    """Hidden states after the blocks, computed with the weights of `phase`.
+
+    With `recompute` a backward pass finds the inputs of the blocks only, and runs each block again before its own (Chen et al. 2016,
+    arXiv 1604.06174). No rounding of it has moved then.
+    """
     for layer in all_layers(blocks):
         layer.phase = phase
     for block in blocks:
-        x_BSD = run_block(block.module, x_BSD, block.arguments)
+        if recompute:
+            run = partial(run_block, block.module, arguments=block.arguments)
+            x_BSD = checkpoint(run, x_BSD, use_reentrant=False, preserve_rng_state=False)
+        else:
+            x_BSD = run_block(block.module, x_BSD, block.arguments)
     return x_BSD

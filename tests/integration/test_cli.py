@@ -356,6 +356,12 @@ BAD_ARGUMENTS = {
         2,
         "keep_first + keep_last is 4 and the model has 4 blocks; nothing is left to quantize.",
     ),
+    "memory": (
+        ("--max-ram", "300MiB"),
+        69,
+        "--max-ram 0.29 GiB: this run needs 0.38 (process 0.38). No smaller batch or window fits either; give it more.",
+    ),
+    "no size": (("--max-ram", "16"), 2, "'16' is not a size. Write it as 16GiB or 800MB."),
     "device": (("--device", "cuda:7"), 2, "device cuda:7 is not available. Use --device cpu."),
     "device name": (("--device", "tpu"), 2, "device 'tpu' is not auto, cpu or cuda."),
     "run inside OUT": (

@@ -1,5 +1,7 @@
 """What is promised of equal bytes, as far as a CPU can show it. Kills, lost streams, clocks and places: tests/faults."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from cbqstream.config import Scheme
 from cbqstream.errors import UsageError
 from cbqstream.models.compute import make_deterministic
 from cbqstream.run import inputs
+from cbqstream.windows import resident
 from tiny import files_of
 
 
@@ -57,6 +60,25 @@ def test_reading_further_ahead_changes_nothing(make_config, monkeypatch):
         monkeypatch.setattr(read_ahead, "_DEPTH", depth)
         outs.append(files_of(quantize(make_config(name=f"out-{depth}", **SETTINGS))))
     assert outs[0] == outs[1] == outs[2]
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_activations_that_are_computed_again_change_nothing(make_config, monkeypatch, mode):
+    real_plan, real_checkpoint, outs, calls = inputs.fitting_plan, resident.checkpoint, [], []
+
+    def checkpoint(*arguments, **options):
+        calls.append(1)
+        return real_checkpoint(*arguments, **options)
+
+    monkeypatch.setattr(resident, "checkpoint", checkpoint)
+    for recompute in (False, True):
+        monkeypatch.setattr(
+            inputs, "fitting_plan", lambda *given, on=recompute: replace(real_plan(*given), recompute=on)
+        )
+        config = make_config(name=f"out-{recompute}", reconstruction={"rounding": mode}, **SETTINGS)
+        outs.append(files_of(quantize(config)))
+        assert bool(calls) == recompute
+    assert outs[0] == outs[1]
 
 
 def test_another_seed_is_another_result(make_config):

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from cbqstream import quantize
-from cbqstream.config import CalibrationConfig, QuantizeConfig, ReconstructionConfig, Scheme
-from cbqstream.errors import InputError, UsageError
+from cbqstream.config import CalibrationConfig, QuantizeConfig, ReconstructionConfig, Scheme, parse_bytes
+from cbqstream.errors import DeviceMemoryError, InputError, UsageError
 from cbqstream.report.plan import plan_lines
-from cbqstream.run.plan import ModelSizes, Rates, make_plan, measure_rates, smaller_settings
+from cbqstream.run.plan import ModelSizes, fitting_plan, make_plan, smaller_settings
+from cbqstream.run.rates import Rates, measure_rates
 from tiny import SEQ_LEN, save_tokens
 
 RATES = Rates(product=1e-11, weight=1e-8, value=1e-9)
@@ -152,8 +153,8 @@ def test_smaller_settings_are_smaller(sizes_405b):
 
 
 def test_rates_are_measured():
-    sizes = ModelSizes(4, 64, 100, ((64, 64), (128, 64)), 2, 30_000, 200_000, 12_800, 25_600)
-    rates = measure_rates(settings(num_samples=4, seq_len=64), sizes, torch.device("cpu"), torch.float32)
+    layers = ((64, 64), (128, 64))
+    rates = measure_rates(settings(num_samples=4, seq_len=64), layers, torch.device("cpu"), torch.float32)
     assert rates.product >= 0
     assert rates.weight > 0
     assert 0 < rates.value < 1e-6
@@ -165,3 +166,33 @@ def test_what_cannot_be_planned(tmp_path, tiny_models):
     sizes = ModelSizes.of(tiny_models["llama"])
     with pytest.raises(UsageError, match="leave none of the 4 blocks"):
         make_plan(replace(settings(), keep_first=4), sizes, "cpu")
+
+
+def test_within_limits(sizes_405b):
+    """Recomputing first; then a refusal that says what would fit, or that nothing does."""
+    sizes, _ = sizes_405b
+    config = settings(num_samples=128)
+    free = make_plan(config, sizes, "cuda", RATES)
+    frugal = make_plan(config, sizes, "cuda", RATES, recompute=True)
+    assert frugal.largest("vram") < free.largest("vram")
+    assert sum(frugal.seconds.values()) > sum(free.seconds.values())
+    assert not fitting_plan(replace(config, max_vram=free.largest("vram")), sizes, "cuda").recompute
+    assert fitting_plan(replace(config, max_vram=free.largest("vram") - 1), sizes, "cuda").recompute
+    assert fitting_plan(replace(config, max_vram=frugal.largest("vram")), sizes, "cuda").recompute
+    with pytest.raises(DeviceMemoryError, match=r"--max-vram .* GiB: this run needs .*\. These fit: --batch-size 2 \("):
+        fitting_plan(replace(config, max_vram=frugal.largest("vram") - 1), sizes, "cuda")
+    with pytest.raises(DeviceMemoryError, match="No smaller batch or window fits either"):
+        fitting_plan(replace(config, max_ram=1 << 30), sizes, "cuda")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("16GiB", 16 << 30), ("1.5 gb", 1_500_000_000), ("800MiB", 800 << 20), ("2TB", 2 * 10**12)]
+)
+def test_sizes_in_words(text, size):
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["16", "GiB", "16 PiB", "-1GiB", "1e3GB", ""])
+def test_what_is_no_size(text):
+    with pytest.raises(UsageError, match="is not a size"):
+        parse_bytes(text)
