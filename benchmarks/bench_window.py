@@ -3,6 +3,7 @@
 
 Usage: bench_window.py SHAPE [--blocks 2] [--batch 4] [--seq-len 512] [--scheme W4A16] [--group-size 64] [--rounding full|lora]
                        [--device cpu] [--threads 1] [--steps 5] [--repeats 3] [--name LABEL] [--results FILE]
+                       [--kernels plain] [--recompute] [--cap GIB]
 
 SHAPE is a Llama block: smollm2, 1b, 7b, 65b or 405b. The step is that of `reconstruct`: soft weights, forward, loss, backward, Adam; it is
 timed as the difference between training for 1 and for 1 + STEPS steps. The products are those of the step and nothing else: for each
@@ -178,6 +179,9 @@ def main() -> None:
     parser.add_argument("--scheme", default="W4A16")
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--rounding", default="full")
+    parser.add_argument("--kernels", default="auto")
+    parser.add_argument("--recompute", action="store_true", help="keep the activations of one block only")
+    parser.add_argument("--cap", type=float, help="GiB of device memory that may be used")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, default=5)
@@ -188,10 +192,14 @@ def main() -> None:
     device, shape = torch.device(args.device), SHAPES[args.shape]
     return_large_blocks()
     make_deterministic(args.threads)
-    compute = Compute(device, compute_dtype(device), args.batch)
+    compute = Compute(device, compute_dtype(device), args.batch, args.recompute)
+    if args.cap is not None:
+        torch.cuda.set_per_process_memory_fraction(
+            args.cap * GIB / torch.cuda.get_device_properties(device).total_memory
+        )
     settings = BlockSettings(
         Scheme.named(args.scheme, group_size=None if args.group_size == -1 else args.group_size),
-        ReconstructionConfig(rounding=args.rounding, init="minmax", batch_size=args.batch),
+        ReconstructionConfig(rounding=args.rounding, init="minmax", batch_size=args.batch, kernels=args.kernels),
         OutlierConfig(activations="never"),
     )
 
@@ -206,17 +214,24 @@ def main() -> None:
         return clock() - began
 
     multiply = matrix_products(shape, args.blocks, compute, args.seq_len)
+    multiply()
+    products = [seconds(lambda: [multiply() for _ in range(args.steps)]) / args.steps]
+    if device.type == "cuda":  # what they need must not count in the peak
+        products += [seconds(lambda: [multiply() for _ in range(args.steps)]) / args.steps for _ in range(args.repeats)]
+        del multiply
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
     blocks, data = window(shape, args.blocks, compute, args.seq_len, settings)
 
     def train(steps: int) -> None:
         config = ReconstructionConfig(rounding=args.rounding, init="minmax", batch_size=args.batch, epochs=steps)
         reconstruct(blocks, data, config, torch.Generator().manual_seed(0), ResidentBlock.carry)
 
-    multiply()
     train(1)
-    products, steps = [], []
+    steps = []
     for _ in range(args.repeats):
-        products.append(seconds(lambda: [multiply() for _ in range(args.steps)]) / args.steps)
+        if device.type == "cpu":
+            products.append(seconds(lambda: [multiply() for _ in range(args.steps)]) / args.steps)
         steps.append((seconds(lambda: train(1 + args.steps)) - seconds(lambda: train(1))) / args.steps)
     row = {
         "products": statistics.median(products),
@@ -230,7 +245,9 @@ def main() -> None:
         row |= {"device": torch.cuda.get_device_name(device), "peak_vram": torch.cuda.max_memory_allocated(device)}
     memory = row.get("peak_vram", row["peak_rss"]) / GIB
     name = f"{args.shape}, {args.blocks} blocks, {args.batch} x {args.seq_len}, {args.scheme} group {args.group_size}, {args.rounding}"
-    name += f", {args.device}{f', {args.name}' if args.name else ''}"
+    options = [f"{args.kernels} kernels"] if args.kernels != "auto" else []
+    options += (["recomputed"] if args.recompute else []) + ([f"cap {args.cap:g} GiB"] if args.cap else [])
+    name = ", ".join([name, args.device, *options, *([args.name] if args.name else [])])
     print(
         f"{name}: products {row['products']:.3f} s, step {row['step']:.3f} s, ratio {row['ratio']:.2f}, peak {memory:.2f} GiB"
     )

@@ -27,7 +27,8 @@ _CONTEXT = 700 << 20
 _HEAP = 1.1
 """What glibc keeps between allocations."""
 _STREAM_BYTES, _LOGIT_TOKENS, _LOGIT_COPIES, _READ_AHEAD = 2, 128, 6, 3
-_GRID_CANDIDATES = {True: 80, False: 16}
+_GRID_SEARCH = {True: 16, False: 90}
+"""What looking for the grid of a symmetric, and of an asymmetric weight takes, in training steps of its rounding."""
 _ELEMENTWISE = 14
 """Values of a block's activations that are read or written elementwise in training, for one value of its layers' outputs."""
 
@@ -275,7 +276,7 @@ def _work(
 def _seconds(config: QuantizeConfig, sizes: ModelSizes, work: Mapping[str, float], rates: Rates) -> dict[str, float]:
     seq_len = config.calibration.seq_len
     products = (work["trained"] + work["forward"] / 3) * seq_len * (sizes.weights + 2 * _attention(config, sizes))
-    grids = _GRID_CANDIDATES[config.scheme.symmetric] if config.reconstruction.init == "search" else 1
+    grids = _GRID_SEARCH[config.scheme.symmetric] if config.reconstruction.init == "search" else 1
     weights = (work["steps"] + work["hard batches"] + grids * work["blocks"]) * sizes.weights
     values = (work["trained"] + work["forward"] / 3) * seq_len * _ELEMENTWISE * sizes.outputs
     return {
