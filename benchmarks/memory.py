@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Peak resident memory does not grow with the number of blocks, and not with the number of samples.
 
-Usage: memory.py WORK [--results FILE]
+Usage: memory.py WORK [--rows HIDDEN,BLOCKS,SAMPLES ...] [--results FILE]
 
 Writes Llama-shaped checkpoints of random bf16 weights, one shard a block, and quantizes each in a process of its own: W4A16 group 64,
 learned rounding from min-max scales, windows of two blocks without overlap (both save time, not memory), 64 random tokens a sample.
@@ -107,13 +107,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
     parser.add_argument("--results", type=Path, default=HERE / "results" / "memory.json")
+    parser.add_argument("--rows", nargs="+", default=ROWS, type=lambda text: tuple(map(int, text.split(","))))
     parser.add_argument("--write", nargs=2, type=int, metavar=("HIDDEN", "BLOCKS"), help="only a checkpoint into WORK")
     args = parser.parse_args()
     if args.write:
         print(write_checkpoint(args.work, args.write[1], args.write[0]))
         return
     args.work.mkdir(parents=True, exist_ok=True)
-    rows = [measure(args.work, *row) for row in ROWS]
+    rows = [measure(args.work, *row) for row in args.rows]
     args.results.parent.mkdir(exist_ok=True)
     args.results.write_text(json.dumps(rows, indent=1) + "\n")
     print("| hidden | blocks | samples | checkpoint, GiB | peak RSS, GiB | against the row above | seconds |")

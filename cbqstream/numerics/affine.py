@@ -22,6 +22,10 @@ _TILE, _DEVICE_TILE = 1 << 16, 1 << 26  # weights
 LARGEST_SCALE = 65280.0  # the largest bf16 value that fp16 holds
 
 
+Bound = Tensor | float
+"""Of levels q - z: a number, or float32 [O, G, 1]; see `level_range`."""
+
+
 def storable_scale(scale: Tensor) -> Tensor:
     """Nearest bf16 value, clamped to [2^-17, 65280], as float32. Any shape."""
     return scale.to(torch.bfloat16).float().clamp(SMALLEST_SCALE, LARGEST_SCALE)
@@ -52,12 +56,12 @@ def row_tiles(w_OI: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + rows, w_OI.shape[0]))
 
 
-def rows_of(value: Tensor | float, rows: slice) -> Tensor | float:
+def rows_of(value: Bound, rows: slice) -> Bound:
     """The rows of a tensor; a number is the same in every row."""
     return value[rows] if isinstance(value, Tensor) else value
 
 
-def level_range(scheme: Scheme, zero_point_OG: Tensor | None) -> tuple[Tensor | float, Tensor | float]:
+def level_range(scheme: Scheme, zero_point_OG: Tensor | None) -> tuple[Bound, Bound]:
     """Smallest and largest level q - z: two numbers if symmetric, else two float32 [O, G, 1]."""
     if zero_point_OG is None:
         return float(scheme.qmin), float(scheme.qmax)
@@ -65,7 +69,7 @@ def level_range(scheme: Scheme, zero_point_OG: Tensor | None) -> tuple[Tensor | 
     return scheme.qmin - z_OG1, scheme.qmax - z_OG1
 
 
-def clamp_levels(levels_OGK: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
+def clamp_levels(levels_OGK: Tensor, low: Bound, high: Bound) -> Tensor:
     """Clamp in place to what `level_range` gives, and return the argument."""
     return levels_OGK.clamp_(low, high)  # type: ignore[arg-type]  # both are numbers or both are tensors
 

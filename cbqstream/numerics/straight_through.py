@@ -1,4 +1,4 @@
-"""Learned rounding with one value per weight, `full` mode (SignRound, Cheng et al. 2023, eq. 3), and the product with such a weight.
+"""Learned rounding with one value per weight, `full` mode (SignRound, Cheng et al. 2023, eq. 3).
 
     w_hat = s * clamp(round(w / s + v), qmin - z, qmax - z),    s = s0 * exp(theta),    v in [-1/2, 1/2]
 
@@ -8,27 +8,23 @@ with the straight-through estimator d round(x) / dx = 1, so that
     d w_hat / d v     = s * [in range]
 
 and v is moved by the sign of its gradient as soon as the backward pass knows it: it needs no gradient and no optimizer state in memory.
-The weight itself is needed twice in a step and kept in between by nobody: it is as large as the layer, and cheap beside its products.
 
 Shapes as in `affine.py`. On the CPU the passes go in tiles of rows that fit in the cache, and all in float32: a comparison or a mixed dtype
 takes three to eight times as long as the same thing in arithmetic.
 """
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from cbqstream.config import Kernels
 from cbqstream.errors import UsageError
-from cbqstream.numerics.affine import clamp_levels, grouped, row_tiles, rows_of
+from cbqstream.numerics.affine import Bound, clamp_levels, grouped, row_tiles, rows_of
 from cbqstream.numerics.scratch import Scratch
-
-Bound = Tensor | float
-"""Of levels q - z: a number, or float32 [O, G, 1]; see `level_range`."""
 
 
 class Passes(Protocol):
@@ -107,38 +103,15 @@ class StraightThrough:
     passes: Passes
     scratch: Scratch
 
-    def soft(self, theta_OG: Tensor, dtype: torch.dtype) -> Tensor:
-        """w_hat [O, I] in `dtype`, in memory that the next one uses again."""
+    def soft(self, parameters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """See `LearnedWeight`; the one parameter is theta [O, G]."""
+        (theta_OG,) = parameters
         w_hat = self.scratch.take("weight", self.weight.shape, dtype, self.weight.device)
         self.passes.soft(self.weight, self.scale0 * theta_OG.exp(), self.v, self.low, self.high, w_hat)
         return w_hat
 
-    def move(self, theta_OG: Tensor, gradient_OI: Tensor) -> Tensor:
-        """Gradient of theta, float32 [O, G], from that of w_hat; v moves."""
+    def gradients(self, parameters: Sequence[Tensor], gradient_OI: Tensor) -> tuple[Tensor, ...]:
+        """See `LearnedWeight`; v moves."""
+        (theta_OG,) = parameters
         scale_OG = self.scale0 * theta_OG.exp()
-        return self.passes.move(self.weight, scale_OG, self.v, self.low, self.high, gradient_OI, self.step)
-
-
-class _Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, theta_OG: Tensor, weight: StraightThrough, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, theta_OG)
-        ctx.weight = weight
-        return functional.linear(x, weight.soft(theta_OG, x.dtype), bias)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (x, theta_OG), weight = ctx.saved_tensors, ctx.weight
-        g_TO, x_TI = gradients[0].flatten(0, -2), x.flatten(0, -2)
-        gradient_x = None
-        if ctx.needs_input_grad[0]:  # before v moves
-            gradient_x = torch.mm(g_TO, weight.soft(theta_OG, x.dtype)).view(x.shape)
-        gradient_OI = weight.scratch.take("gradient", weight.weight.shape, x.dtype, x.device)
-        torch.mm(g_TO.t(), x_TI, out=gradient_OI)
-        return gradient_x, weight.move(theta_OG, gradient_OI), None, None
-
-
-def straight_through_product(x: Tensor, theta_OG: Tensor, weight: StraightThrough, bias: Tensor | None) -> Tensor:
-    """`x @ w_hat^T + bias`, [..., O] in the dtype of x [..., I]; differentiable in x and theta, and v moves in the backward pass."""
-    product: Tensor = _Product.apply(x, theta_OG, weight, bias)  # type: ignore[no-untyped-call]
-    return product
+        return (self.passes.move(self.weight, scale_OG, self.v, self.low, self.high, gradient_OI, self.step),)

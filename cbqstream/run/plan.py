@@ -27,7 +27,7 @@ _CONTEXT = 700 << 20
 _HEAP = 1.1
 """What glibc keeps between allocations."""
 _STREAM_BYTES, _LOGIT_TOKENS, _LOGIT_COPIES, _READ_AHEAD = 2, 128, 6, 3
-_GRID_SEARCH = {True: 16, False: 90}
+_GRID_SEARCH = {True: 22, False: 120}
 """What looking for the grid of a symmetric, and of an asymmetric weight takes, in training steps of its rounding."""
 _ELEMENTWISE = 14
 """Values of a block's activations that are read or written elementwise in training, for one value of its layers' outputs."""
@@ -208,7 +208,7 @@ def _device_bytes(config: QuantizeConfig, sizes: ModelSizes, kept: int, blocks: 
         "weights": blocks * sizes.block_bytes,
         "rounding": blocks * sizes.weights * 2 if full else 0,
         "step sizes": blocks * _scale_bytes(config, sizes, 24),
-        "scratch": 2 * width * sizes.largest if full else (10 * 4 * sizes.largest),
+        "scratch": 2 * width * sizes.largest,
         "activations": int(_HEAP * width * batch * ((kept + 1) * saved + (8 + blocks) * sizes.hidden)),
     }
     matrix = sizes.vocabulary * sizes.hidden

@@ -9,8 +9,9 @@ import torch
 from torch.nn import functional
 
 from cbqstream.config import QuantizeConfig
+from cbqstream.numerics.product import learned_product
 from cbqstream.numerics.scratch import Scratch
-from cbqstream.numerics.straight_through import StraightThrough, passes_for, straight_through_product
+from cbqstream.numerics.straight_through import StraightThrough, passes_for
 
 _MEASURED_WEIGHTS, _MEASURED_TOKENS = 4 << 20, 1024
 
@@ -55,9 +56,7 @@ def measure_rates(
     def product(tokens: int) -> Callable[[], object]:
         x_TI = torch.ones(tokens, columns, device=device, dtype=dtype, requires_grad=True)
         g_TO = torch.ones(tokens, rows, device=device, dtype=dtype)
-        return lambda: torch.autograd.grad(
-            straight_through_product(x_TI, theta_OG, weight, None), (x_TI, theta_OG), g_TO
-        )
+        return lambda: torch.autograd.grad(learned_product(x_TI, weight, None, theta_OG), (x_TI, theta_OG), g_TO)
 
     gate, up = (torch.ones(many, columns, device=device, dtype=dtype, requires_grad=True) for _ in range(2))
 

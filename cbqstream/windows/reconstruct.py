@@ -17,7 +17,7 @@ from cbqstream.numerics.losses import Head, LossShape, head_divergence, reconstr
 from cbqstream.records import Compute
 from cbqstream.windows.quantized_linear import InputStep, Phase
 from cbqstream.windows.resident import ResidentBlock, all_layers, run_blocks
-from cbqstream.windows.rounding import Rounding
+from cbqstream.windows.rounding import Rounding, TrainingStep
 from cbqstream.windows.schedule import split_guard
 
 
@@ -158,15 +158,13 @@ def _train(
     rates = [group["lr"] for group in optimizer.param_groups]
     for step, batch in enumerate(data.read(order)):
         rate_left = share_of_rate(step / steps, config.schedule)
+        now = TrainingStep(step / steps, rate_left, steps, config.penalty_weight / len(roundings))
         for rounding in roundings:
-            rounding.begin_step(step / steps, rate_left, steps)
+            rounding.begin_step(now)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * rate_left  # by hand: a scheduler would keep the optimizer alive in a cycle
         h_BSD = run_blocks(blocks, batch.x, Phase.SOFT, recompute=data.compute.recompute)
         loss = _loss(h_BSD, batch, data.predictions, config, step)
-        penalties = [penalty for rounding in roundings if (penalty := rounding.penalty()) is not None]
-        if penalties:
-            loss = loss + config.penalty_weight * torch.stack(penalties).mean()
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()

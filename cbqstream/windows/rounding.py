@@ -1,10 +1,11 @@
-"""The two ways to learn rounding, and rounding to nearest, behind one interface. Formulas: `numerics/rounding.py`, `straight_through.py`.
+"""The two ways to learn rounding, and rounding to nearest, behind one interface. Formulas: `numerics/low_rank.py`, `straight_through.py`.
 
 A rounding belongs to one linear layer, knows its weight and its starting grid, and computes the layer's products while it trains; when
 that is done it gives the hard weight. What it remembers between windows is its `state`.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +21,27 @@ from cbqstream.numerics.affine import (
     row_tiles,
     storable_scale,
 )
-from cbqstream.numerics.rounding import low_rank_rise, rounding_penalty
+from cbqstream.numerics.low_rank import LowRank, low_rank_rise
+from cbqstream.numerics.product import learned_product
 from cbqstream.numerics.scratch import Scratch
-from cbqstream.numerics.straight_through import Passes, StraightThrough, passes_for, straight_through_product
+from cbqstream.numerics.straight_through import Passes, StraightThrough, passes_for
 from cbqstream.records import QuantizedWeight
 
 _BETA_START, _BETA_END, _WARM_UP = 20.0, 2.0, 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingStep:
+    """Where training is."""
+
+    progress: float
+    """From 0 to 1 over the window."""
+    rate_left: float
+    """Share of the learning rates, from 1 to 0."""
+    total: int
+    """Steps of the window."""
+    penalty: float
+    """What the rounding penalty of one layer counts in the loss."""
 
 
 class Rounding(nn.Module):
@@ -50,39 +66,17 @@ class Rounding(nn.Module):
         self.register_buffer("zero_point", zero_point_OG)
         self.theta = nn.Parameter(torch.zeros_like(scale_OG))
 
-    def begin_step(self, progress: float, rate_left: float, total_steps: int) -> None:
-        """Called before every training step; `progress` runs from 0 to 1 over the window, `rate_left` from 1 to 0."""
+    def begin_step(self, step: TrainingStep) -> None:
+        """Called before every training step."""
 
     def soft(self) -> Tensor:
-        """The weight to train with, float32 [O, I], differentiable in `theta` and the rounding's own parameters."""
+        """The weight to train with, float32 [O, I]."""
         levels = nearest_levels(self.weight, self.scale0, self.zero_point, self.scheme)
         return (levels * self._scale().unsqueeze(-1)).flatten(1)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """The layer's output to train with, [..., O], for an input [..., I]; differentiable in it and in what is learned.
-
-        The soft weight is computed again in the backward pass instead of kept: it is as large as the layer and cheap beside its products;
-        those of a window would be most of its memory. What is learned does not change in between, so both times give the same bits.
-        """
-        w_hat = self.soft().to(x.dtype)
-        storage = w_hat.untyped_storage().data_ptr()
-
-        def pack(saved: Tensor) -> Tensor | tuple[torch.Size, tuple[int, ...]]:
-            is_weight = saved.untyped_storage().data_ptr() == storage
-            return (saved.size(), saved.stride()) if is_weight else saved
-
-        def unpack(packed: Tensor | tuple[torch.Size, tuple[int, ...]]) -> Tensor:
-            if isinstance(packed, Tensor):
-                return packed
-            with torch.no_grad():
-                return self.soft().to(x.dtype).as_strided(*packed)
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            return functional.linear(x, w_hat, bias)
-
-    def penalty(self) -> Tensor | None:
-        """What the loss adds to make the rounding decided, or None."""
-        return None
+        """The layer's output to train with, [..., O], for an input [..., I]; differentiable in it and in what is learned."""
+        return functional.linear(x, self.soft().to(x.dtype), bias)
 
     def rounding_parameters(self) -> list[nn.Parameter]:
         """The rounding's own parameters for Adam, besides `theta`."""
@@ -151,15 +145,14 @@ class FullRounding(Rounding):
         self._scratch = scratch
         self._step = 0.0
 
-    def begin_step(self, progress: float, rate_left: float, total_steps: int) -> None:
-        self._step = 2 * self._travel / total_steps * rate_left
+    def begin_step(self, step: TrainingStep) -> None:
+        self._step = 2 * self._travel / step.total * step.rate_left
 
     def soft(self) -> Tensor:
-        """As above, and not differentiable: `product` is."""
-        return self._weight().soft(self.theta.detach(), torch.float32).clone()
+        return self._weight().soft([self.theta.detach()], torch.float32).clone()
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return straight_through_product(x, self.theta, self._weight(), bias)
+        return learned_product(x, self._weight(), bias, self.theta)
 
     def _weight(self) -> StraightThrough:
         bounds = level_range(self.scheme, self.zero_point)
@@ -198,29 +191,30 @@ class LowRankRounding(Rounding):
         scheme: Scheme,
         rank: int,
         generator: torch.Generator,
+        scratch: Scratch,
     ) -> None:
         super().__init__(w_OI, scale_OG, zero_point_OG, scheme)
         start = torch.randn(w_OI.shape[0], rank, generator=generator).to(w_OI.device) / math.sqrt(rank)
         self.a1 = nn.Parameter(start)
         self.a2 = nn.Parameter(torch.zeros(rank, w_OI.shape[1], device=w_OI.device))
-        self._beta = _BETA_START
-        self._rise: Tensor | None = None
+        self._scratch = scratch
+        self._beta, self._penalty = _BETA_START, 0.0
 
-    def begin_step(self, progress: float, rate_left: float, total_steps: int) -> None:
-        annealed = max(0.0, (progress - _WARM_UP) / (1 - _WARM_UP))
+    def begin_step(self, step: TrainingStep) -> None:
+        annealed = max(0.0, (step.progress - _WARM_UP) / (1 - _WARM_UP))
         self._beta = _BETA_START + (_BETA_END - _BETA_START) * annealed
+        self._penalty = step.penalty
 
+    @torch.no_grad()
     def soft(self) -> Tensor:
-        floor, rise = low_rank_rise(self.weight, self.scale0, self.a1, self.a2)
-        if torch.is_grad_enabled():
-            self._rise = rise
-        low, high = level_range(self.scheme, self.zero_point)
-        levels = torch.clamp(floor + rise, low, high)  # type: ignore[arg-type]
-        return (levels * self._scale().unsqueeze(-1)).flatten(1)
+        return self._weight().soft([self.theta, self.a1, self.a2], torch.float32).clone()
 
-    def penalty(self) -> Tensor | None:
-        rise, self._rise = self._rise, None
-        return None if rise is None else rounding_penalty(rise, self._beta)
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return learned_product(x, self._weight(), bias, self.theta, self.a1, self.a2)
+
+    def _weight(self) -> LowRank:
+        bounds = level_range(self.scheme, self.zero_point)
+        return LowRank(self.weight, self.scale0, *bounds, self._beta, self._penalty, self._scratch)
 
     def rounding_parameters(self) -> list[nn.Parameter]:
         return [self.a1, self.a2]
@@ -244,5 +238,5 @@ def make_rounding(
         passes = passes_for(config.kernels, w_OI.device)
         return FullRounding(w_OI, scale_OG, zero_point_OG, scheme, config.rounding_travel, passes, scratch)
     if config.rounding == "lora":
-        return LowRankRounding(w_OI, scale_OG, zero_point_OG, scheme, config.rounding_rank, generator)
+        return LowRankRounding(w_OI, scale_OG, zero_point_OG, scheme, config.rounding_rank, generator, scratch)
     return Rounding(w_OI, scale_OG, zero_point_OG, scheme)

@@ -16,7 +16,7 @@ def test_peak_memory_is_flat_in_the_number_of_blocks(tmp_path):
 
     The bound leaves room for holes in the heap, a few per cent that come and go between runs.
     """
-    command = [sys.executable, str(BENCHMARK), str(tmp_path / "work"), "--hidden", "512", "--blocks", "4", "20"]
+    command = [sys.executable, str(BENCHMARK), str(tmp_path / "work"), "--rows", "512,4,4", "512,20,4"]
     subprocess.run([*command, "--results", str(tmp_path / "memory.json")], check=True, capture_output=True)
     few, many = json.loads((tmp_path / "memory.json").read_text())
     assert many["checkpoint"] > 4.5 * few["checkpoint"]

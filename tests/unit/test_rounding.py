@@ -6,11 +6,12 @@ from torch.nn import functional
 
 from cbqstream.config import ReconstructionConfig, Scheme
 from cbqstream.numerics.affine import dequantize, grouped, level_range
-from cbqstream.numerics.rounding import inverse_rectified_sigmoid, rectified_sigmoid, rounding_penalty
+from cbqstream.numerics.low_rank import LowRank, inverse_rectified_sigmoid, rectified_sigmoid, rounding_penalty
+from cbqstream.numerics.product import learned_product
 from cbqstream.numerics.scale_search import minmax_grid
 from cbqstream.numerics.scratch import Scratch
-from cbqstream.numerics.straight_through import Plain, StraightThrough, straight_through_product
-from cbqstream.windows.rounding import FullRounding, LowRankRounding, Rounding, make_rounding
+from cbqstream.numerics.straight_through import Plain, StraightThrough
+from cbqstream.windows.rounding import FullRounding, LowRankRounding, TrainingStep, make_rounding
 
 SCHEMES = [
     Scheme(num_bits=2, group_size=8, symmetric=False),
@@ -84,8 +85,8 @@ def test_straight_through_gradients_against_autograd(scheme):
     again = theta.detach().clone().requires_grad_()
     stepped = rounding.v.clone()
     weight = StraightThrough(rounding.weight, rounding.scale0, stepped, low, high, 0.05, Plain(), Scratch())
-    assert torch.allclose(weight.soft(again.detach(), torch.float32), expected, atol=1e-7)
-    straight_through_product(torch.eye(32), again, weight, None).backward(grad.t())
+    assert torch.allclose(weight.soft([again.detach()], torch.float32), expected, atol=1e-7)
+    learned_product(torch.eye(32), weight, None, again).backward(grad.t())
     assert torch.allclose(again.grad, theta.grad, atol=1e-5)
     moved = (rounding.v.float() - 0.05 * v.grad.sign()).clamp(-0.5, 0.5)
     assert torch.allclose(stepped.float(), moved, atol=1e-3)
@@ -94,7 +95,7 @@ def test_straight_through_gradients_against_autograd(scheme):
 def test_full_mode_moves_nothing_without_gradients():
     rounding = make(SCHEMES[0], "full")
     assert isinstance(rounding, FullRounding)
-    rounding.begin_step(0.0, 1.0, 10)
+    rounding.begin_step(TrainingStep(0.0, 1.0, 10, 0.1))
     with torch.no_grad():
         rounding.product(torch.eye(32), None)
     assert not rounding.v.any()
@@ -105,7 +106,7 @@ def test_full_mode_travels_at_most_its_range_and_its_rate_falls_to_zero():
     assert isinstance(rounding, FullRounding)
     steps = 20
     for step in range(steps):
-        rounding.begin_step(step / steps, 1 - step / steps, steps)
+        rounding.begin_step(TrainingStep(step / steps, 1 - step / steps, steps, 0.1))
         rounding.product(torch.eye(32), None).sum().backward()
     assert rounding.v.abs().max() == pytest.approx(ReconstructionConfig().rounding_travel, rel=1.5 / steps)
 
@@ -136,18 +137,35 @@ def test_state_restores_exactly(mode):
     assert torch.equal(fresh.harden().scale, rounding.harden().scale)
 
 
-def test_low_rank_mode_trains_through_adam_parameters():
-    rounding: Rounding = make(SCHEMES[1], "lora")
-    rounding.begin_step(0.5, 0.5, 10)
-    target = dequantize(rounding.harden())
-    loss = (rounding.soft() - target).square().sum()
-    penalty = rounding.penalty()
-    assert penalty is not None
-    (loss + penalty).backward()
-    _, a2 = rounding.rounding_parameters()
-    assert a2.grad is not None
-    assert a2.grad.abs().sum() > 0
-    assert rounding.theta.grad is not None
+@pytest.mark.parametrize("beta", [20.0, 2.0])
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_low_rank_gradients_against_autograd(scheme, beta):
+    """The written-out backward pass, penalty included, against autograd of the formulas in float64."""
+    rounding, generator = make(scheme, "lora"), torch.Generator().manual_seed(7)
+    groups, bounds = rounding.scale0.shape[1], level_range(scheme, rounding.zero_point)
+    theta, a1, a2 = (
+        (torch.randn(value.shape, generator=generator) * 0.3).double().requires_grad_()
+        for value in (rounding.theta, rounding.a1, rounding.a2)
+    )
+    gradient = torch.randn(12, 32, generator=generator)
+    low, high = (bound.double() if isinstance(bound, torch.Tensor) else bound for bound in bounds)
+
+    reached = grouped(rounding.weight.double(), groups) / rounding.scale0.double().unsqueeze(-1)
+    v0 = inverse_rectified_sigmoid(reached - reached.floor())
+    rise = rectified_sigmoid(v0 + grouped(a1 @ a2, groups))
+    levels = torch.clamp(reached.floor() + rise, low, high)
+    expected = (levels * (rounding.scale0.double() * theta.exp()).unsqueeze(-1)).flatten(1)
+    ((expected * gradient.double()).sum() + 0.5 * rounding_penalty(rise, beta)).backward()
+
+    weight = LowRank(rounding.weight, rounding.scale0, *bounds, beta, 0.5, Scratch())
+    parameters = [value.detach().float().requires_grad_() for value in (theta, a1, a2)]
+    learned_product(torch.eye(32), weight, None, *parameters).backward(gradient.t())
+    assert torch.allclose(
+        weight.soft([value.detach() for value in parameters], torch.float32).double(), expected, atol=1e-5
+    )
+    for found, exact in zip(parameters, (theta, a1, a2), strict=True):
+        assert exact.grad.abs().max() > 0
+        assert torch.allclose(found.grad.double(), exact.grad, atol=1e-5 * exact.grad.abs().max().item())
 
 
 def test_weights_stay_in_the_dtype_they_came_in():
@@ -170,23 +188,24 @@ def test_products_are_those_of_the_soft_weight(mode, dtype):
     expected = functional.linear(inputs, weight, bias)
     expected.backward(grad)
     again = x.clone().requires_grad_()
-    rounding.begin_step(0.0, 1.0, 20)
+    rounding.begin_step(TrainingStep(0.0, 1.0, 20, 0.1))
     actual = rounding.product(again, bias)
     actual.backward(grad)
     assert torch.equal(actual, expected)
     assert torch.equal(again.grad, inputs.grad)
 
     other = make(SCHEMES[0], mode)
-    other.begin_step(0.0, 1.0, 20)
+    other.begin_step(TrainingStep(0.0, 1.0, 20, 0.1))
+    learned = [rounding.theta, *rounding.rounding_parameters()]
+    if mode == "none":
+        found = [(weight.grad.float() * rounding.soft().detach()).unflatten(1, (4, 8)).sum(-1)]
+        assert torch.allclose(rounding.theta.grad, found[0], rtol=1e-5, atol=1e-5)
+        return
+    parameters = [value.detach() for value in (other.theta, *other.rounding_parameters())]
+    for value, expected in zip(learned, other._weight().gradients(parameters, weight.grad), strict=True):
+        assert torch.equal(value.grad, expected)
     if isinstance(other, FullRounding):
-        gradient_OG = other._weight().move(other.theta.detach(), weight.grad)
         assert torch.equal(rounding.v, other.v)
-    else:
-        other.soft().backward(weight.grad.float())
-        gradient_OG = other.theta.grad
-        for one, two in zip(rounding.rounding_parameters(), other.rounding_parameters(), strict=True):
-            assert torch.equal(one.grad, two.grad)
-    assert torch.equal(rounding.theta.grad, gradient_OG)
 
 
 def test_scratch_is_used_again():
