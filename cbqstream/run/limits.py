@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 
+from cbqstream.config import QuantizeConfig
 from cbqstream.disk import free_bytes
 from cbqstream.errors import DeviceMemoryError, InputError, StorageError, shown
 from cbqstream.memory import GIB
-from cbqstream.records import BlockSpec
+from cbqstream.records import BlockSpec, Notice, WindowReport
 from cbqstream.run.chain import Chain
 from cbqstream.run.inputs import RunInputs
 
@@ -55,6 +56,14 @@ def room_for(what: str, needed: int, folder: Path) -> Iterator[None]:
         said = shown(str(error).partition("\n")[0]) or "out of memory"
         remedy = "Use a smaller --batch-size or --window-size in a new run."
         raise DeviceMemoryError(f"{what} needs more memory than there is ({said}). {remedy}") from error
+
+
+def over_limit(config: QuantizeConfig, report: WindowReport) -> list[Notice]:
+    """Says so where a window took more memory than the plan, and with it the user, allowed."""
+    if config.max_ram is None or report.peak_rss <= config.max_ram:
+        return []
+    taken, limit = report.peak_rss / GIB, config.max_ram / GIB
+    return [Notice(f"memory: {taken:.2f} GiB were taken, --max-ram is {limit:.2f}; the plan was too low.")]
 
 
 def require_finite_windows(chain: Chain) -> None:

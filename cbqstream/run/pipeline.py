@@ -39,7 +39,7 @@ from cbqstream.run.finished import read_carry
 from cbqstream.run.identity import require_same
 from cbqstream.run.inputs import RunInputs, open_inputs
 from cbqstream.run.journal import Journal, open_journal
-from cbqstream.run.limits import disk_bytes, require_finite_windows, room_for
+from cbqstream.run.limits import disk_bytes, over_limit, require_finite_windows, room_for
 from cbqstream.run.seeds import generator_for
 from cbqstream.run.streams import Streams
 from cbqstream.windows.propagate import mix_targets, propagate
@@ -102,8 +102,9 @@ def quantize(
             blocks = inputs.skeleton.blocks[window.start : window.stop]
             needed = disk_bytes(inputs, streams=3, blocks=blocks)  # both streams after it, and the targets
             with room_for(f"window {window.index + 1}", needed, run):
-                listener(_twice(job, window))
-            for notice in inputs.source.take_notices():
+                report = _twice(job, window)
+            listener(report)
+            for notice in [*inputs.source.take_notices(), *over_limit(config, report)]:
                 listener(notice)
             release_free_memory()
         require_finite_windows(journal.chain)
@@ -111,8 +112,8 @@ def quantize(
             raise StoppedError(f"stopped after window {journal.chain.next_window}, as asked.")
         needed = 0 if journal.chain.is_complete else disk_bytes(inputs, streams=1, blocks=inputs.skeleton.blocks)
         with room_for("learning end to end", needed, run):
-            for report in learn_end_to_end(inputs, journal, job.streams, listener):
-                listener(report)
+            for epoch in learn_end_to_end(inputs, journal, job.streams, listener):
+                listener(epoch)
         listener("writing the model")
         job.finish(out)
     return out

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +18,9 @@ from cbqstream.calibration.segments import load_segments
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.config import PROFILES, OutlierConfig, Scheme, WindowConfig
 from cbqstream.evaluate.perplexity import open_model, perplexity
-from cbqstream.records import Compute, WindowReport
-from cbqstream.run import pipeline
+from cbqstream.records import Compute, Notice, WindowReport
+from cbqstream.run import inputs, pipeline
+from cbqstream.run.plan import fitting_plan
 from cbqstream.windows import reconstruct
 from tiny import FAMILIES, SEQ_LEN, VOCAB, save_tokens
 
@@ -226,6 +228,17 @@ def test_what_is_taken_back_is_as_the_window_found_it(make_config, monkeypatch, 
     scheme = Scheme(num_bits=2, group_size=16, activation_bits=8, activation_strategy="tensor")
     _, reports = run(make_config(scheme=scheme, reconstruction={"rounding": mode}))
     assert [report.fallback for report in reports] == [None, "worse", "worse"]
+
+
+def test_memory_beyond_the_limit_is_told(make_config, monkeypatch):
+    told = []
+    monkeypatch.setattr(
+        inputs, "fitting_plan", lambda *given: fitting_plan(replace(given[0], max_ram=None), *given[1:])
+    )
+    quantize(replace(make_config(), max_ram=100 << 20), told.append)
+    notices = [event.text for event in told if isinstance(event, Notice)]
+    assert len(notices) == 3
+    assert re.fullmatch(r"memory: \d\.\d\d GiB were taken, --max-ram is 0\.10; the plan was too low\.", notices[0])
 
 
 ACTIVATION_SCHEMES = {
