@@ -30,7 +30,7 @@ class Tally:
 
 
 @pytest.fixture
-def tally():
+def tally(request):
     """A context manager: counts of a row, kept when the test passes."""
 
     @contextmanager
@@ -41,7 +41,10 @@ def tally():
         if TALLY:
             seconds = round(time.monotonic() - began, 1)
             with Path(TALLY).open("a") as file:
-                file.write(json.dumps({**counted.counts, "seconds": seconds, "nightly": NIGHTLY}) + "\n")
+                file.write(
+                    json.dumps({"test": request.node.nodeid, **counted.counts, "seconds": seconds, "nightly": NIGHTLY})
+                    + "\n"
+                )
 
     return keep
 

@@ -12,9 +12,10 @@ BEGIN, END = "<!-- table -->\n", "<!-- end of table -->\n"
 
 
 def table(lines: list[str]) -> str:
-    """Markdown, a line for each kind of fault."""
+    """Markdown, a line for each kind of fault. Of a test that was run again the last counts are taken."""
+    latest = {(counts["test"], counts["row"], counts["what"]): counts for counts in map(json.loads, lines)}
     merged: dict[tuple[int, str], dict] = {}
-    for counts in map(json.loads, lines):
+    for counts in latest.values():
         key = (counts["row"], counts["what"])
         held = merged.setdefault(key, {**counts, "runs": 0, "faults": 0, "seconds": 0})
         if counts["redone"] is not None:
