@@ -131,7 +131,8 @@ def table(cells: dict[str, dict]) -> str:
 
 
 def summary(cells: dict[str, dict]) -> str:
-    """A line a grid: perplexity on WikiText-2 test, and the time of the slower programs in minutes. Empty where nothing was run."""
+    """A line a grid: perplexity on WikiText-2 test, and CPU minutes of the slower programs (wall time where those were not taken). Empty
+    where nothing was run."""
     methods = ["round-to-nearest", *PEERS, *(name for name in OURS if name != "round-to-nearest")]
     held = [method for method in methods if any(f"{row} | {method}" in cells for row in ROWS)]
     lines = ["| | " + " | ".join(held) + " |", "|---" * (len(held) + 1) + "|"]
@@ -139,9 +140,8 @@ def summary(cells: dict[str, dict]) -> str:
         figures = []
         for method in held:
             cell = cells.get(f"{row} | {method}")
-            minutes = (
-                "" if cell is None or method in ("round-to-nearest", "GPTQ") else f" ({cell['seconds'] / 60:.0f} min)"
-            )
+            quick = cell is None or method in ("round-to-nearest", "GPTQ")
+            minutes = "" if quick else f" ({cell.get('cpu_seconds', cell['seconds']) / 60:.0f} min)"
             figures.append("" if cell is None else f"{cell[TEXTS[0].stem]:,.2f}{minutes}")
         lines.append(f"| {row} | " + " | ".join(figures) + " |")
     return "\n".join(lines)
