@@ -46,7 +46,7 @@ def _take_recipe(context: typer.Context, recipe: Path | None) -> None:
     """What a recipe says is the default of the flag of that name."""
     if recipe is not None:
         flags = [parameter.name or "" for parameter in context.command.params if parameter.param_type_name == "option"]
-        context.default_map = read_recipe(recipe, flags)
+        context.default_map = {**(context.default_map or {}), **read_recipe(recipe, flags)}
 
 
 @app.command()
