@@ -171,11 +171,13 @@ def make_plan(
     stream, settings = tokens * sizes.hidden * _STREAM_BYTES, config.reconstruction
     packed = _packed_bytes(config, sizes)
     quantized = windows[-1].stop - windows[0].start
-    carried = staying * (sizes.weights * 2 + _scale_bytes(config, sizes, 8))
-    training, guard = (len(part) for part in split_guard(config.calibration.num_samples))
+    values = 2 * sizes.weights if settings.rounding == "full" else 0
+    carried = staying * (values + _scale_bytes(config, sizes, 8))
+    samples = config.calibration.num_samples
+    training, guard = (len(part) for part in split_guard(samples))
     learns = settings.rounding != "none"
     epochs = settings.epochs if learns else 0
-    passes = (3 + 2 * (epochs * training + 2 * guard) / (training + guard)) * len(windows)  # of a stream, read
+    passes = (3 + 2 * (epochs * training + 2 * guard) / samples) * len(windows)  # of a stream, read
     whole_model = settings.end_to_end_epochs if learns else 0
     work = _work(config, sizes, len(windows), in_window, training, guard, recompute=recompute)
     return Plan(
@@ -184,7 +186,7 @@ def make_plan(
         vram={"context": _CONTEXT} | on_device if device == "cuda" else {},
         disk={
             "streams": 5 * stream,
-            "blocks": quantized * packed,
+            "blocks": quantized * packed * (2 if whole_model else 1),  # the last epoch writes all of them again
             "carried over": 2 * carried,
             "rest of the model": sizes.source_bytes - quantized * sizes.block_bytes,
         },
@@ -192,7 +194,7 @@ def make_plan(
         bytes_read=int(len(windows) * in_window * sizes.block_bytes + passes * stream + 2 * sizes.ends_bytes)
         + whole_model * sizes.num_blocks * 4 * packed,
         bytes_written=len(windows) * (3 * stream + carried) + quantized * packed + sizes.ends_bytes,
-        flop=2 * tokens / (training + guard) * work["token passes"] * (sizes.weights + _attention(config, sizes)),
+        flop=2 * config.calibration.seq_len * work["segment passes"] * (sizes.weights + _attention(config, sizes)),
         seconds={} if rates is None else _seconds(config, sizes, work, rates),
         recompute=recompute,
     )
@@ -255,7 +257,8 @@ def _work(
     settings = config.reconstruction
     epochs = settings.epochs if settings.rounding != "none" else 0
     stride = config.window.size - config.window.overlap
-    forward = windows * ((training + guard) * (stride + in_window + stride) + 2 * guard * in_window)
+    samples = config.calibration.num_samples
+    forward = windows * (samples * (stride + in_window + stride) + 2 * guard * in_window)
     trained = windows * epochs * training * in_window
     steps = windows * epochs * math.ceil(training / settings.batch_size)
     if recompute:
@@ -266,7 +269,7 @@ def _work(
     return {
         "forward": forward,
         "trained": trained,
-        "token passes": forward + 3 * trained,
+        "segment passes": forward + 3 * trained,
         "steps": steps * in_window,
         "hard batches": 2 * windows * in_window * math.ceil(guard / settings.batch_size),
         "blocks": windows * stride,

@@ -86,6 +86,14 @@ def test_memory_does_not_grow_with_blocks_or_samples(sizes_405b):
     assert large.disk["streams"] == 16 * small.disk["streams"]
 
 
+def test_few_samples_are_trained_on_and_judged_by(sizes_405b):
+    """Fewer than eight are both; each passes the blocks once for the streams all the same."""
+    sizes, _ = sizes_405b
+    plan = make_plan(settings(num_samples=4, seq_len=2048), sizes, "cuda", RATES)
+    passes = 125 * (2 * 6 * 4 * 3 + 4 * (1 + 2 + 1) + 2 * 4 * 2)
+    assert plan.flop == pytest.approx(passes * 2048 * 6.442e9, rel=0.01)
+
+
 def test_a_quarter_of_the_blocks_is_a_quarter_of_the_time(sizes_405b):
     sizes, _ = sizes_405b
     seconds = [
