@@ -90,6 +90,11 @@ class QuantizedWeight:
     input_scale: Tensor | None = None
     """Step size of the layer's inputs, a storable scale [1], where the scheme has one for the tensor."""
 
+    def rows(self, rows: slice) -> QuantizedWeight:
+        """Some rows of it."""
+        zero_point = None if self.zero_point is None else self.zero_point[rows]
+        return QuantizedWeight(self.codes[rows], self.scale[rows], zero_point, self.scheme, self.input_scale)
+
 
 @dataclass(frozen=True, slots=True)
 class Compute:

@@ -207,6 +207,8 @@ PURE = {
     "cli.py": {"replace"},
     "recipe.py": {"replace"},
     "run/plan.py": {"replace"},
+    "numerics/low_rank.py": {"replace"},
+    "numerics/straight_through.py": {"replace"},
     "windows/resident.py": {"replace"},
     "run/chain.py": {"replace"},
 }  # str.replace, dataclasses.replace

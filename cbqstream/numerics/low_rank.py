@@ -16,7 +16,8 @@ weight). Its gradient is added where that of the weight is taken; both are writt
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -60,8 +61,15 @@ class LowRank:
     high: Bound
     beta: float
     penalty: float
-    """c, what the penalty counts in the loss."""
+    """c / (O I), what the penalty of one weight counts in the loss."""
     scratch: Scratch
+
+    by_rows: ClassVar[tuple[bool, ...]] = (True, True, False)
+
+    def part(self, rows: slice) -> Self:
+        """See `LearnedWeight`."""
+        of_rows = {name: rows_of(getattr(self, name), rows) for name in ("weight", "scale0", "low", "high")}
+        return replace(self, **of_rows)  # type: ignore[arg-type]
 
     def soft(self, parameters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """See `LearnedWeight`; the parameters are theta [O, G], A1 [O, R] and A2 [R, I]."""
@@ -88,7 +96,7 @@ class LowRank:
             of_theta[rows] = (levels * gradient).sum(-1)
             slope = gradient.mul_(_equal(reached, levels))
             centered = 2 * rise - 1
-            share = 2 * self.beta * self.penalty / self.weight.numel()
+            share = 2 * self.beta * self.penalty
             slope.addcmul_(centered.abs().pow_(self.beta - 1), centered.sign(), value=-share)
             slope.mul_(_equal(rise, sigmoid * (ZETA - GAMMA) + GAMMA))
             of_v = slope.mul_((ZETA - GAMMA) * sigmoid * (1 - sigmoid)).flatten(1)

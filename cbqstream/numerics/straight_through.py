@@ -15,8 +15,8 @@ takes three to eight times as long as the same thing in arithmetic.
 
 import importlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol, cast
+from dataclasses import dataclass, replace
+from typing import ClassVar, Protocol, Self, cast
 
 import torch
 from torch import Tensor
@@ -102,6 +102,13 @@ class StraightThrough:
     """How far v moves in a backward pass."""
     passes: Passes
     scratch: Scratch
+
+    by_rows: ClassVar[tuple[bool, ...]] = (True,)
+
+    def part(self, rows: slice) -> Self:
+        """See `LearnedWeight`."""
+        of_rows = {name: rows_of(getattr(self, name), rows) for name in ("weight", "scale0", "v", "low", "high")}
+        return replace(self, **of_rows)  # type: ignore[arg-type]
 
     def soft(self, parameters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """See `LearnedWeight`; the one parameter is theta [O, G]."""

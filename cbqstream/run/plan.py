@@ -16,6 +16,7 @@ from cbqstream.errors import DeviceMemoryError, InputError, UsageError, shown
 from cbqstream.memory import GIB
 from cbqstream.models.compute import choose_device, compute_dtype, make_deterministic
 from cbqstream.models.families import FAMILIES
+from cbqstream.numerics.product import SLAB_WEIGHTS
 from cbqstream.records import TensorInfo
 from cbqstream.run.rates import Rates, measure_rates
 from cbqstream.windows.schedule import schedule, split_guard
@@ -210,7 +211,7 @@ def _device_bytes(config: QuantizeConfig, sizes: ModelSizes, kept: int, blocks: 
         "weights": blocks * sizes.block_bytes,
         "rounding": blocks * sizes.weights * 2 if full else 0,
         "step sizes": blocks * _scale_bytes(config, sizes, 24),
-        "scratch": 2 * width * sizes.largest,
+        "scratch": 2 * width * min(sizes.largest, SLAB_WEIGHTS),
         "activations": int(_HEAP * width * batch * ((kept + 1) * saved + (8 + blocks) * sizes.hidden)),
     }
     matrix = sizes.vocabulary * sizes.hidden

@@ -1,16 +1,16 @@
 """A linear layer that can compute with its original, its soft or its hard weight, and can watch its inputs."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from cbqstream.config import Scheme
 from cbqstream.numerics.activation_quant import quantize_per_tensor, quantize_per_token, starting_step
 from cbqstream.numerics.affine import dequantize, storable_scale
+from cbqstream.numerics.product import linear_in_slabs
 from cbqstream.numerics.scratch import Scratch
 from cbqstream.records import QuantizedWeight
 from cbqstream.windows.rounding import Rounding
@@ -118,24 +118,29 @@ class QuantizedLinear(nn.Module):
             seen = InputStatistics.of(x, self._sample_stride)
             self._watched = seen if self._watched is None else self._watched + seen
         if self.phase is Phase.ORIGINAL:
-            return functional.linear(x, self._in_dtype(x), self.bias)
+            return self._product(x, self._original_rows)
         x = self._quantized_input(x)
         if self.phase is Phase.SOFT and self.rounding is not None:
             return self.rounding.product(x, self.bias)
         hard = self._finished if self.rounding is None else self.rounding.harden()
         if hard is None:
-            return functional.linear(x, self._in_dtype(x), self.bias)
-        return functional.linear(x, dequantize(hard, self._room(x)), self.bias)
+            return self._product(x, self._original_rows)
+        return self._product(x, lambda rows, room: dequantize(hard.rows(rows), room))
 
-    def _in_dtype(self, x: Tensor) -> Tensor:
-        """The original weight in the dtype of the input."""
-        return self.weight if self.weight.dtype == x.dtype else self._room(x).copy_(self.weight)
+    def _original_rows(self, rows: slice, room: Tensor) -> Tensor:
+        return self.weight[rows] if self.weight.dtype == room.dtype else room.copy_(self.weight[rows])
 
-    def _room(self, x: Tensor) -> Tensor:
-        """Memory for a weight that is needed for one product; where a backward pass would need it again, it is nobody else's."""
-        if x.requires_grad and torch.is_grad_enabled():
-            return torch.empty_like(self.weight, dtype=x.dtype)
-        return self._scratch.take("weight", self.weight.shape, x.dtype, x.device)
+    def _product(self, x: Tensor, make: Callable[[slice, Tensor], Tensor]) -> Tensor:
+        """The layer's output with a weight whose rows `make` gives, in the room that it gets for them if it likes."""
+        kept = x.requires_grad and torch.is_grad_enabled()  # then a backward pass needs them again
+
+        def rows_of(rows: slice) -> Tensor:
+            shape = self.weight[rows].shape
+            if kept:
+                return make(rows, torch.empty(shape, dtype=x.dtype, device=x.device))
+            return make(rows, self._scratch.take("weight", shape, x.dtype, x.device))
+
+        return linear_in_slabs(x, self.weight.shape, rows_of, self.bias)
 
     def watch_inputs(self, stride: int | None) -> None:
         """Start to gather statistics of the inputs, and every `stride`-th token; None is no tokens."""

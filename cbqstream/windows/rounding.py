@@ -214,7 +214,8 @@ class LowRankRounding(Rounding):
 
     def _weight(self) -> LowRank:
         bounds = level_range(self.scheme, self.zero_point)
-        return LowRank(self.weight, self.scale0, *bounds, self._beta, self._penalty, self._scratch)
+        penalty = self._penalty / self.weight.numel()
+        return LowRank(self.weight, self.scale0, *bounds, self._beta, penalty, self._scratch)
 
     def rounding_parameters(self) -> list[nn.Parameter]:
         return [self.a1, self.a2]

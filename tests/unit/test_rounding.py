@@ -2,15 +2,18 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
 
 from cbqstream.config import ReconstructionConfig, Scheme
+from cbqstream.numerics import product
 from cbqstream.numerics.affine import dequantize, grouped, level_range
 from cbqstream.numerics.low_rank import LowRank, inverse_rectified_sigmoid, rectified_sigmoid, rounding_penalty
 from cbqstream.numerics.product import learned_product
 from cbqstream.numerics.scale_search import minmax_grid
 from cbqstream.numerics.scratch import Scratch
 from cbqstream.numerics.straight_through import Plain, StraightThrough
+from cbqstream.windows.quantized_linear import Phase, QuantizedLinear
 from cbqstream.windows.rounding import FullRounding, LowRankRounding, TrainingStep, make_rounding
 
 SCHEMES = [
@@ -157,7 +160,7 @@ def test_low_rank_gradients_against_autograd(scheme, beta):
     expected = (levels * (rounding.scale0.double() * theta.exp()).unsqueeze(-1)).flatten(1)
     ((expected * gradient.double()).sum() + 0.5 * rounding_penalty(rise, beta)).backward()
 
-    weight = LowRank(rounding.weight, rounding.scale0, *bounds, beta, 0.5, Scratch())
+    weight = LowRank(rounding.weight, rounding.scale0, *bounds, beta, 0.5 / (12 * 32), Scratch())
     parameters = [value.detach().float().requires_grad_() for value in (theta, a1, a2)]
     learned_product(torch.eye(32), weight, None, *parameters).backward(gradient.t())
     assert torch.allclose(
@@ -206,6 +209,34 @@ def test_products_are_those_of_the_soft_weight(mode, dtype):
         assert torch.equal(value.grad, expected)
     if isinstance(other, FullRounding):
         assert torch.equal(rounding.v, other.v)
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+@pytest.mark.parametrize("phase", list(Phase))
+def test_a_large_weight_in_slabs_of_rows(monkeypatch, mode, phase):
+    """Output, gradients, and where the values went, with five rows at a time and all at once."""
+    found = []
+    for slab in (5 * 32, 1 << 20):
+        monkeypatch.setattr(product, "SLAB_WEIGHTS", slab)
+        rounding, generator = make(SCHEMES[0], mode), torch.Generator().manual_seed(5)
+        x = torch.randn(2, 7, 32, generator=generator)
+        linear = nn.Linear(32, 12)
+        linear.weight, linear.bias = nn.Parameter(rounding.weight), nn.Parameter(torch.randn(12, generator=generator))
+        layer = QuantizedLinear(linear.requires_grad_(requires_grad=False), SCHEMES[0], Scratch())
+        layer.rounding, layer.phase = rounding, phase
+        rounding.begin_step(TrainingStep(0.5, 0.5, 20, 0.1))
+        learns = phase is Phase.SOFT
+        with torch.set_grad_enabled(learns):
+            output = layer(x.requires_grad_(learns))
+        found.append([output])
+        if learns:
+            output.square().sum().backward()
+            values = [rounding.v.float()] if isinstance(rounding, FullRounding) else []
+            found[-1] += [x.grad, rounding.theta.grad, *values]
+            found[-1] += [value.grad for value in rounding.rounding_parameters()]
+        assert layer._scratch.take("weight", (1,), x.dtype, x.device).untyped_storage().nbytes() <= 4 * slab
+    for one, other in zip(*found, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_scratch_is_used_again():
