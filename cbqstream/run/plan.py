@@ -25,13 +25,15 @@ _PROCESS = {"cpu": 385 << 20, "cuda": 2 << 30}
 """Resident memory of a process that has imported everything and done a little; on CUDA an estimate."""
 _CONTEXT = 700 << 20
 """Device memory of a CUDA context and its workspaces; an estimate."""
-_HEAP = 1.1
-"""What glibc keeps between allocations."""
+_HEAP = 1.25
+"""What glibc keeps between allocations, as fitted to runs (benchmarks/plan_check.py)."""
+_START = 4.0
+"""Seconds to import everything and to open the model."""
 _STREAM_BYTES, _LOGIT_TOKENS, _LOGIT_COPIES, _READ_AHEAD = 2, 128, 6, 3
 _GRID_SEARCH = {True: 22, False: 120}
 """What looking for the grid of a symmetric, and of an asymmetric weight takes, in training steps of its rounding."""
-_ELEMENTWISE = 14
-"""Values of a block's activations that are read or written elementwise in training, for one value of its layers' outputs."""
+_ELEMENTWISE = {None: 14, 8: 21, 4: 21}
+"""By the width that inputs are quantized to: values of a block's activations that are read or written elementwise in training, for one value of its layers' outputs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,6 +276,7 @@ def _work(
         "steps": steps * in_window,
         "hard batches": 2 * windows * in_window * math.ceil(guard / settings.batch_size),
         "blocks": windows * stride,
+        "head segments": epochs * training + 2 * guard if settings.head_weight else 0,
     }
 
 
@@ -282,11 +285,16 @@ def _seconds(config: QuantizeConfig, sizes: ModelSizes, work: Mapping[str, float
     products = (work["trained"] + work["forward"] / 3) * seq_len * (sizes.weights + 2 * _attention(config, sizes))
     grids = _GRID_SEARCH[config.scheme.symmetric] if config.reconstruction.init == "search" else 1
     weights = (work["steps"] + work["hard batches"] + grids * work["blocks"]) * sizes.weights
-    values = (work["trained"] + work["forward"] / 3) * seq_len * _ELEMENTWISE * sizes.outputs
+    elementwise = _ELEMENTWISE[config.scheme.activation_bits]
+    values = (work["trained"] + work["forward"] / 3) * seq_len * elementwise * sizes.outputs
+    seen = work["head segments"] * seq_len / config.reconstruction.head_stride
+    products += seen * sizes.vocabulary * sizes.hidden
+    values += seen * sizes.vocabulary * _LOGIT_COPIES
     return {
         "matrix products": products * rates.product,
         "rounding": weights * rates.weight,
         "other elementwise work": values * rates.value,
+        "starting": _START,
     }
 
 
@@ -297,6 +305,8 @@ def smaller_settings(config: QuantizeConfig) -> dict[str, QuantizeConfig]:
     if settings.batch_size > 1:
         half = settings.batch_size // 2
         others[f"--batch-size {half}"] = replace(config, reconstruction=replace(settings, batch_size=half))
+    if settings.rounding == "full":
+        others["--rounding lora"] = replace(config, reconstruction=replace(settings, rounding="lora"))
     if calibration.seq_len > 512:
         half = calibration.seq_len // 2
         others[f"--seq-len {half}"] = replace(config, calibration=replace(calibration, seq_len=half))

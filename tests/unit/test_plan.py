@@ -100,7 +100,7 @@ def test_a_quarter_of_the_blocks_is_a_quarter_of_the_time(sizes_405b):
         sum(make_plan(settings(), replace(sizes, num_blocks=1 + blocks), "cuda", RATES).seconds.values())
         for blocks in (25, 100)
     ]
-    assert seconds[1] == pytest.approx(4 * seconds[0])
+    assert seconds[1] == pytest.approx(4 * seconds[0], rel=0.01)  # but for the head and the start
 
 
 @pytest.mark.parametrize(
@@ -143,6 +143,7 @@ def test_smaller_settings_are_smaller(sizes_405b):
     others = {flags: make_plan(other, sizes, "cuda", RATES) for flags, other in smaller_settings(config).items()}
     assert list(others) == [
         "--batch-size 2",
+        "--rounding lora",
         "--seq-len 1024",
         "--num-samples 64",
         "--window-size 1 --overlap 0",
