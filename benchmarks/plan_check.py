@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What `cbqstream plan` says beside what the run then takes: peak resident memory, disk at its fullest, time.
 
-Usage: plan_check.py WORK [--only PART ...] [--threads 1] [--results FILE]
+Usage: plan_check.py WORK [--only PART ...] [--plan-again] [--threads 1] [--results FILE]
 
 Random Llama-shaped checkpoints, quantized whole; roundings travel little, or every window of such a model would be taken back and nothing
 would be carried over. The space of the run directory and of the output is looked at every 20 ms, links counted
@@ -80,8 +80,8 @@ class Space:
             self.most = max(self.most, sum(held.values()))
 
 
-def measured(work: Path, model: dict, flags: list[str], threads: int) -> dict:
-    """The plan of a run, and the run."""
+def measured(work: Path, model: dict, flags: list[str], threads: int, before: dict | None) -> dict:
+    """The plan of a run, and the run; or what it took `before`."""
     folder = work / "-".join(f"{key}{value}" for key, value in model.items())
     if not folder.exists():
         # in a process of its own: what a parent holds counts in the peak of its children
@@ -96,27 +96,29 @@ def measured(work: Path, model: dict, flags: list[str], threads: int) -> dict:
     grid = [] if "--group-size" in flags else ["--group-size", "64"]
     common = [*flags, *grid, "--rounding-travel", "0.05", "--threads", str(threads), "--device", "cpu"]
     plan = json.loads(cbqstream("plan", str(folder), "--json", *common).output)
+    totals = {"ram": plan["ram_total"], "disk": plan["disk_total"], "seconds": plan["seconds_total"]}
+    if before is not None:
+        return {name: [total, before[name][1]] for name, total in totals.items()}
     building = list(out.parent.glob(f"{out.name}.*"))
     with Space([Path(f"{out}.run"), out, *building]) as space:
         made = cbqstream("quantize", str(folder), str(out), "--dataset", str(work / "tokens.npy"), *common)
-    return {
-        "ram": [plan["ram_total"], made.peak_rss],
-        "disk": [plan["disk_total"], space.most],
-        "seconds": [plan["seconds_total"], made.cpu_seconds / threads],
-    }
+    taken = {"ram": made.peak_rss, "disk": space.most, "seconds": made.cpu_seconds / threads}
+    return {name: [total, taken[name]] for name, total in totals.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
     parser.add_argument("--only", nargs="+", default=[""])
+    parser.add_argument("--plan-again", action="store_true", help="hold another plan against the runs that are known")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--results", type=Path, default=HERE / "results" / "plan.json")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     for name, (model, flags) in RUNS.items():
         if any(part in name for part in args.only):
-            save(args.results, name, measured(args.work, model, flags, args.threads))
+            before = load(args.results).get(name) if args.plan_again else None
+            save(args.results, name, measured(args.work, model, flags, args.threads, before))
     print("| run | memory, GiB: plan, run | ratio | disk, MiB: plan, run | ratio | seconds: plan, run | ratio |")
     print("|---|---|---|---|---|---|---|")
     for name, row in load(args.results).items():

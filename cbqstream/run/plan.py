@@ -33,7 +33,8 @@ _STREAM_BYTES, _LOGIT_TOKENS, _LOGIT_COPIES, _READ_AHEAD = 2, 128, 6, 3
 _GRID_SEARCH = {True: 22, False: 120}
 """What looking for the grid of a symmetric, and of an asymmetric weight takes, in training steps of its rounding."""
 _ELEMENTWISE = {None: 14, 8: 21, 4: 21}
-"""By the width that inputs are quantized to: values of a block's activations that are read or written elementwise in training, for one value of its layers' outputs."""
+"""Values of a block's activations that are read or written elementwise in training, for one value of its layers' outputs; by the width
+that inputs are quantized to."""
 
 
 @dataclass(frozen=True, slots=True)
