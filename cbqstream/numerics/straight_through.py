@@ -41,6 +41,13 @@ class Passes(Protocol):
         ...
 
 
+def rounded_levels(w_OI: Tensor, scale_OG: Tensor, v_OI: Tensor, low: Bound, high: Bound) -> Tensor:
+    """clamp(round(w / s + v)), float32 [O, G, K]."""
+    groups = scale_OG.shape[1]
+    levels = grouped(w_OI.float(), groups) / scale_OG.unsqueeze(-1)
+    return clamp_levels(levels.add_(grouped(v_OI.float(), groups)).round_(), low, high)
+
+
 class Plain:
     """In tiles of rows, with torch alone."""
 
@@ -48,9 +55,7 @@ class Plain:
         """See `Passes`."""
         scale_OG1, groups = scale_OG.unsqueeze(-1), scale_OG.shape[1]
         for rows in row_tiles(w_OI):
-            levels = grouped(w_OI[rows].float(), groups) / scale_OG1[rows]
-            levels.add_(grouped(v_OI[rows].float(), groups)).round_()
-            clamp_levels(levels, rows_of(low, rows), rows_of(high, rows))
+            levels = rounded_levels(w_OI[rows], scale_OG[rows], v_OI[rows], rows_of(low, rows), rows_of(high, rows))
             torch.mul(levels, scale_OG1[rows], out=grouped(out_OI[rows], groups))
 
     def move(

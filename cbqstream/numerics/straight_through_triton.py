@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cbqstream.numerics.affine import Bound
+
 _ROWS, _COLUMNS = 16, 128
 _MAGIC = tl.constexpr(
     12582912.0
@@ -84,10 +86,8 @@ def _move_kernel(
     tl.store(theta_grad_ptr + group, total * scale, mask=in_rows)
 
 
-def soft(
-    w_OI: Tensor, scale_OG: Tensor, v_OI: Tensor, low: Tensor | float, high: Tensor | float, out_OI: Tensor
-) -> None:
-    """w_hat into `out_OI`, see `straight_through.soft`."""
+def soft(w_OI: Tensor, scale_OG: Tensor, v_OI: Tensor, low: Bound, high: Bound, out_OI: Tensor) -> None:
+    """w_hat into `out_OI`, see `Passes`."""
     rows, columns = w_OI.shape
     groups = scale_OG.shape[1]
     bounds = isinstance(low, Tensor)
@@ -103,12 +103,12 @@ def move(
     w_OI: Tensor,
     scale_OG: Tensor,
     v_OI: Tensor,
-    low: Tensor | float,
-    high: Tensor | float,
+    low: Bound,
+    high: Bound,
     gradient_OI: Tensor,
     step: float,
 ) -> Tensor:
-    """The gradient of theta; v moves, see `straight_through.move`."""
+    """The gradient of theta; v moves, see `Passes`."""
     rows, columns = w_OI.shape
     groups = scale_OG.shape[1]
     bounds = isinstance(low, Tensor)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from cbqstream.activations.zarr_store import ZarrStore
+from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.config import QuantizeConfig
 from cbqstream.disk import Disk, FileDigest
 from cbqstream.errors import IdentityError, StoppedError, UsageError
@@ -186,7 +187,8 @@ class _Job:
         mix_targets(blocks, quantized, reference_out, targets, compute, a=settings.target_mix)
 
         # 3. outliers, grids and roundings
-        self._start_roundings(window, blocks)
+        carry = read_carry(self.journal.chain) if window.frontier > window.start else Checkpoint({})
+        self._start_roundings(window, blocks, carry)
         fresh = {block.index: block.carry() for block in new}
 
         # 4. reconstruct
@@ -195,7 +197,7 @@ class _Job:
         with self._predictions(window, reference_out) as predictions:
             data = WindowData(quantized, targets, compute, predictions)
             result = reconstruct(
-                blocks, data, settings, order, lambda block: fresh.get(block.index) or self._carried(block.index)
+                blocks, data, settings, order, lambda block: fresh.get(block.index) or self._carried(carry, block.index)
             )
 
         # 5. harden what leaves, carry what stays
@@ -264,18 +266,17 @@ class _Job:
         with model_ends(inputs.skeleton, inputs.source, device=where.device, dtype=where.dtype, only="head") as ends:
             yield Predictions(ends.head, reference_out)
 
-    def _start_roundings(self, window: Window, blocks: list[ResidentBlock]) -> None:
+    def _start_roundings(self, window: Window, blocks: list[ResidentBlock], carry: Checkpoint) -> None:
         for block in blocks:
             generator = generator_for(self.inputs.config.seed, block.index, "rounding")
             if block.index >= window.frontier:
                 block.start(self.settings, generator)
             else:
-                block.go_on(self.settings, generator, self._carried(block.index))
+                block.go_on(self.settings, generator, self._carried(carry, block.index))
 
-    def _carried(self, index: int) -> dict[str, Tensor]:
+    def _carried(self, carry: Checkpoint, index: int) -> dict[str, Tensor]:
         """What the window before left of a block."""
-        carry, prefix = read_carry(self.journal.chain), f"{index}."
-        device = self.inputs.compute.device
+        prefix, device = f"{index}.", self.inputs.compute.device
         return {
             name.removeprefix(prefix): carry.read(name, device=device)
             for name in carry.infos

@@ -15,7 +15,6 @@ from cbqstream.config import ReconstructionConfig, Scheme
 from cbqstream.numerics.affine import (
     clamp_levels,
     codes_of_levels,
-    grouped,
     level_range,
     nearest_levels,
     row_tiles,
@@ -24,7 +23,7 @@ from cbqstream.numerics.affine import (
 from cbqstream.numerics.low_rank import LowRank, low_rank_rise
 from cbqstream.numerics.product import learned_product
 from cbqstream.numerics.scratch import Scratch
-from cbqstream.numerics.straight_through import Passes, StraightThrough, passes_for
+from cbqstream.numerics.straight_through import Passes, StraightThrough, passes_for, rounded_levels
 from cbqstream.records import QuantizedWeight
 
 _BETA_START, _BETA_END, _WARM_UP = 20.0, 2.0, 0.2
@@ -172,10 +171,8 @@ class FullRounding(Rounding):
             self.v.zero_()
 
     def _hard_levels(self, scale_OG: Tensor, rows: slice) -> Tensor:
-        groups, scale_OG1 = scale_OG.shape[1], scale_OG[rows].unsqueeze(-1)
-        levels = grouped(self.weight[rows].float(), groups) / scale_OG1
-        levels.add_(grouped(self.v[rows].float(), groups)).round_()
-        return clamp_levels(levels, *level_range(self.scheme, self._zero_point(rows)))
+        bounds = level_range(self.scheme, self._zero_point(rows))
+        return rounded_levels(self.weight[rows], scale_OG[rows], self.v[rows], *bounds)
 
 
 class LowRankRounding(Rounding):
