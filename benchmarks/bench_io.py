@@ -3,12 +3,14 @@
 
 Usage: bench_io.py WORK [--results FILE]
 
-Weights: a safetensors shard of 1 GiB, read tensor by tensor as a run reads it (with its SHA-256, finite) and without that. Activations:
+Weights: a safetensors shard of 1 GiB, read tensor by tensor as a run reads it (with its SHA-256, finite) and without that; and again after
+it was dropped from the page cache, at once and when a thread has read it ahead for as long as a window computes. Activations:
 a stream of 64 segments of 512 x 4096 in bf16 (256 MiB), as a store keeps it: a chunk a segment with its checksum, synced and not synced.
 """
 
 import argparse
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -27,6 +29,15 @@ from cbqstream.run.source import RunSource
 RESULTS = Path(__file__).resolve().parent / "results" / "io.json"
 CPU = torch.device("cpu")
 SHAPE = StreamShape(64, 512, 4096)
+WINDOW = 10.0
+"""Seconds; those of SmolLM2 take 40 on one core, those of larger models longer."""
+
+
+def forget(path: Path) -> None:
+    """Drop a file from the page cache."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def rate(size: int, work: Callable[[], object]) -> float:
@@ -54,6 +65,18 @@ def main() -> None:
     for name, source in (("weights, read", Checkpoint), ("weights, read, hashed and looked at", RunSource)):
         opened = source(infos)
         found[name] = rate(size, lambda opened=opened: [opened.read(tensor, device=CPU) for tensor in infos])
+    forget(shard)
+    opened, began = RunSource(infos), time.perf_counter()
+    for tensor in infos:
+        opened.read(tensor, device=CPU)
+    found["weights, from the disk"] = size / (time.perf_counter() - began) / 1e9
+    forget(shard)
+    with opened.reading_ahead(list(infos)):
+        time.sleep(WINDOW)
+    began = time.perf_counter()
+    for tensor in infos:
+        opened.read(tensor, device=CPU)
+    found["weights, from the disk, read ahead"] = size / (time.perf_counter() - began) / 1e9
 
     segments = [torch.randn(SHAPE.seq_len, SHAPE.hidden_size).to(SHAPE.dtype) for _ in range(4)]
     size = SHAPE.num_segments * segments[0].nbytes

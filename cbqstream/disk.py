@@ -8,6 +8,7 @@ import errno
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -49,6 +50,8 @@ class Disk:
     def __init__(self, observer: Observer | None = None) -> None:
         self._observer = observer
         self._count = 0
+        self.seconds = 0.0
+        """Spent in operations so far."""
 
     @contextmanager
     def _operation(self, name: str, path: Path) -> "Iterator[None]":
@@ -61,6 +64,7 @@ class Disk:
     @contextmanager
     def _step(self, name: str, path: Path) -> "Iterator[None]":
         """A part of an operation, whose errors are those of the operation."""
+        began = time.monotonic()
         try:
             yield
         except OSError as error:
@@ -68,6 +72,8 @@ class Disk:
             raise StorageError(
                 f"{path}: {name} failed: {error.strerror}. {remedy}", full=error.errno in _FULL
             ) from error
+        finally:
+            self.seconds += time.monotonic() - began
 
     def make_folder(self, path: Path) -> None:
         """Create `path`, which must not exist, with mode 0700."""

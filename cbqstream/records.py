@@ -155,6 +155,10 @@ class WindowReport:
     changed: float
     """Share of codes that differ from rounding the weights to nearest with the same scales."""
     seconds: float
+    reading: float
+    """Of those, how many were spent on waiting for weights and activations."""
+    writing: float
+    """And for the disk to take what was written."""
     peak_rss: int
     """Highest resident memory of the process so far, bytes."""
 
@@ -169,5 +173,7 @@ class WindowReport:
             "fallback": self.fallback,
             "changed": self.changed,
             "seconds": self.seconds,
+            "reading": self.reading,
+            "writing": self.writing,
             "peak_rss": self.peak_rss,
         }

@@ -1,5 +1,6 @@
 """Reading the next batches on a thread while the present one is being computed."""
 
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,11 +16,18 @@ _DEPTH = 2
 def read_batches(stores: Sequence[ActivationStore], batches: Sequence[Sequence[int]]) -> Iterator[list[Tensor]]:
     """For each batch of segment numbers, one tensor [B, S, D] per store, in the dtype of that store, on the CPU.
 
-    At most two batches are held besides the one that was given out. An error in reading is raised at its batch.
+    At most two batches are held besides the one that was given out. An error in reading is raised at its batch. The time that is spent
+    on waiting is added to that of the first store.
     """
 
     def load(batch: Sequence[int]) -> list[Tensor]:
         return [torch.stack([store.read(segment) for segment in batch]) for store in stores]
+
+    def wait(batch: Future[list[Tensor]]) -> list[Tensor]:
+        began = time.monotonic()
+        tensors = batch.result()
+        stores[0].waited += time.monotonic() - began
+        return tensors
 
     waiting: deque[Future[list[Tensor]]] = deque()
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as pool:
@@ -27,9 +35,9 @@ def read_batches(stores: Sequence[ActivationStore], batches: Sequence[Sequence[i
             for position, batch in enumerate(batches):
                 waiting.append(pool.submit(load, batch))
                 if position >= _DEPTH:
-                    yield waiting.popleft().result()
+                    yield wait(waiting.popleft())
             while waiting:
-                yield waiting.popleft().result()
+                yield wait(waiting.popleft())
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 

@@ -22,6 +22,8 @@ class ActivationStore(ABC):
 
     def __init__(self, shape: StreamShape) -> None:
         self.shape = shape
+        self.waited = 0.0
+        """Seconds that `read_batches` has waited for segments so far."""
 
     @abstractmethod
     def write(self, segment: int, x_SD: Tensor) -> None:

@@ -1,7 +1,9 @@
 """Lazy reads by name. Tensors come by pread into their own memory: never mmap, never a whole file, never the whole model."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -72,6 +74,29 @@ class Checkpoint:
 
     def input_quantizer(self, name: str) -> None:
         """None: a dense checkpoint quantizes no inputs."""
+
+    @contextmanager
+    def reading_ahead(self, names: Iterable[str]) -> Iterator[None]:
+        """For the length of a `with`, a thread brings these tensors into the page cache, where the system keeps them as long as it can.
+
+        It takes none of the process's memory, and whoever reads them then meets the errors that it meets.
+        """
+        stopped = threading.Event()
+
+        def load() -> None:
+            with suppress(InputError, OSError):
+                for name in names:
+                    for _ in Checkpoint.raw(self, name):
+                        if stopped.is_set():
+                            return
+
+        thread = threading.Thread(target=load, name="weights-ahead", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stopped.set()
+            thread.join()
 
     def raw(self, name: str) -> Iterator[bytes]:
         """The bytes of one tensor as they lie in the file, in pieces of 16 MiB.

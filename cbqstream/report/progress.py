@@ -32,9 +32,17 @@ def window_line(report: WindowReport, remaining: float) -> str:
     return (
         f"window {window.index + 1}/{report.num_windows}  blocks {window.start}-{window.stop - 1}"
         f"  loss {report.loss_before:.3g} -> {report.loss_after:.3g}  changed {report.changed:.1%}"
-        f"  {report.seconds:.0f} s  RAM {report.peak_rss / GIB:.2f} GiB  ETA {duration(remaining)}"
+        f"  {report.seconds:.0f} s, {_bound(report)}  RAM {report.peak_rss / GIB:.2f} GiB  ETA {duration(remaining)}"
         f"{f'  taken back: {report.fallback}' if report.fallback else ''}"
     )
+
+
+def _bound(report: WindowReport) -> str:
+    """What took most of a window's time, and how much of it."""
+    computing = report.seconds - report.reading - report.writing
+    parts = {"computing": computing, "reading": report.reading, "writing": report.writing}
+    most = max(parts, key=lambda name: parts[name])
+    return f"{parts[most] / max(report.seconds, 1e-9):.0%} {most}"
 
 
 def epoch_line(report: EpochReport) -> str:

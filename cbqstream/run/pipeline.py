@@ -15,7 +15,7 @@ After the last window the step sizes of all blocks may learn together (`run/end_
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
@@ -102,7 +102,7 @@ def quantize(
             require_finite_windows(journal.chain)
             blocks = inputs.skeleton.blocks[window.start : window.stop]
             needed = disk_bytes(inputs, streams=3, blocks=blocks)  # both streams after it, and the targets
-            with room_for(f"window {window.index + 1}", needed, run):
+            with room_for(f"window {window.index + 1}", needed, run), _reading_ahead(inputs, window.index + 1):
                 report = _twice(job, window)
             listener(report)
             for notice in [*inputs.source.take_notices(), *over_limit(config, report)]:
@@ -123,6 +123,13 @@ def quantize(
 def _missing_streams(chain: Chain) -> int:
     """How many streams are on disk at most while those of the next window are made."""
     return 0 if chain.is_complete or chain.acts(chain.next_window).exists() else 4
+
+
+def _reading_ahead(inputs: RunInputs, position: int) -> AbstractContextManager[None]:
+    """The blocks of a window are read while the one before it is at work, where there is one."""
+    coming = inputs.windows[position : position + 1]
+    blocks = [block for window in coming for block in inputs.skeleton.blocks[window.start : window.stop]]
+    return inputs.source.reading_ahead([name for block in blocks for name in block.tensors.values()])
 
 
 def _twice(job: "_Job", window: Window) -> WindowReport:
@@ -163,7 +170,8 @@ class _Job:
 
     def quantize_window(self, window: Window) -> WindowReport:
         """One window, from one committed state to the next."""
-        began, settings, compute = time.monotonic(), self.inputs.config.reconstruction, self.inputs.compute
+        began = self._clocks()
+        settings, compute = self.inputs.config.reconstruction, self.inputs.compute
         is_last = window.index + 1 == len(self.inputs.windows)
         self.journal.empty_tmp()
         self.journal.new_folder("parts")
@@ -214,7 +222,8 @@ class _Job:
             acts = {REFERENCE: reference_out.checksums()}
 
         # 7. commit
-        report = self._report(window, result, time.monotonic() - began)
+        spent = self._clocks(reference, quantized, reference_out, targets)
+        report = self._report(window, result, *(now - then for now, then in zip(spent, began, strict=True)))
         self.journal.commit(self.inputs, parts=parts, acts=acts, report=report.to_dict())
         return report
 
@@ -301,7 +310,14 @@ class _Job:
             f"window {window.index + 1}/{len(self.inputs.windows)} blocks {window.start}-{window.stop - 1}: {doing}"
         )
 
-    def _report(self, window: Window, result: Reconstruction, seconds: float) -> WindowReport:
+    def _clocks(self, *stores: ZarrStore) -> tuple[float, float, float]:
+        """Seconds: the time, what reading weights and waiting for those stores took so far, and what writing took."""
+        waited = sum(store.waited for store in stores)
+        return time.monotonic(), self.inputs.source.seconds + waited, self.journal.disk.seconds
+
+    def _report(
+        self, window: Window, result: Reconstruction, seconds: float, reading: float, writing: float
+    ) -> WindowReport:
         return WindowReport(
             window,
             len(self.inputs.windows),
@@ -310,5 +326,7 @@ class _Job:
             result.fallback,
             result.changed,
             seconds,
+            reading,
+            writing,
             peak_resident_bytes(),
         )

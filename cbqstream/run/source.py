@@ -1,6 +1,7 @@
 """The source checkpoint as a run reads it: what was read once must stay what it was, and must be numbers."""
 
 import hashlib
+import time
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -19,6 +20,8 @@ class RunSource(Checkpoint):
         self._committed: dict[str, str] = {}
         self._seen: dict[str, str] = {}
         self._notices: list[Notice] = []
+        self.seconds = 0.0
+        """Spent on reading and hashing so far."""
 
     def remember(self, digests: Mapping[str, str]) -> None:
         """Take over the digests, by tensor, of what the run has committed."""
@@ -40,9 +43,11 @@ class RunSource(Checkpoint):
             InputError: the file can no longer be read, or the tensor holds values that are not finite.
             IdentityError: the tensor is not what it was when this run read it first.
         """
+        began = time.monotonic()
         tensor = super().read(name, device=torch.device("cpu"))
         info = self.infos[name]
         sha256 = hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
+        self.seconds += time.monotonic() - began
         self._require_same(info, sha256)
         if name not in self._seen:
             low, high = tensor.aminmax()  # NaN if there is one; many times faster than looking at each value

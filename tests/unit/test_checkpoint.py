@@ -5,6 +5,8 @@ import json
 import os
 import resource
 import struct
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -209,3 +211,42 @@ def test_a_fifo_is_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / "model.safetensors")
     with pytest.raises(InputError, match="not a regular file"):
         read_header(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("present", [True, False])
+def test_reading_ahead_reads_and_leaves_errors_to_who_reads(tmp_path, present, monkeypatch):
+    save_file({"a": torch.ones(2), "b": torch.ones(3)}, tmp_path / "model.safetensors")
+    checkpoint, seen = Checkpoint.open(tmp_path), []
+    raw, done = Checkpoint.raw, threading.Event()
+
+    def watched(self, name):
+        for piece in raw(self, name):
+            seen.append((name, len(piece)))
+            yield piece
+        if name == "b":
+            done.set()
+
+    monkeypatch.setattr(Checkpoint, "raw", watched)
+    if not present:
+        (tmp_path / "model.safetensors").unlink()
+    with checkpoint.reading_ahead(["a", "b"]):
+        assert done.wait(20 if present else 0.2) == present
+    assert seen == ([("a", 8), ("b", 12)] if present else [])
+    assert not [thread for thread in threading.enumerate() if thread.name == "weights-ahead"]
+
+
+def test_reading_ahead_stops_where_it_is_not_needed_any_more(tmp_path, monkeypatch):
+    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+    given = []
+
+    def endless(self, name):
+        while True:
+            given.append(name)
+            yield b"piece"
+
+    monkeypatch.setattr(Checkpoint, "raw", endless)
+    with Checkpoint.open(tmp_path).reading_ahead(["a"]):
+        pass
+    left = len(given)
+    time.sleep(0.05)
+    assert len(given) == left

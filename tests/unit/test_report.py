@@ -21,7 +21,7 @@ def commit(made, **numerics):
 
 def report(index=1, seconds=30.0):
     return WindowReport(
-        Window(index, index, index + 2, index + 1, index + 1), 4, 0.5, 0.125, None, 0.08, seconds, 3 << 29
+        Window(index, index, index + 2, index + 1, index + 1), 4, 0.5, 0.125, None, 0.08, seconds, 2.0, 0.5, 3 << 29
     )
 
 
@@ -39,8 +39,8 @@ def test_plain_output_is_one_line_per_window_and_a_log(tmp_path):
         progress(report(0, 20.0))
         progress(report(1, 40.0))
     assert text.getvalue().splitlines() == [
-        "window 1/4  blocks 0-1  loss 0.5 -> 0.125  changed 8.0%  20 s  RAM 1.50 GiB  ETA 1m00s",
-        "window 2/4  blocks 1-2  loss 0.5 -> 0.125  changed 8.0%  40 s  RAM 1.50 GiB  ETA 1m00s",
+        "window 1/4  blocks 0-1  loss 0.5 -> 0.125  changed 8.0%  20 s, 88% computing  RAM 1.50 GiB  ETA 1m00s",
+        "window 2/4  blocks 1-2  loss 0.5 -> 0.125  changed 8.0%  40 s, 94% computing  RAM 1.50 GiB  ETA 1m00s",
     ]
     records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [record["window"] for record in records] == [0, 1]
