@@ -10,11 +10,11 @@ The fit is seconds = a + b * count by least squares; what is left over is printe
 import argparse
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
-from measure import cbqstream, run
+from measure import cbqstream
+from random_model import random_tokens, written
 
 HERE = Path(__file__).resolve().parent
 SEQ_LEN, VOCABULARY = 128, 1024
@@ -24,10 +24,9 @@ SERIES = {"blocks": [(4, 16), (8, 16), (16, 16), (32, 16)], "samples": [(4, 16),
 
 def seconds(work: Path, hidden: int, blocks: int, samples: int, threads: int) -> float:
     """CPU seconds of a run, over its threads."""
-    folder, out, tokens = work / f"model-{blocks}", work / "out", work / "tokens.npy"
-    if not folder.exists():
-        run(sys.executable, str(HERE / "memory.py"), str(folder), "--write", str(hidden), str(blocks))
-    np.save(tokens, np.random.default_rng(0).integers(0, VOCABULARY, samples * SEQ_LEN))
+    folder, out = work / f"model-{blocks}", work / "out"
+    written(folder, hidden=hidden, blocks=blocks, vocabulary=VOCABULARY)
+    tokens = random_tokens(work / "tokens.npy", VOCABULARY, samples * SEQ_LEN)
     sizes = ["--num-samples", str(samples), "--seq-len", str(SEQ_LEN), "--group-size", "64", "--epochs", "1"]
     made = cbqstream(
         "quantize",

@@ -24,11 +24,11 @@ class Measured:
     """Bytes."""
 
 
-def run(*command: str) -> Measured:
+def run(*command: str, expect: int = 0) -> Measured:
     """Run a command to its end; its standard error goes to ours.
 
     Raises:
-        SystemExit: it failed.
+        SystemExit: its exit code is not the one to expect.
     """
     began = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -40,15 +40,15 @@ def run(*command: str) -> Measured:
     process.stdout.close()
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
+    if process.returncode != expect:
         raise SystemExit(f"{' '.join(command)}: exit code {process.returncode}")
     seconds, cpu_seconds = time.monotonic() - began, usage.ru_utime + usage.ru_stime
     return Measured("".join(lines), seconds, cpu_seconds, usage.ru_maxrss * 1024)
 
 
-def cbqstream(*arguments: str) -> Measured:
+def cbqstream(*arguments: str, expect: int = 0) -> Measured:
     """Run the command line of cbqstream."""
-    return run(sys.executable, "-m", "cbqstream", *arguments)
+    return run(sys.executable, "-m", "cbqstream", *arguments, expect=expect)
 
 
 def perplexity(measured: Measured) -> float:

@@ -12,12 +12,11 @@ import argparse
 import json
 import os
 import shutil
-import sys
 import threading
 from pathlib import Path
 
-import numpy as np
-from measure import cbqstream, load, run, save
+from measure import cbqstream, load, save
+from random_model import random_tokens, written
 
 HERE = Path(__file__).resolve().parent
 RUNS: dict[str, tuple[dict, list[str]]] = {
@@ -83,13 +82,10 @@ class Space:
 def measured(work: Path, model: dict, flags: list[str], threads: int, before: dict | None) -> dict:
     """The plan of a run, and the run; or what it took `before`."""
     folder = work / "-".join(f"{key}{value}" for key, value in model.items())
-    if not folder.exists():
-        # in a process of its own: what a parent holds counts in the peak of its children
-        code = f"import sys; sys.path.insert(0, {str(HERE)!r}); from pathlib import Path; from memory import write_checkpoint; "
-        run(sys.executable, "-c", code + f"write_checkpoint(Path({str(folder)!r}), **{model!r})")
+    written(folder, **model)
     size, length = (int(flags[flags.index(name) + 1]) for name in ("--num-samples", "--seq-len"))
     vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
-    np.save(work / "tokens.npy", np.random.default_rng(0).integers(0, vocabulary, size * length))
+    tokens = random_tokens(work / "tokens.npy", vocabulary, size * length)
     out = work / "out"
     shutil.rmtree(out, ignore_errors=True)
     shutil.rmtree(f"{out}.run", ignore_errors=True)
@@ -101,7 +97,7 @@ def measured(work: Path, model: dict, flags: list[str], threads: int, before: di
         return {name: [total, before[name][1]] for name, total in totals.items()}
     building = list(out.parent.glob(f"{out.name}.*"))
     with Space([Path(f"{out}.run"), out, *building]) as space:
-        made = cbqstream("quantize", str(folder), str(out), "--dataset", str(work / "tokens.npy"), *common)
+        made = cbqstream("quantize", str(folder), str(out), "--dataset", str(tokens), *common)
     taken = {"ram": made.peak_rss, "disk": space.most, "seconds": made.cpu_seconds / threads}
     return {name: [total, taken[name]] for name, total in totals.items()}
 

@@ -1,0 +1,131 @@
+#!/usr/bin/env python3
+"""Llama-shaped checkpoints of random bf16 weights, one shard a block, and random tokens.
+
+Usage: random_model.py FOLDER --hidden D --blocks N [--inner I] [--key-value-heads H] [--vocabulary V] [--real N]
+
+With --real only that many blocks have weights; the others are zeros, as files without a byte on disk. Prints the size of the weights in
+bytes. A program that measures runs this as a process of its own: the peak memory of a child begins with what its parent holds.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from measure import run
+
+HEAD_DIM = 128
+
+
+def written(folder: Path, **sizes: int) -> int:
+    """Write a checkpoint, if it is not there, and return the size of its weights in bytes. Sizes are the flags."""
+    done = folder / "model.safetensors.index.json"
+    if not done.exists():
+        flags = [part for name, value in sizes.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+        run(sys.executable, __file__, str(folder), *flags)
+    return int(json.loads(done.read_text())["metadata"]["total_size"])
+
+
+def random_tokens(path: Path, vocabulary: int, number: int) -> Path:
+    """Token ids in the file `path`, and its path."""
+    np.save(path, np.random.default_rng(0).integers(0, vocabulary, number))
+    return path
+
+
+def block_shapes(hidden: int, inner: int, key_value: int) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor of a block by its name there."""
+    matrices = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (key_value, hidden),
+        "self_attn.v_proj": (key_value, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+    norms = dict.fromkeys(("input_layernorm", "post_attention_layernorm"), (hidden,))
+    return {f"{name}.weight": shape for name, shape in {**matrices, **norms}.items()}
+
+
+def write_zeros(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """A shard of zeros in bf16 that takes no room."""
+    header: dict[str, Any] = {}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * int(np.prod(shape))
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+
+
+def write_checkpoint(folder: Path, args: argparse.Namespace) -> int:
+    """Write it and return the size of its weights in bytes."""
+    import torch  # here, because who imports this to start it as a process should hold little itself
+    from safetensors.torch import save_file
+
+    hidden, inner = args.hidden, args.inner or args.hidden * 11 // 4
+    heads = hidden // HEAD_DIM
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": args.blocks,
+        "num_attention_heads": heads,
+        "num_key_value_heads": args.key_value_heads or heads,
+        "vocab_size": args.vocabulary,
+        "tie_word_embeddings": False,
+        "dtype": "bfloat16",
+    }
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    generator = torch.Generator().manual_seed(0)
+
+    def values(shape: tuple[int, ...]) -> torch.Tensor:
+        if len(shape) == 1:
+            return torch.ones(shape, dtype=torch.bfloat16)
+        return (torch.randn(shape, generator=generator) / shape[1] ** 0.5).to(torch.bfloat16)
+
+    shapes = block_shapes(hidden, inner, config["num_key_value_heads"] * HEAD_DIM)
+    block = {name: values(shape) for name, shape in shapes.items()}
+    matrix = (args.vocabulary, hidden)
+    ends = {
+        "model.embed_tokens.weight": values(matrix),
+        "model.norm.weight": values((hidden,)),
+        "lm_head.weight": values(matrix),
+    }
+    save_file(ends, folder / "ends.safetensors")
+    weight_map = dict.fromkeys(ends, "ends.safetensors")
+    real = args.blocks if args.real is None else args.real
+    for index in range(args.blocks):
+        shard, prefix = f"block-{index}.safetensors", f"model.layers.{index}."
+        if index < real:
+            save_file({f"{prefix}{name}": value for name, value in block.items()}, folder / shard)
+        else:
+            write_zeros(folder / shard, {f"{prefix}{name}": shape for name, shape in shapes.items()})
+        weight_map |= {f"{prefix}{name}": shard for name in shapes}
+    size = sum(value.nbytes for value in ends.values()) + args.blocks * sum(value.nbytes for value in block.values())
+    index_file = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index_file))
+    return size
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--hidden", type=int, required=True)
+    parser.add_argument("--blocks", type=int, required=True)
+    parser.add_argument("--inner", type=int)
+    parser.add_argument("--key-value-heads", type=int)
+    parser.add_argument("--vocabulary", type=int, default=1024)
+    parser.add_argument("--real", type=int)
+    args = parser.parse_args()
+    print(write_checkpoint(args.folder, args))
+
+
+if __name__ == "__main__":
+    main()
