@@ -5,16 +5,16 @@ import os
 import signal
 import sys
 import warnings
-from dataclasses import fields, replace
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
 
-from cbqstream.config import PROFILES, CalibrationConfig, QuantizeConfig, Scheme, parse_bytes
+from cbqstream.config import QuantizeConfig
 from cbqstream.errors import CbqstreamError, DeviceMemoryError, InputError, StoppedError, StorageError, UsageError
+from cbqstream.flags import config_of
 from cbqstream.recipe import read_recipe
 
 app = typer.Typer(
@@ -27,8 +27,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-_PER_CHANNEL = -1
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; the physical cores by default.")]
@@ -119,6 +117,12 @@ def quantize(
     kernels: Annotated[
         str | None, typer.Option(help="auto (Triton on CUDA) or plain, which needs nothing but torch.")
     ] = None,
+    calibrate_all_experts: Annotated[
+        bool, typer.Option(help="Gather statistics with every token sent to every expert.")
+    ] = False,
+    blocks_path: Annotated[
+        str | None, typer.Option(help="Module path of the list of blocks, where it is not found by itself.")
+    ] = None,
     keep_first: Annotated[int, typer.Option(help="Blocks at the start left in full precision.")] = 0,
     keep_last: Annotated[int, typer.Option(help="Blocks at the end left in full precision.")] = 0,
     seed: Annotated[int, typer.Option(help="Of all randomness.")] = 0,
@@ -132,45 +136,7 @@ def quantize(
     log_json: LogJson = None,
 ) -> None:
     """Quantize MODEL into OUT, or go on with the run that was begun."""
-    _run(_config(locals()), log_json, stop_after_window, allow_numerics_change, allow_shared_run_dir)
-
-
-def _config(said: dict[str, Any]) -> QuantizeConfig:
-    """The settings of a run, from the flags of `quantize` by name."""
-    if said["profile"] not in PROFILES:
-        raise UsageError(f"profile {said['profile']!r} is not {', '.join(PROFILES)}.")
-    parts = PROFILES[said["profile"]]
-    size = said["group_size"]
-    own = {name: said[name] for name in ("keep_first", "keep_last", "seed", "device", "threads")}
-    own |= {name: parse_bytes(said[name]) for name in ("max_ram", "max_vram") if said[name] is not None}
-    return QuantizeConfig(
-        model=_absolute(said["model"]),
-        out=_absolute(said["out"]),
-        run_dir=None if said["run_dir"] is None else _absolute(said["run_dir"]),
-        scheme=Scheme.named(
-            said["scheme"],
-            group_size=None if size == _PER_CHANNEL else size,
-            symmetric=said["symmetric"],
-            activation_strategy=said["activation_strategy"],
-        ),
-        calibration=CalibrationConfig(
-            dataset=_absolute(said["dataset"]), num_samples=said["num_samples"], seq_len=said["seq_len"]
-        ),
-        window=_changed(parts.window, {"size": said["window_size"], "overlap": said["overlap"]}),
-        outliers=_changed(parts.outliers, {name.removeprefix("cfp_"): said[name] for name in said if "cfp_" in name}),
-        reconstruction=_changed(parts.reconstruction, said),
-        **own,
-    )
-
-
-def _absolute(path: str) -> str:
-    return str(Path(path).absolute())
-
-
-def _changed(settings: Any, said: dict[str, Any]) -> Any:
-    """Settings of a profile with what was said on the command line in their place."""
-    names = {field.name for field in fields(settings)}
-    return replace(settings, **{name: value for name, value in said.items() if name in names and value is not None})
+    _run(config_of(locals()), log_json, stop_after_window, allow_numerics_change, allow_shared_run_dir)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -189,7 +155,7 @@ def plan(
     command = typer.main.get_command(app).commands["quantize"]  # type: ignore[attr-defined]
     flags = [_dashed(argument) for argument in context.args]
     parsed = command.make_context("plan", [model, "OUT", *flags], default_map={"dataset": "DATASET"})
-    made, others = plan_run(_config(parsed.params), with_time=not without_time)
+    made, others = plan_run(config_of(parsed.params), with_time=not without_time)
     if as_json:
         typer.echo(json.dumps({**made, "smaller": others}, indent=1))
         return

@@ -90,6 +90,8 @@ class CalibrationConfig:
     """Segments."""
     seq_len: int = 2048
     """Tokens in a segment."""
+    all_experts: bool = False
+    """Whether statistics are gathered with every token sent to every expert, not only to those that the router chooses."""
 
     def __post_init__(self) -> None:
         _require(self.num_samples >= 1, f"num_samples is {self.num_samples}. It must be at least 1.")
@@ -280,6 +282,8 @@ class QuantizeConfig:
     window: WindowConfig = field(default_factory=WindowConfig)
     outliers: OutlierConfig = field(default_factory=OutlierConfig)
     reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
+    blocks_path: str | None = None
+    """Module path of the list of transformer blocks, for an architecture in which it is not found."""
     keep_first: int = 0
     """Blocks at the start that stay in full precision."""
     keep_last: int = 0

@@ -161,10 +161,13 @@ class WindowReport:
     """And for the disk to take what was written."""
     peak_rss: int
     """Highest resident memory of the process so far, bytes."""
+    experts: Mapping[str, list[int]]
+    """How many calibration tokens each expert of a new block saw, by the path of the experts' module."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a commit or a log."""
-        return {
+        experts = {"experts": dict(self.experts)} if self.experts else {}
+        return experts | {
             "window": self.window.index,
             "windows": self.num_windows,
             "blocks": [self.window.start, self.window.stop],

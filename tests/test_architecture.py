@@ -21,7 +21,7 @@ LAYERS = [
     {"activations"},
     {"numerics"},
     {"records"},
-    {"recipe"},
+    {"recipe", "flags"},
     {"config"},
     {"memory"},
     {"disk"},
@@ -206,6 +206,7 @@ OWN_OPERATIONS = {"disk", "_disk"}  # disk.py's operations may have such names
 PURE = {
     "cli.py": {"replace"},
     "recipe.py": {"replace"},
+    "flags.py": {"replace"},
     "run/plan.py": {"replace"},
     "numerics/low_rank.py": {"replace"},
     "numerics/straight_through.py": {"replace"},

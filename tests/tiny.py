@@ -10,19 +10,36 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 VOCAB = 96
 SEQ_LEN = 16
 
+_TOKENS: dict[str, Any] = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
 _COMMON: dict[str, Any] = {
     "hidden_size": 64,
     "num_attention_heads": 4,
     "num_hidden_layers": 4,
-    "vocab_size": VOCAB,
     "max_position_embeddings": 64,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": None,
+    **_TOKENS,
 }
 _LLAMA_LIKE = {**_COMMON, "intermediate_size": 128, "num_key_value_heads": 2, "tie_word_embeddings": False}
+_ALTERNATING = ["sliding_attention", "full_attention"] * 2
+_GEMMA = {**_LLAMA_LIKE, "head_dim": 16, "sliding_window": 8, "layer_types": _ALTERNATING, "tie_word_embeddings": True}
+_EXPERTS = {**_LLAMA_LIKE, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+_LATENT = {
+    **_LLAMA_LIKE,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 64,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+}
 
-FAMILIES: dict[str, dict[str, Any]] = {
+SOME_FAMILIES: dict[str, dict[str, Any]] = {
     "llama": _LLAMA_LIKE,
     "mistral": {**_LLAMA_LIKE, "sliding_window": 8, "head_dim": 16},
     "qwen2": {
@@ -35,6 +52,36 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {**_LLAMA_LIKE, "head_dim": 32},
     "opt": {**_COMMON, "ffn_dim": 128, "word_embed_proj_dim": 32, "do_layer_norm_before": True},
 }
+"""Enough kinds of block for most tests."""
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    **SOME_FAMILIES,
+    "bloom": {"hidden_size": 64, "n_layer": 4, "n_head": 4, **_TOKENS},
+    "cohere": _LLAMA_LIKE,
+    "cohere2": {**_LLAMA_LIKE, "sliding_window": 8, "layer_types": _ALTERNATING},
+    "deepseek_v2": {**_LATENT, "topk_method": "greedy"},
+    "deepseek_v3": _LATENT,
+    "falcon": {**_COMMON, "new_decoder_architecture": True, "num_kv_heads": 2},
+    "gemma": {**_LLAMA_LIKE, "head_dim": 16, "tie_word_embeddings": True},
+    "gemma2": {**_GEMMA, "query_pre_attn_scalar": 16},
+    "gemma3_text": {**_GEMMA, "query_pre_attn_scalar": 16},
+    "glm": {**_LLAMA_LIKE, "head_dim": 16},
+    "glm4": {**_LLAMA_LIKE, "head_dim": 16},
+    "gpt_neox": {**_COMMON, "intermediate_size": 128, "tie_word_embeddings": False},
+    "granite": {**_LLAMA_LIKE, "embedding_multiplier": 2.0, "residual_multiplier": 0.5, "logits_scaling": 4.0},
+    "mixtral": {**_LLAMA_LIKE, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "olmo": _LLAMA_LIKE,
+    "olmo2": _LLAMA_LIKE,
+    "olmo3": {**_LLAMA_LIKE, "sliding_window": 8, "layer_types": _ALTERNATING},
+    "phi": _LLAMA_LIKE,
+    "phi3": _LLAMA_LIKE,
+    "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 64},
+    "qwen3_moe": {**_EXPERTS, "head_dim": 16},
+    "smollm3": _LLAMA_LIKE,
+    "stablelm": _LLAMA_LIKE,
+    "starcoder2": _LLAMA_LIKE,
+}
+"""Every family that is supported."""
 
 
 def make_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:

@@ -13,6 +13,8 @@ from cbqstream.models.skeleton import ModelSkeleton
 from cbqstream.records import WeightSource
 
 BlockArguments = Mapping[str, Any]
+_BY_SEGMENT = ("alibi",)
+"""Arguments whose first dimension goes through the segments of a batch, and then through something else."""
 
 
 def build_block(
@@ -39,15 +41,15 @@ def build_block(
     """
     spec = skeleton.blocks[index]
     block = copy.deepcopy(skeleton.templates[index])
-    linear_weights = {f"{name}.weight" for name in spec.linears}
+    dtypes = {f"{name}.weight": linear_dtype for name in spec.linears}
+    dtypes |= {name: buffer.dtype for name, buffer in block.named_buffers()}
     state = {
-        local: source.read(name, device=device, dtype=linear_dtype if local in linear_weights else dtype)
-        for local, name in spec.tensors.items()
+        local: source.read(name, device=device, dtype=dtypes.get(local, dtype)) for local, name in spec.tensors.items()
     }
     block.load_state_dict(state, strict=False, assign=True)
     for buffer_name, buffer in list(block.named_buffers()):
         owner, _, leaf = buffer_name.rpartition(".")
-        block.get_submodule(owner).register_buffer(leaf, buffer.to(device), persistent=False)
+        setattr(block.get_submodule(owner), leaf, buffer.to(device))
     for name in spec.linears:
         quantizer = source.input_quantizer(spec.tensors[f"{name}.weight"])
         if quantizer is not None:
@@ -63,9 +65,13 @@ def run_block(
     block: nn.Module, x_BSD: Tensor, arguments: BlockArguments, weights: Mapping[str, Tensor] | None = None
 ) -> Tensor:
     """Hidden states [B, S, D] after the block, called as the model itself calls it; with other `weights` by name, where they are given."""
+    arguments = {
+        name: value.repeat(len(x_BSD), *(1 for _ in value.shape[1:]))
+        if name in _BY_SEGMENT and value is not None
+        else value
+        for name, value in arguments.items()
+    }
     output: Tensor | tuple[Tensor, ...] = (
-        block(x_BSD, **arguments)
-        if weights is None
-        else functional_call(block, dict(weights), (x_BSD,), dict(arguments))
+        block(x_BSD, **arguments) if weights is None else functional_call(block, dict(weights), (x_BSD,), arguments)
     )
     return output if isinstance(output, Tensor) else output[0]

@@ -4,6 +4,7 @@ The blocks of the skeleton are stand-ins here. On the way in they record what th
 one puts the finished hidden states in. So masks, rotary embeddings, scalings and the head are the model's, for every family.
 """
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from cbqstream.models.skeleton import ModelSkeleton
 from cbqstream.records import WeightSource
 
 _LOGIT_TOKENS = 256
+_NO_CACHE = {"use_cache": False, "past_key_values": None, "layer_past": None}
 
 End = Literal["embed", "head"]
 
@@ -23,24 +25,36 @@ End = Literal["embed", "head"]
 class _StandIn(nn.Module):
     """Takes the place of a block: remembers its arguments, and returns `replacement` or its input."""
 
-    def __init__(self) -> None:
+    def __init__(self, block: nn.Module) -> None:
         super().__init__()
+        self._parameters_of_block = tuple(inspect.signature(block.forward).parameters)
+        self._facts = vars(block)  # a model may ask a block for its kind of attention
         self.seen: Tensor | None = None
         self.arguments: dict[str, Any] = {}
         self.replacement: Tensor | None = None
+        self.gives_tuple = False
 
-    def forward(self, x_BSD: Tensor, **arguments: Any) -> Tensor:
-        self.seen, self.arguments = x_BSD, arguments
-        return x_BSD if self.replacement is None else self.replacement
+    def __getattr__(self, name: str) -> Any:
+        facts = self.__dict__.get("_facts", {})
+        return facts[name] if name in facts else facts.get("_modules", {}).get(name) or super().__getattr__(name)
+
+    def forward(self, *positional: Any, **named: Any) -> Tensor | tuple[Tensor]:
+        arguments = {**dict(zip(self._parameters_of_block, positional, strict=False)), **named}
+        self.seen = arguments.pop(self._parameters_of_block[0])
+        self.arguments = arguments
+        output: Tensor = self.seen if self.replacement is None else self.replacement
+        return (output,) if self.gives_tuple else output
 
 
 class ModelEnds:
     """The materialised ends of a model. Made by `model_ends`."""
 
-    def __init__(self, shell: Any, stand_ins: list[_StandIn], device: torch.device) -> None:
+    def __init__(self, shell: Any, stand_ins: list[_StandIn], device: torch.device, dtype: torch.dtype) -> None:
         self._shell = shell
         self._stand_ins = stand_ins
         self._device = device
+        self._dtype = dtype
+        self._learn_what_blocks_give()
 
     @torch.no_grad()
     def embed(self, ids_S: Tensor) -> Tensor:
@@ -55,7 +69,10 @@ class ModelEnds:
     def block_arguments(self, ids_S: Tensor) -> list[BlockArguments]:
         """The keyword arguments that the model hands to each block, for a batch of any size of segments as long as `ids_S`."""
         self.embed(ids_S)
-        return [{**stand_in.arguments, "use_cache": False, "past_key_values": None} for stand_in in self._stand_ins]
+        return [
+            {**stand_in.arguments, **{name: value for name, value in _NO_CACHE.items() if name in stand_in.arguments}}
+            for stand_in in self._stand_ins
+        ]
 
     @torch.no_grad()
     def logits(self, x_SD: Tensor) -> Iterator[Tensor]:
@@ -65,13 +82,28 @@ class ModelEnds:
 
     def head(self, x_TD: Tensor) -> Tensor:
         """Logits, float32 [T, vocabulary], of T tokens of the output of the last block; differentiable."""
-        width = self._shell.get_input_embeddings().embedding_dim
         self._stand_ins[-1].replacement = x_TD.unsqueeze(0)
-        dummy = torch.zeros(1, len(x_TD), width, device=self._device, dtype=x_TD.dtype)
-        output = self._shell(inputs_embeds=dummy, position_ids=self._positions(len(x_TD)), use_cache=False)
+        output = self._shell(**self._dummy(len(x_TD), x_TD.dtype))
         self._stand_ins[-1].replacement = None
         logits: Tensor = output.logits[0].float()
         return logits
+
+    def _learn_what_blocks_give(self) -> None:
+        """Blocks give hidden states [B, S, D], or in some families a tuple of which the model takes the first."""
+        width = self._shell.config.get_text_config().hidden_size
+        for stand_in in self._stand_ins:
+            stand_in.replacement = torch.zeros(1, 2, width, device=self._device, dtype=self._dtype)
+        self._shell.base_model(**self._dummy(2, self._dtype))
+        second = self._stand_ins[1].seen if len(self._stand_ins) > 1 else None
+        gives_tuple = second is not None and second.dim() == 2  # the model took the first segment of a tensor
+        for stand_in in self._stand_ins:
+            stand_in.gives_tuple, stand_in.replacement = gives_tuple, None
+
+    def _dummy(self, length: int, dtype: torch.dtype) -> dict[str, Any]:
+        """Arguments of the model for a segment of which nothing is read."""
+        width = self._shell.get_input_embeddings().embedding_dim
+        zeros = torch.zeros(1, length, width, device=self._device, dtype=dtype)
+        return {"inputs_embeds": zeros, "position_ids": self._positions(length), "use_cache": False}
 
     def _positions(self, length: int) -> Tensor:
         """0 to length - 1, [1, S]. Given, because OPT would count them with a cumsum that CUDA cannot do deterministically."""
@@ -89,7 +121,7 @@ def model_ends(
     """
     shell = skeleton.shell
     layers = shell.get_submodule(skeleton.blocks_path)
-    stand_ins = [_StandIn() for _ in skeleton.blocks]
+    stand_ins = [_StandIn(block) for block in skeleton.templates]
     empty = dict(shell.named_parameters(remove_duplicate=False))
     read: dict[str, Tensor] = {}
     unused = {"embed": shell.get_output_embeddings(), "head": shell.get_input_embeddings()}.get(only or "")
@@ -105,7 +137,7 @@ def model_ends(
             setattr(shell.get_submodule(owner), leaf, buffer.to(device))
         for index, stand_in in enumerate(stand_ins):
             layers[index] = stand_in
-        yield ModelEnds(shell, stand_ins, device)
+        yield ModelEnds(shell, stand_ins, device, dtype)
     finally:
         for index in range(len(stand_ins)):
             layers[index] = nn.Identity()

@@ -1,10 +1,13 @@
-"""The model families that are supported: a row is all that a decoder-only family needs.
+"""What has to be said of a model family that its code in transformers does not say: a row, or nothing at all.
 
 What a block computes, its attention mask, rotary embedding and keyword arguments, the norm and the head at the end: all of that is the
-family's own code in transformers, run as it is.
+family's own code in transformers, run as it is. The list of blocks and the layers in them are found. A row adds where channels can be
+rescaled, what stays in full precision, and where names in checkpoints are others. A family without a row runs too, and is said to be
+untested.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -12,7 +15,10 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Fold:
-    """A place in a block where channels can be rescaled: what writes them is divided by a scale, what reads them multiplied."""
+    """A place in a block where channels can be rescaled: what writes them is divided by a scale, what reads them multiplied.
+
+    In names `*` stands for any number, the same in all of them.
+    """
 
     writer: str
     """A norm, or a linear layer between which and its readers every channel passes on its own, homogeneously."""
@@ -21,43 +27,176 @@ class Fold:
     only_if: tuple[str, Any] | None = None
     """A setting of config.json and the value with which this holds."""
 
+    def in_block(self, modules: Collection[str]) -> "list[Fold]":
+        """This fold at every place of a block with those modules that has all of its parts."""
+        pattern = re.compile(re.escape(self.writer).replace(r"\*", r"(\d+)"))
+        found = []
+        for name in modules:
+            match = pattern.fullmatch(name)
+            if match is None:
+                continue
+            number = match[1] if match.groups() else ""
+            readers = tuple(reader.replace("*", number) for reader in self.readers)
+            if all(reader in modules for reader in readers):
+                found.append(Fold(name, readers))
+        return found
+
 
 @dataclass(frozen=True, slots=True)
 class Family:
     """What has to be said of a family."""
 
-    blocks: str
-    """Module path of the list of transformer blocks."""
-    folds: tuple[Fold, ...]
+    folds: tuple[Fold, ...] = ()
+    full_precision: tuple[str, ...] = ()
+    """Linear layers of a block that are never quantized."""
+    stored: tuple[tuple[str, str], ...] = ()
+    """Regular expressions of parts of parameter names, and what checkpoints have instead."""
 
-    def folds_of(self, config: Any) -> tuple[Fold, ...]:
-        """The folds that hold under a configuration."""
-        return tuple(
-            fold for fold in self.folds if fold.only_if is None or getattr(config, fold.only_if[0]) == fold.only_if[1]
-        )
+    def folds_of(self, config: Any, modules: Collection[str]) -> tuple[Fold, ...]:
+        """The folds of a block with those modules that hold under a configuration."""
+        holding = [fold for fold in self.folds if fold.only_if is None or _setting(config, fold.only_if)]
+        return tuple(found for fold in holding for found in fold.in_block(modules))
+
+    def stored_name(self, name: str) -> str:
+        """Name of a parameter in checkpoints."""
+        for part, other in self.stored:
+            name = re.sub(part, other, name)
+        return name
 
 
+def _setting(config: Any, wanted: tuple[str, Any]) -> bool:
+    name, value = wanted
+    return bool(getattr(config, name, None) == value)
+
+
+_Q_K_V = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_INTO_ATTENTION = Fold("input_layernorm", _Q_K_V)
+_VALUES = Fold("self_attn.v_proj", ("self_attn.o_proj",))
+_INTO_MLP = Fold("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj"))
+_GATED = Fold("mlp.up_proj", ("mlp.down_proj",))
+_EXPERTS = Fold("mlp.experts.*.up_proj", ("mlp.experts.*.down_proj",))
+_LLAMA = Family((_INTO_ATTENTION, _VALUES, _INTO_MLP, _GATED))
+_NORMS_AFTER = Family((_VALUES, _GATED))  # or norms that scale by 1 + weight, which no fold keeps exact
+_GLM = Family((_INTO_ATTENTION, _VALUES, Fold("post_attention_layernorm", ("mlp.gate_up_proj",))))
+_PARALLEL = Fold("input_layernorm", (*_Q_K_V, "mlp.gate_proj", "mlp.up_proj"))
+_FUSED_HEADS = "self_attention.query_key_value"
 _PRE_NORM = ("do_layer_norm_before", True)  # else the residual sum reads the norms too
-_LLAMA = Family(
-    "model.layers",
-    (
-        Fold("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-        Fold("self_attn.v_proj", ("self_attn.o_proj",)),
-        Fold("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
-        Fold("mlp.up_proj", ("mlp.down_proj",)),
-    ),
-)
 _OPT = Family(
-    "model.decoder.layers",
     (
-        Fold("self_attn_layer_norm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), _PRE_NORM),
+        Fold("self_attn_layer_norm", _Q_K_V, _PRE_NORM),
         Fold("self_attn.v_proj", ("self_attn.out_proj",)),
         Fold("final_layer_norm", ("fc1",), _PRE_NORM),
         Fold("fc1", ("fc2",), ("activation_function", "relu")),  # ReLU(x / s) = ReLU(x) / s
+    )
+)
+_BLOOM = Family(
+    (
+        Fold("input_layernorm", (_FUSED_HEADS,), ("apply_residual_connection_post_layernorm", False)),
+        Fold("post_attention_layernorm", ("mlp.dense_h_to_4h",), ("apply_residual_connection_post_layernorm", False)),
+    )
+)
+_FALCON = Family(
+    (
+        Fold("ln_attn", (_FUSED_HEADS,)),
+        Fold("ln_mlp", ("mlp.dense_h_to_4h",)),
+        Fold("input_layernorm", (_FUSED_HEADS, "mlp.dense_h_to_4h"), ("parallel_attn", True)),
+        Fold("input_layernorm", (_FUSED_HEADS,), ("parallel_attn", False)),
+        Fold("post_attention_layernorm", ("mlp.dense_h_to_4h",), ("parallel_attn", False)),
+    )
+)
+_NEOX = Family(
+    (
+        Fold("input_layernorm", ("attention.query_key_value",)),
+        Fold("post_attention_layernorm", ("mlp.dense_h_to_4h",)),
     ),
+    stored=((r"^lm_head\.", "embed_out."),),
+)
+_PHI = Family(
+    (Fold("input_layernorm", (*_Q_K_V, "mlp.fc1")), Fold("self_attn.v_proj", ("self_attn.dense",)))  # GELU
+)
+_PHI3 = Family(
+    (
+        Fold("input_layernorm", ("self_attn.qkv_proj",)),
+        Fold("post_attention_layernorm", ("mlp.gate_up_proj",)),
+    )
+)
+_STABLELM = Family(
+    (
+        Fold("input_layernorm", _Q_K_V, ("use_parallel_residual", False)),
+        Fold("input_layernorm", (*_Q_K_V, "mlp.gate_proj", "mlp.up_proj"), ("use_parallel_residual", True)),
+        _VALUES,
+        _INTO_MLP,
+        _GATED,
+    )
+)
+_OLMO = Family((Fold("self_attn.v_proj", ("self_attn.o_proj",), ("clip_qkv", None)), _GATED))
+_STARCODER2 = Family((_INTO_ATTENTION, _VALUES, Fold("post_attention_layernorm", ("mlp.c_fc",))))
+# the router reads the norm before the experts too, so that one is left as it is
+_QWEN_MOE = Family(
+    (
+        _INTO_ATTENTION,
+        _VALUES,
+        _INTO_MLP,
+        _GATED,
+        _EXPERTS,
+        Fold("mlp.shared_expert.up_proj", ("mlp.shared_expert.down_proj",)),
+    ),
+    full_precision=("mlp.shared_expert_gate",),
+)
+_MIXTRAL = Family(
+    (_INTO_ATTENTION, _VALUES, _EXPERTS),
+    stored=(
+        (r"mlp\.experts\.(\d+)\.gate_proj", r"block_sparse_moe.experts.\1.w1"),
+        (r"mlp\.experts\.(\d+)\.up_proj", r"block_sparse_moe.experts.\1.w3"),
+        (r"mlp\.experts\.(\d+)\.down_proj", r"block_sparse_moe.experts.\1.w2"),
+        (r"mlp\.gate\.", "block_sparse_moe.gate."),
+    ),
+)
+_LATENT_KEYS = "self_attn.kv_a_proj_with_mqa"
+_DEEPSEEK = Family(
+    (
+        Fold("input_layernorm", ("self_attn.q_a_proj", _LATENT_KEYS)),
+        Fold("input_layernorm", ("self_attn.q_proj", _LATENT_KEYS)),  # without a rank for queries
+        Fold("self_attn.q_a_layernorm", ("self_attn.q_b_proj",)),
+        Fold("self_attn.kv_a_layernorm", ("self_attn.kv_b_proj",)),
+        _INTO_MLP,
+        _GATED,
+        _EXPERTS,
+        Fold("mlp.shared_experts.up_proj", ("mlp.shared_experts.down_proj",)),
+    )
 )
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
-    {"llama": _LLAMA, "mistral": _LLAMA, "opt": _OPT, "qwen2": _LLAMA, "qwen3": _LLAMA}
+    {
+        "bloom": _BLOOM,
+        "cohere": Family((_PARALLEL, _VALUES, _GATED)),
+        "cohere2": Family((_PARALLEL, _VALUES, _GATED)),
+        "deepseek_v2": _DEEPSEEK,
+        "deepseek_v3": _DEEPSEEK,
+        "falcon": _FALCON,
+        "gemma": _NORMS_AFTER,
+        "gemma2": _NORMS_AFTER,
+        "gemma3_text": _NORMS_AFTER,
+        "glm": _GLM,
+        "glm4": _GLM,
+        "gpt_neox": _NEOX,
+        "granite": _LLAMA,
+        "llama": _LLAMA,
+        "mistral": _LLAMA,
+        "mixtral": _MIXTRAL,
+        "olmo": _OLMO,
+        "olmo2": _NORMS_AFTER,
+        "olmo3": _NORMS_AFTER,
+        "opt": _OPT,
+        "phi": _PHI,
+        "phi3": _PHI3,
+        "qwen2": _LLAMA,
+        "qwen2_moe": _QWEN_MOE,
+        "qwen3": _LLAMA,
+        "qwen3_moe": _QWEN_MOE,
+        "smollm3": _LLAMA,
+        "stablelm": _STABLELM,
+        "starcoder2": _STARCODER2,
+    }
 )
-"""By `model_type` of config.json."""
+"""By `model_type` of config.json: those that the tests run."""

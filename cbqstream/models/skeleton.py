@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Mapping
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,24 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from cbqstream.errors import InputError, UsageError, shown
-from cbqstream.models.families import FAMILIES
+from cbqstream.models.experts import separate_experts
+from cbqstream.models.families import FAMILIES, Family, Fold
 from cbqstream.records import BlockSpec
 
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-_OTHER_SIZES = ("intermediate_size", "ffn_dim", "head_dim", "num_key_value_heads", "word_embed_proj_dim")
+_OTHER_SIZES = (
+    "intermediate_size",
+    "ffn_dim",
+    "head_dim",
+    "num_key_value_heads",
+    "word_embed_proj_dim",
+    "moe_intermediate_size",
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "kv_lora_rank",
+    "q_lora_rank",
+)
 """Not every architecture has them, and they may be null."""
 _NEVER_READ = ("auto_map", "quantization_config", "model_type", "transformers_version", "architectures")
 
@@ -33,32 +47,25 @@ class ModelSkeleton:
         folder: for messages.
         config: content of its config.json.
         tensors: shape of each dense tensor that can be read, by name.
+        blocks_path: module path of the list of transformer blocks; found by default.
 
     Raises:
         InputError: the architecture is unknown, the configuration is not plausible, or tensors are missing or of another shape.
     """
 
-    def __init__(self, folder: Path, config: dict[str, Any], tensors: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: dict[str, Any],
+        tensors: Mapping[str, tuple[int, ...]],
+        blocks_path: str | None = None,
+    ) -> None:
         self.folder = folder
         self._tensors = tensors
-        path = folder / "config.json"
         model_type = str(config.get("model_type"))
-        if model_type not in FAMILIES and config.get("auto_map"):
-            raise InputError(path, f'architecture "{shown(model_type)}" needs remote code, which is never run.')
-        if model_type not in FAMILIES:
-            raise InputError(
-                path, f'architecture "{shown(model_type)}" is not supported (known: {", ".join(FAMILIES)}).'
-            )
-        for key in (*_SIZES, *(key for key in _OTHER_SIZES if config.get(key) is not None)):
-            if not is_size(config.get(key)):
-                raise InputError(
-                    path, f"{key} is {shown(str(config.get(key)))}, it must be a whole number from 1 to {1 << 20:,}."
-                )
-        if config["num_hidden_layers"] > len(tensors):
-            raise InputError(
-                path,
-                f"num_hidden_layers is {config['num_hidden_layers']:,}, the weights hold {len(tensors):,} tensors.",
-            )
+        self.is_tested = model_type in FAMILIES
+        self._family = FAMILIES.get(model_type, Family())
+        self._refuse_implausible(config, model_type)
         kept = {
             key: value
             for key, value in config.items()
@@ -71,13 +78,16 @@ class ModelSkeleton:
             self.config: Any = CONFIG_MAPPING[model_type](**kept)
             with init_empty_weights(include_buffers=False):
                 auto: Any = AutoModelForCausalLM
-                self.shell: Any = auto.from_config(self.config, attn_implementation="sdpa").eval()
+                self.shell: Any = auto.from_config(self.config).eval()
+            self.blocks_path: str = blocks_path or self._find_blocks()
+            layers = self._blocks()
+            for block in layers:
+                separate_experts(block)
+        except InputError:
+            raise
         except Exception as error:
+            path = folder / "config.json"
             raise InputError(path, f"does not describe a {model_type} model: {shown(str(error))}") from error
-        family = FAMILIES[model_type]
-        self.blocks_path = family.blocks
-        self.folds = family.folds_of(self.config)
-        layers = self.shell.get_submodule(self.blocks_path)
         self.templates: list[nn.Module] = list(layers)
         self.blocks = tuple(self._block_spec(index, block) for index, block in enumerate(self.templates))
         self._refuse_extra_blocks()
@@ -85,15 +95,26 @@ class ModelSkeleton:
             layers[index] = nn.Identity()
         self.outer: Mapping[str, str] = self._outer_tensors()
 
+    def folds(self, index: int) -> tuple[Fold, ...]:
+        """The places in a block where channels can be rescaled."""
+        return self._family.folds_of(self.config, dict(self.templates[index].named_modules()).keys())
+
     @property
     def hidden_size(self) -> int:
         """D, the width of the hidden states."""
         return int(self.config.hidden_size)
 
     @property
-    def outer_linears(self) -> tuple[str, ...]:
-        """Linear layers outside the blocks, the head among them; they are never quantized."""
-        return tuple(name for name, module in self.shell.named_modules() if isinstance(module, nn.Linear))
+    def never_quantized(self) -> tuple[str, ...]:
+        """Modules with a matrix that is never quantized: linear layers outside the blocks, the head among them, and routers in them."""
+        outside = (name for name, module in self.shell.named_modules() if isinstance(module, nn.Linear))
+        inside = (
+            f"{spec.prefix}.{name}"
+            for spec, block in zip(self.blocks, self.templates, strict=True)
+            for name, module in block.named_modules()
+            if name not in spec.linears and len(getattr(getattr(module, "weight", None), "shape", ())) == 2
+        )
+        return (*outside, *inside)
 
     @property
     def vocab_size(self) -> int:
@@ -106,18 +127,74 @@ class ModelSkeleton:
         Raises:
             UsageError: the segment is too long, or too short to predict anything.
         """
-        learned = any(name.endswith("embed_positions.weight") for name, _ in self.shell.named_parameters())
+        tokens = self.shell.get_input_embeddings()
+        learned = any(isinstance(module, nn.Embedding) and module is not tokens for module in self.shell.modules())
         if seq_len < 2 or (learned and seq_len > self.config.max_position_embeddings):
             most = f" to {self.config.max_position_embeddings}, the model's positions" if learned else " or more"
             raise UsageError(f"seq_len is {seq_len}. It must be 2{most}.")
+
+    def _refuse_implausible(self, config: Mapping[str, Any], model_type: str) -> None:
+        """Refuse what transformers does not know, and sizes that are none, before anything is built from them."""
+        path = self.folder / "config.json"
+        if model_type not in CONFIG_MAPPING:
+            remedy = (
+                "needs remote code, which is never run" if config.get("auto_map") else "is not one of transformers'"
+            )
+            raise InputError(path, f'architecture "{shown(model_type)}" {remedy}.')
+        other_names = getattr(CONFIG_MAPPING[model_type], "attribute_map", {})
+        sizes = {key: config.get(key, config.get(other_names.get(key, key))) for key in (*_SIZES, *_OTHER_SIZES)}
+        for key, value in sizes.items():
+            if not is_size(value) and (key in _SIZES or value is not None):
+                raise InputError(
+                    path, f"{key} is {shown(str(value))}, it must be a whole number from 1 to {1 << 20:,}."
+                )
+        if sizes["num_hidden_layers"] > len(self._tensors):
+            raise InputError(
+                path,
+                f"num_hidden_layers is {sizes['num_hidden_layers']:,}, the weights hold {len(self._tensors):,} tensors.",
+            )
+
+    def _find_blocks(self) -> str:
+        """Module path of the largest list that has as many modules as the model has blocks."""
+        lists = {
+            name: sum(value.numel() for value in module.parameters())
+            for name, module in self.shell.named_modules()
+            if isinstance(module, nn.ModuleList) and len(module) == self.config.num_hidden_layers
+        }
+        if not lists:
+            raise InputError(
+                self.folder / "config.json",
+                f"no list of {self.config.num_hidden_layers} blocks in {type(self.shell).__name__}. Name it with --blocks-path.",
+            )
+        return max(lists.items(), key=itemgetter(1))[0]
+
+    def _blocks(self) -> nn.ModuleList:
+        """The list of blocks.
+
+        Raises:
+            InputError: there is none at that path.
+        """
+        try:
+            layers = self.shell.get_submodule(self.blocks_path)
+        except AttributeError:
+            layers = None
+        if not isinstance(layers, nn.ModuleList) or not len(layers):
+            lists = [name for name, module in self.shell.named_modules() if isinstance(module, nn.ModuleList)]
+            text = f'--blocks-path "{shown(self.blocks_path)}" is not a list of blocks. Lists: {", ".join(lists[:5]) or "none"}.'
+            raise InputError(self.folder / "config.json", text)
+        return layers
 
     def _block_spec(self, index: int, block: nn.Module) -> BlockSpec:
         prefix = f"{self.blocks_path}.{index}"
         names = {
             local: self._stored_name(f"{prefix}.{local}", tuple(value.shape))
-            for local, value in block.named_parameters()
+            for local, value in block.state_dict().items()
         }
-        linears = tuple(local for local, module in block.named_modules() if isinstance(module, nn.Linear))
+        linears = tuple(
+            local
+            for local, module in block.named_modules()
+            if isinstance(module, nn.Linear) and local not in self._family.full_precision
+        )
         return BlockSpec(index, prefix, names, linears)
 
     def _outer_tensors(self) -> dict[str, str]:
@@ -130,9 +207,12 @@ class ModelSkeleton:
         return names
 
     def _stored_name(self, name: str, shape: tuple[int, ...]) -> str:
-        """`name` as the checkpoint has it: some leave out the prefix of the base model."""
-        stored = name if name in self._tensors else name.removeprefix(f"{self.shell.base_model_prefix}.")
-        if stored not in self._tensors:
+        """`name` as the checkpoint has it: a family may have its own, and some leave out the prefix of the base model."""
+        own: str = self._family.stored_name(name)
+        prefix = f"{self.shell.base_model_prefix}."
+        candidates = (name, own, name.removeprefix(prefix), own.removeprefix(prefix))
+        stored = next((candidate for candidate in candidates if candidate in self._tensors), None)
+        if stored is None:
             raise InputError(self.folder, "missing from the weights, config.json needs it.", tensor=name)
         if self._tensors[stored] != shape:
             found, needed = list(self._tensors[stored]), list(shape)
@@ -140,7 +220,7 @@ class ModelSkeleton:
         return stored
 
     def _refuse_extra_blocks(self) -> None:
-        prefix = f"{self.blocks_path}."
+        prefix = self.blocks[0].prefix.removesuffix("0")
         held = {
             int(part)
             for name in self._tensors

@@ -62,7 +62,7 @@ def open_inputs(config: QuantizeConfig) -> RunInputs:
         raise InputError(folder / "config.json", f"the model is already quantized ({method}). Give the original.")
     _check_paths(config)
     source = RunSource.open(folder)
-    skeleton = ModelSkeleton(folder, model, source.tensors())
+    skeleton = ModelSkeleton(folder, model, source.tensors(), config.blocks_path)
     _check_scheme(config, skeleton, source)
     device = choose_device(config.device)
     threads = make_deterministic(config.threads)

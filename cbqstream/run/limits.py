@@ -11,14 +11,18 @@ from cbqstream.config import QuantizeConfig
 from cbqstream.disk import free_bytes
 from cbqstream.errors import DeviceMemoryError, InputError, StorageError, shown
 from cbqstream.memory import GIB
+from cbqstream.models.experts import tokens_by_expert
 from cbqstream.records import BlockSpec, Notice, WindowReport
 from cbqstream.run.chain import Chain
 from cbqstream.run.inputs import RunInputs
+from cbqstream.windows.resident import ResidentBlock
 
 _BYTES_A_VALUE = 2
 """Of a stream; and, from above, of a weight in a shard or in what is carried over."""
 _MARGIN = 1.05
 _FALLBACKS = 0.1
+_NAMED = 8
+"""Experts, of those that have something to say in common."""
 
 
 def disk_bytes(inputs: RunInputs, *, streams: int, blocks: Sequence[BlockSpec] = ()) -> int:
@@ -79,3 +83,25 @@ def require_finite_windows(chain: Chain) -> None:
             f"in {len(fallen)} windows the loss was not finite, first in window {fallen[0] + 1}."
             " Use a smaller --rounding-travel or --scale-lr in a new run.",
         )
+
+
+def model_notices(inputs: RunInputs) -> Iterator[Notice]:
+    """What is unusual about the model of a run."""
+    kind, path = inputs.skeleton.config.model_type, inputs.skeleton.blocks_path
+    if not inputs.skeleton.is_tested:
+        yield Notice(
+            f'{inputs.config.model}: architecture "{kind}" is untested here; its blocks were found at "{path}".'
+        )
+    if inputs.model.get("auto_map"):
+        yield Notice(f"{inputs.config.model}: brings its own code (auto_map), which is not run.")
+
+
+def starved_experts(prefix: str, block: ResidentBlock) -> Notice:
+    """Names the experts of a block that saw too few tokens to learn from."""
+    counts = [count for path in tokens_by_expert(block.tokens).values() for count in path]
+    names = sorted({name.rpartition(".")[0] for name in block.starved})
+    shown_names = ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+    return Notice(
+        f"{prefix}: its {len(counts)} experts saw {min(counts):,} to {max(counts):,} tokens; rounded to nearest: {shown_names}."
+        " More --num-samples reach more of them."
+    )

@@ -29,6 +29,7 @@ from cbqstream.errors import IdentityError, StoppedError, UsageError
 from cbqstream.memory import peak_resident_bytes, release_free_memory, return_large_blocks
 from cbqstream.models.block import build_block
 from cbqstream.models.ends import model_ends
+from cbqstream.models.experts import tokens_by_expert
 from cbqstream.packed.block_shard import write_block
 from cbqstream.packed.format import quantization_config
 from cbqstream.packed.output import assemble, building_folder
@@ -40,7 +41,14 @@ from cbqstream.run.finished import read_carry
 from cbqstream.run.identity import require_same
 from cbqstream.run.inputs import RunInputs, open_inputs
 from cbqstream.run.journal import Journal, open_journal
-from cbqstream.run.limits import disk_bytes, over_limit, require_finite_windows, room_for
+from cbqstream.run.limits import (
+    disk_bytes,
+    model_notices,
+    over_limit,
+    require_finite_windows,
+    room_for,
+    starved_experts,
+)
 from cbqstream.run.seeds import generator_for
 from cbqstream.run.streams import Streams
 from cbqstream.windows.propagate import mix_targets, propagate
@@ -84,8 +92,8 @@ def quantize(
         _require_same(Chain.read(run), inputs, allow_numerics_change=allow_numerics_change)
     elif _is_occupied(out):
         raise UsageError(f"{out}: exists and is not empty. Give another OUT.")
-    if inputs.model.get("auto_map"):
-        listener(Notice(f"{config.model}: brings its own code (auto_map), which is not run."))
+    for notice in model_notices(inputs):
+        listener(notice)
     sizes = {"windows": len(inputs.windows), "epochs": inputs.num_epochs, "stream": inputs.stream_shape}
     content = {"identity": inputs.identity, "config": config.to_dict(), **sizes}
     with open_journal(run, disk or Disk(), content, shared=allow_shared_run_dir) as journal:
@@ -191,7 +199,9 @@ class _Job:
         self._tell(window, "targets")
         propagate(new, reference, reference_out, compute, phase=Phase.ORIGINAL)
         for block in new:
-            block.watch_inputs(self.inputs.tokens.numel(), self.settings)
+            block.watch_inputs(
+                self.inputs.tokens.numel(), self.settings, all_experts=self.inputs.config.calibration.all_experts
+            )
         mix_targets(blocks, quantized, reference_out, targets, compute, a=settings.target_mix)
 
         # 3. outliers, grids and roundings
@@ -223,7 +233,7 @@ class _Job:
 
         # 7. commit
         spent = self._clocks(reference, quantized, reference_out, targets)
-        report = self._report(window, result, *(now - then for now, then in zip(spent, began, strict=True)))
+        report = self._report(window, result, new, *(now - then for now, then in zip(spent, began, strict=True)))
         self.journal.commit(self.inputs, parts=parts, acts=acts, report=report.to_dict())
         return report
 
@@ -237,8 +247,10 @@ class _Job:
         last = len(inputs.skeleton.blocks) - config.keep_last
         quantized = inputs.skeleton.blocks[config.keep_first : last]
         kept = [*inputs.skeleton.blocks[: config.keep_first], *inputs.skeleton.blocks[last:]]
-        outside = inputs.skeleton.outer_linears
-        not_quantized = [*outside, *(f"{spec.prefix}.{name}" for spec in kept for name in spec.linears)]
+        not_quantized = [
+            *inputs.skeleton.never_quantized,
+            *(f"{spec.prefix}.{name}" for spec in kept for name in spec.linears),
+        ]
         assemble(
             self.journal.disk,
             out,
@@ -262,7 +274,7 @@ class _Job:
         )
         spec = inputs.skeleton.blocks[index]
         layers = replace_linears(module, spec.linears, inputs.config.scheme, self.settings.scratch)
-        return ResidentBlock(index, module, self.streams.arguments[index], layers, inputs.skeleton.folds)
+        return ResidentBlock(index, module, self.streams.arguments[index], layers, inputs.skeleton.folds(index))
 
     @contextmanager
     def _predictions(self, window: Window, reference_out: ZarrStore) -> Iterator[Predictions | None]:
@@ -280,6 +292,8 @@ class _Job:
             generator = generator_for(self.inputs.config.seed, block.index, "rounding")
             if block.index >= window.frontier:
                 block.start(self.settings, generator)
+                if block.starved:
+                    self.listener(starved_experts(self.inputs.skeleton.blocks[block.index].prefix, block))
             else:
                 block.go_on(self.settings, generator, self._carried(carry, block.index))
 
@@ -316,7 +330,13 @@ class _Job:
         return time.monotonic(), self.inputs.source.seconds + waited, self.journal.disk.seconds
 
     def _report(
-        self, window: Window, result: Reconstruction, seconds: float, reading: float, writing: float
+        self,
+        window: Window,
+        result: Reconstruction,
+        new: list[ResidentBlock],
+        seconds: float,
+        reading: float,
+        writing: float,
     ) -> WindowReport:
         return WindowReport(
             window,
@@ -329,4 +349,9 @@ class _Job:
             reading,
             writing,
             peak_resident_bytes(),
+            experts={
+                f"{self.inputs.skeleton.blocks[block.index].prefix}.{path}": counts
+                for block in new
+                for path, counts in tokens_by_expert(block.tokens).items()
+            },
         )

@@ -5,6 +5,7 @@ the counts against real runs. The time comes from rates that are measured here a
 """
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,10 +13,9 @@ from typing import Any, Literal
 
 from cbqstream.checkpoint.folder import find_tensors, read_json
 from cbqstream.config import QuantizeConfig
-from cbqstream.errors import DeviceMemoryError, InputError, UsageError, shown
+from cbqstream.errors import DeviceMemoryError, InputError, UsageError
 from cbqstream.memory import GIB
 from cbqstream.models.compute import choose_device, compute_dtype, make_deterministic
-from cbqstream.models.families import FAMILIES
 from cbqstream.numerics.product import SLAB_WEIGHTS
 from cbqstream.records import TensorInfo
 from cbqstream.run.rates import Rates, measure_rates
@@ -73,29 +73,23 @@ class ModelSizes:
         """Of the model in a folder.
 
         Raises:
-            InputError: it cannot be read, or is of an architecture that is not known.
+            InputError: it cannot be read, or holds no blocks.
         """
         return cls.counted(folder, read_json(folder, "config.json"), find_tensors(folder))
 
     @classmethod
     def counted(cls, folder: Path, model: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> "ModelSizes":
         """The same, of what was read from there."""
-        family = FAMILIES.get(str(model.get("model_type")))
-        if family is None:
-            raise InputError(
-                folder / "config.json",
-                f'architecture "{shown(str(model.get("model_type")))}" is not supported (known: {", ".join(FAMILIES)}).',
-            )
-        blocks = _by_block(infos, family.blocks)
+        blocks = _by_block(infos)
         if not blocks:
-            raise InputError(folder, f'no tensors of "{family.blocks}.0".')
+            raise InputError(folder, "no tensors of numbered blocks.")
         largest = max(blocks.values(), key=lambda tensors: sum(info.num_bytes for info in tensors))
         matrices = [info for info in largest if len(info.shape) == 2]
         in_blocks = {info.name for tensors in blocks.values() for info in tensors}
         outside = [info for name, info in infos.items() if name not in in_blocks]
         return cls(
             len(blocks),
-            int(model.get("hidden_size") or 0),
+            int(model.get("hidden_size") or model.get("n_embd") or 0),
             int(model.get("vocab_size") or 0),
             tuple((info.shape[0], info.shape[1]) for info in matrices),
             max(info.dtype.itemsize for info in matrices),
@@ -105,17 +99,18 @@ class ModelSizes:
         )
 
 
-def _by_block(infos: Mapping[str, TensorInfo], path: str) -> dict[int, list[TensorInfo]]:
-    """The tensors of each block; checkpoints may leave out the first part of the path."""
-    blocks: dict[int, list[TensorInfo]] = {}
-    for prefix in (f"{path}.", f"{path.partition('.')[2]}."):
-        for name, info in infos.items():
-            number = name.removeprefix(prefix).partition(".")[0]
-            if name.startswith(prefix) and number.isdigit():
-                blocks.setdefault(int(number), []).append(info)
-        if blocks:
-            break
-    return blocks
+def _by_block(infos: Mapping[str, TensorInfo]) -> dict[int, list[TensorInfo]]:
+    """The tensors of each block: of the names with a number in them, those that begin with the same and hold most bytes."""
+    lists: dict[str, dict[int, list[TensorInfo]]] = {}
+    for name, info in infos.items():
+        match = re.match(r"(.*?\.)(\d+)\.", name)
+        if match is not None:
+            lists.setdefault(match[1], {}).setdefault(int(match[2]), []).append(info)
+    return max(
+        lists.values(),
+        key=lambda blocks: sum(info.num_bytes for block in blocks.values() for info in block),
+        default={},
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
 """The blocks of a window on the device, with their quantized layers."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -10,17 +11,20 @@ from torch.utils.checkpoint import checkpoint
 
 from cbqstream.config import OutlierConfig, ReconstructionConfig, Scheme
 from cbqstream.models.block import BlockArguments, run_block
+from cbqstream.models.experts import Experts
 from cbqstream.models.families import Fold
 from cbqstream.numerics.outliers import OutlierRule, truncated
 from cbqstream.numerics.scale_search import minmax_grid, search_grid
 from cbqstream.numerics.scratch import Scratch
 from cbqstream.records import QuantizedWeight
 from cbqstream.windows.folding import apply_fold, fold_scale, parameters_of, reader_scale
-from cbqstream.windows.quantized_linear import InputStep, Phase, QuantizedLinear
+from cbqstream.windows.quantized_linear import InputStatistics, InputStep, Phase, QuantizedLinear
 from cbqstream.windows.rounding import Rounding, make_rounding
 
 _SAMPLED_TOKENS = 1024
-_FOLD, _INPUT = "fold.", "input."
+_FEWEST_TOKENS = 32
+_FOLD, _INPUT, _STARVED = "fold.", "input.", "starved"
+_NUMBER = re.compile(r"\.\d+\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,16 +54,30 @@ class ResidentBlock:
     layers: Mapping[str, QuantizedLinear]
     folds: tuple[Fold, ...]
     scales: dict[str, Tensor] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+    """How many the inputs of each layer were watched for."""
+    starved: set[str] = field(default_factory=set)
+    """Layers of experts that saw too few of them to learn from; they are rounded to nearest."""
 
-    def watch_inputs(self, num_tokens: int, settings: BlockSettings) -> None:
-        """Gather the statistics that `start` needs from the next `num_tokens` tokens; to rescale channels, a sample of about 1024 too."""
+    def watch_inputs(self, num_tokens: int, settings: BlockSettings, *, all_experts: bool = False) -> None:
+        """Gather the statistics that `start` needs from the next `num_tokens` tokens; to rescale channels, a sample of about 1024 too.
+
+        With `all_experts` experts see the tokens too that the router does not send to them.
+        """
+        self._show_experts(all_tokens=all_experts)
         sampled = _SAMPLED_TOKENS if settings.outliers.folds(settings.scheme) else 0
         for layer in self.layers.values():
             layer.watch_inputs(max(1, num_tokens // sampled) if sampled else None)
 
+    def _show_experts(self, *, all_tokens: bool) -> None:
+        for module in self.module.modules():
+            if isinstance(module, Experts):
+                module.see_all = all_tokens
+
     def start(self, settings: BlockSettings, generator: torch.Generator) -> None:
         """From the weights and the inputs that were watched: fold the outlier channels, and give every layer its grid and rounding."""
-        statistics = {name: layer.take_statistics() for name, layer in self.layers.items()}
+        self._show_experts(all_tokens=False)
+        statistics = self._take_statistics()
         if settings.outliers.folds(settings.scheme):
             for fold in self.folds:
                 seen = statistics[fold.readers[0]]
@@ -74,7 +92,34 @@ class ResidentBlock:
                 grid = search_grid(weight, statistics[name].second_moment, settings.scheme)
             else:
                 grid = minmax_grid(weight, settings.scheme)
-            layer.rounding = settings.rounding(weight, *grid, generator)
+            layer.rounding = self._rounding(name, weight, grid, settings, generator)
+
+    def _take_statistics(self) -> dict[str, InputStatistics]:
+        """Of the inputs of each layer; an expert that saw too few tokens to say much has those of all experts of the block."""
+        seen = {name: layer.take_statistics() for name, layer in self.layers.items()}
+        enough = min(_FEWEST_TOKENS, max(found.tokens for found in seen.values()))
+        pooled: dict[str, InputStatistics] = {}
+        for name, found in seen.items():
+            alike = _NUMBER.sub(".*.", name)
+            pooled[alike] = pooled[alike] + found if alike in pooled else found
+        self.tokens.update({name: found.tokens for name, found in seen.items()})
+        self.starved.update(name for name, found in seen.items() if found.tokens < enough)
+        return {
+            name: pooled[_NUMBER.sub(".*.", name)] if name in self.starved else found for name, found in seen.items()
+        }
+
+    def _rounding(
+        self,
+        name: str,
+        weight: Tensor,
+        grid: tuple[Tensor, Tensor | None],
+        settings: BlockSettings,
+        generator: torch.Generator,
+    ) -> Rounding:
+        """As the settings ask for; to nearest where there is too little to learn from."""
+        if name not in self.starved:
+            return settings.rounding(weight, *grid, generator)
+        return Rounding(weight, *grid, settings.scheme).requires_grad_(requires_grad=False)
 
     def go_on(self, settings: BlockSettings, generator: torch.Generator, carried: Mapping[str, Tensor]) -> None:
         """From what `carry` gave in the window before."""
@@ -83,6 +128,8 @@ class ResidentBlock:
                 self._fold(fold, carried[f"{_FOLD}{fold.writer}"])
         for name, layer in self.layers.items():
             state = _under(f"{name}.", carried)
+            if state.pop(_STARVED, None) is not None:
+                self.starved.add(name)
             step = _under(_INPUT, state)
             if step:
                 layer.input_step = InputStep(step["scale0"], settings.scheme.activation_bits or 0)
@@ -90,7 +137,7 @@ class ResidentBlock:
             state = {key: value for key, value in state.items() if not key.startswith(_INPUT)}
             grid = (state["scale0"], state.get("zero_point"))
             weight = self._rounded_weight(layer, settings)
-            layer.rounding = settings.rounding(weight, *grid, generator)
+            layer.rounding = self._rounding(name, weight, grid, settings, generator)
             layer.rounding.load(state)
 
     def carry(self) -> dict[str, Tensor]:
@@ -100,12 +147,14 @@ class ResidentBlock:
             for prefix, part in (("", layer.rounding), (_INPUT, layer.input_step)):
                 if part is not None:
                     carried |= {f"{name}.{prefix}{key}": value for key, value in part.state().items()}
+        carried |= {f"{name}.{_STARVED}": torch.ones(1, dtype=torch.uint8) for name in sorted(self.starved)}
         return carried | {f"{_FOLD}{writer}": scale for writer, scale in self.scales.items()}
 
     def load(self, carried: Mapping[str, Tensor]) -> None:
         """Take every rounding and step size of inputs back to what `carry` gave; what was folded stays folded."""
         for name, layer in self.layers.items():
             state = _under(f"{name}.", carried)
+            state.pop(_STARVED, None)
             if layer.input_step is not None:
                 layer.input_step.load(_under(_INPUT, state))
             if layer.rounding is not None:

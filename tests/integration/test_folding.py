@@ -14,7 +14,7 @@ from cbqstream.records import Compute
 from cbqstream.windows.folding import apply_fold, parameters_of
 from cbqstream.windows.quantized_linear import Phase, replace_linears
 from cbqstream.windows.resident import BlockSettings, ResidentBlock, run_blocks
-from tiny import FAMILIES, SEQ_LEN, VOCAB, save_model
+from tiny import FAMILIES, SEQ_LEN, SOME_FAMILIES, VOCAB, save_model
 
 CPU = Compute(torch.device("cpu"), torch.float32, 2)
 SCHEME = Scheme(num_bits=4, group_size=32)
@@ -23,7 +23,7 @@ SCHEME = Scheme(num_bits=4, group_size=32)
 def resident(skeleton, source, arguments, index=1, scheme=SCHEME):
     module = build_block(skeleton, index, source, device=CPU.device, dtype=CPU.dtype, linear_dtype=None)
     layers = replace_linears(module, skeleton.blocks[index].linears, scheme, Scratch())
-    return ResidentBlock(index, module, arguments[index], layers, skeleton.folds)
+    return ResidentBlock(index, module, arguments[index], layers, skeleton.folds(index))
 
 
 def opened(folder):
@@ -46,8 +46,8 @@ def test_a_folded_block_computes_the_same(opened_models, family, seed):
     x = torch.randn(2, SEQ_LEN, skeleton.hidden_size, generator=generator)
     plain = run_blocks([resident(skeleton, source, arguments)], x, Phase.ORIGINAL)
     block = resident(skeleton, source, arguments)
-    assert skeleton.folds
-    for fold in skeleton.folds:
+    assert skeleton.folds(1)
+    for fold in skeleton.folds(1):
         channels = parameters_of(block.module.get_submodule(fold.writer))["weight"].shape[0]
         scale = torch.exp2(torch.randint(-2, 6, (channels,), generator=generator).float())
         before = parameters_of(block.module.get_submodule(fold.writer))["weight"].clone()
@@ -58,17 +58,17 @@ def test_a_folded_block_computes_the_same(opened_models, family, seed):
 
 def test_norms_that_the_residual_reads_are_not_folded(tmp_path):
     folder = save_model(tmp_path / "opt", "opt", do_layer_norm_before=False)
-    assert [fold.writer for fold in open_model(folder)[0].folds] == ["self_attn.v_proj", "fc1"]
+    assert [fold.writer for fold in open_model(folder)[0].folds(1)] == ["self_attn.v_proj", "fc1"]
     folder = save_model(tmp_path / "gelu", "opt", activation_function="gelu")
-    assert "fc1" not in [fold.writer for fold in open_model(folder)[0].folds]
+    assert "fc1" not in [fold.writer for fold in open_model(folder)[0].folds(1)]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SOME_FAMILIES)
 def test_outliers_are_found_and_folded(opened_models, family):
     """A channel of the first norm is made 64 times as large; the scale of its input is the root of what stands out."""
     skeleton, source, arguments = opened_models[family]
     block = resident(skeleton, source, arguments)
-    writer = skeleton.folds[0].writer
+    writer = skeleton.folds(1)[0].writer
     for value in parameters_of(block.module.get_submodule(writer)).values():
         value[5] *= 64
     x = torch.randn(4, SEQ_LEN, skeleton.hidden_size, generator=torch.Generator().manual_seed(0))
@@ -89,7 +89,7 @@ def test_outliers_are_found_and_folded(opened_models, family):
     }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SOME_FAMILIES)
 def test_searched_scales_make_four_bit_inputs_cheaper(opened_models, family):
     """The block still computes the same in full precision, and with 4-bit weights and inputs its error is less than half."""
     skeleton, source, arguments = opened_models[family]
@@ -98,7 +98,7 @@ def test_searched_scales_make_four_bit_inputs_cheaper(opened_models, family):
     errors = {}
     for when in ("never", "always"):
         block = resident(skeleton, source, arguments, scheme=scheme)
-        for fold in skeleton.folds:
+        for fold in skeleton.folds(1):
             channels = parameters_of(block.module.get_submodule(fold.writer))["weight"].shape[0]
             outlying = torch.where(torch.arange(channels) % 7 == 0, 2.0**-5, 1.0)
             # large inputs that small weights read, as trained models have them

@@ -1,0 +1,51 @@
+"""Settings from the flags of the command line."""
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from cbqstream.config import PROFILES, CalibrationConfig, QuantizeConfig, Scheme, parse_bytes
+from cbqstream.errors import UsageError
+
+_PER_CHANNEL = -1
+
+
+def config_of(said: dict[str, Any]) -> QuantizeConfig:
+    """The settings of a run, from the flags of `quantize` by name."""
+    if said["profile"] not in PROFILES:
+        raise UsageError(f"profile {said['profile']!r} is not {', '.join(PROFILES)}.")
+    parts = PROFILES[said["profile"]]
+    size = said["group_size"]
+    own = {name: said[name] for name in ("blocks_path", "keep_first", "keep_last", "seed", "device", "threads")}
+    own |= {name: parse_bytes(said[name]) for name in ("max_ram", "max_vram") if said[name] is not None}
+    return QuantizeConfig(
+        model=_absolute(said["model"]),
+        out=_absolute(said["out"]),
+        run_dir=None if said["run_dir"] is None else _absolute(said["run_dir"]),
+        scheme=Scheme.named(
+            said["scheme"],
+            group_size=None if size == _PER_CHANNEL else size,
+            symmetric=said["symmetric"],
+            activation_strategy=said["activation_strategy"],
+        ),
+        calibration=CalibrationConfig(
+            dataset=_absolute(said["dataset"]),
+            num_samples=said["num_samples"],
+            seq_len=said["seq_len"],
+            all_experts=said["calibrate_all_experts"],
+        ),
+        window=_changed(parts.window, {"size": said["window_size"], "overlap": said["overlap"]}),
+        outliers=_changed(parts.outliers, {name.removeprefix("cfp_"): said[name] for name in said if "cfp_" in name}),
+        reconstruction=_changed(parts.reconstruction, said),
+        **own,
+    )
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).absolute())
+
+
+def _changed(settings: Any, said: dict[str, Any]) -> Any:
+    """Settings of a profile with what was said on the command line in their place."""
+    names = {field.name for field in fields(settings)}
+    return replace(settings, **{name: value for name, value in said.items() if name in names and value is not None})

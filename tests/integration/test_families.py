@@ -1,0 +1,60 @@
+"""Every family from source to result: quantized, stopped and resumed, loaded by plain transformers."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+from cbqstream import quantize
+from cbqstream.calibration.segments import load_segments
+from cbqstream.config import Scheme
+from cbqstream.errors import StoppedError
+from cbqstream.evaluate.perplexity import open_model, perplexity
+from cbqstream.packed.source import PackedSource
+from cbqstream.records import Compute
+from tiny import FAMILIES, SEQ_LEN, VOCAB
+
+COMPUTE = Compute(torch.device("cpu"), torch.float32, 4)
+SCHEMES = {"W4A16": Scheme(num_bits=4, group_size=32), "W4A8": Scheme(num_bits=4, group_size=32, activation_bits=8)}
+DENSE_ONLY = ("falcon",)
+"""Families whose linear layers in transformers compute with `self.weight` themselves, and so only load dequantized."""
+
+
+def plain_perplexity(family, folder, ids):
+    """By transformers alone."""
+    options = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if family in DENSE_ONLY else {}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+    with torch.no_grad():
+        logits = model(ids, use_cache=False).logits
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).exp().item()
+
+
+@pytest.fixture
+def inputs_as_transformers_has_them(monkeypatch):
+    """transformers fuses experts, and what it dequantizes, into dense weights whose inputs it does not quantize."""
+
+    def apply(family):
+        quantizer = PackedSource.input_quantizer
+
+        def as_there(self, name):
+            return None if ".experts." in name or family in DENSE_ONLY else quantizer(self, name)
+
+        monkeypatch.setattr(PackedSource, "input_quantizer", as_there)
+
+    return apply
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_loads_the_result_and_agrees(make_config, tokens, inputs_as_transformers_has_them, family, scheme):
+    """Where transformers makes dense weights of it they are bf16, and less near."""
+    config = make_config(family, scheme=SCHEMES[scheme], reconstruction={"epochs": 1})
+    with pytest.raises(StoppedError):
+        quantize(config, stop_after_window=2)
+    out = quantize(config)
+    skeleton, source = open_model(out)
+    becomes_dense = family in DENSE_ONLY or any(".experts." in name for name in skeleton.blocks[-1].linears)
+    inputs_as_transformers_has_them(family)
+    ids = load_segments(tokens, out, num_samples=16, seq_len=SEQ_LEN, vocab_size=VOCAB)
+    plain = plain_perplexity(family, out, ids)
+    assert perplexity(skeleton, source, ids, COMPUTE) == pytest.approx(plain, rel=1e-3 if becomes_dense else 1e-4)
