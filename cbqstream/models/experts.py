@@ -65,8 +65,9 @@ def separate_experts(block: nn.Module) -> None:
         fused = [getattr(module, part, None) for part in _FUSED]
         if not all(isinstance(value, nn.Parameter) and value.dim() == 3 for value in fused):
             continue
+        gate = getattr(module, "_apply_gate", None)
         odd = [key for key, value in _LAYOUTS.items() if getattr(module, key, value) != value]
-        if odd:
+        if gate is None or odd:
             raise ValueError(
                 f"the experts of {type(module).__name__} are of a form that is not supported ({', '.join(odd)})"
             )
@@ -77,7 +78,7 @@ def separate_experts(block: nn.Module) -> None:
         setattr(
             block.get_submodule(owner),
             leaf,
-            Experts(Expert(hidden, double // 2, module._apply_gate) for _ in range(number)),
+            Experts(Expert(hidden, double // 2, gate) for _ in range(number)),
         )
 
 

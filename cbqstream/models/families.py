@@ -2,8 +2,7 @@
 
 What a block computes, its attention mask, rotary embedding and keyword arguments, the norm and the head at the end: all of that is the
 family's own code in transformers, run as it is. The list of blocks and the layers in them are found. A row adds where channels can be
-rescaled, what stays in full precision, and where names in checkpoints are others. A family without a row runs too, and is said to be
-untested.
+rescaled and what stays in full precision. A family without a row runs too, and is said to be untested.
 """
 
 import re
@@ -49,19 +48,11 @@ class Family:
     folds: tuple[Fold, ...] = ()
     full_precision: tuple[str, ...] = ()
     """Linear layers of a block that are never quantized."""
-    stored: tuple[tuple[str, str], ...] = ()
-    """Regular expressions of parts of parameter names, and what checkpoints have instead."""
 
     def folds_of(self, config: Any, modules: Collection[str]) -> tuple[Fold, ...]:
         """The folds of a block with those modules that hold under a configuration."""
         holding = [fold for fold in self.folds if fold.only_if is None or _setting(config, fold.only_if)]
         return tuple(found for fold in holding for found in fold.in_block(modules))
-
-    def stored_name(self, name: str) -> str:
-        """Name of a parameter in checkpoints."""
-        for part, other in self.stored:
-            name = re.sub(part, other, name)
-        return name
 
 
 def _setting(config: Any, wanted: tuple[str, Any]) -> bool:
@@ -109,7 +100,6 @@ _NEOX = Family(
         Fold("input_layernorm", ("attention.query_key_value",)),
         Fold("post_attention_layernorm", ("mlp.dense_h_to_4h",)),
     ),
-    stored=((r"^lm_head\.", "embed_out."),),
 )
 _PHI = Family(
     (Fold("input_layernorm", (*_Q_K_V, "mlp.fc1")), Fold("self_attn.v_proj", ("self_attn.dense",)))  # GELU
@@ -143,15 +133,7 @@ _QWEN_MOE = Family(
     ),
     full_precision=("mlp.shared_expert_gate",),
 )
-_MIXTRAL = Family(
-    (_INTO_ATTENTION, _VALUES, _EXPERTS),
-    stored=(
-        (r"mlp\.experts\.(\d+)\.gate_proj", r"block_sparse_moe.experts.\1.w1"),
-        (r"mlp\.experts\.(\d+)\.up_proj", r"block_sparse_moe.experts.\1.w3"),
-        (r"mlp\.experts\.(\d+)\.down_proj", r"block_sparse_moe.experts.\1.w2"),
-        (r"mlp\.gate\.", "block_sparse_moe.gate."),
-    ),
-)
+_MIXTRAL = Family((_INTO_ATTENTION, _VALUES, _EXPERTS))
 _LATENT_KEYS = "self_attn.kv_a_proj_with_mqa"
 _DEEPSEEK = Family(
     (

@@ -15,10 +15,12 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from cbqstream.errors import InputError, UsageError, shown
 from cbqstream.models.experts import separate_experts
 from cbqstream.models.families import FAMILIES, Family, Fold
+from cbqstream.models.naming import stored_names
 from cbqstream.records import BlockSpec
 
-_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+_SIZES = ("hidden_size", "num_hidden_layers", "vocab_size")
 _OTHER_SIZES = (
+    "num_attention_heads",
     "intermediate_size",
     "ffn_dim",
     "head_dim",
@@ -88,8 +90,14 @@ class ModelSkeleton:
         except Exception as error:
             path = folder / "config.json"
             raise InputError(path, f"does not describe a {model_type} model: {shown(str(error))}") from error
+        self._stored = stored_names(self.shell, tensors)
         self.templates: list[nn.Module] = list(layers)
         self.blocks = tuple(self._block_spec(index, block) for index, block in enumerate(self.templates))
+        if not any(spec.linears for spec in self.blocks):
+            raise InputError(
+                folder / "config.json",
+                f"the blocks of {type(self.shell).__name__} have no linear layers (GPT-2 has its own kind, which no format here holds).",
+            )
         self._refuse_extra_blocks()
         for index in range(len(layers)):
             layers[index] = nn.Identity()
@@ -166,7 +174,7 @@ class ModelSkeleton:
                 self.folder / "config.json",
                 f"no list of {self.config.num_hidden_layers} blocks in {type(self.shell).__name__}. Name it with --blocks-path.",
             )
-        return max(lists.items(), key=itemgetter(1))[0]
+        return str(max(lists.items(), key=itemgetter(1))[0])
 
     def _blocks(self) -> nn.ModuleList:
         """The list of blocks.
@@ -207,11 +215,8 @@ class ModelSkeleton:
         return names
 
     def _stored_name(self, name: str, shape: tuple[int, ...]) -> str:
-        """`name` as the checkpoint has it: a family may have its own, and some leave out the prefix of the base model."""
-        own: str = self._family.stored_name(name)
-        prefix = f"{self.shell.base_model_prefix}."
-        candidates = (name, own, name.removeprefix(prefix), own.removeprefix(prefix))
-        stored = next((candidate for candidate in candidates if candidate in self._tensors), None)
+        """`name` as the checkpoint has it; some leave out the prefix of the base model."""
+        stored = self._stored.get(name) or self._stored.get(name.removeprefix(f"{self.shell.base_model_prefix}."))
         if stored is None:
             raise InputError(self.folder, "missing from the weights, config.json needs it.", tensor=name)
         if self._tensors[stored] != shape:
@@ -223,7 +228,7 @@ class ModelSkeleton:
         prefix = self.blocks[0].prefix.removesuffix("0")
         held = {
             int(part)
-            for name in self._tensors
+            for name in self._stored
             if name.startswith(prefix) and (part := name[len(prefix) :].split(".")[0]).isdigit()
         }
         if len(held) > len(self.blocks):
