@@ -59,7 +59,10 @@ def make_config(tiny_models, tokens, tmp_path):
             out=str(tmp_path / name),
             scheme=scheme or Scheme(num_bits=4, group_size=32),
             calibration=CalibrationConfig(
-                dataset=str(options.pop("dataset", tokens)), num_samples=options.pop("num_samples", 16), seq_len=SEQ_LEN
+                dataset=str(options.pop("dataset", tokens)),
+                num_samples=options.pop("num_samples", 16),
+                seq_len=SEQ_LEN,
+                all_experts=options.pop("all_experts", False),
             ),
             reconstruction=ReconstructionConfig(**reconstruction),
             threads=1,

@@ -84,10 +84,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
 """Every family that is supported."""
 
 
-def make_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """A random model of a family in float32, with weights large enough that its blocks do something."""
+def make_model(family: str, seed: int = 0, *, like: str | None = None, **overrides: Any) -> PreTrainedModel:
+    """A random model of a family in float32, with weights large enough that its blocks do something; of the sizes of `like`."""
     torch.manual_seed(seed)
-    config = CONFIG_MAPPING[family](**{**FAMILIES[family], **overrides})
+    config = CONFIG_MAPPING[family](**{**FAMILIES[like or family], **overrides})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

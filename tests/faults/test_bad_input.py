@@ -234,7 +234,7 @@ CASES = {
     ),
     "34 architecture": (
         lambda bad: bad.config(model_type="\x1b[2Jfoo"),
-        r'{model}/config\.json: architecture "\\x1b\[2Jfoo" is not supported .*',
+        r'{model}/config\.json: architecture "\\x1b\[2Jfoo" is not one of transformers\'\.',
     ),
     "35 remote code": (
         lambda bad: bad.config(model_type="foo", auto_map={"AutoModel": "x.y"}),

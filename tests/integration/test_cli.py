@@ -277,8 +277,8 @@ BAD_MODELS = {
         '{model}/model.safetensors.index.json: shard name "../x.safetensors" leaves the model folder.',
     ),
     "unknown architecture": (
-        edit_config(model_type="mamba"),
-        '{model}/config.json: architecture "mamba" is not supported (known: llama, mistral, opt, qwen2, qwen3).',
+        edit_config(model_type="mambo"),
+        '{model}/config.json: architecture "mambo" is not one of transformers\'.',
     ),
     "size of nothing": (
         edit_config(hidden_size=0),

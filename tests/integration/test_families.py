@@ -13,7 +13,7 @@ from cbqstream.packed.source import PackedSource
 from cbqstream.records import Compute
 from tiny import FAMILIES, SEQ_LEN, VOCAB
 
-COMPUTE = Compute(torch.device("cpu"), torch.float32, 4)
+COMPUTE = Compute(torch.device("cpu"), torch.float32, 16)
 SCHEMES = {"W4A16": Scheme(num_bits=4, group_size=32), "W4A8": Scheme(num_bits=4, group_size=32, activation_bits=8)}
 DENSE_ONLY = ("falcon",)
 """Families whose linear layers in transformers compute with `self.weight` themselves, and so only load dequantized."""
@@ -30,13 +30,21 @@ def plain_perplexity(family, folder, ids):
 
 @pytest.fixture
 def inputs_as_transformers_has_them(monkeypatch):
-    """transformers fuses experts, and what it dequantizes, into dense weights whose inputs it does not quantize."""
+    """transformers quantizes no inputs of experts, nor of what it has made dense, and some otherwise than per token.
+
+    compressed-tensors 0.20 finds the scale of a token's input by reducing over all dimensions but the first two. That is a token for
+    [B, S, D]; but OPT hands [B S, D] to its feed-forward layers, and Qwen2-MoE to its shared expert, where all tokens then have one scale,
+    and DeepSeek has [B, 1, S, D] somewhere. Inference engines quantize per token always, and so does this project.
+    """
 
     def apply(family):
         quantizer = PackedSource.input_quantizer
 
         def as_there(self, name):
-            return None if ".experts." in name or family in DENSE_ONLY else quantizer(self, name)
+            quantize_tokens = None if ".experts." in name or family in DENSE_ONLY else quantizer(self, name)
+            if quantize_tokens is None:
+                return None
+            return lambda x: quantize_tokens(x.flatten(2) if x.dim() > 2 else x.flatten()).view_as(x)
 
         monkeypatch.setattr(PackedSource, "input_quantizer", as_there)
 

@@ -1,0 +1,117 @@
+"""Architectures without a row of their own, experts, and what is said where something is not found."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from cbqstream import quantize
+from cbqstream.calibration.segments import load_segments
+from cbqstream.errors import InputError
+from cbqstream.evaluate.perplexity import open_model, perplexity
+from cbqstream.models.experts import separate_experts
+from cbqstream.records import Compute, Notice, WindowReport
+from tiny import SEQ_LEN, VOCAB, make_model, save_model
+
+COMPUTE = Compute(torch.device("cpu"), torch.float32, 4)
+
+
+@pytest.fixture
+def arcee(tmp_path):
+    """A checkpoint of a family that has no row."""
+    return save_model(tmp_path / "arcee", "arcee", like="llama")
+
+
+def events_of(config):
+    events = []
+    return quantize(config, events.append), events
+
+
+def test_an_architecture_without_a_row_runs_and_says_so(make_config, tokens, arcee):
+    out, events = events_of(make_config(model=arcee))
+    notices = [event.text for event in events if isinstance(event, Notice)]
+    assert notices == [f'{arcee}: architecture "arcee" is untested here; its blocks were found at "model.layers".']
+    ids = load_segments(tokens, out, num_samples=16, seq_len=SEQ_LEN, vocab_size=VOCAB)
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = model(ids, use_cache=False).logits
+    plain = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).exp().item()
+    assert perplexity(*open_model(out), ids, COMPUTE) == pytest.approx(plain, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("model.layer", r'--blocks-path "model\.layer" is not a list of blocks\. Lists: model\.layers\.$'),
+        ("model", r'--blocks-path "model" is not a list of blocks\.'),
+    ],
+)
+def test_blocks_path_must_be_a_list(make_config, path, message):
+    with pytest.raises(InputError, match=message):
+        quantize(make_config(blocks_path=path))
+
+
+def test_blocks_path_can_be_given(make_config):
+    assert quantize(make_config(blocks_path="model.layers")).is_dir()
+
+
+def test_layers_that_are_stored_the_other_way_round_are_refused(tmp_path, make_config):
+    folder = save_model(tmp_path / "gpt2", "gpt2", like="opt")
+    with pytest.raises(InputError, match=r"GPT2LMHeadModel have no linear layers \(GPT-2 has its own kind"):
+        quantize(make_config(model=folder))
+
+
+def test_experts_of_an_unknown_form_are_refused(tmp_path, make_config):
+    folder = save_model(tmp_path / "gpt_oss", "gpt_oss", like="mixtral", head_dim=16)
+    with pytest.raises(
+        InputError, match=r"the experts of GptOssExperts are of a form that is not supported \(is_trans"
+    ):
+        quantize(make_config(model=folder))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3"])
+def test_separate_experts_compute_what_fused_ones_do(family):
+    """Bit for bit, in their order."""
+    block = make_model(family).model.layers[1]
+    fused = block.mlp.experts
+    x = torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
+    chosen = torch.stack([torch.randperm(3)[:2] for _ in x])  # the last expert is never chosen
+    weights = torch.rand(40, 2)
+    fused.config._experts_implementation = "eager"
+    with torch.no_grad():
+        expected = fused(x, chosen, weights)
+        gate_up, down = fused.gate_up_proj.detach().clone(), fused.down_proj.detach().clone()
+        separate_experts(block)
+        for index, expert in enumerate(block.mlp.experts):
+            gate, up = gate_up[index].chunk(2)
+            parts = {"gate_proj.weight": gate, "up_proj.weight": up, "down_proj.weight": down[index]}
+            expert.load_state_dict(parts, assign=True)
+        for see_all in (False, True):
+            block.mlp.experts.see_all = see_all
+            assert torch.allclose(block.mlp.experts(x, chosen, weights), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_experts_that_saw_too_few_tokens_are_rounded_to_nearest_and_named(make_config):
+    config = make_config("qwen3_moe", num_samples=3)
+    _, events = events_of(config)
+    reports = [event for event in events if isinstance(event, WindowReport)]
+    counts = {path: seen for report in reports for path, seen in report.experts.items()}
+    assert list(counts) == [f"model.layers.{index}.mlp.experts" for index in range(4)]
+    assert all(sum(seen) == 3 * SEQ_LEN * 2 for seen in counts.values())
+    notices = [event.text for event in events if isinstance(event, Notice)]
+    for path, seen in counts.items():
+        starved = [f"mlp.experts.{index}" for index, tokens in enumerate(seen) if tokens < 32]
+        block = path.removesuffix(".mlp.experts")
+        expected = (
+            f"{block}: its 4 experts saw {min(seen)} to {max(seen)} tokens; rounded to nearest: {', '.join(starved)}."
+        )
+        assert bool(starved) == any(notice.startswith(expected) for notice in notices), (seen, notices)
+    assert any(tokens < 32 for seen in counts.values() for tokens in seen)
+    assert any(tokens >= 32 for seen in counts.values() for tokens in seen)
+
+
+def test_every_expert_can_be_shown_every_token(make_config):
+    config = make_config("qwen3_moe", num_samples=3, all_experts=True)
+    _, events = events_of(config)
+    assert not [event for event in events if isinstance(event, Notice)]
+    for report in (event for event in events if isinstance(event, WindowReport)):
+        assert all(tokens == 3 * SEQ_LEN for seen in report.experts.values() for tokens in seen)
