@@ -5,7 +5,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
 
 VOCAB = 96
 SEQ_LEN = 16
@@ -22,6 +28,15 @@ _LLAMA_LIKE = {**_COMMON, "intermediate_size": 128, "num_key_value_heads": 2, "t
 _ALTERNATING = ["sliding_attention", "full_attention"] * 2
 _GEMMA = {**_LLAMA_LIKE, "head_dim": 16, "sliding_window": 8, "layer_types": _ALTERNATING, "tie_word_embeddings": True}
 _EXPERTS = {**_LLAMA_LIKE, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+_EYES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "image_size": 28,
+    "patch_size": 14,
+}
+_THREE_AXES = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
 _LATENT = {
     **_LLAMA_LIKE,
     "num_key_value_heads": 4,
@@ -65,6 +80,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma": {**_LLAMA_LIKE, "head_dim": 16, "tie_word_embeddings": True},
     "gemma2": {**_GEMMA, "query_pre_attn_scalar": 16},
     "gemma3_text": {**_GEMMA, "query_pre_attn_scalar": 16},
+    "gemma3": {
+        "text_config": {**_GEMMA, "query_pre_attn_scalar": 16},
+        "vision_config": _EYES,
+        "mm_tokens_per_image": 4,
+    },
     "glm": {**_LLAMA_LIKE, "head_dim": 16},
     "glm4": {**_LLAMA_LIKE, "head_dim": 16},
     "gpt_neox": {**_COMMON, "intermediate_size": 128, "tie_word_embeddings": False},
@@ -75,6 +95,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olmo3": {**_LLAMA_LIKE, "sliding_window": 8, "layer_types": _ALTERNATING},
     "phi": _LLAMA_LIKE,
     "phi3": _LLAMA_LIKE,
+    "qwen2_5_vl": {
+        "text_config": {**_LLAMA_LIKE, "rope_parameters": _THREE_AXES},
+        "vision_config": {**_EYES, "out_hidden_size": 64, "depth": 2, "num_heads": 2, "fullatt_block_indexes": [1]},
+        **{
+            f"{name}_token_id": VOCAB - 6 + index
+            for index, name in enumerate(("image", "video", "vision_start", "vision_end"))
+        },
+    },
     "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 64},
     "qwen3_moe": {**_EXPERTS, "head_dim": 16},
     "smollm3": _LLAMA_LIKE,
@@ -84,11 +112,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
 """Every family that is supported."""
 
 
+def auto_class(config: Any) -> Any:
+    """The class of transformers that makes, and loads, a model that writes text."""
+    return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
+
+
 def make_model(family: str, seed: int = 0, *, like: str | None = None, **overrides: Any) -> PreTrainedModel:
     """A random model of a family in float32, with weights large enough that its blocks do something; of the sizes of `like`."""
     torch.manual_seed(seed)
     config = CONFIG_MAPPING[family](**{**FAMILIES[like or family], **overrides})
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = auto_class(config).from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(("norm.weight", "layernorm.weight", "layer_norm.weight")):

@@ -10,7 +10,12 @@ from typing import Any
 
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+)
 
 from cbqstream.errors import InputError, UsageError, shown
 from cbqstream.models.experts import separate_experts
@@ -78,8 +83,11 @@ class ModelSkeleton:
         }
         try:
             self.config: Any = CONFIG_MAPPING[model_type](**kept)
+            self._text = self.config.get_text_config()
+            # a model that sees has a text model in it, which is what is quantized
+            causal = type(self.config) in MODEL_FOR_CAUSAL_LM_MAPPING
+            auto: Any = AutoModelForCausalLM if causal else AutoModelForImageTextToText
             with init_empty_weights(include_buffers=False):
-                auto: Any = AutoModelForCausalLM
                 self.shell: Any = auto.from_config(self.config).eval()
             self.blocks_path: str = blocks_path or self._find_blocks()
             layers = self._blocks()
@@ -105,12 +113,12 @@ class ModelSkeleton:
 
     def folds(self, index: int) -> tuple[Fold, ...]:
         """The places in a block where channels can be rescaled."""
-        return self._family.folds_of(self.config, dict(self.templates[index].named_modules()).keys())
+        return self._family.folds_of(self._text, dict(self.templates[index].named_modules()).keys())
 
     @property
     def hidden_size(self) -> int:
         """D, the width of the hidden states."""
-        return int(self.config.hidden_size)
+        return int(self._text.hidden_size)
 
     @property
     def never_quantized(self) -> tuple[str, ...]:
@@ -127,7 +135,7 @@ class ModelSkeleton:
     @property
     def vocab_size(self) -> int:
         """Token ids are below this."""
-        return int(self.config.vocab_size)
+        return int(self._text.vocab_size)
 
     def check_length(self, seq_len: int) -> None:
         """Refuse segments that the model has no positions for. Where positions are computed there is no limit.
@@ -136,9 +144,10 @@ class ModelSkeleton:
             UsageError: the segment is too long, or too short to predict anything.
         """
         tokens = self.shell.get_input_embeddings()
-        learned = any(isinstance(module, nn.Embedding) and module is not tokens for module in self.shell.modules())
-        if seq_len < 2 or (learned and seq_len > self.config.max_position_embeddings):
-            most = f" to {self.config.max_position_embeddings}, the model's positions" if learned else " or more"
+        decoder = self.shell.get_submodule(self._decoder_path)
+        learned = any(isinstance(module, nn.Embedding) and module is not tokens for module in decoder.modules())
+        if seq_len < 2 or (learned and seq_len > self._text.max_position_embeddings):
+            most = f" to {self._text.max_position_embeddings}, the model's positions" if learned else " or more"
             raise UsageError(f"seq_len is {seq_len}. It must be 2{most}.")
 
     def _refuse_implausible(self, config: Mapping[str, Any], model_type: str) -> None:
@@ -149,6 +158,7 @@ class ModelSkeleton:
                 "needs remote code, which is never run" if config.get("auto_map") else "is not one of transformers'"
             )
             raise InputError(path, f'architecture "{shown(model_type)}" {remedy}.')
+        config = {**config, **(config.get("text_config") or {})}
         other_names = getattr(CONFIG_MAPPING[model_type], "attribute_map", {})
         sizes = {key: config.get(key, config.get(other_names.get(key, key))) for key in (*_SIZES, *_OTHER_SIZES)}
         for key, value in sizes.items():
@@ -156,23 +166,28 @@ class ModelSkeleton:
                 raise InputError(
                     path, f"{key} is {shown(str(value))}, it must be a whole number from 1 to {1 << 20:,}."
                 )
-        if sizes["num_hidden_layers"] > len(self._tensors):
+        if int(sizes["num_hidden_layers"] or 0) > len(self._tensors):
             raise InputError(
                 path,
                 f"num_hidden_layers is {sizes['num_hidden_layers']:,}, the weights hold {len(self._tensors):,} tensors.",
             )
+
+    @property
+    def _decoder_path(self) -> str:
+        """Module path of what holds the blocks, the embeddings and the norm."""
+        return self.blocks_path.rpartition(".")[0]
 
     def _find_blocks(self) -> str:
         """Module path of the largest list that has as many modules as the model has blocks."""
         lists = {
             name: sum(value.numel() for value in module.parameters())
             for name, module in self.shell.named_modules()
-            if isinstance(module, nn.ModuleList) and len(module) == self.config.num_hidden_layers
+            if isinstance(module, nn.ModuleList) and len(module) == self._text.num_hidden_layers
         }
         if not lists:
             raise InputError(
                 self.folder / "config.json",
-                f"no list of {self.config.num_hidden_layers} blocks in {type(self.shell).__name__}. Name it with --blocks-path.",
+                f"no list of {self._text.num_hidden_layers} blocks in {type(self.shell).__name__}. Name it with --blocks-path.",
             )
         return str(max(lists.items(), key=itemgetter(1))[0])
 
@@ -208,8 +223,11 @@ class ModelSkeleton:
     def _outer_tensors(self) -> dict[str, str]:
         """Name in the checkpoint of every parameter outside the blocks, by its name in the model; tied ones by what they are tied to."""
         tied: Mapping[str, str] = getattr(self.shell, "_tied_weights_keys", None) or {}
+        head = {id(value) for value in self.shell.get_output_embeddings().parameters()}
         names = {}
         for name, value in self.shell.named_parameters(remove_duplicate=False):
+            if not name.startswith(f"{self._decoder_path}.") and id(value) not in head:
+                continue  # of what a model sees with
             twin = tied.get(name) if self.config.tie_word_embeddings else None
             names[name] = self._stored_name(twin or name, tuple(value.shape))
         return names

@@ -81,6 +81,7 @@ class ModelSizes:
     def counted(cls, folder: Path, model: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> "ModelSizes":
         """The same, of what was read from there."""
         blocks = _by_block(infos)
+        model = {**model, **(model.get("text_config") or {})}
         if not blocks:
             raise InputError(folder, "no tensors of numbered blocks.")
         largest = max(blocks.values(), key=lambda tensors: sum(info.num_bytes for info in tensors))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+from transformers import AutoConfig, CompressedTensorsConfig
 
 from cbqstream import quantize
 from cbqstream.calibration.segments import load_segments
@@ -11,7 +11,7 @@ from cbqstream.errors import StoppedError
 from cbqstream.evaluate.perplexity import open_model, perplexity
 from cbqstream.packed.source import PackedSource
 from cbqstream.records import Compute
-from tiny import FAMILIES, SEQ_LEN, VOCAB
+from tiny import FAMILIES, SEQ_LEN, VOCAB, auto_class
 
 COMPUTE = Compute(torch.device("cpu"), torch.float32, 16)
 SCHEMES = {"W4A16": Scheme(num_bits=4, group_size=32), "W4A8": Scheme(num_bits=4, group_size=32, activation_bits=8)}
@@ -22,7 +22,9 @@ DENSE_ONLY = ("falcon",)
 def plain_perplexity(family, folder, ids):
     """By transformers alone."""
     options = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if family in DENSE_ONLY else {}
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+    model = (
+        auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=torch.float32, **options).eval()
+    )
     with torch.no_grad():
         logits = model(ids, use_cache=False).logits
     return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).exp().item()
