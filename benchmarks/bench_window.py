@@ -128,7 +128,9 @@ def window(
     made = []
     for index in range(blocks):
         module = build_block(skeleton, index, source, device=compute.device, dtype=compute.dtype, linear_dtype=None)
-        layers = replace_linears(module, skeleton.blocks[index].linears, settings.scheme, settings.scratch)
+        layers = replace_linears(
+            module, dict.fromkeys(skeleton.blocks[index].linears, settings.scheme), settings.scratch
+        )
         made.append(ResidentBlock(index, module, arguments[index], layers, skeleton.folds))
     stream = StreamShape(compute.batch_size, seq_len, shape.hidden)
     inputs, targets = MemoryStore(stream), MemoryStore(stream)

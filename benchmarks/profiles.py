@@ -15,7 +15,7 @@ from pathlib import Path
 
 from measure import CALIBRATION, cbqstream, cut_tokens, perplexity
 
-from cbqstream.config import PROFILES
+from cbqstream.profiles import PROFILES
 
 HERE = Path(__file__).resolve().parent
 SCHEMES = ("W4A16", "W3A16", "W2A16", "W8A8", "W4A8", "W4A4")

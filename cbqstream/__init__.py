@@ -7,7 +7,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from cbqstream.config import (
-    PROFILES,
     CalibrationConfig,
     OutlierConfig,
     QuantizeConfig,
@@ -16,6 +15,7 @@ from cbqstream.config import (
     WindowConfig,
 )
 from cbqstream.errors import CbqstreamError
+from cbqstream.profiles import PROFILES
 
 if TYPE_CHECKING:
     from cbqstream.evaluate.perplexity import evaluate

@@ -123,6 +123,12 @@ def quantize(
     blocks_path: Annotated[
         str | None, typer.Option(help="Module path of the list of blocks, where it is not found by itself.")
     ] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="Layers left in full precision, such as down_proj or layers.3.mlp.*")
+    ] = None,
+    override: Annotated[
+        list[str] | None, typer.Option(help="Layers with weights of another width, such as down_proj=W8.")
+    ] = None,
     keep_first: Annotated[int, typer.Option(help="Blocks at the start left in full precision.")] = 0,
     keep_last: Annotated[int, typer.Option(help="Blocks at the end left in full precision.")] = 0,
     seed: Annotated[int, typer.Option(help="Of all randomness.")] = 0,
@@ -316,28 +322,37 @@ def _how_to_go_on(config: QuantizeConfig) -> str:
     return f"cbqstream resume {config.run_path}" if same else "the same command"
 
 
+_STOPPING = (signal.SIGTERM, signal.SIGINT)
+
+
 class Interrupted(BaseException):
     """SIGINT or SIGTERM. Not an Exception, so that no library takes it for an error of its own and goes on."""
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
     """What is committed is safe wherever a signal strikes, so leave at once; a second one does not even wait for tmp/ to be emptied."""
-    signal.signal(number, lambda number, frame: os._exit(128 + number))
+    for other in _STOPPING:
+        signal.signal(other, lambda number, frame: os._exit(128 + number))
     warnings.simplefilter("ignore")  # Zarr's coroutines complain that nobody waits for them any more
     raise Interrupted(f"stopped by {signal.Signals(number).name}.")
 
 
 def main() -> NoReturn:
     """Entry point: flags may be written with - or _, and an expected error is one line and an exit code."""
-    signal.signal(signal.SIGTERM, _stop)
-    signal.signal(signal.SIGINT, _stop)
-    arguments = [_dashed(argument) for argument in sys.argv[1:]]
+    try:
+        for number in _STOPPING:  # a signal may strike between the two, or where an error is being told
+            signal.signal(number, _stop)
+        _answer([_dashed(argument) for argument in sys.argv[1:]])
+    except Interrupted as stop:
+        _fail(str(stop), StoppedError.exit_code)
+    sys.exit(0)
+
+
+def _answer(arguments: list[str]) -> None:
     try:
         app(arguments)
     except CbqstreamError as error:
         _fail(str(error), error.exit_code)
-    except Interrupted as stop:
-        _fail(str(stop), StoppedError.exit_code)
     except MemoryError:
         _fail("out of memory. Close other programs, or use fewer --num-samples.", DeviceMemoryError.exit_code)
     except OSError as error:
@@ -345,7 +360,6 @@ def main() -> NoReturn:
             f"{'' if error.filename is None else f'{error.filename}: '}{error.strerror or error}.",
             StorageError.exit_code,
         )
-    sys.exit(0)
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -2,10 +2,8 @@
 
 import difflib
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, ClassVar, Literal, get_args
 
 from cbqstream.errors import UsageError
@@ -78,6 +76,32 @@ class Scheme:
     def qmax(self) -> int:
         """Largest code."""
         return (1 << (self.num_bits - 1)) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSchemes:
+    """The scheme of each layer of a model."""
+
+    default: Scheme
+    others: tuple[tuple[str, Scheme], ...] = ()
+    """Regular expressions of whole module paths, and the scheme of the layers that they match."""
+
+    def of(self, path: str) -> Scheme:
+        """The scheme of the layer with a module path.
+
+        Raises:
+            UsageError: two others match it that differ.
+        """
+        found = {scheme for pattern, scheme in self.others if re.fullmatch(pattern, path)}
+        if len(found) > 1:
+            raise UsageError(f"{path}: two overrides match it. Make them more exact.")
+        return found.pop() if found else self.default
+
+
+def path_pattern(pattern: str) -> str:
+    """Regular expression of the module paths that hold `pattern` as whole parts, in which * is any text and ? any character."""
+    body = re.escape(pattern).replace(r"\*", ".*").replace(r"\?", ".")
+    return rf"(?:.*\.)?{body}(?:\..*)?"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -231,40 +255,7 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * (1024 if match[3] else 1000) ** ("KMGT".index(match[2].upper()) + 1))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Profile:
-    """Settings that belong together, as parts of a `QuantizeConfig`."""
-
-    window: WindowConfig = field(default_factory=WindowConfig)
-    outliers: OutlierConfig = field(default_factory=OutlierConfig)
-    reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
-
-
-PROFILES: Mapping[str, Profile] = MappingProxyType(
-    {
-        "paper": Profile(
-            outliers=OutlierConfig(weights=True, activations="always", variant="paper"),
-            reconstruction=ReconstructionConfig(
-                rounding="lora",
-                init="minmax",
-                schedule="cosine",
-                epochs=3,
-                batch_size=1,
-                rounding_lr=1e-4,
-                scale_lr=1e-3,
-                target_mix=0.5,
-                kl_weight=1.0,
-                head_weight=0.0,
-                token_balance=0.0,
-                channel_balance=0.0,
-            ),
-        ),
-        "fast": Profile(reconstruction=ReconstructionConfig(epochs=3)),
-        "default": Profile(),
-        "accurate": Profile(reconstruction=ReconstructionConfig(end_to_end_epochs=2)),
-    }
-)
-"""Frozen sets of settings, by name. What each costs and gives: README and benchmarks/README.md."""
+_OVERRIDE = re.compile(r"(.+)=W([2-8])", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -284,6 +275,10 @@ class QuantizeConfig:
     reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
     blocks_path: str | None = None
     """Module path of the list of transformer blocks, for an architecture in which it is not found."""
+    ignore: tuple[str, ...] = ()
+    """Layers that stay in full precision: whole parts of their module path, with * and ?, such as `down_proj` or `layers.3.mlp.*`."""
+    override: tuple[str, ...] = ()
+    """Layers with weights of another width, as PATTERN=W8."""
     keep_first: int = 0
     """Blocks at the start that stay in full precision."""
     keep_last: int = 0
@@ -306,9 +301,24 @@ class QuantizeConfig:
             re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None,
             f"device {self.device!r} is not auto, cpu or cuda.",
         )
+        for name in ("ignore", "override"):  # from JSON they come as lists
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for text in self.override:
+            _require(_OVERRIDE.fullmatch(text) is not None, f"override {text!r} is not as PATTERN=W8.")
         for name in ("max_ram", "max_vram"):
             _require((getattr(self, name) or 1) > 0, f"{name} is {getattr(self, name)}. It must be more than 0.")
         _require(self.threads is None or self.threads >= 1, f"threads is {self.threads}. It must be at least 1.")
+
+    @property
+    def schemes(self) -> LayerSchemes:
+        """Of the layers that are quantized."""
+        matches = [match for text in self.override if (match := _OVERRIDE.fullmatch(text)) is not None]
+        others = tuple((path_pattern(match[1]), replace(self.scheme, num_bits=int(match[2]))) for match in matches)
+        return LayerSchemes(self.scheme, others)
+
+    def is_ignored(self, path: str) -> bool:
+        """Whether the layer with a module path stays in full precision."""
+        return any(re.fullmatch(path_pattern(pattern), path) for pattern in self.ignore)
 
     @property
     def run_path(self) -> Path:
@@ -317,7 +327,7 @@ class QuantizeConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values, nested like the classes."""
-        return asdict(self)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "QuantizeConfig":

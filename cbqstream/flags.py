@@ -4,8 +4,9 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from cbqstream.config import PROFILES, CalibrationConfig, QuantizeConfig, Scheme, parse_bytes
+from cbqstream.config import CalibrationConfig, QuantizeConfig, Scheme, parse_bytes
 from cbqstream.errors import UsageError
+from cbqstream.profiles import PROFILES
 
 _PER_CHANNEL = -1
 
@@ -17,6 +18,7 @@ def config_of(said: dict[str, Any]) -> QuantizeConfig:
     parts = PROFILES[said["profile"]]
     size = said["group_size"]
     own = {name: said[name] for name in ("blocks_path", "keep_first", "keep_last", "seed", "device", "threads")}
+    own |= {name: tuple(said[name] or ()) for name in ("ignore", "override")}
     own |= {name: parse_bytes(said[name]) for name in ("max_ram", "max_vram") if said[name] is not None}
     return QuantizeConfig(
         model=_absolute(said["model"]),

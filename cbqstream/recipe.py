@@ -10,7 +10,7 @@ from cbqstream.errors import UsageError, shown
 _NOT_IN_A_FILE = ("recipe", "help")
 
 
-def read_recipe(path: Path, flags: Sequence[str]) -> dict[str, str]:
+def read_recipe(path: Path, flags: Sequence[str]) -> dict[str, str | list[str]]:
     """Values by flag, as they would be written on the command line.
 
     Args:
@@ -29,7 +29,7 @@ def read_recipe(path: Path, flags: Sequence[str]) -> dict[str, str]:
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: not TOML ({shown(str(error))}).") from error
     known = [flag for flag in flags if flag not in _NOT_IN_A_FILE]
-    values: dict[str, str] = {}
+    values: dict[str, str | list[str]] = {}
     for key, value in content.items():
         flag = key.replace("-", "_")
         if flag not in known:
@@ -37,7 +37,7 @@ def read_recipe(path: Path, flags: Sequence[str]) -> dict[str, str]:
             raise UsageError(f'{path}: unknown key "{shown(key)}"{f" ({nearest[0]}?)" if nearest else ""}.')
         if flag in values:
             raise UsageError(f'{path}: "{key}" is there twice, once with - and once with _.')
-        if not isinstance(value, (str, int, float)):
-            raise UsageError(f'{path}: "{key}" is not one value.')
-        values[flag] = str(value)
+        if not all(isinstance(one, (str, int, float)) for one in (value if isinstance(value, list) else [value])):
+            raise UsageError(f'{path}: "{key}" is not one value, nor a list of values.')
+        values[flag] = [str(one) for one in value] if isinstance(value, list) else str(value)
     return values

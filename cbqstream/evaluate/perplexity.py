@@ -22,7 +22,7 @@ from cbqstream.models.block import BlockArguments, build_block, run_block
 from cbqstream.models.compute import choose_device, compute_dtype, make_deterministic
 from cbqstream.models.ends import model_ends
 from cbqstream.models.skeleton import ModelSkeleton
-from cbqstream.packed.format import scheme_of
+from cbqstream.packed.format import schemes_of
 from cbqstream.packed.source import PackedSource
 from cbqstream.records import Compute, WeightSource
 
@@ -37,7 +37,7 @@ def open_model(folder: Path) -> tuple[ModelSkeleton, WeightSource]:
     config = read_json(folder, "config.json")
     source: WeightSource = Checkpoint.open(folder)
     if config.get("quantization_config"):
-        source = PackedSource(Checkpoint.open(folder), scheme_of(config["quantization_config"]))
+        source = PackedSource(Checkpoint.open(folder), schemes_of(config["quantization_config"]))
     return ModelSkeleton(folder, config, source.tensors()), source
 
 

@@ -184,3 +184,17 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
     }
 )
 """By `model_type` of config.json: those that the tests run."""
+
+_JOINED = (
+    {"q_proj", "k_proj", "v_proj"},
+    {"gate_proj", "up_proj"},
+    {"q_a_proj", "kv_a_proj_with_mqa"},
+)
+
+
+def joined_with(layer: str) -> str:
+    """A name for the layers of a block that inference engines compute as one with this layer, and so need one scheme."""
+    if ".experts." in layer:
+        return layer.partition(".experts.")[0] + ".experts"
+    owner, _, leaf = layer.rpartition(".")
+    return next((f"{owner}.{min(leaves)}" for leaves in _JOINED if leaf in leaves), layer)

@@ -16,7 +16,7 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from torch import Tensor
 
-from cbqstream.config import ActivationStrategy, Scheme
+from cbqstream.config import ActivationStrategy, LayerSchemes, Scheme
 from cbqstream.errors import UsageError, shown
 from cbqstream.records import QuantizedWeight
 
@@ -55,8 +55,24 @@ def decode(tensors: dict[str, Tensor], scheme: Scheme) -> QuantizedWeight:
     return QuantizedWeight(codes, scale, zero_point, scheme)
 
 
-def quantization_config(scheme: Scheme, not_quantized: Sequence[str]) -> dict[str, Any]:
-    """What config.json says of the quantization; only keys that compressed-tensors 0.17 knows."""
+def quantization_config(schemes: LayerSchemes, not_quantized: Sequence[str]) -> dict[str, Any]:
+    """What config.json says of the quantization; only keys that compressed-tensors 0.17 knows.
+
+    Args:
+        schemes: of the layers. Where several groups have a layer as a target, a regular expression goes before `Linear` for who reads it.
+        not_quantized: module paths, or regular expressions of them after `re:`.
+    """
+    targets = [([f"re:{pattern}$"], scheme) for pattern, scheme in schemes.others] + [(["Linear"], schemes.default)]
+    return {
+        "quant_method": METHOD,
+        "format": FORMAT,
+        "quantization_status": "compressed",
+        "ignore": list(not_quantized),
+        "config_groups": {f"group_{index}": _group(*pair) for index, pair in enumerate(targets)},
+    }
+
+
+def _group(targets: list[str], scheme: Scheme) -> dict[str, Any]:
     weights = {
         "num_bits": scheme.num_bits,
         "type": "int",
@@ -66,33 +82,38 @@ def quantization_config(scheme: Scheme, not_quantized: Sequence[str]) -> dict[st
         "dynamic": False,
     }
     activations = {"num_bits": scheme.activation_bits, **_ACTIVATIONS[scheme.activation_strategy]}
-    group = {
-        "targets": ["Linear"],
+    return {
+        "targets": targets,
         "weights": weights,
         "input_activations": activations if scheme.activation_bits else None,
         "output_activations": None,
         "format": FORMAT,
     }
-    return {
-        "quant_method": METHOD,
-        "format": FORMAT,
-        "quantization_status": "compressed",
-        "ignore": list(not_quantized),
-        "config_groups": {"group_0": group},
-    }
 
 
-def scheme_of(config: dict[str, Any]) -> Scheme:
-    """The scheme that a quantization_config of `quantization_config` describes.
+def schemes_of(config: dict[str, Any]) -> LayerSchemes:
+    """The schemes that a quantization_config of `quantization_config` describes.
 
     Raises:
         UsageError: it is of another method, or of a form that is not written here.
     """
     groups = config.get("config_groups")
-    group = next(iter(groups.values())) if isinstance(groups, dict) and len(groups) == 1 else {}
-    weights, activations = group.get("weights") or {}, group.get("input_activations") or {}
+    found = [_read_group(config, group) for group in (groups.values() if isinstance(groups, dict) else ())]
+    default = [scheme for target, scheme in found if target == "Linear"]
+    others = tuple(
+        (target[3:-1], scheme) for target, scheme in found if target.startswith("re:") and target.endswith("$")
+    )
+    if len(default) != 1 or len(others) != len(found) - 1:
+        raise _not_read_here(config)
+    return LayerSchemes(default[0], others)
+
+
+def _read_group(config: dict[str, Any], group: dict[str, Any]) -> tuple[str, Scheme]:
+    weights: dict[str, Any] = group.get("weights") or {}
+    activations: dict[str, Any] = group.get("input_activations") or {}
     strategy = activations.get("strategy", "token")
     as_written = activations.items() >= _ACTIVATIONS.get(strategy, {"strategy": None}).items()
+    targets = group.get("targets")
     known = (
         config.get("quant_method") == METHOD
         and config.get("format") == FORMAT
@@ -100,16 +121,20 @@ def scheme_of(config: dict[str, Any]) -> Scheme:
         and weights.get("strategy") in ("channel", "group")
         and not weights.get("actorder")
         and (not activations or as_written)
+        and isinstance(targets, list)
+        and len(targets) == 1
     )
     if not known:
-        raise UsageError(
-            f"the model is already quantized ({shown(str(config.get('quant_method')))}) in a form that is not read here."
-        )
-    group_size = weights.get("group_size") if weights["strategy"] == "group" else None
-    return Scheme(
+        raise _not_read_here(config)
+    return str(group["targets"][0]), Scheme(
         num_bits=weights["num_bits"],
-        group_size=group_size,
+        group_size=weights["group_size"] if weights["strategy"] == "group" else None,
         symmetric=weights["symmetric"],
         activation_bits=activations.get("num_bits"),
         activation_strategy=strategy,
     )
+
+
+def _not_read_here(config: dict[str, Any]) -> UsageError:
+    method = shown(str(config.get("quant_method")))
+    return UsageError(f"the model is already quantized ({method}) in a form that is not read here.")

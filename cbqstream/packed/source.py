@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cbqstream.checkpoint.reader import Checkpoint
-from cbqstream.config import Scheme
+from cbqstream.config import LayerSchemes
 from cbqstream.numerics.activation_quant import quantize_per_tensor, quantize_per_token
 from cbqstream.numerics.affine import dequantize
 from cbqstream.packed.format import INPUT_SCALE, PACKED, SCALE, SHAPE, ZERO_POINT, decode
@@ -18,9 +18,9 @@ _PARTS = (PACKED, SCALE, SHAPE, ZERO_POINT)
 class PackedSource:
     """A `pack-quantized` checkpoint whose weights are dequantized one at a time as they are read."""
 
-    def __init__(self, checkpoint: Checkpoint, scheme: Scheme) -> None:
+    def __init__(self, checkpoint: Checkpoint, schemes: LayerSchemes) -> None:
         self._checkpoint = checkpoint
-        self._scheme = scheme
+        self._schemes = schemes
         cpu = torch.device("cpu")
         shapes: dict[str, tuple[int, ...]] = {}
         for name, info in checkpoint.infos.items():
@@ -43,14 +43,16 @@ class PackedSource:
         owner = name.removesuffix(".weight")
         parts = [part for part in _PARTS if f"{owner}.{part}" in self._checkpoint.infos]
         tensors = {part: self._checkpoint.read(f"{owner}.{part}", device=torch.device("cpu")) for part in parts}
-        return dequantize(decode(tensors, self._scheme)).to(device=device, dtype=dtype or torch.float32)
+        return dequantize(decode(tensors, self._schemes.of(owner))).to(device=device, dtype=dtype or torch.float32)
 
     def input_quantizer(self, name: str) -> Callable[[Tensor], Tensor] | None:
         """As the scheme has it for a quantized weight; None for others."""
-        owner, bits = name.removesuffix(".weight"), self._scheme.activation_bits
+        owner = name.removesuffix(".weight")
+        scheme = self._schemes.of(owner)
+        bits = scheme.activation_bits
         if bits is None or f"{owner}.{PACKED}" not in self._checkpoint.infos:
             return None
-        if self._scheme.activation_strategy == "token":
+        if scheme.activation_strategy == "token":
             return partial(quantize_per_token, num_bits=bits)
         scale = self._checkpoint.read(f"{owner}.{INPUT_SCALE}", device=torch.device("cpu"), dtype=torch.float32)
         return lambda x: quantize_per_tensor(x, torch.zeros_like(scale).to(x.device), scale.to(x.device), bits)

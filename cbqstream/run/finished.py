@@ -47,4 +47,4 @@ class FinishedBlocks:
         inputs, shard = self._inputs, self.shard(index)
         if shard is None:
             return computing_block(inputs, index, inputs.source)
-        return computing_block(inputs, index, PackedSource(Checkpoint(read_header(shard)), inputs.config.scheme))
+        return computing_block(inputs, index, PackedSource(Checkpoint(read_header(shard)), inputs.config.schemes))

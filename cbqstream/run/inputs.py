@@ -1,5 +1,6 @@
 """Everything a run is given, opened and checked before a byte is written."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,12 @@ from torch import Tensor
 
 from cbqstream.calibration.segments import load_segments, segments_digest
 from cbqstream.checkpoint.folder import read_json
-from cbqstream.config import QuantizeConfig
+from cbqstream.config import QuantizeConfig, Scheme
 from cbqstream.errors import InputError, UsageError, shown
 from cbqstream.models.compute import choose_device, compute_dtype, make_deterministic, numerics_class
+from cbqstream.models.families import joined_with
 from cbqstream.models.skeleton import ModelSkeleton
-from cbqstream.records import Compute, Window
+from cbqstream.records import BlockSpec, Compute, TensorInfo, Window
 from cbqstream.run.identity import identity
 from cbqstream.run.plan import ModelSizes, fitting_plan
 from cbqstream.run.source import RunSource
@@ -39,6 +41,10 @@ class RunInputs:
         """Of a stream of hidden states: segments, tokens in each, hidden size."""
         num_segments, seq_len = self.tokens.shape
         return num_segments, seq_len, self.skeleton.hidden_size
+
+    def layers(self, index: int) -> dict[str, Scheme]:
+        """The layers of a block that are quantized, by their name in it."""
+        return layer_schemes(self.config, self.skeleton.blocks[index])
 
     @property
     def num_epochs(self) -> int:
@@ -116,20 +122,55 @@ def _check_scheme(config: QuantizeConfig, skeleton: ModelSkeleton, source: RunSo
         raise UsageError(
             f"keep_first + keep_last is {kept} and the model has {len(skeleton.blocks)} blocks; nothing is left to quantize."
         )
-    group_size = config.scheme.group_size
     for spec in skeleton.blocks[config.keep_first : len(skeleton.blocks) - config.keep_last]:
-        for name in spec.linears:
+        layers = layer_schemes(config, spec)
+        if not layers:
+            raise UsageError(
+                f"--ignore leaves no layer of {spec.prefix} to quantize. For whole blocks: --keep-first, --keep-last."
+            )
+        _require_alike(spec, layers)
+        for name, scheme in layers.items():
             stored = spec.tensors[f"{name}.weight"]
-            columns = source.infos[stored].shape[1]
-            if group_size is not None and columns % group_size:
-                fitting = [size for size in (128, 96, 64, 48, 32, 16, 8) if columns % size == 0 and size < group_size]
-                fits = f"{fitting[0]} fits; or " if fitting else ""
-                raise UsageError(
-                    f"group size {group_size} does not divide the {columns} columns of {stored}. {fits}use -1 (per channel)."
-                )
-            if not source.infos[stored].dtype.is_floating_point:
-                raise InputError(
-                    config.model,
-                    f"dtype {source.infos[stored].dtype}; weights must be bf16, fp16 or fp32.",
-                    tensor=stored,
-                )
+            _require_storable(source.infos[stored], scheme)
+
+
+def layer_schemes(config: QuantizeConfig, spec: BlockSpec) -> dict[str, Scheme]:
+    """The layers of a block that are quantized, by their name in it.
+
+    Raises:
+        UsageError: a pattern means a layer by its module path and not by its name in the checkpoint, or the other way round.
+    """
+    found = {}
+    for name in spec.linears:
+        paths = (f"{spec.prefix}.{name}", spec.tensors[f"{name}.weight"].removesuffix(".weight"))
+        schemes = [None if config.is_ignored(path) else config.schemes.of(path) for path in paths]
+        if schemes[0] != schemes[1]:
+            raise UsageError(
+                f"--ignore or --override means {paths[0]} and not {paths[1]}, its name in the checkpoint. Mean both."
+            )
+        if schemes[0] is not None:
+            found[name] = schemes[0]
+    return found
+
+
+def _require_alike(spec: BlockSpec, layers: Mapping[str, Scheme]) -> None:
+    """Refuse different schemes in layers that inference engines join."""
+    joined: dict[str, str] = {}
+    for name in spec.linears:
+        first = joined.setdefault(joined_with(name), name)
+        if layers.get(first) != layers.get(name):
+            raise UsageError(
+                f"{spec.prefix}: {first} and {name} are computed as one by inference engines and need one scheme. Name both."
+            )
+
+
+def _require_storable(info: TensorInfo, scheme: Scheme) -> None:
+    size, columns = scheme.group_size, info.shape[1]
+    if size is not None and columns % size:
+        fitting = [other for other in (128, 96, 64, 48, 32, 16, 8) if columns % other == 0 and other < size]
+        fits = f"{fitting[0]} fits; or " if fitting else ""
+        raise UsageError(
+            f"group size {size} does not divide the {columns} columns of {info.name}. {fits}use -1 (per channel)."
+        )
+    if not info.dtype.is_floating_point:
+        raise InputError(info.file, f"dtype {info.dtype}; weights must be bf16, fp16 or fp32.", tensor=info.name)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from cbqstream.activations.zarr_store import ZarrStore
 from cbqstream.checkpoint.reader import Checkpoint
-from cbqstream.config import QuantizeConfig
+from cbqstream.config import QuantizeConfig, path_pattern
 from cbqstream.disk import Disk, FileDigest
 from cbqstream.errors import IdentityError, StoppedError, UsageError
 from cbqstream.memory import peak_resident_bytes, release_free_memory, return_large_blocks
@@ -250,6 +250,7 @@ class _Job:
         not_quantized = [
             *inputs.skeleton.never_quantized,
             *(f"{spec.prefix}.{name}" for spec in kept for name in spec.linears),
+            *(f"re:{path_pattern(pattern)}$" for pattern in config.ignore),
         ]
         assemble(
             self.journal.disk,
@@ -259,7 +260,7 @@ class _Job:
             source=inputs.source,
             shards=shards,
             replaced={name for spec in quantized for name in spec.tensors.values()},
-            config={**inputs.model, "quantization_config": quantization_config(config.scheme, not_quantized)},
+            config={**inputs.model, "quantization_config": quantization_config(config.schemes, not_quantized)},
         )
 
     def _read_block(self, index: int) -> ResidentBlock:
@@ -273,8 +274,13 @@ class _Job:
             linear_dtype=None,
         )
         spec = inputs.skeleton.blocks[index]
-        layers = replace_linears(module, spec.linears, inputs.config.scheme, self.settings.scratch)
-        return ResidentBlock(index, module, self.streams.arguments[index], layers, inputs.skeleton.folds(index))
+        schemes = inputs.layers(index)
+        layers = replace_linears(module, schemes, self.settings.scratch)
+        whole = set(spec.linears) - schemes.keys()  # folds through layers that stay as they are would change them
+        for name in whole:
+            module.get_submodule(name).to(inputs.compute.dtype)
+        folds = tuple(fold for fold in inputs.skeleton.folds(index) if not whole & {fold.writer, *fold.readers})
+        return ResidentBlock(index, module, self.streams.arguments[index], layers, folds)
 
     @contextmanager
     def _predictions(self, window: Window, reference_out: ZarrStore) -> Iterator[Predictions | None]:

@@ -171,12 +171,10 @@ class QuantizedLinear(nn.Module):
         return x if self.scheme.activation_bits is None else quantize_per_token(x, self.scheme.activation_bits)
 
 
-def replace_linears(
-    block: nn.Module, names: tuple[str, ...], scheme: Scheme, scratch: Scratch
-) -> dict[str, QuantizedLinear]:
+def replace_linears(block: nn.Module, schemes: Mapping[str, Scheme], scratch: Scratch) -> dict[str, QuantizedLinear]:
     """Put a `QuantizedLinear` in the place of each named linear layer of a block, and return them by name."""
     layers = {}
-    for name in names:
+    for name, scheme in schemes.items():
         owner, _, leaf = name.rpartition(".")
         linear = block.get_submodule(name)
         if not isinstance(linear, nn.Linear):

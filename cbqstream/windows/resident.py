@@ -32,16 +32,16 @@ class BlockSettings:
     """What a block needs to know to be quantized."""
 
     scheme: Scheme
+    """Of most layers; for what concerns several of them."""
     reconstruction: ReconstructionConfig
     outliers: OutlierConfig
     scratch: Scratch = field(default_factory=Scratch)
 
     def rounding(
-        self, w_OI: Tensor, scale_OG: Tensor, zero_point_OG: Tensor | None, generator: torch.Generator
+        self, w_OI: Tensor, grid: tuple[Tensor, Tensor | None], scheme: Scheme, generator: torch.Generator
     ) -> Rounding:
-        """For a weight and its grid."""
-        grid = (scale_OG, zero_point_OG)
-        return make_rounding(w_OI, *grid, self.scheme, self.reconstruction, generator, self.scratch)
+        """For a weight, its grid and its scheme."""
+        return make_rounding(w_OI, *grid, scheme, self.reconstruction, generator, self.scratch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +89,9 @@ class ResidentBlock:
             layer.start_input_step(statistics[name])
             weight = self._rounded_weight(layer, settings)
             if settings.reconstruction.init == "search":
-                grid = search_grid(weight, statistics[name].second_moment, settings.scheme)
+                grid = search_grid(weight, statistics[name].second_moment, layer.scheme)
             else:
-                grid = minmax_grid(weight, settings.scheme)
+                grid = minmax_grid(weight, layer.scheme)
             layer.rounding = self._rounding(name, weight, grid, settings, generator)
 
     def _take_statistics(self) -> dict[str, InputStatistics]:
@@ -118,8 +118,8 @@ class ResidentBlock:
     ) -> Rounding:
         """As the settings ask for; to nearest where there is too little to learn from."""
         if name not in self.starved:
-            return settings.rounding(weight, *grid, generator)
-        return Rounding(weight, *grid, settings.scheme).requires_grad_(requires_grad=False)
+            return settings.rounding(weight, grid, self.layers[name].scheme, generator)
+        return Rounding(weight, *grid, self.layers[name].scheme).requires_grad_(requires_grad=False)
 
     def go_on(self, settings: BlockSettings, generator: torch.Generator, carried: Mapping[str, Tensor]) -> None:
         """From what `carry` gave in the window before."""

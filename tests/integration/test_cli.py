@@ -135,7 +135,7 @@ def test_recipe(cbqstream, tiny_models, tokens, tmp_path):
 BAD_RECIPES = {
     "unknown": ("epoch = 3", '{recipe}: unknown key "epoch" (epochs?).'),
     "nothing like it": ("bitz = 3", '{recipe}: unknown key "bitz".'),
-    "a table": ("[seed]\nsize = 2", '{recipe}: "seed" is not one value.'),
+    "a table": ("[seed]\nsize = 2", '{recipe}: "seed" is not one value, nor a list of values.'),
     "twice": ("seq-len = 2\nseq_len = 3", '{recipe}: "seq_len" is there twice, once with - and once with _.'),
     "another recipe": ('recipe = "a"', '{recipe}: unknown key "recipe".'),
     "not TOML": ("scheme: W4A16", "{recipe}: not TOML (Expected '=' after a key"),
@@ -188,6 +188,28 @@ def test_status_of_a_run_that_was_stopped(cbqstream, tiny_models, tokens, tmp_pa
     assert code == 0
     assert len([line for line in text.splitlines() if line.startswith("window ")]) == 2
     assert windows_committed(Path(f"{out}.run")) == 3
+
+
+AT_ONCE = """
+import os, signal, sys
+from cbqstream import cli
+real = signal.signal
+def hooked(number, handler):
+    real(number, handler)
+    if handler is cli._stop and number == signal.{first}:
+        os.kill(os.getpid(), number)
+signal.signal = hooked
+sys.argv = ["cbqstream", "--help"]
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("first", ["SIGTERM", "SIGINT"])
+def test_a_signal_strikes_while_handlers_are_set(first):
+    ended = subprocess.run(
+        [sys.executable, "-c", AT_ONCE.format(first=first)], capture_output=True, text=True, check=False
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (75, "", f"cbqstream: error: stopped by {first}.\n")
 
 
 def test_a_real_signal_stops_with_75(tiny_models, tokens, tmp_path):

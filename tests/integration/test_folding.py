@@ -22,7 +22,7 @@ SCHEME = Scheme(num_bits=4, group_size=32)
 
 def resident(skeleton, source, arguments, index=1, scheme=SCHEME):
     module = build_block(skeleton, index, source, device=CPU.device, dtype=CPU.dtype, linear_dtype=None)
-    layers = replace_linears(module, skeleton.blocks[index].linears, scheme, Scratch())
+    layers = replace_linears(module, dict.fromkeys(skeleton.blocks[index].linears, scheme), Scratch())
     return ResidentBlock(index, module, arguments[index], layers, skeleton.folds(index))
 
 

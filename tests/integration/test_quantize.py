@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 from cbqstream import quantize
 from cbqstream.calibration.segments import load_segments
 from cbqstream.checkpoint.reader import Checkpoint
-from cbqstream.config import PROFILES, OutlierConfig, Scheme, WindowConfig
+from cbqstream.config import OutlierConfig, Scheme, WindowConfig
 from cbqstream.evaluate.perplexity import open_model, perplexity
+from cbqstream.profiles import PROFILES
 from cbqstream.records import Compute, Notice, WindowReport
 from cbqstream.run import inputs, pipeline
 from cbqstream.run.plan import fitting_plan

@@ -1,0 +1,123 @@
+"""Layers with schemes of their own: left in full precision, or of another width."""
+
+import json
+import re
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from cbqstream import quantize
+from cbqstream.calibration.segments import load_segments
+from cbqstream.checkpoint.reader import Checkpoint
+from cbqstream.config import OutlierConfig, Scheme, path_pattern
+from cbqstream.errors import UsageError
+from cbqstream.evaluate.perplexity import open_model, perplexity
+from cbqstream.records import Compute
+from tiny import SEQ_LEN, VOCAB
+
+CPU = torch.device("cpu")
+COMPUTE = Compute(CPU, torch.float32, 16)
+FOLDS = OutlierConfig(activations="always", variant="search")
+
+
+def plain_perplexity(folder, ids):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = model(ids, use_cache=False).logits
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).exp().item()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "path", "matches"),
+    [
+        ("down_proj", "model.layers.3.mlp.down_proj", True),
+        ("down_proj", "model.layers.3.mlp.down_projection", False),
+        ("layers.3", "model.layers.3.mlp.down_proj", True),
+        ("layers.3", "model.layers.33.mlp.down_proj", False),
+        ("layers.?.mlp.*", "model.layers.3.mlp.down_proj", True),
+        ("layers.?.mlp.*", "model.layers.13.mlp.down_proj", False),
+        ("*_proj", "model.layers.3.mlp.down_proj", True),
+        ("model.layers.3.mlp.down_proj", "model.layers.3.mlp.down_proj", True),
+        ("down.proj", "model.layers.3.mlp.down_proj", False),
+    ],
+)
+def test_patterns_mean_whole_parts_of_a_path(pattern, path, matches):
+    assert bool(re.fullmatch(path_pattern(pattern), path)) == matches
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "scheme", [Scheme(num_bits=4, group_size=32), Scheme(num_bits=3, group_size=16, activation_bits=8)]
+)
+def test_transformers_loads_mixed_results_and_agrees(make_config, tokens, family, scheme):
+    if family != "llama" and scheme.activation_bits:
+        pytest.skip("transformers quantizes inputs of these otherwise; see test_families.py")
+    ignored, other = {"llama": ("o_proj", "down_proj"), "opt": ("fc2", "fc1"), "qwen3_moe": ("o_proj", "v_proj")}[
+        family
+    ]
+    others = ("q_proj=W8", "k_proj=W8", "v_proj=W8") if other == "v_proj" else (f"{other}=W8",)
+    config = make_config(
+        family, scheme=scheme, ignore=(ignored, "layers.1"), override=others, keep_last=1, outliers=FOLDS
+    )
+    with pytest.raises(UsageError, match=r"--ignore leaves no layer of model\.(decoder\.)?layers\.1 to quantize"):
+        quantize(config)
+    config = make_config(family, scheme=scheme, ignore=(ignored,), override=others, keep_last=1, outliers=FOLDS)
+    out = quantize(config)
+    skeleton, source = open_model(out)
+    stored = Checkpoint.open(out).infos
+    prefix = skeleton.blocks[1].prefix
+    for name in skeleton.blocks[1].linears:
+        columns = source.tensors()[f"{prefix}.{name}.weight"][1]
+        packed = stored.get(f"{prefix}.{name}.weight_packed")
+        bits = 8 if any(name.endswith(text.removesuffix("=W8")) for text in others) else scheme.num_bits
+        assert (packed is None) == name.endswith(ignored)
+        assert packed is None or packed.shape[1] == -(-columns * bits // 32)
+    assert f"{skeleton.blocks[3].prefix}.{skeleton.blocks[3].linears[0]}.weight" in stored
+    ids = load_segments(tokens, out, num_samples=16, seq_len=SEQ_LEN, vocab_size=VOCAB)
+    rel = 1e-3 if family == "qwen3_moe" else 1e-4
+    assert perplexity(skeleton, source, ids, COMPUTE) == pytest.approx(plain_perplexity(out, ids), rel=rel)
+    groups = json.loads((out / "config.json").read_text())["quantization_config"]["config_groups"]
+    assert [group["weights"]["num_bits"] for group in groups.values()] == [8] * len(others) + [scheme.num_bits]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"override": ("q_proj=W8",)}, r"layers\.0: self_attn\.q_proj and self_attn\.k_proj are computed as one"),
+        ({"ignore": ("up_proj",)}, r"layers\.0: mlp\.gate_proj and mlp\.up_proj are computed as one"),
+        ({"override": ("mlp.*=W8", "down_proj=W3")}, r"layers\.0\.mlp\.down_proj: two overrides match it"),
+        ({"ignore": ("*",)}, r"--ignore leaves no layer of model\.layers\.0 to quantize"),
+    ],
+)
+def test_what_cannot_be_mixed(make_config, settings, message):
+    with pytest.raises(UsageError, match=message):
+        quantize(make_config(**settings))
+
+
+def test_experts_of_a_block_share_a_scheme(make_config):
+    with pytest.raises(
+        UsageError, match=r"mlp\.experts\.0\.gate_proj and mlp\.experts\.1\.gate_proj are computed as one"
+    ):
+        quantize(make_config("qwen3_moe", ignore=("experts.0",)))
+
+
+def test_patterns_must_mean_the_names_in_the_checkpoint_too(make_config):
+    message = (
+        r"means model\.layers\.0\.mlp\.experts\.0\.gate_proj and not model\.layers\.0\.block_sparse_moe\.experts\.0\.w1"
+    )
+    with pytest.raises(UsageError, match=message):
+        quantize(make_config("mixtral", override=("mlp=W8",)))
+    out = quantize(make_config("mixtral", override=("experts=W8",)))
+    assert (
+        open_model(out)[0]
+        .blocks[0]
+        .tensors["mlp.experts.0.gate_proj.weight"]
+        .endswith("block_sparse_moe.experts.0.w1.weight")
+    )
+
+
+@pytest.mark.parametrize("text", ["down_proj", "down_proj=8", "=W8", "down_proj=W9"])
+def test_an_override_that_is_none(make_config, text):
+    with pytest.raises(UsageError, match="is not as PATTERN=W8"):
+        make_config(override=(text,))
