@@ -92,8 +92,22 @@ def model_notices(inputs: RunInputs) -> Iterator[Notice]:
         yield Notice(
             f'{inputs.config.model}: architecture "{kind}" is untested here; its blocks were found at "{path}".'
         )
+    quantized = {bool(tokens_by_expert(dict.fromkeys(layers, 0))) for layers in _layers_of_expert_blocks(inputs)}
+    if len(quantized) > 1:
+        yield Notice(
+            "the experts of some blocks are quantized and those of others are not, which transformers 5.23 does not load."
+            " Leave out --keep-first and --keep-last, or use another program."
+        )
     if inputs.model.get("auto_map"):
         yield Notice(f"{inputs.config.model}: brings its own code (auto_map), which is not run.")
+
+
+def _layers_of_expert_blocks(inputs: RunInputs) -> Iterator[Sequence[str]]:
+    """The layers that are quantized, of each block that has experts."""
+    first, stop = inputs.config.keep_first, len(inputs.skeleton.blocks) - inputs.config.keep_last
+    for spec in inputs.skeleton.blocks:
+        if tokens_by_expert(dict.fromkeys(spec.linears, 0)):
+            yield list(inputs.layers(spec.index)) if first <= spec.index < stop else []
 
 
 def starved_experts(prefix: str, block: ResidentBlock) -> Notice:

@@ -11,9 +11,9 @@ from cbqstream import quantize
 from cbqstream.calibration.segments import load_segments
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.config import OutlierConfig, Scheme, path_pattern
-from cbqstream.errors import UsageError
+from cbqstream.errors import StoppedError, UsageError
 from cbqstream.evaluate.perplexity import open_model, perplexity
-from cbqstream.records import Compute
+from cbqstream.records import Compute, Notice
 from tiny import SEQ_LEN, VOCAB
 
 CPU = torch.device("cpu")
@@ -62,7 +62,8 @@ def test_transformers_loads_mixed_results_and_agrees(make_config, tokens, family
     )
     with pytest.raises(UsageError, match=r"--ignore leaves no layer of model\.(decoder\.)?layers\.1 to quantize"):
         quantize(config)
-    config = make_config(family, scheme=scheme, ignore=(ignored,), override=others, keep_last=1, outliers=FOLDS)
+    kept = int(family != "qwen3_moe")  # see below
+    config = make_config(family, scheme=scheme, ignore=(ignored,), override=others, keep_last=kept, outliers=FOLDS)
     out = quantize(config)
     skeleton, source = open_model(out)
     stored = Checkpoint.open(out).infos
@@ -73,7 +74,7 @@ def test_transformers_loads_mixed_results_and_agrees(make_config, tokens, family
         bits = 8 if any(name.endswith(text.removesuffix("=W8")) for text in others) else scheme.num_bits
         assert (packed is None) == name.endswith(ignored)
         assert packed is None or packed.shape[1] == -(-columns * bits // 32)
-    assert f"{skeleton.blocks[3].prefix}.{skeleton.blocks[3].linears[0]}.weight" in stored
+    assert kept == (f"{skeleton.blocks[3].prefix}.{skeleton.blocks[3].linears[0]}.weight" in stored)
     ids = load_segments(tokens, out, num_samples=16, seq_len=SEQ_LEN, vocab_size=VOCAB)
     rel = 1e-3 if family == "qwen3_moe" else 1e-4
     assert perplexity(skeleton, source, ids, COMPUTE) == pytest.approx(plain_perplexity(out, ids), rel=rel)
@@ -121,3 +122,22 @@ def test_patterns_must_mean_the_names_in_the_checkpoint_too(make_config):
 def test_an_override_that_is_none(make_config, text):
     with pytest.raises(UsageError, match="is not as PATTERN=W8"):
         make_config(override=(text,))
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "said"),
+    [
+        ("qwen3_moe", {"keep_last": 1}, True),
+        ("qwen3_moe", {"ignore": ("experts",)}, False),
+        ("qwen3_moe", {}, False),
+        ("llama", {"keep_last": 1}, False),
+        ("deepseek_v3", {}, False),
+    ],
+)
+def test_experts_that_transformers_does_not_load_are_told_of(make_config, family, settings, said):
+    """Its loader makes one rule for the experts of all blocks."""
+    events = []
+    with pytest.raises(StoppedError):
+        quantize(make_config(family, **settings), events.append, stop_after_window=1)
+    texts = [event.text for event in events if isinstance(event, Notice)]
+    assert any("which transformers 5.23 does not load" in text for text in texts) == said
