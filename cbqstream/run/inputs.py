@@ -16,7 +16,8 @@ from cbqstream.models.families import joined_with
 from cbqstream.models.skeleton import ModelSkeleton
 from cbqstream.records import BlockSpec, Compute, TensorInfo, Window
 from cbqstream.run.identity import identity
-from cbqstream.run.plan import ModelSizes, fitting_plan
+from cbqstream.run.plan import fitting_plan
+from cbqstream.run.sizes import ModelSizes
 from cbqstream.run.source import RunSource
 from cbqstream.windows.schedule import schedule
 

@@ -5,20 +5,18 @@ the counts against real runs. The time comes from rates that are measured here a
 """
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from cbqstream.checkpoint.folder import find_tensors, read_json
 from cbqstream.config import QuantizeConfig
-from cbqstream.errors import DeviceMemoryError, InputError, UsageError
+from cbqstream.errors import DeviceMemoryError, UsageError
 from cbqstream.memory import GIB
 from cbqstream.models.compute import choose_device, compute_dtype, make_deterministic
 from cbqstream.numerics.product import SLAB_WEIGHTS
-from cbqstream.records import TensorInfo
 from cbqstream.run.rates import Rates, measure_rates
+from cbqstream.run.sizes import ModelSizes
 from cbqstream.windows.schedule import schedule, split_guard
 
 _PROCESS = {"cpu": 385 << 20, "cuda": 2 << 30}
@@ -35,83 +33,6 @@ _GRID_SEARCH = {True: 22, False: 120}
 _ELEMENTWISE = {None: 14, 8: 21, 4: 21}
 """Values of a block's activations that are read or written elementwise in training, for one value of its layers' outputs; by the width
 that inputs are quantized to."""
-
-
-@dataclass(frozen=True, slots=True)
-class ModelSizes:
-    """Counts of a model; those of a block are of the largest."""
-
-    num_blocks: int
-    hidden: int
-    vocabulary: int
-    layers: tuple[tuple[int, int], ...]
-    """[O, I] of each linear layer of a block."""
-    stored: int
-    """Bytes of a stored weight."""
-    block_bytes: int
-    source_bytes: int
-    ends_bytes: int
-    """Of what lies outside the blocks."""
-
-    @property
-    def weights(self) -> int:
-        """Of the linear layers of a block."""
-        return sum(rows * columns for rows, columns in self.layers)
-
-    @property
-    def largest(self) -> int:
-        """Weights of the largest layer."""
-        return max(rows * columns for rows, columns in self.layers)
-
-    @property
-    def outputs(self) -> int:
-        """Values that the layers of a block give for a token."""
-        return sum(rows for rows, _ in self.layers)
-
-    @classmethod
-    def of(cls, folder: Path) -> "ModelSizes":
-        """Of the model in a folder.
-
-        Raises:
-            InputError: it cannot be read, or holds no blocks.
-        """
-        return cls.counted(folder, read_json(folder, "config.json"), find_tensors(folder))
-
-    @classmethod
-    def counted(cls, folder: Path, model: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> "ModelSizes":
-        """The same, of what was read from there."""
-        blocks = _by_block(infos)
-        model = {**model, **(model.get("text_config") or {})}
-        if not blocks:
-            raise InputError(folder, "no tensors of numbered blocks.")
-        largest = max(blocks.values(), key=lambda tensors: sum(info.num_bytes for info in tensors))
-        matrices = [info for info in largest if len(info.shape) == 2]
-        in_blocks = {info.name for tensors in blocks.values() for info in tensors}
-        outside = [info for name, info in infos.items() if name not in in_blocks]
-        return cls(
-            len(blocks),
-            int(model.get("hidden_size") or model.get("n_embd") or 0),
-            int(model.get("vocab_size") or 0),
-            tuple((info.shape[0], info.shape[1]) for info in matrices),
-            max(info.dtype.itemsize for info in matrices),
-            sum(info.num_bytes for info in largest),
-            sum(info.num_bytes for info in infos.values()),
-            sum(info.num_bytes for info in outside),
-        )
-
-
-def _by_block(infos: Mapping[str, TensorInfo]) -> dict[int, list[TensorInfo]]:
-    """The tensors of each block: of the names with a number in them, those that begin with the same and hold most bytes."""
-    lists: dict[str, dict[int, list[TensorInfo]]] = {}
-    for name, info in infos.items():
-        match = re.match(r"(.*?\.)(\d+)\.", name)
-        if match is not None:
-            lists.setdefault(match[1], {}).setdefault(int(match[2]), []).append(info)
-    return max(
-        lists.values(),
-        key=lambda blocks: sum(info.num_bytes for block in blocks.values() for info in block),
-        default={},
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +115,7 @@ def make_plan(
         bytes_read=int(len(windows) * in_window * sizes.block_bytes + passes * stream + 2 * sizes.ends_bytes)
         + whole_model * sizes.num_blocks * 4 * packed,
         bytes_written=len(windows) * (3 * stream + carried) + quantized * packed + sizes.ends_bytes,
-        flop=2 * config.calibration.seq_len * work["segment passes"] * (sizes.weights + _attention(config, sizes)),
+        flop=2 * config.calibration.seq_len * work["segment passes"] * (sizes.active + _attention(config, sizes)),
         seconds={} if rates is None else _seconds(config, sizes, work, rates),
         recompute=recompute,
     )
@@ -227,12 +148,16 @@ def _read_ahead(config: QuantizeConfig, sizes: ModelSizes) -> dict[str, int]:
 def _scale_bytes(config: QuantizeConfig, sizes: ModelSizes, each: int) -> int:
     """What is kept for each scale of a block, `each` bytes."""
     size = config.scheme.group_size
-    return each * sum(rows * (1 if size is None else columns // size) for rows, columns in sizes.layers)
+    return each * sum(rows * (1 if size is None else columns // size) for rows, columns in sizes.layers.values())
 
 
 def _packed_bytes(config: QuantizeConfig, sizes: ModelSizes) -> int:
     """A finished block on disk."""
-    codes = sum(rows * -(-columns * config.scheme.num_bits // 32) * 4 for rows, columns in sizes.layers)
+    codes = 0
+    for name, (rows, columns) in sizes.layers.items():
+        path = name.removesuffix(".weight")
+        bits = 8 * sizes.stored if config.is_ignored(path) else config.schemes.of(path).num_bits
+        codes += rows * -(-columns * bits // 32) * 4
     zero_points = 0 if config.scheme.symmetric else _scale_bytes(config, sizes, 1) * config.scheme.num_bits // 8
     rest = sizes.block_bytes - sizes.weights * sizes.stored
     return codes + _scale_bytes(config, sizes, sizes.stored) + zero_points + rest
@@ -279,7 +204,7 @@ def _work(
 
 def _seconds(config: QuantizeConfig, sizes: ModelSizes, work: Mapping[str, float], rates: Rates) -> dict[str, float]:
     seq_len = config.calibration.seq_len
-    products = (work["trained"] + work["forward"] / 3) * seq_len * (sizes.weights + 2 * _attention(config, sizes))
+    products = (work["trained"] + work["forward"] / 3) * seq_len * (sizes.active + 2 * _attention(config, sizes))
     grids = _GRID_SEARCH[config.scheme.symmetric] if config.reconstruction.init == "search" else 1
     weights = (work["steps"] + work["hard batches"] + grids * work["blocks"]) * sizes.weights
     elementwise = _ELEMENTWISE[config.scheme.activation_bits]
@@ -365,7 +290,7 @@ def plan_run(config: QuantizeConfig, *, with_time: bool) -> tuple[dict[str, Any]
     device, rates = choose_device(config.device), None
     if with_time:
         make_deterministic(config.threads)
-        rates = measure_rates(config, sizes.layers, device, compute_dtype(device))
+        rates = measure_rates(config, list(sizes.layers.values()), device, compute_dtype(device))
     plan = fitting_plan(config, sizes, device.type, rates)
     others = {
         flags: make_plan(other, sizes, device.type, rates, recompute=plan.recompute).to_dict()

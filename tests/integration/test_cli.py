@@ -60,7 +60,10 @@ def test_quantize_status_resume_eval(cbqstream, tiny_models, tokens, tmp_path):
     lines = text.splitlines()
     assert len(lines) == 4
     for number, line in enumerate(lines[:3], 1):
-        pattern = rf"window {number}/3  blocks \d-\d  loss \S+ -> \S+  changed \S+%  \d+ s  RAM \d\.\d\d GiB  ETA \S+( +taken back: worse)?"
+        pattern = (
+            rf"window {number}/3  blocks \d-\d  loss \S+ -> \S+  changed \S+%  \d+ s, \d+% \w+  RAM \d\.\d\d GiB"
+            r"  ETA \S+( +taken back: worse)?"
+        )
         assert re.fullmatch(pattern, line)
     assert lines[3] == f"done: {out}"
     logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]

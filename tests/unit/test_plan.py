@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from cbqstream import quantize
 from cbqstream.config import CalibrationConfig, QuantizeConfig, ReconstructionConfig, Scheme, parse_bytes
 from cbqstream.errors import DeviceMemoryError, InputError, UsageError
 from cbqstream.report.plan import plan_lines
-from cbqstream.run.plan import ModelSizes, fitting_plan, make_plan, smaller_settings
+from cbqstream.run.plan import fitting_plan, make_plan, smaller_settings
 from cbqstream.run.rates import Rates, measure_rates
+from cbqstream.run.sizes import ModelSizes
 from tiny import SEQ_LEN, save_tokens
 
 RATES = Rates(product=1e-11, weight=1e-8, value=1e-9)
@@ -205,3 +207,46 @@ def test_sizes_in_words(text, size):
 def test_what_is_no_size(text):
     with pytest.raises(UsageError, match="is not a size"):
         parse_bytes(text)
+
+
+def sizes_with_experts(tmp_path, **settings):
+    """Two blocks with an attention layer of 64 x 64 and eight experts of 3 x 64 x 128."""
+    shapes = {"self_attn.q_proj.weight": (64, 64), "mlp.gate.weight": (8, 64)}
+    for index in range(8):
+        for name, shape in (("gate_proj", (128, 64)), ("up_proj", (128, 64)), ("down_proj", (64, 128))):
+            shapes[f"mlp.experts.{index}.{name}.weight"] = shape
+    tensors = {
+        f"model.layers.{block}.{name}": torch.zeros(shape, dtype=torch.bfloat16)
+        for block in range(2)
+        for name, shape in shapes.items()
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = {"model_type": "mixtral", "hidden_size": 64, "vocab_size": 96, "num_experts_per_tok": 2, **settings}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return ModelSizes.of(tmp_path)
+
+
+def test_a_token_is_computed_by_its_experts_and_all_of_them_are_held(tmp_path):
+    sizes = sizes_with_experts(tmp_path)
+    dense, expert = 64 * 64 + 8 * 64, 3 * 64 * 128
+    assert sizes.weights == dense + 8 * expert
+    assert sizes.active == dense + 2 * expert
+    assert sizes.outputs == 64 + 8 + 2 * (128 + 128 + 64)
+
+
+def test_wider_and_whole_layers_take_more_disk(tmp_path):
+    sizes = sizes_with_experts(tmp_path)
+
+    def packed(**settings):
+        config = QuantizeConfig(
+            model="m",
+            out="o",
+            scheme=Scheme(num_bits=4, group_size=32),
+            calibration=CalibrationConfig(dataset="d"),
+            **settings,
+        )
+        return make_plan(config, sizes, "cpu").disk["blocks"]
+
+    down = 2 * 8 * 64 * 128
+    assert packed(override=("down_proj=W8",)) - packed() == down // 2
+    assert packed(ignore=("down_proj",)) - packed() == 3 * down // 2

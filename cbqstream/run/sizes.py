@@ -1,0 +1,107 @@
+"""How large the parts of a model are, from the headers of its shards and config.json alone."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cbqstream.checkpoint.folder import find_tensors, read_json
+from cbqstream.errors import InputError
+from cbqstream.records import TensorInfo
+
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSizes:
+    """Counts of a model; those of a block are of the largest."""
+
+    num_blocks: int
+    hidden: int
+    vocabulary: int
+    layers: Mapping[str, tuple[int, int]]
+    """[O, I] of each linear layer of a block, by the name of its weight in the checkpoint."""
+    experts: float
+    """Share of the experts of a block that compute a token; 1 without experts."""
+    stored: int
+    """Bytes of a stored weight."""
+    block_bytes: int
+    source_bytes: int
+    ends_bytes: int
+    """Of what lies outside the blocks."""
+
+    @property
+    def weights(self) -> int:
+        """Of the linear layers of a block."""
+        return sum(rows * columns for rows, columns in self.layers.values())
+
+    @property
+    def largest(self) -> int:
+        """Weights of the largest layer."""
+        return max(rows * columns for rows, columns in self.layers.values())
+
+    @property
+    def outputs(self) -> int:
+        """Values that the layers of a block give for a token."""
+        return int(sum(self._share(name) * rows for name, (rows, _) in self.layers.items()))
+
+    @property
+    def active(self) -> int:
+        """Weights of a block that compute a token."""
+        return int(sum(self._share(name) * rows * columns for name, (rows, columns) in self.layers.items()))
+
+    def _share(self, name: str) -> float:
+        return self.experts if _EXPERT.search(name) else 1
+
+    @classmethod
+    def of(cls, folder: Path) -> "ModelSizes":
+        """Of the model in a folder.
+
+        Raises:
+            InputError: it cannot be read, or holds no blocks.
+        """
+        return cls.counted(folder, read_json(folder, "config.json"), find_tensors(folder))
+
+    @classmethod
+    def counted(cls, folder: Path, model: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> "ModelSizes":
+        """The same, of what was read from there."""
+        blocks = _by_block(infos)
+        model = {**model, **(model.get("text_config") or {})}
+        if not blocks:
+            raise InputError(folder, "no tensors of numbered blocks.")
+        largest = max(blocks.values(), key=lambda tensors: sum(info.num_bytes for info in tensors))
+        matrices = [info for info in largest if len(info.shape) == 2]
+        in_blocks = {info.name for tensors in blocks.values() for info in tensors}
+        outside = [info for name, info in infos.items() if name not in in_blocks]
+        return cls(
+            len(blocks),
+            int(model.get("hidden_size") or model.get("n_embd") or 0),
+            int(model.get("vocab_size") or 0),
+            {info.name: (info.shape[0], info.shape[1]) for info in matrices},
+            _share_of_experts(model, [info.name for info in matrices]),
+            max(info.dtype.itemsize for info in matrices),
+            sum(info.num_bytes for info in largest),
+            sum(info.num_bytes for info in infos.values()),
+            sum(info.num_bytes for info in outside),
+        )
+
+
+def _share_of_experts(model: Mapping[str, Any], names: Sequence[str]) -> float:
+    number = len({match[1] for name in names if (match := _EXPERT.search(name))})
+    chosen = next((model[key] for key in ("num_experts_per_tok", "moe_k", "moe_topk") if model.get(key)), number)
+    return min(1.0, chosen / number) if number else 1.0
+
+
+def _by_block(infos: Mapping[str, TensorInfo]) -> dict[int, list[TensorInfo]]:
+    """The tensors of each block: of the names with a number in them, those that begin with the same and hold most bytes."""
+    lists: dict[str, dict[int, list[TensorInfo]]] = {}
+    for name, info in infos.items():
+        match = re.match(r"(.*?\.)(\d+)\.", name)
+        if match is not None:
+            lists.setdefault(match[1], {}).setdefault(int(match[2]), []).append(info)
+    return max(
+        lists.values(),
+        key=lambda blocks: sum(info.num_bytes for block in blocks.values() for info in block),
+        default={},
+    )
