@@ -249,6 +249,18 @@ def clean(
     _say(f"deleted: {run}")
 
 
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(help="A result of quantize.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    format_name: Annotated[str, typer.Option("--format", help="dense, gptq, gptq_v2 or awq.")],
+) -> None:
+    """Write a finished model in another format, code for code."""
+    from cbqstream.run.export import export as write
+
+    _say(f"done: {write(model, out, format_name)}")
+
+
 @app.command("eval")
 def evaluate(
     model: Annotated[Path, typer.Argument(help="A model, quantized by cbqstream or not.")],

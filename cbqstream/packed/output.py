@@ -1,7 +1,7 @@
 """Putting the finished checkpoint together: links to the shards of the blocks, copies of the rest, index and config.json last."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,18 @@ def assemble(
     rest = [name for name in source.infos if name not in replaced]
     copy_tensors(disk, building / REST, source, rest)
     weight_map.update(dict.fromkeys(rest, REST))
+    complete_folder(disk, out, building, source_folder=source_folder, weight_map=weight_map, config=config)
+
+
+def complete_folder(
+    disk: Disk, out: Path, building: Path, *, source_folder: Path, weight_map: Mapping[str, str], config: dict[str, Any]
+) -> None:
+    """To the shards in `building` add what else a model folder has, config.json last, and call it `out`.
+
+    Args:
+        disk, out, building, source_folder, config: as above.
+        weight_map: shard by tensor.
+    """
     for file in sorted(source_folder.iterdir()):
         if file.is_file() and file.name not in ("config.json", INDEX) and file.suffix not in _WEIGHTS:
             disk.copy(file, building / file.name)

@@ -1,0 +1,186 @@
+"""Other formats of a quantized layer, code for code: what each stores, what it cannot hold, and what config.json says of it.
+
+I inputs, O outputs, G groups. Codes and zero points are unsigned in all of them: `u = q + 2^(b-1)`.
+
+    dense     weight     dtype of the scales [O, I]                 (q - z) s, rounded to that dtype
+
+    gptq      qweight    int32 [I b/32, O]      32/b codes a word along I, the first in the lowest bits      (GPTQModel, vLLM)
+              qzeros     int32 [G, O b/32]      the same along O; minus one in `gptq`, as they are in `gptq_v2`
+              scales     float16 [G, O]
+              g_idx      int32 [I]              group of each column
+
+    awq       qweight    int32 [I, O/8]         eight codes a word along O, in the order 0 2 4 6 1 3 5 7     (AutoAWQ "gemm")
+              qzeros     int32 [G, O/8]         the same
+              scales     float16 [G, O]
+
+Scales hold 8 bits and are at least 2^-17 (`numerics/affine.py`), so float16 has the same numbers.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cbqstream.config import LayerSchemes, Scheme
+from cbqstream.errors import UsageError
+from cbqstream.numerics.affine import dequantize
+from cbqstream.records import QuantizedWeight
+
+_WORD = 32
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+@dataclass(frozen=True, slots=True)
+class ExportFormat:
+    """A format that quantized layers can be written in."""
+
+    encode: Callable[[QuantizedWeight, torch.dtype], dict[str, Tensor]]
+    """Stored tensors of a layer by the last part of their name; the dtype is that of the layer's scales in the checkpoint."""
+    cannot: Callable[[Scheme], str | None]
+    """Why a scheme cannot be held exactly, or None."""
+    fills: Callable[[int], tuple[int, int]]
+    """Of what rows and columns must be multiples, for weights of some bits."""
+    config: Callable[[Scheme, Sequence[str]], dict[str, Any] | None]
+    """quantization_config, of the scheme and the patterns of what is not quantized; None is no entry."""
+
+
+def unsigned(codes: Tensor, num_bits: int) -> Tensor:
+    """Codes or zero points as int32 from 0."""
+    return codes.to(torch.int32) + (1 << (num_bits - 1))
+
+
+def pack_words(values: Tensor, num_bits: int, order: Sequence[int] | None = None) -> Tensor:
+    """32/b unsigned values a word along the last dimension, int32 [..., N b/32]; value `order[j]` of a word has its bits from `j b` on."""
+    per_word = _WORD // num_bits
+    words = values.to(torch.int64).reshape(*values.shape[:-1], -1, per_word)
+    packed = torch.zeros(words.shape[:-1], dtype=torch.int64)
+    for place, source in enumerate(order or range(per_word)):
+        packed |= words[..., source] << (place * num_bits)
+    return torch.where(packed >= 1 << (_WORD - 1), packed - (1 << _WORD), packed).to(torch.int32)
+
+
+def _zero_points(weight: QuantizedWeight) -> Tensor:
+    """Unsigned, int32 [O, G]; the middle where there are none."""
+    zero_point = torch.zeros_like(weight.scale, dtype=torch.int8) if weight.zero_point is None else weight.zero_point
+    return unsigned(zero_point, weight.scheme.num_bits)
+
+
+def _half(scale_OG: Tensor) -> Tensor:
+    return scale_OG.T.to(torch.float16).contiguous()
+
+
+def _dense(weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
+    return {"weight": dequantize(weight).to(dtype)}
+
+
+def _gptq(weight: QuantizedWeight, offset: int) -> dict[str, Tensor]:
+    bits, (columns, groups) = weight.scheme.num_bits, (weight.codes.shape[1], weight.scale.shape[1])
+    return {
+        "qweight": pack_words(unsigned(weight.codes, bits), bits).T.contiguous(),
+        "qzeros": pack_words((_zero_points(weight) - offset).T, bits).contiguous(),
+        "scales": _half(weight.scale),
+        "g_idx": torch.arange(columns, dtype=torch.int32) // (columns // groups),
+    }
+
+
+def _awq(weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
+    bits = weight.scheme.num_bits
+    return {
+        "qweight": pack_words(unsigned(weight.codes, bits).T, bits, _AWQ_ORDER).contiguous(),
+        "qzeros": pack_words(_zero_points(weight).T, bits, _AWQ_ORDER).contiguous(),
+        "scales": _half(weight.scale),
+    }
+
+
+def _cannot_gptq(scheme: Scheme) -> str | None:
+    if scheme.activation_bits is not None:
+        return f"inputs of {scheme.activation_bits} bits"
+    if not scheme.symmetric:
+        return "zero points (readers take the middle)"
+    return None if scheme.num_bits in (4, 8) else f"{scheme.num_bits} bits (4 and 8 can)"
+
+
+def _cannot_awq(scheme: Scheme) -> str | None:
+    if scheme.activation_bits is not None:
+        return f"inputs of {scheme.activation_bits} bits"
+    if scheme.group_size is None:
+        return "one scale per channel"
+    return None if scheme.num_bits == 4 else f"{scheme.num_bits} bits (4 can)"
+
+
+def _whole_words(num_bits: int) -> tuple[int, int]:
+    return _WORD // num_bits, _WORD // num_bits
+
+
+def _gptq_config(version: str) -> Callable[[Scheme, Sequence[str]], dict[str, Any]]:
+    def config(scheme: Scheme, not_quantized: Sequence[str]) -> dict[str, Any]:
+        return {
+            "quant_method": "gptq",
+            "bits": scheme.num_bits,
+            "group_size": -1 if scheme.group_size is None else scheme.group_size,
+            "desc_act": False,
+            "sym": True,
+            "lm_head": False,
+            "checkpoint_format": version,
+            "dynamic": {f"-:{pattern}": {} for pattern in not_quantized},
+        }
+
+    return config
+
+
+def _awq_config(scheme: Scheme, not_quantized: Sequence[str]) -> dict[str, Any]:
+    return {
+        "quant_method": "awq",
+        "version": "gemm",
+        "bits": scheme.num_bits,
+        "group_size": scheme.group_size,
+        "zero_point": True,
+        "modules_to_not_convert": list(not_quantized),
+    }
+
+
+EXPORTS: Mapping[str, ExportFormat] = MappingProxyType(
+    {
+        "dense": ExportFormat(_dense, lambda scheme: None, lambda bits: (1, 1), lambda scheme, not_quantized: None),
+        "gptq": ExportFormat(lambda weight, dtype: _gptq(weight, 1), _cannot_gptq, _whole_words, _gptq_config("gptq")),
+        "gptq_v2": ExportFormat(
+            lambda weight, dtype: _gptq(weight, 0), _cannot_gptq, _whole_words, _gptq_config("gptq_v2")
+        ),
+        "awq": ExportFormat(_awq, _cannot_awq, lambda bits: (_WORD // bits, 1), _awq_config),
+    }
+)
+"""By the name that `cbqstream export --format` takes."""
+
+
+def require_whole_words(name: str, layer: str, shape: Sequence[int], scheme: Scheme) -> None:
+    """Refuse a layer [O, I] whose codes leave a part of a word empty.
+
+    Raises:
+        UsageError: they do.
+    """
+    for length, multiple, what in zip(shape, EXPORTS[name].fills(scheme.num_bits), ("rows", "columns"), strict=True):
+        if length % multiple:
+            raise UsageError(f"format {name} needs multiples of {multiple} {what}, {layer} has {length}. Use dense.")
+
+
+def require_exact(name: str, schemes: LayerSchemes) -> None:
+    """Refuse what a format cannot hold.
+
+    Raises:
+        UsageError: it cannot; the message names the formats that can.
+    """
+    if name not in EXPORTS:
+        raise UsageError(f"format {name!r} is not {', '.join(EXPORTS)}.")
+    reason = _why_not(name, schemes)
+    if reason is not None:
+        able = [other for other in EXPORTS if _why_not(other, schemes) is None]
+        raise UsageError(f"format {name} cannot hold {reason} exactly. Formats that can: {', '.join(able)}.")
+
+
+def _why_not(name: str, schemes: LayerSchemes) -> str | None:
+    if schemes.others and name != "dense":
+        return "layers of different widths"
+    return EXPORTS[name].cannot(schemes.default)

@@ -1,0 +1,175 @@
+"""Other formats, read back by code that shares nothing with the writer: plain loops over bits, after each format's own description."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from cbqstream import quantize
+from cbqstream.calibration.segments import load_segments
+from cbqstream.checkpoint.reader import Checkpoint
+from cbqstream.config import Scheme
+from cbqstream.errors import InputError, UsageError
+from cbqstream.evaluate.perplexity import open_model, perplexity
+from cbqstream.packed.exports import EXPORTS
+from cbqstream.records import Compute
+from cbqstream.run.export import export
+from tiny import SEQ_LEN, VOCAB
+
+CPU = torch.device("cpu")
+COMPUTE = Compute(CPU, torch.float32, 4)
+SYMMETRIC, ASYMMETRIC = Scheme(num_bits=4, group_size=32), Scheme(num_bits=4, group_size=32, symmetric=False)
+EIGHT, CHANNEL = Scheme(num_bits=8, group_size=16), Scheme(num_bits=4, group_size=None)
+
+
+def field(word, place, bits):
+    """Unsigned value of some bits of an int32."""
+    return ((int(word) & 0xFFFFFFFF) >> (place * bits)) & ((1 << bits) - 1)
+
+
+def read_gptq(tensors, layer, bits, offset):
+    """As GPTQModel describes it: w[i, o] = s[g, o] (q[i, o] - z[g, o]), g = g_idx[i]."""
+    qweight, qzeros, scales, g_idx = (
+        tensors[f"{layer}.{part}"].numpy() for part in ("qweight", "qzeros", "scales", "g_idx")
+    )
+    per_word = 32 // bits
+    weight = np.zeros((scales.shape[1], len(g_idx)), dtype=np.float32)
+    for row in range(weight.shape[0]):
+        for column, group in enumerate(g_idx):
+            code = field(qweight[column // per_word, row], column % per_word, bits)
+            zero = field(qzeros[group, row // per_word], row % per_word, bits) + offset
+            weight[row, column] = np.float32(scales[group, row]) * (code - zero)
+    return torch.from_numpy(weight)
+
+
+def read_awq(tensors, layer, group_size):
+    """As AutoAWQ's gemm kernels read it: nibble j of a word is output 8 n + (0, 4, 1, 5, 2, 6, 3, 7)^-1 [j]."""
+    qweight, qzeros, scales = (tensors[f"{layer}.{part}"].numpy() for part in ("qweight", "qzeros", "scales"))
+    place_of = {0: 0, 1: 4, 2: 1, 3: 5, 4: 2, 5: 6, 6: 3, 7: 7}  # AWQ_REVERSE_ORDER
+    weight = np.zeros((scales.shape[1], len(qweight)), dtype=np.float32)
+    for row in range(weight.shape[0]):
+        for column in range(weight.shape[1]):
+            group, place = column // group_size, place_of[row % 8]
+            code, zero = field(qweight[column, row // 8], place, 4), field(qzeros[group, row // 8], place, 4)
+            weight[row, column] = np.float32(scales[group, row]) * (code - zero)
+    return torch.from_numpy(weight)
+
+
+def tensors_of(folder):
+    return {name: value for shard in folder.glob("*.safetensors") for name, value in load_file(shard).items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme"),
+    [
+        ("gptq", SYMMETRIC),
+        ("gptq", CHANNEL),
+        ("gptq", EIGHT),
+        ("gptq_v2", SYMMETRIC),
+        ("gptq_v2", EIGHT),
+        ("awq", SYMMETRIC),
+        ("awq", ASYMMETRIC),
+        ("dense", ASYMMETRIC),
+    ],
+)
+def test_every_weight_is_the_same(make_config, tmp_path, name, scheme):
+    made = quantize(make_config(scheme=scheme, keep_last=1))
+    out = export(made, tmp_path / "exported", name)
+    skeleton, source = open_model(made)
+    tensors, quantized = tensors_of(out), 0
+    for spec in skeleton.blocks:
+        for local in spec.linears:
+            layer = f"{spec.prefix}.{local}"
+            expected = source.read(f"{layer}.weight", device=CPU)
+            if spec.index == 3 or name == "dense":
+                assert torch.equal(tensors[f"{layer}.weight"], expected.to(torch.bfloat16))
+                continue
+            quantized += 1
+            if name == "awq":
+                found = read_awq(tensors, layer, scheme.group_size)
+            else:
+                found = read_gptq(tensors, layer, scheme.num_bits, 1 if name == "gptq" else 0)
+            assert torch.equal(found, expected), layer
+    assert quantized == (0 if name == "dense" else 21)
+    others = [spec.tensors[local] for spec in skeleton.blocks for local in spec.tensors if "norm" in local]
+    for tensor in (*others, "model.embed_tokens.weight", "lm_head.weight"):
+        assert b"".join(Checkpoint.open(out).raw(tensor)) == b"".join(Checkpoint.open(made).raw(tensor))
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == tensors.keys()
+    assert (out / "generation_config.json").read_bytes() == (made / "generation_config.json").read_bytes()
+
+
+def test_dense_is_a_plain_checkpoint(make_config, tokens, tmp_path):
+    made = quantize(make_config(scheme=ASYMMETRIC))
+    out = export(made, tmp_path / "dense", "dense")
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    ids = load_segments(tokens, out, num_samples=16, seq_len=SEQ_LEN, vocab_size=VOCAB)
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = model(ids, use_cache=False).logits
+    plain = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).exp().item()
+    assert perplexity(*open_model(out), ids, COMPUTE) == pytest.approx(plain, rel=1e-5)
+    assert perplexity(*open_model(made), ids, COMPUTE) == pytest.approx(plain, rel=1e-3)
+
+
+@pytest.mark.parametrize(("name", "group_size"), [("gptq", 32), ("awq", 32)])
+def test_config_says_what_is_quantized(make_config, tmp_path, name, group_size):
+    out = export(quantize(make_config(keep_first=1, ignore=("o_proj",))), tmp_path / "exported", name)
+    said = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert (said["quant_method"], said["bits"], said["group_size"]) == (name, 4, group_size)
+    patterns = said["dynamic"] if name == "gptq" else said["modules_to_not_convert"]
+    for path, whole in (("lm_head", True), ("model.layers.0.mlp.up_proj", True), ("model.layers.1.mlp.up_proj", False)):
+        escaped = path.replace(".", r"\.")
+        assert any(f"^{escaped}$" in pattern for pattern in patterns) == whole
+    assert any("o_proj" in pattern for pattern in patterns)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        (
+            "gptq",
+            {"scheme": ASYMMETRIC},
+            r"format gptq cannot hold zero points .* exactly\. Formats that can: dense, awq\.",
+        ),
+        ("gptq", {"scheme": Scheme(num_bits=3, group_size=32)}, r"cannot hold 3 bits .*\. Formats that can: dense\."),
+        ("awq", {"scheme": EIGHT}, r"cannot hold 8 bits \(4 can\) exactly\. Formats that can: dense, gptq, gptq_v2\."),
+        (
+            "awq",
+            {"scheme": CHANNEL},
+            r"cannot hold one scale per channel exactly\. Formats that can: dense, gptq, gptq_v2\.",
+        ),
+        ("awq", {"scheme": Scheme(num_bits=4, group_size=32, activation_bits=8)}, r"cannot hold inputs of 8 bits"),
+        (
+            "gptq",
+            {"override": ("down_proj=W8",)},
+            r"cannot hold layers of different widths exactly\. Formats that can: dense\.",
+        ),
+        ("exl3", {}, r"format 'exl3' is not dense, gptq, gptq_v2, awq\."),
+    ],
+)
+def test_what_a_format_cannot_hold(make_config, tmp_path, name, settings, message):
+    made = quantize(make_config(reconstruction={"rounding": "none"}, **settings))
+    with pytest.raises(UsageError, match=message):
+        export(made, tmp_path / "exported", name)
+    assert not list(tmp_path.glob("exported*"))
+
+
+def test_what_cannot_be_exported(make_config, tiny_models, tmp_path):
+    with pytest.raises(InputError, match=r"the model is not quantized"):
+        export(tiny_models["llama"], tmp_path / "exported", "dense")
+    made = quantize(make_config(reconstruction={"rounding": "none"}))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("")
+    with pytest.raises(UsageError, match=r"exists and is not empty"):
+        export(made, tmp_path / "full", "dense")
+    with pytest.raises(UsageError, match=r"no such folder"):
+        export(made, tmp_path / "none" / "exported", "dense")
+
+
+def test_formats_fill_whole_words():
+    for name, (rows, columns) in {"dense": (1, 1), "gptq": (8, 8), "gptq_v2": (8, 8), "awq": (8, 1)}.items():
+        assert EXPORTS[name].fills(4) == (rows, columns)
