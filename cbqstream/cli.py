@@ -253,7 +253,7 @@ def clean(
 def export(
     model: Annotated[Path, typer.Argument(help="A result of quantize.")],
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
-    format_name: Annotated[str, typer.Option("--format", help="dense, gptq, gptq_v2 or awq.")],
+    format_name: Annotated[str, typer.Option("--format", help="gptq, gptq_v2, awq, gguf or dense.")],
 ) -> None:
     """Write a finished model in another format, code for code."""
     from cbqstream.run.export import export as write

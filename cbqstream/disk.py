@@ -103,6 +103,11 @@ class Disk:
                 os.fsync(file.fileno())
         return FileDigest(size, digest.hexdigest())
 
+    def sync_file(self, path: Path) -> None:
+        """fsync a file that a library has written under a name that does not count yet."""
+        with self._operation("sync_file", path):
+            _fsync(path, 0)
+
     def replace(self, path: Path, content: "ReadableBuffer") -> None:
         """Write a file that need not outlive the process. Who reads it meanwhile sees the old content or the new, never a part."""
         with self._operation("replace", path):

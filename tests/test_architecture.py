@@ -45,6 +45,7 @@ HOMES = {
     "accelerate": {"models", "calibration", "evaluate"},
     "safetensors": {"checkpoint", "packed", "run"},
     "compressed_tensors": {"packed"},
+    "gguf": {"packed"},
     "psutil": {"memory"},
     "triton": {"numerics"},
     "filelock": {"run"},

@@ -27,6 +27,7 @@ from torch import Tensor
 from cbqstream.config import LayerSchemes, Scheme
 from cbqstream.errors import UsageError
 from cbqstream.numerics.affine import dequantize
+from cbqstream.packed.gguf_blocks import cannot_gguf
 from cbqstream.records import QuantizedWeight
 
 _WORD = 32
@@ -152,7 +153,10 @@ EXPORTS: Mapping[str, ExportFormat] = MappingProxyType(
         "awq": ExportFormat(_awq, _cannot_awq, lambda bits: (_WORD // bits, 1), _awq_config),
     }
 )
-"""By the name that `cbqstream export --format` takes."""
+"""By the name that `cbqstream export --format` takes: formats that are shards of tensors."""
+
+GGUF = "gguf"
+_CANNOT = {**{name: made.cannot for name, made in EXPORTS.items()}, GGUF: cannot_gguf}
 
 
 def require_whole_words(name: str, layer: str, shape: Sequence[int], scheme: Scheme) -> None:
@@ -172,15 +176,16 @@ def require_exact(name: str, schemes: LayerSchemes) -> None:
     Raises:
         UsageError: it cannot; the message names the formats that can.
     """
-    if name not in EXPORTS:
-        raise UsageError(f"format {name!r} is not {', '.join(EXPORTS)}.")
+    if name not in _CANNOT:
+        raise UsageError(f"format {name!r} is not {', '.join(_CANNOT)}.")
     reason = _why_not(name, schemes)
     if reason is not None:
-        able = [other for other in EXPORTS if _why_not(other, schemes) is None]
+        able = [other for other in _CANNOT if _why_not(other, schemes) is None]
         raise UsageError(f"format {name} cannot hold {reason} exactly. Formats that can: {', '.join(able)}.")
 
 
 def _why_not(name: str, schemes: LayerSchemes) -> str | None:
-    if schemes.others and name != "dense":
+    if schemes.others and name not in ("dense", GGUF):
         return "layers of different widths"
-    return EXPORTS[name].cannot(schemes.default)
+    reasons = [_CANNOT[name](scheme) for scheme in (schemes.default, *(scheme for _, scheme in schemes.others))]
+    return next((reason for reason in reasons if reason is not None), None)

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,10 +13,12 @@ from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.config import LayerSchemes
 from cbqstream.disk import Disk
 from cbqstream.errors import InputError, UsageError
-from cbqstream.packed.exports import EXPORTS, require_exact, require_whole_words
+from cbqstream.packed.exports import EXPORTS, GGUF, require_exact, require_whole_words
 from cbqstream.packed.format import INPUT_SCALE, PACKED, SCALE, SHAPE, ZERO_POINT, decode, schemes_of
+from cbqstream.packed.gguf_file import Layers, write_gguf
 from cbqstream.packed.output import building_folder, complete_folder
 from cbqstream.packed.shard import copy_tensors, write_tensors
+from cbqstream.records import QuantizedWeight
 
 _PARTS = (PACKED, SCALE, SHAPE, ZERO_POINT)
 CPU = torch.device("cpu")
@@ -36,9 +39,29 @@ def export(model: Path, out: Path, format_name: str, disk: Disk | None = None) -
         raise UsageError(f"{out}: exists and is not empty. Give another folder.")
     if not out.parent.is_dir():
         raise UsageError(f"{out.parent}: no such folder. Create it first.")
-    schemes = schemes_of(config["quantization_config"])
-    require_exact(format_name, schemes)
+    require_exact(format_name, schemes_of(config["quantization_config"]))
     source, building = Checkpoint.open(model), building_folder(out, format_name)
+    if format_name == GGUF:
+        _gguf(disk, model, out, building, config, source)
+    else:
+        _shards(disk, model, out, building, config, source, format_name)
+    return out
+
+
+def _gguf(disk: Disk, model: Path, out: Path, building: Path, config: dict[str, Any], source: Checkpoint) -> None:
+    schemes = schemes_of(config["quantization_config"])
+    disk.remove_tree(building)
+    disk.make_folder(building)
+    file = building / f"model-W{schemes.default.num_bits}.gguf"
+    write_gguf(file, model, config, schemes, _all_layers(source, schemes))
+    disk.sync_file(file)
+    disk.publish(building, out)
+
+
+def _shards(
+    disk: Disk, model: Path, out: Path, building: Path, config: dict[str, Any], source: Checkpoint, format_name: str
+) -> None:
+    schemes = schemes_of(config["quantization_config"])
     for layer in _layers(source.infos):
         if f"{layer}.{SHAPE}" in source.infos:
             shape = source.read(f"{layer}.{SHAPE}", device=CPU).tolist()
@@ -53,12 +76,36 @@ def export(model: Path, out: Path, format_name: str, disk: Disk | None = None) -
     said = EXPORTS[format_name].config(schemes.default, _not_quantized(config["quantization_config"]["ignore"]))
     found |= {} if said is None else {"quantization_config": said}
     complete_folder(disk, out, building, source_folder=model, weight_map=weight_map, config=found)
-    return out
 
 
 def _layers(names: Iterable[str]) -> list[str]:
     """Module paths of the quantized layers among tensors."""
     return [name.removesuffix(f".{PACKED}") for name in names if name.endswith(f".{PACKED}")]
+
+
+def _all_layers(source: Checkpoint, schemes: LayerSchemes) -> Layers:
+    packed = {}
+    for layer in _layers(source.infos):
+        rows, columns = source.read(f"{layer}.{SHAPE}", device=CPU).tolist()
+        packed[layer] = (int(rows), int(columns))
+    parts = {f"{layer}.{part}" for layer in packed for part in (*_PARTS, INPUT_SCALE)}
+    others = {name: info.shape for name, info in source.infos.items() if name not in parts}
+    return Layers(
+        packed, others, lambda layer: _read(source, layer, schemes), lambda name: source.read(name, device=CPU)
+    )
+
+
+def _read(source: Checkpoint, layer: str, schemes: LayerSchemes) -> QuantizedWeight:
+    """One quantized layer.
+
+    Raises:
+        InputError: a part of it is missing.
+    """
+    parts = {part: source.read(f"{layer}.{part}", device=CPU) for part in _PARTS if f"{layer}.{part}" in source.infos}
+    missing = [part for part in (SCALE, SHAPE) if part not in parts]
+    if missing:
+        raise InputError(source.infos[f"{layer}.{PACKED}"].file, f"{missing[0]} is missing.", tensor=layer)
+    return decode(parts, schemes.of(layer))
 
 
 def _not_quantized(ignored: list[str]) -> list[str]:
@@ -77,13 +124,8 @@ def _write_shard(
         return here
     tensors: dict[str, Tensor] = {}
     for layer in layers:
-        parts = {
-            part: source.read(f"{layer}.{part}", device=CPU) for part in _PARTS if f"{layer}.{part}" in source.infos
-        }
-        missing = [part for part in (SCALE, SHAPE) if part not in parts]
-        if missing:
-            raise InputError(file, f"{missing[0]} is missing.", tensor=layer)
-        encoded = EXPORTS[format_name].encode(decode(parts, schemes.of(layer)), source.infos[f"{layer}.{SCALE}"].dtype)
+        scale_dtype = source.infos[f"{layer}.{SCALE}"].dtype
+        encoded = EXPORTS[format_name].encode(_read(source, layer, schemes), scale_dtype)
         tensors |= {f"{layer}.{part}": value for part, value in encoded.items()}
     stored = {f"{layer}.{part}" for layer in layers for part in (*_PARTS, INPUT_SCALE)}
     tensors |= {name: source.read(name, device=CPU) for name in here if name not in stored}

@@ -2,10 +2,12 @@
 
 import json
 
+import gguf
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM
 
 from cbqstream import quantize
@@ -17,7 +19,7 @@ from cbqstream.evaluate.perplexity import open_model, perplexity
 from cbqstream.packed.exports import EXPORTS
 from cbqstream.records import Compute
 from cbqstream.run.export import export
-from tiny import SEQ_LEN, VOCAB
+from tiny import SEQ_LEN, VOCAB, save_model
 
 CPU = torch.device("cpu")
 COMPUTE = Compute(CPU, torch.float32, 4)
@@ -140,15 +142,15 @@ def test_config_says_what_is_quantized(make_config, tmp_path, name, group_size):
         (
             "awq",
             {"scheme": CHANNEL},
-            r"cannot hold one scale per channel exactly\. Formats that can: dense, gptq, gptq_v2\.",
+            r"cannot hold one scale per channel exactly\. Formats that can: dense, gptq, gptq_v2, gguf\.",
         ),
         ("awq", {"scheme": Scheme(num_bits=4, group_size=32, activation_bits=8)}, r"cannot hold inputs of 8 bits"),
         (
             "gptq",
             {"override": ("down_proj=W8",)},
-            r"cannot hold layers of different widths exactly\. Formats that can: dense\.",
+            r"cannot hold layers of different widths exactly\. Formats that can: dense, gguf\.",
         ),
-        ("exl3", {}, r"format 'exl3' is not dense, gptq, gptq_v2, awq\."),
+        ("exl3", {}, r"format 'exl3' is not dense, gptq, gptq_v2, awq, gguf\."),
     ],
 )
 def test_what_a_format_cannot_hold(make_config, tmp_path, name, settings, message):
@@ -173,3 +175,95 @@ def test_what_cannot_be_exported(make_config, tiny_models, tmp_path):
 def test_formats_fill_whole_words():
     for name, (rows, columns) in {"dense": (1, 1), "gptq": (8, 8), "gptq_v2": (8, 8), "awq": (8, 1)}.items():
         assert EXPORTS[name].fills(4) == (rows, columns)
+
+
+@pytest.fixture
+def with_tokenizer(tmp_path):
+    """A function that makes a checkpoint with a byte-level tokenizer of its own."""
+
+    def make(family, vocab_size=304):
+        folder = save_model(tmp_path / family, family, vocab_size=vocab_size)
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(
+            vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+        )
+        tokenizer.train_from_iterator(
+            ["the quick brown fox jumps over the lazy dog " * 20, "there then that than"], trainer
+        )
+        tokenizer.save(str(folder / "tokenizer.json"))
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_gguf_is_read_by_its_own_package(make_config, with_tokenizer, tmp_path, family):
+    model = with_tokenizer(family)
+    made = quantize(make_config(model=model, scheme=SYMMETRIC, keep_last=1, override=("down_proj=W8",)))
+    out = export(made, tmp_path / "gguf", "gguf")
+    reader = gguf.GGUFReader(out / "model-W4.gguf")
+    values = {key: item.contents() for key, item in reader.fields.items()}
+    config = json.loads((made / "config.json").read_text())
+    assert values["general.architecture"] == family
+    assert values[f"{family}.attention.head_count_kv"] == 2
+    assert values[f"{family}.attention.key_length"] == config.get("head_dim", 16)
+    tokens = values["tokenizer.ggml.tokens"]
+    assert (len(tokens), tokens[0], tokens[-1]) == (304, "<s>", "[PAD303]")
+    assert values["tokenizer.ggml.pre"] == "gpt-2"
+    skeleton, source = open_model(made)
+    found = {tensor.name: tensor for tensor in reader.tensors}
+    kinds = set()
+    names = {
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+    }
+    names |= {"mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
+    for spec in skeleton.blocks:
+        for local, there in names.items():
+            expected = source.read(f"{spec.prefix}.{local}.weight", device=CPU)
+            tensor = found[f"blk.{spec.index}.{there}.weight"]
+            kinds.add(tensor.tensor_type.name)
+            weight = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+            if family == "llama" and there in ("attn_q", "attn_k"):
+                heads = {"attn_q": 4, "attn_k": 2}[there]  # pairs side by side: even rows are the first halves
+                weight = torch.cat([torch.cat([head[0::2], head[1::2]]) for head in weight.chunk(heads)])
+            assert torch.equal(weight, expected.float()), tensor.name
+    assert kinds == {"Q4_0", "Q8_0", "BF16"}
+    norm = torch.from_numpy(found["output_norm.weight"].data.copy())
+    assert torch.equal(norm, source.read("model.norm.weight", device=CPU).float())
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "error", "message"),
+    [
+        ("opt", {}, UsageError, r"gguf: written for llama, mistral, qwen2, qwen3 only"),
+        ("llama", {"scheme": ASYMMETRIC}, UsageError, r"cannot hold groups of 32 \(Q4_K can: multiples of 256"),
+        (
+            "llama",
+            {"scheme": Scheme(num_bits=2, group_size=None)},
+            UsageError,
+            r"Q2_K has blocks of 256 columns, model\.layers\.0",
+        ),
+        ("llama", {}, InputError, r"tokenizer\.json: missing, or not a byte-level BPE"),
+    ],
+)
+def test_what_gguf_cannot_hold(make_config, tmp_path, family, settings, error, message):
+    made = quantize(make_config(family, reconstruction={"rounding": "none"}, **settings))
+    with pytest.raises(error, match=message):
+        export(made, tmp_path / "gguf", "gguf")
+    assert not (tmp_path / "gguf").exists()
+
+
+def test_a_tokenizer_that_splits_otherwise_is_refused(make_config, with_tokenizer, tmp_path):
+    model = with_tokenizer("llama")
+    content = json.loads((model / "tokenizer.json").read_text())
+    content["pre_tokenizer"]["use_regex"] = False
+    (model / "tokenizer.json").write_text(json.dumps(content))
+    made = quantize(make_config(model=model, reconstruction={"rounding": "none"}))
+    with pytest.raises(InputError, match=r"splits text in a way that is not known here"):
+        export(made, tmp_path / "gguf", "gguf")

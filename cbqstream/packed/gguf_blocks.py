@@ -1,0 +1,116 @@
+"""Quantized weights as blocks of GGUF, code for code (ggml-quants; `gguf.quants` of the gguf package reads them the same).
+
+u are unsigned codes, s a scale, z an unsigned zero point; float16 holds s exactly. A row of a weight is a row of blocks.
+
+    Q4_0   32 columns    d = s; nibbles u, columns 0-15 low, 16-31 high                         d (u - 8)
+    Q8_0   32 columns    d = s; bytes q                                                         d q
+    Q4_K   256 columns   d = dmin = s; 8 sub-blocks of scale 1 and minimum z; nibbles u         d u - dmin z
+    Q2_K   256 columns   d = dmin = s; 16 sub-blocks of scale 1 and minimum z; 2 bits u         d u - dmin z
+    Q3_K   256 columns   d = s; 16 sub-blocks of scale 33 - 32; 2 bits u, and a mask of u >> 2  d (u - 4)
+"""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from cbqstream.config import Scheme
+from cbqstream.records import QuantizedWeight
+
+_SMALL, _LARGE = 32, 256
+
+
+def _parts(weight: QuantizedWeight, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    """u [O, N, columns], the two bytes of s [O, N, 2] and z [O, N, 1], of N blocks a row; all uint8."""
+    rows, width = weight.codes.shape
+    middle, blocks = 1 << (weight.scheme.num_bits - 1), width // columns
+    u = (weight.codes.to(torch.int16) + middle).to(torch.uint8).view(rows, blocks, columns)
+    repeats = blocks // weight.scale.shape[1]
+    d = weight.scale.half().repeat_interleave(repeats, 1).contiguous().unsqueeze(-1).view(torch.uint8)
+    zero_point = torch.zeros_like(weight.scale) if weight.zero_point is None else weight.zero_point
+    z = (zero_point.to(torch.int16) + middle).to(torch.uint8).repeat_interleave(repeats, 1).unsqueeze(-1)
+    return u, d, z
+
+
+def _nibbles(low: Tensor, high: Tensor) -> Tensor:
+    return low | (high << 4)
+
+
+def _merged(parts: Tensor, width: int) -> Tensor:
+    """Parts [..., P, C] of so many bits in common bytes [..., C], the first in the lowest bits."""
+    shifts = width * torch.arange(parts.shape[-2]).unsqueeze(-1)
+    return (parts.long() << shifts).sum(-2).to(torch.uint8)
+
+
+def _two_bits(u: Tensor) -> Tensor:
+    """The lowest two bits of 256 columns, [O, N, 64]: four of 32 columns each share the bytes of a half."""
+    return _merged((u & 3).reshape(*u.shape[:-1], 2, 4, _SMALL), 2).flatten(-2)
+
+
+def _q4_0(weight: QuantizedWeight) -> Tensor:
+    u, d, _ = _parts(weight, _SMALL)
+    return torch.cat([d, _nibbles(*u.chunk(2, dim=-1))], dim=-1)
+
+
+def _q8_0(weight: QuantizedWeight) -> Tensor:
+    u, d, _ = _parts(weight, _SMALL)
+    return torch.cat([d, u ^ 0x80], dim=-1)  # two's complement
+
+
+def _q4_k(weight: QuantizedWeight) -> Tensor:
+    u, d, z = _parts(weight, _LARGE)
+    pairs = u.reshape(*u.shape[:-1], 4, 2, _SMALL)
+    four = z.expand(*z.shape[:-1], 4)
+    scales = torch.cat([torch.ones_like(four), four, _nibbles(torch.ones_like(four), four)], dim=-1)
+    return torch.cat([d, d, scales, _nibbles(pairs[..., 0, :], pairs[..., 1, :]).flatten(-2)], dim=-1)
+
+
+def _q2_k(weight: QuantizedWeight) -> Tensor:
+    u, d, z = _parts(weight, _LARGE)
+    sixteen = z.expand(*z.shape[:-1], 16)
+    return torch.cat([_nibbles(torch.ones_like(sixteen), sixteen), _two_bits(u), d, d], dim=-1)
+
+
+def _q3_k(weight: QuantizedWeight) -> Tensor:
+    u, d, _ = _parts(weight, _LARGE)
+    mask = _merged((u >> 2).reshape(*u.shape[:-1], 8, _SMALL), 1)
+    low, high = torch.full_like(u[..., :8], 0x11), torch.full_like(u[..., :4], 0xAA)  # 33 = 1 + 16 * 2, sixteen times
+    return torch.cat([mask, _two_bits(u), low, high, d], dim=-1)
+
+
+_KINDS: Mapping[tuple[int, bool], tuple[str, int, Callable[[QuantizedWeight], Tensor]]] = MappingProxyType(
+    {
+        (4, True): ("Q4_0", _SMALL, _q4_0),
+        (8, True): ("Q8_0", _SMALL, _q8_0),
+        (4, False): ("Q4_K", _LARGE, _q4_k),
+        (3, True): ("Q3_K", _LARGE, _q3_k),
+        (2, True): ("Q2_K", _LARGE, _q2_k),
+        (2, False): ("Q2_K", _LARGE, _q2_k),
+    }
+)
+"""By width and whether it is symmetric: type, columns of a block, and who makes the blocks."""
+
+
+def cannot_gguf(scheme: Scheme) -> str | None:
+    """Why a scheme cannot be held exactly, or None."""
+    if scheme.activation_bits is not None:
+        return f"inputs of {scheme.activation_bits} bits"
+    kind = _KINDS.get((scheme.num_bits, scheme.symmetric))
+    if kind is None:
+        return f"{scheme.num_bits} bits {'without' if scheme.symmetric else 'with'} zero points"
+    if scheme.group_size is not None and scheme.group_size % kind[1]:
+        return f"groups of {scheme.group_size} ({kind[0]} can: multiples of {kind[1]}, or one scale per channel)"
+    return None
+
+
+def block_kind(scheme: Scheme) -> tuple[str, int]:
+    """Name of the type of blocks of a scheme that can be held, and columns of a block."""
+    name, columns, _ = _KINDS[scheme.num_bits, scheme.symmetric]
+    return name, columns
+
+
+def encode_blocks(weight: QuantizedWeight) -> Tensor:
+    """Blocks of the rows of a weight, uint8 [O, bytes of a row]."""
+    _, _, encode = _KINDS[weight.scheme.num_bits, weight.scheme.symmetric]
+    return encode(weight).flatten(1)

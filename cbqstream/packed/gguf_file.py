@@ -1,0 +1,215 @@
+"""A quantized model as one GGUF file for llama.cpp, through the gguf package: metadata, tokenizer, names and blocks.
+
+Tensors are read one at a time. Embeddings, head and layers in full precision are bf16 as they were, norms and biases float32.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+
+from cbqstream.config import LayerSchemes
+from cbqstream.errors import InputError, UsageError, shown
+from cbqstream.packed.gguf_blocks import block_kind, encode_blocks
+from cbqstream.records import QuantizedWeight
+
+_PATTERNS = {
+    # as llama.cpp calls them, with what tells them apart in tokenizer.json
+    "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Architecture:
+    """Of llama.cpp."""
+
+    name: gguf.MODEL_ARCH
+    interleaved: bool
+    """Whether its rotary embedding turns neighbors, not halves, so that rows of queries and keys are stored in another order."""
+
+
+_ARCHITECTURES: Mapping[str, _Architecture] = MappingProxyType(
+    {
+        "llama": _Architecture(gguf.MODEL_ARCH.LLAMA, interleaved=True),
+        "mistral": _Architecture(gguf.MODEL_ARCH.LLAMA, interleaved=True),
+        "qwen2": _Architecture(gguf.MODEL_ARCH.QWEN2, interleaved=False),
+        "qwen3": _Architecture(gguf.MODEL_ARCH.QWEN3, interleaved=False),
+    }
+)
+
+
+class Layers:
+    """What a checkpoint holds: quantized layers by module path, other tensors by name."""
+
+    def __init__(
+        self,
+        packed: Mapping[str, tuple[int, int]],
+        others: Mapping[str, tuple[int, ...]],
+        read_packed: Callable[[str], QuantizedWeight],
+        read_other: Callable[[str], Tensor],
+    ) -> None:
+        self.packed, self.others = packed, others
+        self.read_packed, self.read_other = read_packed, read_other
+
+
+def write_gguf(path: Path, folder: Path, config: Mapping[str, Any], schemes: LayerSchemes, layers: Layers) -> None:
+    """Write the file `path`, which must not exist.
+
+    Args:
+        path: where to.
+        folder: of the model, for its tokenizer.
+        config: content of its config.json.
+        schemes: of its layers.
+        layers: its weights.
+
+    Raises:
+        UsageError: llama.cpp's form of the architecture or its rotary embedding is not known here, or a row does not fill its blocks.
+        InputError: it has no tokenizer that is known.
+    """
+    architecture = _architecture(config)
+    for layer, (_, columns) in layers.packed.items():
+        blocks, width = block_kind(schemes.of(layer))
+        if columns % width:
+            raise UsageError(
+                f"gguf: {blocks} has blocks of {width} columns, {layer} has {columns}. Use another format."
+            )
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture.name])
+    _add_settings(writer, config)
+    writer.add_name(f"{Path(str(config.get('_name_or_path') or folder)).name} W{schemes.default.num_bits}A16")
+    _add_tokenizer(writer, folder, int(config["vocab_size"]))
+    names = gguf.get_tensor_name_map(architecture.name, int(config["num_hidden_layers"]))
+    turns = _head_counts(config) if architecture.interleaved else {}
+
+    def arranged(name: str, rows: Tensor) -> Tensor:
+        heads = next((heads for leaf, heads in turns.items() if re.search(rf"\.{leaf}\.(weight|bias)$", name)), None)
+        return rows if heads is None else neighbors(rows, heads)
+
+    order = sorted([*(f"{layer}.weight" for layer in layers.packed), *layers.others])
+    for name in order:
+        new = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if new is None:
+            raise UsageError(
+                f"gguf: {name} has no place in {gguf.MODEL_ARCH_NAMES[architecture.name]}. Use another format."
+            )
+        shape, kind = _stored(name, schemes, layers)
+        writer.add_tensor_info(new, shape, np.dtype(np.uint8), int(np.prod(shape)), kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for name in order:
+        writer.write_tensor_data(arranged(name, _bytes(name, layers)).contiguous().numpy())
+    writer.close()
+
+
+def neighbors(rows: Tensor, heads: int) -> Tensor:
+    """Rows [heads D, ...], whose rotary pairs are the halves of a head, with the pairs side by side."""
+    return rows.reshape(heads, 2, len(rows) // heads // 2, -1).transpose(1, 2).reshape(rows.shape)
+
+
+def _architecture(config: Mapping[str, Any]) -> _Architecture:
+    found = _ARCHITECTURES.get(str(config.get("model_type")))
+    if found is None:
+        raise UsageError(f"gguf: written for {', '.join(_ARCHITECTURES)} only. Use another format.")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise UsageError(
+            f'gguf: rotary embeddings of the type "{shown(str(kind))}" are not written. Use another format.'
+        )
+    return found
+
+
+def _head_counts(config: Mapping[str, Any]) -> dict[str, int]:
+    heads = int(config["num_attention_heads"])
+    return {"q_proj": heads, "k_proj": int(config.get("num_key_value_heads") or heads)}
+
+
+def _stored(name: str, schemes: LayerSchemes, layers: Layers) -> tuple[tuple[int, ...], gguf.GGMLQuantizationType]:
+    """Shape in bytes, and type, of a tensor."""
+    layer = name.removesuffix(".weight")
+    if layer in layers.packed:
+        shape: tuple[int, ...] = layers.packed[layer]
+        kind = gguf.GGMLQuantizationType[block_kind(schemes.of(layer))[0]]
+    else:
+        shape = layers.others[name]
+        kind = gguf.GGMLQuantizationType.BF16 if len(shape) > 1 else gguf.GGMLQuantizationType.F32
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    return (*shape[:-1], shape[-1] // block * size), kind
+
+
+def _bytes(name: str, layers: Layers) -> Tensor:
+    layer = name.removesuffix(".weight")
+    if layer in layers.packed:
+        return encode_blocks(layers.read_packed(layer))
+    value = layers.read_other(name)
+    return value.to(torch.float32 if value.dim() == 1 else torch.bfloat16).contiguous().view(torch.uint8)
+
+
+def _add_settings(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    heads = _head_counts(config)
+    head_dim = int(config.get("head_dim") or config["hidden_size"] // heads["q_proj"])
+    rope = config.get("rope_parameters") or {}
+    writer.add_context_length(int(config["max_position_embeddings"]))
+    writer.add_embedding_length(int(config["hidden_size"]))
+    writer.add_block_count(int(config["num_hidden_layers"]))
+    writer.add_feed_forward_length(int(config["intermediate_size"]))
+    writer.add_head_count(heads["q_proj"])
+    writer.add_head_count_kv(heads["k_proj"])
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_freq_base(float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0))
+    writer.add_layer_norm_rms_eps(float(config["rms_norm_eps"]))
+    writer.add_vocab_size(int(config["vocab_size"]))
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> None:
+    try:
+        content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        vocab: Any = gguf.BpeVocab(folder)
+    except FileNotFoundError as error:
+        raise InputError(
+            folder / "tokenizer.json", "missing, or not a byte-level BPE, which GGUF needs here."
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(folder / "tokenizer.json", f"cannot be read: {shown(str(error))}.") from error
+    tokens = [(text if isinstance(text, bytes) else text.encode(), kind) for text, _, kind in vocab.all_tokens()]
+    tokens += [(f"[PAD{index}]".encode(), gguf.TokenType.UNUSED) for index in range(len(tokens), vocab_size)]
+    special = {token["content"].encode() for token in content.get("added_tokens", []) if token.get("special")}
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(_splitter(folder, content))
+    writer.add_token_list([text for text, _ in tokens])
+    writer.add_token_types([gguf.TokenType.CONTROL if text in special else kind for text, kind in tokens])
+    gguf.SpecialVocab(folder, load_merges=True, n_vocab=len(tokens)).add_to_gguf(writer, quiet=True)
+
+
+def _splitter(folder: Path, content: Mapping[str, Any]) -> str:
+    """What llama.cpp calls the way in which text is split before BPE."""
+    steps = list(_steps(content.get("pre_tokenizer") or {}))
+    kinds = [step.get("type") for step in steps]
+    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
+        return "gpt-2"
+    if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits"):
+        return "smollm"
+    if kinds == ["Split", "ByteLevel"]:
+        pattern = (steps[0].get("pattern") or {}).get("Regex")
+        for name, known in _PATTERNS.items():
+            if pattern == known:
+                return name
+    raise InputError(
+        folder / "tokenizer.json", "splits text in a way that is not known here, so llama.cpp would split it otherwise."
+    )
+
+
+def _steps(pre_tokenizer: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    yield from pre_tokenizer.get("pretokenizers", []) if pre_tokenizer.get("type") == "Sequence" else [pre_tokenizer]
