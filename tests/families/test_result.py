@@ -1,5 +1,7 @@
 """Every family from source to result: quantized, stopped and resumed, loaded by plain transformers."""
 
+from importlib.metadata import version
+
 import pytest
 import torch
 from transformers import AutoConfig, CompressedTensorsConfig
@@ -17,16 +19,18 @@ COMPUTE = Compute(torch.device("cpu"), torch.float32, 16)
 SCHEMES = {"W4A16": Scheme(num_bits=4, group_size=32), "W4A8": Scheme(num_bits=4, group_size=32, activation_bits=8)}
 DENSE_ONLY = ("falcon",)
 """Families whose linear layers in transformers compute with `self.weight` themselves, and so only load dequantized."""
+OLD = version("transformers") < "5.18"
+OTHER_NAMES = ("gemma3", "gpt_neox", "mixtral", "qwen2_5_vl")
+"""Families with other names in checkpoints than in modules: transformers 5.17 leaves what it renames in bf16, whatever dtype is asked for."""
 
 
 def plain_perplexity(family, folder, ids):
     """By transformers alone."""
+    dtype = torch.bfloat16 if OLD and family in OTHER_NAMES else torch.float32
     options = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if family in DENSE_ONLY else {}
-    model = (
-        auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=torch.float32, **options).eval()
-    )
+    model = auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=dtype, **options).eval()
     with torch.no_grad():
-        logits = model(ids, use_cache=False).logits
+        logits = model(ids, use_cache=False).logits.float()
     return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).exp().item()
 
 
@@ -58,6 +62,8 @@ def inputs_as_transformers_has_them(monkeypatch):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_transformers_loads_the_result_and_agrees(make_config, tokens, inputs_as_transformers_has_them, family, scheme):
     """Where transformers makes dense weights of it they are bf16, and less near."""
+    if OLD and family in DENSE_ONLY:
+        pytest.skip("transformers 5.17 does not load it dequantized either")
     config = make_config(family, scheme=SCHEMES[scheme], reconstruction={"epochs": 1})
     with pytest.raises(StoppedError):
         quantize(config, stop_after_window=2)
@@ -67,4 +73,5 @@ def test_transformers_loads_the_result_and_agrees(make_config, tokens, inputs_as
     inputs_as_transformers_has_them(family)
     ids = load_segments(tokens, out, num_samples=16, seq_len=SEQ_LEN, vocab_size=VOCAB)
     plain = plain_perplexity(family, out, ids)
-    assert perplexity(skeleton, source, ids, COMPUTE) == pytest.approx(plain, rel=1e-3 if becomes_dense else 1e-4)
+    rel = 1e-2 if OLD and family in OTHER_NAMES else 1e-3 if becomes_dense else 1e-4
+    assert perplexity(skeleton, source, ids, COMPUTE) == pytest.approx(plain, rel=rel)
