@@ -21,7 +21,7 @@ DENSE_ONLY = ("falcon",)
 """Families whose linear layers in transformers compute with `self.weight` themselves, and so only load dequantized."""
 OLD = version("transformers") < "5.18"
 OTHER_NAMES = ("gemma3", "gpt_neox", "mixtral", "qwen2_5_vl")
-"""Families with other names in checkpoints than in modules: transformers 5.17 leaves what it renames in bf16, whatever dtype is asked for."""
+"""Families with other names in checkpoints than in modules: transformers 5.17 leaves what it renames in bf16, whatever is asked for."""
 
 
 def plain_perplexity(family, folder, ids):
