@@ -21,7 +21,8 @@ from measure import save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cbqstream.calibration.segments import load_segments
-from cbqstream.evaluate.perplexity import open_model, perplexity
+from cbqstream.evaluate.model import open_model
+from cbqstream.evaluate.perplexity import perplexity
 from cbqstream.records import Compute
 from cbqstream.run.export import export
 

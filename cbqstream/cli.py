@@ -1,13 +1,9 @@
 """The command line: arguments to settings, settings to a run. torch is imported only by the commands that compute."""
 
 import json
-import os
-import signal
 import sys
-import warnings
 from pathlib import Path
-from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -15,6 +11,7 @@ from rich.console import Console
 from cbqstream.config import QuantizeConfig
 from cbqstream.errors import CbqstreamError, DeviceMemoryError, InputError, StoppedError, StorageError, UsageError
 from cbqstream.flags import config_of
+from cbqstream.interruption import Interrupted, interrupt_on_signals
 from cbqstream.recipe import read_recipe
 
 app = typer.Typer(
@@ -264,9 +261,14 @@ def export(
 @app.command("eval")
 def evaluate(
     model: Annotated[Path, typer.Argument(help="A model, quantized by cbqstream or not.")],
-    text: Annotated[Path, typer.Option(help="Text, or token ids.")],
+    text: Annotated[Path | None, typer.Option(help="Text, or token ids: perplexity.")] = None,
+    against: Annotated[Path | None, typer.Option(help="A model to compare the predictions on the text with.")] = None,
+    choices: Annotated[
+        Path | None, typer.Option(help="Questions in jsonl (prompt, choices, answer): accuracy.")
+    ] = None,
     num_samples: Annotated[int, typer.Option(help="Segments, spread evenly over the text.")] = 64,
     seq_len: Annotated[int, typer.Option(help="Tokens in a segment.")] = 512,
+    num_questions: Annotated[int | None, typer.Option(help="The first so many questions; all by default.")] = None,
     batch_size: Annotated[int, typer.Option(help="Segments at once.")] = 4,
     scratch: Annotated[
         Path | None, typer.Option(help="Folder for hidden states; the temporary folder by default.")
@@ -274,23 +276,34 @@ def evaluate(
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
-    """Perplexity of MODEL on a text, one block in memory at a time."""
+    """Perplexity, distance from another model, or accuracy of MODEL, one block in memory at a time."""
+    from cbqstream.evaluate.against import compare
+    from cbqstream.evaluate.choices import evaluate_choices
     from cbqstream.evaluate.perplexity import evaluate as measure
     from cbqstream.report.progress import Progress
 
+    if (text is None) == (choices is None) or (against is not None and text is None):
+        raise UsageError("eval needs --text, with or without --against, or --choices.")
     with Progress(Console(stderr=True)) as progress:
-        result = measure(
-            model,
-            text,
-            num_samples=num_samples,
-            seq_len=seq_len,
-            batch_size=batch_size,
-            scratch=scratch,
-            device=device,
-            threads=threads,
-            listener=progress,
-        )
-    _say(f"{text.name}: perplexity {result.perplexity:.4f} ({result.num_segments} x {seq_len} tokens)")
+        common: dict[str, Any] = {
+            "batch_size": batch_size,
+            "scratch": scratch,
+            "device": device,
+            "threads": threads,
+            "listener": progress,
+        }
+        if choices is not None:
+            found = evaluate_choices(model, choices, num_questions=num_questions, **common)
+            line = (
+                f"accuracy {found.by_sum:.4f}, by character {found.by_character:.4f} ({len(found.answers)} questions)"
+            )
+        elif text is not None and against is not None:
+            distance = compare(model, against, text, num_samples=num_samples, seq_len=seq_len, **common)
+            line = f"divergence {distance.divergence:.5f}, same next token {distance.top1:.2%} ({distance.num_segments} x {seq_len} tokens)"
+        elif text is not None:
+            result = measure(model, text, num_samples=num_samples, seq_len=seq_len, **common)
+            line = f"perplexity {result.perplexity:.4f} ({result.num_segments} x {seq_len} tokens)"
+    _say(f"{(choices or text or model).name}: {line}")
 
 
 def _say(line: str) -> None:
@@ -334,26 +347,10 @@ def _how_to_go_on(config: QuantizeConfig) -> str:
     return f"cbqstream resume {config.run_path}" if same else "the same command"
 
 
-_STOPPING = (signal.SIGTERM, signal.SIGINT)
-
-
-class Interrupted(BaseException):
-    """SIGINT or SIGTERM. Not an Exception, so that no library takes it for an error of its own and goes on."""
-
-
-def _stop(number: int, frame: FrameType | None) -> NoReturn:
-    """What is committed is safe wherever a signal strikes, so leave at once; a second one does not even wait for tmp/ to be emptied."""
-    for other in _STOPPING:
-        signal.signal(other, lambda number, frame: os._exit(128 + number))
-    warnings.simplefilter("ignore")  # Zarr's coroutines complain that nobody waits for them any more
-    raise Interrupted(f"stopped by {signal.Signals(number).name}.")
-
-
 def main() -> NoReturn:
     """Entry point: flags may be written with - or _, and an expected error is one line and an exit code."""
     try:
-        for number in _STOPPING:  # a signal may strike between the two, or where an error is being told
-            signal.signal(number, _stop)
+        interrupt_on_signals()  # here: one may strike before both are set, or where an error is being told
         _answer([_dashed(argument) for argument in sys.argv[1:]])
     except Interrupted as stop:
         _fail(str(stop), StoppedError.exit_code)

@@ -27,6 +27,7 @@ LAYERS = [
     {"config"},
     {"memory"},
     {"disk"},
+    {"interruption"},
     {"errors"},
 ]
 """From the top down. A layer imports only from layers below it (and itself)."""

@@ -71,7 +71,7 @@ def _tokenize(data: Path, model: Path, wanted: int | None) -> Tensor:
     """Token ids of the file: all of them, or at least `wanted` if there are so many. No more text is held than that needs."""
     limit = None if wanted is None else wanted * _CHARACTERS_A_TOKEN
     text, complete = _text(data, limit)
-    tokenizer: Any = _load_tokenizer(model)
+    tokenizer: Any = load_tokenizer(model)
     while True:
         ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
         if complete or limit is None:
@@ -94,7 +94,12 @@ def _text(data: Path, limit: int | None) -> tuple[str, bool]:
     return _SEPARATOR.join(parts), True
 
 
-def _load_tokenizer(model: Path) -> Any:
+def load_tokenizer(model: Path) -> Any:
+    """The tokenizer of a model folder.
+
+    Raises:
+        InputError: it has none that transformers can load.
+    """
     if (model / _TOKENIZER).exists():
         read_json(model, _TOKENIZER)
     try:

@@ -1,8 +1,6 @@
 """Streamed perplexity: the hidden states of all segments lie on disk, and one block at a time is in memory."""
 
 import math
-import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,35 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cbqstream.activations.read_ahead import in_batches, read_batches
-from cbqstream.activations.store import StreamShape
-from cbqstream.activations.zarr_store import ZarrStore
 from cbqstream.calibration.segments import load_segments
-from cbqstream.checkpoint.folder import read_json
-from cbqstream.checkpoint.reader import Checkpoint
-from cbqstream.disk import Disk
 from cbqstream.errors import UsageError
-from cbqstream.models.block import BlockArguments, build_block, run_block
+from cbqstream.evaluate.model import Listener, hidden_states, open_model
 from cbqstream.models.compute import choose_device, compute_dtype, make_deterministic
 from cbqstream.models.ends import model_ends
 from cbqstream.models.skeleton import ModelSkeleton
-from cbqstream.packed.format import schemes_of
-from cbqstream.packed.source import PackedSource
 from cbqstream.records import Compute, WeightSource
-
-
-def open_model(folder: Path) -> tuple[ModelSkeleton, WeightSource]:
-    """A model folder to run, quantized by this project or not.
-
-    Raises:
-        InputError: it cannot be read.
-        UsageError: it is quantized in another form.
-    """
-    config = read_json(folder, "config.json")
-    source: WeightSource = Checkpoint.open(folder)
-    if config.get("quantization_config"):
-        source = PackedSource(Checkpoint.open(folder), schemes_of(config["quantization_config"]))
-    return ModelSkeleton(folder, config, source.tensors()), source
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +35,7 @@ def evaluate(
     scratch: Path | None = None,
     device: str = "auto",
     threads: int | None = None,
-    listener: Callable[[str], None] = lambda text: None,
+    listener: Listener = lambda text: None,
 ) -> Perplexity:
     """Perplexity of a model on `num_samples` segments spread evenly over a text, in bounded memory.
 
@@ -95,6 +71,7 @@ def evaluate(
     )
 
 
+@torch.no_grad()
 def perplexity(
     skeleton: ModelSkeleton,
     source: WeightSource,
@@ -102,29 +79,10 @@ def perplexity(
     compute: Compute,
     *,
     scratch: Path | None = None,
-    listener: Callable[[str], None] = lambda text: None,
+    listener: Listener = lambda text: None,
 ) -> float:
-    """exp of the mean negative log-likelihood of tokens 2..S of every segment.
-
-    Args:
-        skeleton: the model.
-        source: its weights.
-        tokens_NS: int64 [N, S].
-        compute: where and how; hidden states are kept on disk in its dtype.
-        scratch: folder for them, deleted afterwards; the system's temporary folder by default.
-        listener: told of progress.
-    """
-    shape = StreamShape(len(tokens_NS), tokens_NS.shape[1], skeleton.hidden_size, compute.dtype)
-    with tempfile.TemporaryDirectory(prefix="cbqstream-eval-", dir=scratch) as work:
-        listener("embedding")
-        with model_ends(skeleton, source, device=compute.device, dtype=compute.dtype, only="embed") as ends:
-            arguments = ends.block_arguments(tokens_NS[0])
-            stream = ZarrStore.create(Path(work) / "stream", shape, Disk(), durable=False)
-            for segment, ids_S in enumerate(tokens_NS):
-                stream.write(segment, ends.embed(ids_S))
-        for index in range(len(skeleton.blocks)):
-            listener(f"block {index + 1}/{len(skeleton.blocks)}")
-            _advance(skeleton, source, index, arguments[index], stream, compute)
+    """exp of the mean negative log-likelihood of tokens 2..S of every segment; arguments as of `hidden_states`."""
+    with hidden_states(skeleton, source, [tokens_NS], compute, scratch=scratch, listener=listener) as (stream,):
         listener("head")
         with model_ends(skeleton, source, device=compute.device, dtype=compute.dtype, only="head") as ends:
             total = 0.0
@@ -135,21 +93,3 @@ def perplexity(
                     start += len(logits_TV)
                     total += functional.cross_entropy(logits_TV[: len(next_T)], next_T, reduction="sum").double().item()
     return math.exp(total / (tokens_NS.shape[0] * (tokens_NS.shape[1] - 1)))
-
-
-@torch.no_grad()
-def _advance(
-    skeleton: ModelSkeleton,
-    source: WeightSource,
-    index: int,
-    arguments: BlockArguments,
-    stream: ZarrStore,
-    compute: Compute,
-) -> None:
-    """Replace every segment by what block `index` makes of it."""
-    block = build_block(skeleton, index, source, device=compute.device, dtype=compute.dtype, linear_dtype=compute.dtype)
-    batches = in_batches(range(stream.shape.num_segments), compute.batch_size)
-    for batch, (x_BSD,) in zip(batches, read_batches([stream], batches), strict=True):
-        y_BSD = run_block(block, x_BSD.to(compute.device), arguments)
-        for segment, y_SD in zip(batch, y_BSD, strict=True):
-            stream.write(segment, y_SD)

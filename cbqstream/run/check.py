@@ -10,7 +10,7 @@ from cbqstream.activations.store import StreamShape
 from cbqstream.activations.zarr_store import ZarrStore
 from cbqstream.config import QuantizeConfig
 from cbqstream.errors import CbqstreamError, InputError
-from cbqstream.evaluate.perplexity import open_model
+from cbqstream.evaluate.model import open_model
 from cbqstream.records import WeightSource
 from cbqstream.run.chain import Chain
 from cbqstream.run.source import RunSource

@@ -10,7 +10,8 @@ from cbqstream import quantize
 from cbqstream.calibration.segments import load_segments
 from cbqstream.config import Scheme
 from cbqstream.errors import StoppedError
-from cbqstream.evaluate.perplexity import open_model, perplexity
+from cbqstream.evaluate.model import open_model
+from cbqstream.evaluate.perplexity import perplexity
 from cbqstream.packed.source import PackedSource
 from cbqstream.records import Compute
 from tiny import FAMILIES, SEQ_LEN, VOCAB, auto_class

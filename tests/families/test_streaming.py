@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
-from cbqstream.evaluate.perplexity import open_model, perplexity
+from cbqstream.evaluate.model import open_model
+from cbqstream.evaluate.perplexity import perplexity
 from cbqstream.models.block import build_block, run_block
 from cbqstream.models.ends import model_ends
 from cbqstream.records import Compute

@@ -7,7 +7,8 @@ from transformers import AutoModelForCausalLM
 from cbqstream import quantize
 from cbqstream.calibration.segments import load_segments
 from cbqstream.errors import InputError
-from cbqstream.evaluate.perplexity import open_model, perplexity
+from cbqstream.evaluate.model import open_model
+from cbqstream.evaluate.perplexity import perplexity
 from cbqstream.models.experts import separate_experts
 from cbqstream.records import Compute, Notice, WindowReport
 from tiny import SEQ_LEN, VOCAB, make_model, save_model

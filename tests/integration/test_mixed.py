@@ -12,7 +12,8 @@ from cbqstream.calibration.segments import load_segments
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.config import OutlierConfig, Scheme, path_pattern
 from cbqstream.errors import StoppedError, UsageError
-from cbqstream.evaluate.perplexity import open_model, perplexity
+from cbqstream.evaluate.model import open_model
+from cbqstream.evaluate.perplexity import perplexity
 from cbqstream.records import Compute, Notice
 from tiny import SEQ_LEN, VOCAB
 

@@ -17,7 +17,8 @@ from cbqstream import quantize
 from cbqstream.calibration.segments import load_segments
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.config import OutlierConfig, Scheme, WindowConfig
-from cbqstream.evaluate.perplexity import open_model, perplexity
+from cbqstream.evaluate.model import open_model
+from cbqstream.evaluate.perplexity import perplexity
 from cbqstream.profiles import PROFILES
 from cbqstream.records import Compute, Notice, WindowReport
 from cbqstream.run import inputs, pipeline

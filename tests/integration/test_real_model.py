@@ -8,7 +8,8 @@ import torch
 from cbqstream import quantize
 from cbqstream.calibration.segments import load_segments
 from cbqstream.config import CalibrationConfig, QuantizeConfig, ReconstructionConfig, Scheme
-from cbqstream.evaluate.perplexity import open_model, perplexity
+from cbqstream.evaluate.model import open_model
+from cbqstream.evaluate.perplexity import perplexity
 from cbqstream.records import Compute, WindowReport
 
 DATA = Path(__file__).parent.parent.parent / "benchmarks" / "data"

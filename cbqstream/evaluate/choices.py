@@ -1,0 +1,175 @@
+"""Choice tasks, streamed: which of several continuations of a prompt a model finds likeliest."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cbqstream.calibration.segments import load_tokenizer
+from cbqstream.errors import InputError, UsageError
+from cbqstream.evaluate.model import Listener, hidden_states, open_model
+from cbqstream.models.compute import choose_device, compute_dtype, make_deterministic
+from cbqstream.models.ends import model_ends
+from cbqstream.models.skeleton import ModelSkeleton
+from cbqstream.records import Compute, WeightSource
+
+_LENGTHS = 32
+"""Requests are filled up on the right to multiples of so many tokens; what is there no token before it sees."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Token ids, of which the last ones are scored."""
+
+    ids: tuple[int, ...]
+    scored: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scored < len(self.ids):
+            raise ValueError(f"{self.scored} of {len(self.ids)} tokens are to be scored")
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A prompt, its possible continuations, and the number of the right one."""
+
+    prompt: str
+    choices: tuple[str, ...]
+    answer: int
+
+
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """Shares of right answers by the sum of log-likelihoods, and by that sum over the characters of a choice; and what was answered."""
+
+    by_sum: float
+    by_character: float
+    answers: tuple[int, ...]
+    """By the sum, for every question."""
+
+
+def read_questions(path: Path, number: int | None = None) -> list[Question]:
+    """The first questions of a jsonl file, each `{"prompt": ..., "choices": [...], "answer": 0}`.
+
+    Raises:
+        InputError: the file cannot be read, or a line is none.
+    """
+    questions: list[Question] = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(path, "cannot be read as UTF-8 text.") from error
+    for place, line in enumerate(lines, 1):
+        if number is not None and len(questions) == number:
+            break
+        if line.strip():
+            questions.append(_question(path, place, line))
+    if not questions:
+        raise InputError(path, "holds no questions.")
+    return questions
+
+
+def _question(path: Path, place: int, line: str) -> Question:
+    try:
+        content = json.loads(line)
+        prompt, choices, answer = content["prompt"], content["choices"], content["answer"]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise InputError(path, f'line {place} is not a JSON object with "prompt", "choices" and "answer".') from error
+    texts = (
+        isinstance(choices, list) and len(choices) > 1 and all(isinstance(choice, str) and choice for choice in choices)
+    )
+    if not isinstance(prompt, str) or not texts or type(answer) is not int or not 0 <= answer < len(choices):
+        raise InputError(
+            path, f'line {place}: "choices" must be two or more texts, and "answer" the number of one, from 0.'
+        )
+    return Question(prompt, tuple(choices), answer)
+
+
+def evaluate_choices(
+    model: Path,
+    questions: Path,
+    *,
+    num_questions: int | None = None,
+    batch_size: int = 8,
+    scratch: Path | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    listener: Listener = lambda text: None,
+) -> Accuracy:
+    """Accuracy of a model on the questions of a jsonl file, in bounded memory: every block is read once.
+
+    Raises:
+        InputError: the model or the questions cannot be read.
+        UsageError: a question is longer than the model's positions, or a device that is not there.
+    """
+    asked = read_questions(questions, num_questions)
+    skeleton, source = open_model(model)
+    where = choose_device(device)
+    make_deterministic(threads)
+    compute = Compute(where, compute_dtype(where), batch_size)
+    tokenizer = load_tokenizer(model)
+    requests = [_request(tokenizer, question.prompt, choice) for question in asked for choice in question.choices]
+    skeleton.check_length(max(len(request.ids) for request in requests))
+    scores = iter(log_likelihoods(skeleton, source, requests, compute, scratch=scratch, listener=listener))
+    by_sum, by_character = [], []
+    for question in asked:
+        found = [next(scores) for _ in question.choices]
+        by_sum.append(_largest(found))
+        by_character.append(_largest([score / len(text) for score, text in zip(found, question.choices, strict=True)]))
+    right = [question.answer for question in asked]
+    return Accuracy(_share(by_sum, right), _share(by_character, right), tuple(by_sum))
+
+
+def _request(tokenizer: Any, prompt: str, choice: str) -> Request:
+    """As lm-eval splits them: what the prompt alone takes is not scored."""
+    before = tokenizer(prompt)["input_ids"]
+    ids = tokenizer(prompt + choice)["input_ids"]
+    if not before or len(before) >= len(ids):
+        raise UsageError(f"the prompt {prompt[:40]!r} or its continuation {choice[:40]!r} has no token of its own.")
+    return Request(tuple(ids), len(ids) - len(before))
+
+
+def _largest(values: Sequence[float]) -> int:
+    return max(range(len(values)), key=values.__getitem__)
+
+
+def _share(found: Sequence[int], right: Sequence[int]) -> float:
+    return sum(one == other for one, other in zip(found, right, strict=True)) / len(right)
+
+
+@torch.no_grad()
+def log_likelihoods(
+    skeleton: ModelSkeleton,
+    source: WeightSource,
+    requests: Sequence[Request],
+    compute: Compute,
+    *,
+    scratch: Path | None = None,
+    listener: Callable[[str], None] = lambda text: None,
+) -> list[float]:
+    """Log-likelihood of the scored tokens of each request, nats; other arguments as of `hidden_states`."""
+    members: dict[int, list[int]] = {}
+    for index, request in enumerate(requests):
+        members.setdefault(-(-len(request.ids) // _LENGTHS) * _LENGTHS, []).append(index)
+    groups = [torch.tensor([_filled(requests[index], length) for index in held]) for length, held in members.items()]
+    scores = [0.0] * len(requests)
+    with hidden_states(skeleton, source, groups, compute, scratch=scratch, listener=listener) as stores:
+        listener("head")
+        with model_ends(skeleton, source, device=compute.device, dtype=compute.dtype, only="head") as ends:
+            for store, held in zip(stores, members.values(), strict=True):
+                for segment, index in enumerate(held):
+                    request = requests[index]
+                    first, stop = len(request.ids) - request.scored, len(request.ids)
+                    wanted = torch.tensor(request.ids[first:stop], device=compute.device)
+                    logits_TV = torch.cat(list(ends.logits(store.read(segment)[first - 1 : stop - 1])))
+                    chosen: Tensor = logits_TV.log_softmax(-1).gather(1, wanted.unsqueeze(1))
+                    scores[index] = chosen.sum(dtype=torch.float64).item()
+    return scores
+
+
+def _filled(request: Request, length: int) -> list[int]:
+    return [*request.ids, *[0] * (length - len(request.ids))]

@@ -1,0 +1,134 @@
+"""Choices and comparisons, streamed, against transformers on the whole model."""
+
+import json
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn import functional
+
+from cbqstream.calibration.segments import load_segments
+from cbqstream.errors import InputError, UsageError
+from cbqstream.evaluate.against import compare
+from cbqstream.evaluate.choices import Request, evaluate_choices, log_likelihoods, read_questions
+from cbqstream.evaluate.model import open_model
+from cbqstream.records import Compute
+from tiny import SEQ_LEN, SOME_FAMILIES, VOCAB, make_model, save_model
+
+CPU = Compute(torch.device("cpu"), torch.float32, 3)
+WORDS = "the quick brown fox jumps over the lazy dog and then that other one"
+
+
+def plain(model, request):
+    """Of a request alone, by transformers."""
+    with torch.no_grad():
+        logs = model(torch.tensor([request.ids]), use_cache=False).logits[0].log_softmax(-1)
+    first = len(request.ids) - request.scored
+    return sum(logs[place - 1, request.ids[place]].item() for place in range(first, len(request.ids)))
+
+
+@pytest.mark.parametrize("family", SOME_FAMILIES)
+def test_log_likelihoods_are_those_of_requests_alone(tmp_path, family):
+    """What fills requests up to one length changes nothing; lengths are mixed, and each has its place in the answer."""
+    model = make_model(family)
+    folder = save_model(tmp_path / family, family, dtype=torch.float32)
+    chance = torch.Generator().manual_seed(0)
+    requests = []
+    for length in (2, 7, 40, 33, 32, 31, 7, 50):
+        ids = torch.randint(0, VOCAB, (length,), generator=chance).tolist()
+        requests.append(Request(tuple(ids), max(1, length // 3)))
+    found = log_likelihoods(*open_model(folder), requests, CPU)
+    assert found == pytest.approx([plain(model, request) for request in requests], rel=1e-4)
+
+
+@pytest.fixture
+def with_tokenizer(tmp_path):
+    folder = save_model(tmp_path / "m", "llama", vocab_size=304, dtype=torch.float32)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        [WORDS] * 9, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    return folder, tokenizer
+
+
+def test_accuracy(with_tokenizer, tmp_path):
+    folder, tokenizer = with_tokenizer
+    model = make_model("llama", vocab_size=304)
+    words = WORDS.split()
+    lines, sums, shares = [], [], []
+    for index in range(9):
+        prompt, choices = (
+            f"{words[index]} {words[index + 1]}",
+            [f" {words[index + 2]}", f" {words[index + 3]} dog", " x"],
+        )
+        scores = []
+        for choice in choices:
+            ids = tokenizer.encode(prompt + choice).ids
+            scores.append(plain(model, Request(tuple(ids), len(ids) - len(tokenizer.encode(prompt).ids))))
+        sums.append(scores.index(max(scores)))
+        by_length = [score / len(choice) for score, choice in zip(scores, choices, strict=True)]
+        shares.append(by_length.index(max(by_length)))
+        lines.append({"prompt": prompt, "choices": choices, "answer": index % 3})
+    file = tmp_path / "questions.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    found = evaluate_choices(folder, file, threads=1, device="cpu")
+    assert found.answers == tuple(sums)
+    assert len(set(sums)) > 1
+    assert found.by_sum == pytest.approx(sum(one == index % 3 for index, one in enumerate(sums)) / 9)
+    assert found.by_character == pytest.approx(sum(one == index % 3 for index, one in enumerate(shares)) / 9)
+    assert evaluate_choices(folder, file, num_questions=4, threads=1, device="cpu").answers == tuple(sums[:4])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", 'line 2 is not a JSON object with "prompt", "choices" and "answer"'),
+        ('{"prompt": "a", "choices": ["b", "c"]}', 'line 2 is not a JSON object with "prompt"'),
+        ('{"prompt": "a", "choices": ["b"], "answer": 0}', 'line 2: "choices" must be two or more texts'),
+        ('{"prompt": "a", "choices": ["b", ""], "answer": 0}', 'line 2: "choices" must be two or more texts'),
+        ('{"prompt": "a", "choices": ["b", "c"], "answer": 2}', '"answer" the number of one, from 0'),
+        ('{"prompt": "a", "choices": ["b", "c"], "answer": true}', '"answer" the number of one, from 0'),
+    ],
+)
+def test_questions_that_are_none(tmp_path, line, message):
+    file = tmp_path / "questions.jsonl"
+    file.write_text('{"prompt": "a", "choices": ["b", "c"], "answer": 1}\n' + line)
+    with pytest.raises(InputError, match=message):
+        read_questions(file)
+    assert len(read_questions(file, 1)) == 1
+
+
+def test_no_questions(tmp_path):
+    with pytest.raises(InputError, match="cannot be read"):
+        read_questions(tmp_path / "none")
+    (tmp_path / "empty").write_text("\n")
+    with pytest.raises(InputError, match="holds no questions"):
+        read_questions(tmp_path / "empty")
+
+
+def test_comparison(tmp_path, tokens):
+    near, far = make_model("llama"), make_model("qwen3", seed=1)
+    folders = [
+        save_model(tmp_path / "llama", "llama", dtype=torch.float32),
+        save_model(tmp_path / "qwen3", "qwen3", seed=1, dtype=torch.float32),
+    ]
+    ids = load_segments(tokens, folders[0], num_samples=5, seq_len=SEQ_LEN, vocab_size=VOCAB, choice="spread")
+    with torch.no_grad():
+        goal, found = (model(ids, use_cache=False).logits.flatten(0, 1) for model in (near, far))
+    divergence = functional.kl_div(
+        found.log_softmax(-1), goal.log_softmax(-1), log_target=True, reduction="batchmean"
+    ).item()
+    same = (goal.argmax(-1) == found.argmax(-1)).float().mean().item()
+    options = {"num_samples": 5, "seq_len": SEQ_LEN, "threads": 1, "device": "cpu"}
+    measured = compare(folders[1], folders[0], tokens, **options)
+    assert (measured.divergence, measured.top1) == (pytest.approx(divergence, rel=1e-4), pytest.approx(same, abs=1e-6))
+    itself = compare(folders[0], folders[0], tokens, **options)
+    assert (itself.divergence, itself.top1) == (pytest.approx(0, abs=1e-6), 1.0)
+    other = save_model(tmp_path / "other", "llama", vocab_size=128)
+    with pytest.raises(UsageError, match=r"has 128 tokens, .* 96\. Compare like with like"):
+        compare(other, folders[0], tokens, **options)
