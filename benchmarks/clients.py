@@ -21,8 +21,8 @@ from measure import save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cbqstream.calibration.segments import load_segments
-from cbqstream.evaluate.model import open_model
-from cbqstream.evaluate.perplexity import perplexity
+from cbqstream.evaluate.model import hidden_states, open_model
+from cbqstream.models.ends import model_ends
 from cbqstream.records import Compute
 from cbqstream.run.export import export
 
@@ -47,12 +47,29 @@ class LlamaCpp:
         found = self._server.handle_completions(asked)
         return found if isinstance(found, dict) else json.loads(found)
 
-    def log_probability(self, before: list[int], token: int) -> float:
-        """Of a token after others."""
+    def log_probability(self, before: list[int], token: int) -> float | None:
+        """Of a token after others; None where it is a part of a character, of which llama.cpp says nothing."""
         answer = self.complete(before, 1, n_probs=1, logit_bias=[[token, FORCE]])
-        (said,) = answer["choices"][0]["logprobs"]["content"]
-        assert said["id"] == token, said
-        return said["logprob"]
+        said = (answer["choices"][0]["logprobs"] or {}).get("content")
+        if not said:
+            return None
+        assert said[0]["id"] == token, said
+        return said[0]["logprob"]
+
+
+@torch.no_grad()
+def streamed_log_probabilities(model: Path, ids_NS: torch.Tensor) -> list[list[float]]:
+    """Of tokens 2 to S of each segment, by the streamed evaluation."""
+    skeleton, source = open_model(model)
+    compute, found = Compute(torch.device("cpu"), torch.float32, 4), []
+    with (
+        hidden_states(skeleton, source, [ids_NS], compute) as (stream,),
+        model_ends(skeleton, source, device=compute.device, dtype=compute.dtype, only="head") as ends,
+    ):
+        for segment, ids_S in enumerate(ids_NS):
+            logs_SV = torch.cat([logits.log_softmax(-1) for logits in ends.logits(stream.read(segment))])
+            found.append(logs_SV[:-1].gather(1, ids_S[1:].unsqueeze(1)).flatten().tolist())
+    return found
 
 
 def main() -> None:
@@ -83,21 +100,18 @@ def main() -> None:
     print(f"llama.cpp:    {PROMPT!r} -> {text!r}")
     vocabulary = json.loads((args.model / "config.json").read_text())["vocab_size"]
     ids = load_segments(args.text, args.model, num_samples=args.segments, seq_len=args.seq_len, vocab_size=vocabulary)
-    streamed = perplexity(*open_model(args.out), ids, Compute(torch.device("cpu"), torch.float32, 4))
-    began, total = time.monotonic(), 0.0
-    for segment in ids.tolist():
-        total -= sum(llama.log_probability(segment[:place], segment[place]) for place in range(1, len(segment)))
-    found = math.exp(total / (ids.numel() - len(ids)))
+    expected = streamed_log_probabilities(args.out, ids)
+    began, pairs = time.monotonic(), []
+    for segment, known in zip(ids.tolist(), expected, strict=True):
+        for place in range(1, len(segment)):
+            said = llama.log_probability(segment[:place], segment[place])
+            if said is not None:
+                pairs.append((known[place - 1], said))
+    streamed, found = (math.exp(-sum(values) / len(pairs)) for values in zip(*pairs, strict=True))
     print(
-        f"perplexity of {len(ids)} x {ids.shape[1]} tokens: streamed {streamed:.4f}, llama.cpp {found:.4f}, ratio {found / streamed:.4f}"
+        f"perplexity of {len(pairs):,} tokens: streamed {streamed:.4f}, llama.cpp {found:.4f}, ratio {found / streamed:.4f}"
     )
-    row = {
-        "streamed": streamed,
-        "llama.cpp": found,
-        "segments": len(ids),
-        "seq_len": ids.shape[1],
-        "seconds": time.monotonic() - began,
-    }
+    row = {"streamed": streamed, "llama.cpp": found, "tokens": len(pairs), "seconds": time.monotonic() - began}
     save(args.results, args.out.name, {**row, "transformers says": tokenizer.decode(said), "llama.cpp says": text})
 
 
