@@ -104,9 +104,9 @@ def main() -> None:
     began, pairs = time.monotonic(), []
     for segment, known in zip(ids.tolist(), expected, strict=True):
         for place in range(1, len(segment)):
-            said = llama.log_probability(segment[:place], segment[place])
-            if said is not None:
-                pairs.append((known[place - 1], said))
+            heard = llama.log_probability(segment[:place], segment[place])
+            if heard is not None:
+                pairs.append((known[place - 1], heard))
     streamed, found = (math.exp(-sum(values) / len(pairs)) for values in zip(*pairs, strict=True))
     print(
         f"perplexity of {len(pairs):,} tokens: streamed {streamed:.4f}, llama.cpp {found:.4f}, ratio {found / streamed:.4f}"
