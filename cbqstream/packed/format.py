@@ -9,19 +9,21 @@ A linear layer `NAME` is stored as
     NAME.input_scale        dtype of the original weight [1]             if inputs have one step size
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+from compressed_tensors.quantization import QuantizationConfig
 from torch import Tensor
 
 from cbqstream.config import ActivationStrategy, LayerSchemes, Scheme
 from cbqstream.errors import UsageError, shown
-from cbqstream.records import QuantizedWeight
+from cbqstream.records import QuantizedWeight, TensorInfo
 
 PACKED, SCALE, ZERO_POINT, SHAPE = "weight_packed", "weight_scale", "weight_zero_point", "weight_shape"
 INPUT_SCALE = "input_scale"
+_WORD = 32
 METHOD, FORMAT = "compressed-tensors", "pack-quantized"
 _ACTIVATIONS: dict[ActivationStrategy, dict[str, Any]] = {
     "token": {"type": "int", "symmetric": True, "strategy": "token", "dynamic": True},
@@ -133,6 +135,35 @@ def _read_group(config: dict[str, Any], group: dict[str, Any]) -> tuple[str, Sch
         activation_bits=activations.get("num_bits"),
         activation_strategy=strategy,
     )
+
+
+def faults_of(config: dict[str, Any], infos: Mapping[str, TensorInfo]) -> Iterator[str]:
+    """What is wrong with the quantized layers of a checkpoint: parts that are missing or of another shape, and a config that is not read.
+
+    Args:
+        config: the quantization_config.
+        infos: all tensors.
+    """
+    try:
+        QuantizationConfig.model_validate(config)
+    except ValueError as error:
+        yield f"quantization_config is not read by compressed-tensors: {shown(str(error).splitlines()[0])}."
+    schemes = schemes_of(config)
+    for name, info in infos.items():
+        layer, _, part = name.rpartition(".")
+        if part != PACKED:
+            continue
+        scheme, rows = schemes.of(layer), info.shape[0]
+        needed = {SCALE, SHAPE} | (set() if scheme.symmetric else {ZERO_POINT})
+        missing = sorted(other for other in needed if f"{layer}.{other}" not in infos)
+        if missing:
+            yield f"{layer}: {', '.join(missing)} missing."
+            continue
+        groups = infos[f"{layer}.{SCALE}"].shape
+        columns = None if scheme.group_size is None else scheme.group_size * groups[1]
+        fits = groups[0] == rows and (columns is None or info.shape[1] == -(-columns * scheme.num_bits // _WORD))
+        if not fits:
+            yield f"{layer}: codes {list(info.shape)} and scales {list(groups)} are not those of {scheme.num_bits} bits."
 
 
 def _not_read_here(config: dict[str, Any]) -> UsageError:

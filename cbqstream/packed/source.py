@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cbqstream.checkpoint.reader import Checkpoint
-from cbqstream.config import LayerSchemes
+from cbqstream.config import LayerSchemes, Scheme
 from cbqstream.numerics.activation_quant import quantize_per_tensor, quantize_per_token
 from cbqstream.numerics.affine import dequantize
 from cbqstream.packed.format import INPUT_SCALE, PACKED, SCALE, SHAPE, ZERO_POINT, decode
@@ -44,6 +44,10 @@ class PackedSource:
         parts = [part for part in _PARTS if f"{owner}.{part}" in self._checkpoint.infos]
         tensors = {part: self._checkpoint.read(f"{owner}.{part}", device=torch.device("cpu")) for part in parts}
         return dequantize(decode(tensors, self._schemes.of(owner))).to(device=device, dtype=dtype or torch.float32)
+
+    def layer_scheme(self, layer: str) -> Scheme | None:
+        """The scheme of a layer by its path in the checkpoint; None if it is in full precision."""
+        return self._schemes.of(layer) if f"{layer}.{PACKED}" in self._checkpoint.infos else None
 
     def input_quantizer(self, name: str) -> Callable[[Tensor], Tensor] | None:
         """As the scheme has it for a quantized weight; None for others."""

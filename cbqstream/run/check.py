@@ -1,6 +1,6 @@
 """Whether a run directory, or a finished model, is what was written. Nothing here writes, and no lock is taken."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -8,9 +8,14 @@ import torch
 
 from cbqstream.activations.store import StreamShape
 from cbqstream.activations.zarr_store import ZarrStore
+from cbqstream.checkpoint.folder import find_tensors, read_json
 from cbqstream.config import QuantizeConfig
 from cbqstream.errors import CbqstreamError, InputError
 from cbqstream.evaluate.model import open_model
+from cbqstream.models.families import joined_with
+from cbqstream.models.skeleton import ModelSkeleton
+from cbqstream.packed.format import faults_of
+from cbqstream.packed.source import PackedSource
 from cbqstream.records import WeightSource
 from cbqstream.run.chain import Chain
 from cbqstream.run.source import RunSource
@@ -111,13 +116,32 @@ def _require(source: RunSource, folder: Path, name: str) -> None:
 
 
 def _check_model(folder: Path, read_data: bool, found: Findings) -> None:  # noqa: FBT001
+    config = read_json(folder, "config.json")
+    if config.get("quantization_config"):
+        faults = list(faults_of(config["quantization_config"], find_tensors(folder)))
+        found.problems.extend(f"{folder}: {fault}" for fault in faults)
+        if faults:
+            return
     skeleton, source = open_model(folder)
+    found.problems.extend(f"{folder}: {text}" for text in _joined_otherwise(skeleton, source))
     names = sorted(source.tensors())
     if read_data:
         for name in names:
             found.attempt(_require_finite, folder, name, source)
     how = ", all finite" if read_data and not found.problems else ""
     found.facts.append(f"model: {len(skeleton.blocks)} blocks, {len(names)} tensors{how}")
+
+
+def _joined_otherwise(skeleton: ModelSkeleton, source: WeightSource) -> Iterator[str]:
+    """Layers that inference engines compute as one, and that are not stored as one."""
+    for spec in skeleton.blocks:
+        first: dict[str, tuple[str, object]] = {}
+        for name in spec.linears:
+            layer = spec.tensors[f"{name}.weight"].removesuffix(".weight")
+            how = source.layer_scheme(layer) if isinstance(source, PackedSource) else None
+            other, known = first.setdefault(joined_with(name), (name, how))
+            if known != how:
+                yield f"{spec.prefix}: {other} and {name} are computed as one by inference engines and have other schemes."
 
 
 def _require_finite(folder: Path, name: str, source: WeightSource) -> None:

@@ -1,0 +1,76 @@
+"""`check OUT`: what is wrong with a result is found without reading its data."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cbqstream import quantize
+from cbqstream.config import Scheme
+from cbqstream.run.check import check
+
+SHARD = "block-00001.safetensors"
+LAYER = "model.layers.1.mlp.up_proj"
+
+
+def change(folder: Path, edit) -> None:
+    """Edit the tensors of a block, in a file of its own, and the index with them."""
+    tensors = load_file(folder / SHARD)
+    edit(tensors)
+    (folder / SHARD).unlink()  # it is linked to the run
+    save_file(tensors, folder / SHARD)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    kept = {name: shard for name, shard in index["weight_map"].items() if shard != SHARD}
+    index["weight_map"] = kept | dict.fromkeys(tensors, SHARD)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def edit_config(folder: Path, edit) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    edit(config["quantization_config"])
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture
+def made(make_config):
+    return quantize(
+        make_config(scheme=Scheme(num_bits=4, group_size=32, symmetric=False), reconstruction={"rounding": "none"})
+    )
+
+
+def test_a_good_result(made):
+    assert check(made, read_data=False).problems == []
+
+
+@pytest.mark.parametrize("part", ["weight_scale", "weight_shape", "weight_zero_point"])
+def test_a_part_is_missing(made, part):
+    change(made, lambda tensors: tensors.pop(f"{LAYER}.{part}"))
+    assert check(made, read_data=False).problems == [f"{made}: {LAYER}: {part} missing."]
+
+
+def test_codes_of_another_width(made):
+    def narrow(tensors):
+        tensors[f"{LAYER}.weight_packed"] = tensors[f"{LAYER}.weight_packed"][:, ::2].contiguous()
+
+    change(made, narrow)
+    expected = f"{made}: {LAYER}: codes [128, 4] and scales [128, 2] are not those of 4 bits."
+    assert check(made, read_data=False).problems == [expected]
+
+
+def test_a_layer_that_its_neighbors_are_not(made):
+    def whole(tensors):
+        for part in ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point"):
+            tensors.pop(f"{LAYER}.{part}")
+        tensors[f"{LAYER}.weight"] = torch.zeros(128, 64, dtype=torch.bfloat16)
+
+    change(made, whole)
+    expected = f"{made}: model.layers.1: mlp.gate_proj and mlp.up_proj are computed as one by inference engines and have other schemes."
+    assert check(made, read_data=False).problems == [expected]
+
+
+def test_a_config_that_compressed_tensors_does_not_read(made):
+    edit_config(made, lambda config: config.update(quantization_status="packed up"))
+    (problem,) = check(made, read_data=False).problems
+    assert problem.startswith(f"{made}: quantization_config is not read by compressed-tensors: ")
