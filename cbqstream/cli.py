@@ -256,6 +256,8 @@ def export(
     from cbqstream.run.export import export as write
 
     _say(f"done: {write(model, out, format_name)}")
+    if format_name == "dense":
+        _say("note: dense weights are rounded to the dtype of the source, and no inputs are quantized.")
 
 
 @app.command("eval")

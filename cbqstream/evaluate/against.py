@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from cbqstream.calibration.segments import load_segments
 from cbqstream.errors import UsageError
-from cbqstream.evaluate.model import Listener, hidden_states, open_model
+from cbqstream.evaluate.model import Listener, hidden_states, open_model, require_counts, require_folder
 from cbqstream.models.compute import choose_device, compute_dtype, make_deterministic
 from cbqstream.models.ends import model_ends
 from cbqstream.records import Compute
@@ -46,6 +46,8 @@ def compare(
         InputError: a model or the text cannot be read.
         UsageError: the two have other vocabularies, or a setting cannot work.
     """
+    require_counts(num_samples=num_samples, batch_size=batch_size)
+    require_folder(scratch)
     (skeleton, source), (first_skeleton, first_source) = open_model(model), open_model(reference)
     if skeleton.vocab_size != first_skeleton.vocab_size:
         raise UsageError(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cbqstream.calibration.segments import load_tokenizer
 from cbqstream.errors import InputError, UsageError
-from cbqstream.evaluate.model import Listener, hidden_states, open_model
+from cbqstream.evaluate.model import Listener, hidden_states, open_model, require_counts, require_folder
 from cbqstream.models.compute import choose_device, compute_dtype, make_deterministic
 from cbqstream.models.ends import model_ends
 from cbqstream.models.skeleton import ModelSkeleton
@@ -106,6 +106,8 @@ def evaluate_choices(
         InputError: the model or the questions cannot be read.
         UsageError: a question is longer than the model's positions, or a device that is not there.
     """
+    require_counts(num_questions=num_questions, batch_size=batch_size)
+    require_folder(scratch)
     asked = read_questions(questions, num_questions)
     skeleton, source = open_model(model)
     where = choose_device(device)
@@ -125,8 +127,8 @@ def evaluate_choices(
 
 
 def _request(tokenizer: Any, prompt: str, choice: str) -> Request:
-    """As lm-eval splits them: what the prompt alone takes is not scored."""
-    before = tokenizer(prompt)["input_ids"]
+    """As lm-eval splits them: what the prompt alone takes is not scored, and spaces at its end belong to the choice."""
+    before = tokenizer(prompt.rstrip())["input_ids"]
     ids = tokenizer(prompt + choice)["input_ids"]
     if not before or len(before) >= len(ids):
         raise UsageError(f"the prompt {prompt[:40]!r} or its continuation {choice[:40]!r} has no token of its own.")

@@ -14,6 +14,7 @@ from cbqstream.activations.zarr_store import ZarrStore
 from cbqstream.checkpoint.folder import read_json
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.disk import Disk
+from cbqstream.errors import UsageError
 from cbqstream.models.block import BlockArguments, build_block, run_block
 from cbqstream.models.ends import model_ends
 from cbqstream.models.skeleton import ModelSkeleton
@@ -40,6 +41,27 @@ def open_model(folder: Path, blocks_path: str | None = None) -> tuple[ModelSkele
     if config.get("quantization_config"):
         source = PackedSource(Checkpoint.open(folder), schemes_of(config["quantization_config"]))
     return ModelSkeleton(folder, config, source.tensors(), blocks_path), source
+
+
+def require_counts(**counts: int | None) -> None:
+    """Refuse numbers of something that are below one.
+
+    Raises:
+        UsageError: one is.
+    """
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise UsageError(f"{name} is {count}. It must be at least 1.")
+
+
+def require_folder(scratch: Path | None) -> None:
+    """Refuse a folder that is not there.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if scratch is not None and not scratch.is_dir():
+        raise UsageError(f"{scratch}: no such folder.")
 
 
 @contextmanager

@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cbqstream.calibration.segments import load_segments
-from cbqstream.errors import UsageError
-from cbqstream.evaluate.model import Listener, hidden_states, open_model
+from cbqstream.evaluate.model import Listener, hidden_states, open_model, require_counts, require_folder
 from cbqstream.models.compute import choose_device, compute_dtype, make_deterministic
 from cbqstream.models.ends import model_ends
 from cbqstream.models.skeleton import ModelSkeleton
@@ -56,10 +55,8 @@ def evaluate(
     """
     skeleton, source = open_model(model)
     skeleton.check_length(seq_len)
-    if num_samples < 1 or batch_size < 1:
-        raise UsageError(f"num_samples is {num_samples} and batch_size is {batch_size}. Both must be at least 1.")
-    if scratch is not None and not scratch.is_dir():
-        raise UsageError(f"{scratch}: no such folder.")
+    require_counts(num_samples=num_samples, batch_size=batch_size)
+    require_folder(scratch)
     where = choose_device(device)
     make_deterministic(threads)
     tokens_NS = load_segments(

@@ -2,7 +2,7 @@
 
 What a block computes, its attention mask, rotary embedding and keyword arguments, the norm and the head at the end: all of that is the
 family's own code in transformers, run as it is. The list of blocks and the layers in them are found. A row adds where channels can be
-rescaled and what stays in full precision. A family without a row runs too, and is said to be untested.
+rescaled. A family without a row runs too, and is said to be untested.
 """
 
 import re
@@ -46,8 +46,6 @@ class Family:
     """What has to be said of a family."""
 
     folds: tuple[Fold, ...] = ()
-    full_precision: tuple[str, ...] = ()
-    """Linear layers of a block that are never quantized."""
 
     def folds_of(self, config: Any, modules: Collection[str]) -> tuple[Fold, ...]:
         """The folds of a block with those modules that hold under a configuration."""
@@ -131,7 +129,6 @@ _QWEN_MOE = Family(
         _EXPERTS,
         Fold("mlp.shared_expert.up_proj", ("mlp.shared_expert.down_proj",)),
     ),
-    full_precision=("mlp.shared_expert_gate",),
 )
 _MIXTRAL = Family((_INTO_ATTENTION, _VALUES, _EXPERTS))
 _LATENT_KEYS = "self_attn.kv_a_proj_with_mqa"

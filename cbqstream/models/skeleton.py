@@ -3,6 +3,7 @@
 `from_pretrained` is never called and no code of the checkpoint is run: the configuration is built from a known `model_type`.
 """
 
+import re
 from collections.abc import Mapping
 from operator import itemgetter
 from pathlib import Path
@@ -40,6 +41,11 @@ _OTHER_SIZES = (
 )
 """Not every architecture has them, and they may be null."""
 _NEVER_READ = ("auto_map", "quantization_config", "model_type", "transformers_version", "architectures")
+
+
+_A_SIZE = f"it must be a whole number from 1 to {1 << 20:,}"
+_NEVER = ("gate", "router", "router_gate", "shared_expert_gate", "dt_proj")
+"""Last parts of the names of layers that are never quantized: routers, and what state space models multiply with as a weight."""
 
 
 def is_size(value: Any) -> bool:
@@ -84,6 +90,11 @@ class ModelSkeleton:
         try:
             self.config: Any = CONFIG_MAPPING[model_type](**kept)
             self._text = self.config.get_text_config()
+            for key in _SIZES:
+                if not is_size(getattr(self._text, key, None)):
+                    raise InputError(
+                        folder / "config.json", f"{key} is {shown(str(getattr(self._text, key, None)))}, {_A_SIZE}."
+                    )
             # a model that sees has a text model in it, which is what is quantized
             causal = type(self.config) in MODEL_FOR_CAUSAL_LM_MAPPING
             auto: Any = AutoModelForCausalLM if causal else AutoModelForImageTextToText
@@ -113,7 +124,9 @@ class ModelSkeleton:
 
     def folds(self, index: int) -> tuple[Fold, ...]:
         """The places in a block where channels can be rescaled."""
-        return self._family.folds_of(self._text, dict(self.templates[index].named_modules()).keys())
+        modules = dict(self.templates[index].named_modules())
+        found = self._family.folds_of(self._text, modules.keys())
+        return tuple(fold for fold in found if getattr(modules[fold.writer], "weight", None) is not None)
 
     @property
     def hidden_size(self) -> int:
@@ -162,10 +175,8 @@ class ModelSkeleton:
         other_names = getattr(CONFIG_MAPPING[model_type], "attribute_map", {})
         sizes = {key: config.get(key, config.get(other_names.get(key, key))) for key in (*_SIZES, *_OTHER_SIZES)}
         for key, value in sizes.items():
-            if not is_size(value) and (key in _SIZES or value is not None):
-                raise InputError(
-                    path, f"{key} is {shown(str(value))}, it must be a whole number from 1 to {1 << 20:,}."
-                )
+            if value is not None and not is_size(value):
+                raise InputError(path, f"{key} is {shown(str(value))}, {_A_SIZE}.")
         if int(sizes["num_hidden_layers"] or 0) > len(self._tensors):
             raise InputError(
                 path,
@@ -216,7 +227,8 @@ class ModelSkeleton:
         linears = tuple(
             local
             for local, module in block.named_modules()
-            if isinstance(module, nn.Linear) and local not in self._family.full_precision
+            if isinstance(module, nn.Linear)
+            and not {"router", *_NEVER} & {local.rpartition(".")[2], *local.split(".")[:-1]}
         )
         return BlockSpec(index, prefix, names, linears)
 
@@ -243,11 +255,16 @@ class ModelSkeleton:
         return stored
 
     def _refuse_extra_blocks(self) -> None:
+        ignored = (
+            getattr(self.shell, "_keys_to_ignore_on_load_unexpected", None) or ()
+        )  # as layers that predict further tokens
         prefix = self.blocks[0].prefix.removesuffix("0")
         held = {
             int(part)
             for name in self._stored
-            if name.startswith(prefix) and (part := name[len(prefix) :].split(".")[0]).isdigit()
+            if name.startswith(prefix)
+            and (part := name[len(prefix) :].split(".")[0]).isdigit()
+            and not any(re.search(pattern, name) for pattern in ignored)
         }
         if len(held) > len(self.blocks):
             raise InputError(self.folder, f"config.json says {len(self.blocks)} blocks, weights hold {len(held)}.")

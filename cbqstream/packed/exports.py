@@ -16,6 +16,7 @@ I inputs, O outputs, G groups. Codes and zero points are unsigned in all of them
 Scales hold 8 bits and are at least 2^-17 (`numerics/affine.py`), so float16 has the same numbers.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -45,7 +46,7 @@ class ExportFormat:
     fills: Callable[[int], tuple[int, int]]
     """Of what rows and columns must be multiples, for weights of some bits."""
     config: Callable[[Scheme, Sequence[str]], dict[str, Any] | None]
-    """quantization_config, of the scheme and the patterns of what is not quantized; None is no entry."""
+    """quantization_config, of the scheme and the paths of modules that are not quantized; None is no entry."""
 
 
 def unsigned(codes: Tensor, num_bits: int) -> Tensor:
@@ -126,7 +127,7 @@ def _gptq_config(version: str) -> Callable[[Scheme, Sequence[str]], dict[str, An
             "sym": True,
             "lm_head": False,
             "checkpoint_format": version,
-            "dynamic": {f"-:{pattern}": {} for pattern in not_quantized},
+            "dynamic": {f"-:^{re.escape(path)}$": {} for path in not_quantized},
         }
 
     return config
@@ -180,8 +181,9 @@ def require_exact(name: str, schemes: LayerSchemes) -> None:
         raise UsageError(f"format {name!r} is not {', '.join(_CANNOT)}.")
     reason = _why_not(name, schemes)
     if reason is not None:
-        able = [other for other in _CANNOT if _why_not(other, schemes) is None]
-        raise UsageError(f"format {name} cannot hold {reason} exactly. Formats that can: {', '.join(able)}.")
+        able = [other for other in _CANNOT if other != "dense" and _why_not(other, schemes) is None]
+        can = f"Formats that can: {', '.join(able)}" if able else "No format but OUT's own can"
+        raise UsageError(f"format {name} cannot hold {reason} exactly. {can}; dense rounds the weights.")
 
 
 def _why_not(name: str, schemes: LayerSchemes) -> str | None:

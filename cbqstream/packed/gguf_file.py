@@ -1,6 +1,6 @@
 """A quantized model as one GGUF file for llama.cpp, through the gguf package: metadata, tokenizer, names and blocks.
 
-Tensors are read one at a time. Embeddings, head and layers in full precision are bf16 as they were, norms and biases float32.
+Tensors are read one at a time. Embeddings, head and layers in full precision keep their dtype; norms and biases are float32.
 """
 
 import json
@@ -21,6 +21,11 @@ from cbqstream.errors import InputError, UsageError, shown
 from cbqstream.packed.gguf_blocks import block_kind, encode_blocks
 from cbqstream.records import QuantizedWeight
 
+_DTYPES = {
+    torch.bfloat16: gguf.GGMLQuantizationType.BF16,
+    torch.float16: gguf.GGMLQuantizationType.F16,
+    torch.float32: gguf.GGMLQuantizationType.F32,
+}
 _PATTERNS = {
     # as llama.cpp calls them, with what tells them apart in tokenizer.json
     "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
@@ -53,7 +58,7 @@ class Layers:
     def __init__(
         self,
         packed: Mapping[str, tuple[int, int]],
-        others: Mapping[str, tuple[int, ...]],
+        others: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
         read_packed: Callable[[str], QuantizedWeight],
         read_other: Callable[[str], Tensor],
     ) -> None:
@@ -67,7 +72,7 @@ def write_gguf(path: Path, folder: Path, config: Mapping[str, Any], schemes: Lay
     Args:
         path: where to.
         folder: of the model, for its tokenizer.
-        config: content of its config.json.
+        config: its settings, those that config.json leaves out among them.
         schemes: of its layers.
         layers: its weights.
 
@@ -84,7 +89,7 @@ def write_gguf(path: Path, folder: Path, config: Mapping[str, Any], schemes: Lay
             )
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture.name])
     _add_settings(writer, config)
-    writer.add_name(f"{Path(str(config.get('_name_or_path') or folder)).name} W{schemes.default.num_bits}A16")
+    writer.add_name(f"{folder.name} W{schemes.default.num_bits}A16")
     _add_tokenizer(writer, folder, int(config["vocab_size"]))
     names = gguf.get_tensor_name_map(architecture.name, int(config["num_hidden_layers"]))
     turns = _head_counts(config) if architecture.interleaved else {}
@@ -140,8 +145,8 @@ def _stored(name: str, schemes: LayerSchemes, layers: Layers) -> tuple[tuple[int
         shape: tuple[int, ...] = layers.packed[layer]
         kind = gguf.GGMLQuantizationType[block_kind(schemes.of(layer))[0]]
     else:
-        shape = layers.others[name]
-        kind = gguf.GGMLQuantizationType.BF16 if len(shape) > 1 else gguf.GGMLQuantizationType.F32
+        shape, dtype = layers.others[name]
+        kind = _DTYPES[dtype] if len(shape) > 1 else gguf.GGMLQuantizationType.F32
     block, size = gguf.GGML_QUANT_SIZES[kind]
     return (*shape[:-1], shape[-1] // block * size), kind
 
@@ -151,7 +156,7 @@ def _bytes(name: str, layers: Layers) -> Tensor:
     if layer in layers.packed:
         return encode_blocks(layers.read_packed(layer))
     value = layers.read_other(name)
-    return value.to(torch.float32 if value.dim() == 1 else torch.bfloat16).contiguous().view(torch.uint8)
+    return (value if value.dim() > 1 else value.float()).contiguous().view(torch.uint8)
 
 
 def _add_settings(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
@@ -174,23 +179,40 @@ def _add_settings(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> None:
-    try:
-        content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-        vocab: Any = gguf.BpeVocab(folder)
-    except FileNotFoundError as error:
-        raise InputError(
-            folder / "tokenizer.json", "missing, or not a byte-level BPE, which GGUF needs here."
-        ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(folder / "tokenizer.json", f"cannot be read: {shown(str(error))}.") from error
-    tokens = [(text if isinstance(text, bytes) else text.encode(), kind) for text, _, kind in vocab.all_tokens()]
-    tokens += [(f"[PAD{index}]".encode(), gguf.TokenType.UNUSED) for index in range(len(tokens), vocab_size)]
-    special = {token["content"].encode() for token in content.get("added_tokens", []) if token.get("special")}
+    content = _byte_level_bpe(folder)
+    words = {index: (text, gguf.TokenType.NORMAL) for text, index in content["model"]["vocab"].items()}
+    for token in content.get("added_tokens", []):
+        kind = gguf.TokenType.CONTROL if token.get("special") else gguf.TokenType.USER_DEFINED
+        words[int(token["id"])] = (token["content"], kind)
+    unused = gguf.TokenType.UNUSED
+    tokens = [
+        words.get(index, (f"[PAD{index}]", unused)) for index in range(max(vocab_size, *(index + 1 for index in words)))
+    ]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(_splitter(folder, content))
-    writer.add_token_list([text for text, _ in tokens])
-    writer.add_token_types([gguf.TokenType.CONTROL if text in special else kind for text, kind in tokens])
+    writer.add_token_list([text.encode() for text, _ in tokens])
+    writer.add_token_types([kind for _, kind in tokens])
     gguf.SpecialVocab(folder, load_merges=True, n_vocab=len(tokens)).add_to_gguf(writer, quiet=True)
+
+
+def _byte_level_bpe(folder: Path) -> dict[str, Any]:
+    """Content of tokenizer.json.
+
+    Raises:
+        InputError: it is missing, or another kind of tokenizer.
+    """
+    path = folder / "tokenizer.json"
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        model, decoder = content["model"], content.get("decoder") or {}
+        known = model["type"] == "BPE" and not model.get("byte_fallback") and decoder.get("type") == "ByteLevel"
+    except FileNotFoundError as error:
+        raise InputError(path, "missing, which GGUF needs.") from error
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise InputError(path, f"cannot be read: {shown(str(error))}.") from error
+    if not known:
+        raise InputError(path, "not a byte-level BPE, the only kind that is written to GGUF here.")
+    return content
 
 
 def _splitter(folder: Path, content: Mapping[str, Any]) -> str:

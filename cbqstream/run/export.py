@@ -13,6 +13,7 @@ from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.config import LayerSchemes
 from cbqstream.disk import Disk
 from cbqstream.errors import InputError, UsageError
+from cbqstream.evaluate.model import open_model
 from cbqstream.packed.exports import EXPORTS, GGUF, require_exact, require_whole_words
 from cbqstream.packed.format import INPUT_SCALE, PACKED, SCALE, SHAPE, ZERO_POINT, decode, schemes_of
 from cbqstream.packed.gguf_file import Layers, write_gguf
@@ -53,7 +54,7 @@ def _gguf(disk: Disk, model: Path, out: Path, building: Path, config: dict[str, 
     disk.remove_tree(building)
     disk.make_folder(building)
     file = building / f"model-W{schemes.default.num_bits}.gguf"
-    write_gguf(file, model, config, schemes, _all_layers(source, schemes))
+    write_gguf(file, model, open_model(model)[0].config.to_dict(), schemes, _all_layers(source, schemes))
     disk.sync_file(file)
     disk.publish(building, out)
 
@@ -73,7 +74,8 @@ def _shards(
         names = _write_shard(disk, building / file.name, source, file, schemes, format_name)
         weight_map.update(dict.fromkeys(names, file.name))
     found = {key: value for key, value in config.items() if key != "quantization_config"}
-    said = EXPORTS[format_name].config(schemes.default, _not_quantized(config["quantization_config"]["ignore"]))
+    ignored = _modules(config["quantization_config"]["ignore"], source.infos)
+    said = EXPORTS[format_name].config(schemes.default, ignored)
     found |= {} if said is None else {"quantization_config": said}
     complete_folder(disk, out, building, source_folder=model, weight_map=weight_map, config=found)
 
@@ -89,7 +91,7 @@ def _all_layers(source: Checkpoint, schemes: LayerSchemes) -> Layers:
         rows, columns = source.read(f"{layer}.{SHAPE}", device=CPU).tolist()
         packed[layer] = (int(rows), int(columns))
     parts = {f"{layer}.{part}" for layer in packed for part in (*_PARTS, INPUT_SCALE)}
-    others = {name: info.shape for name, info in source.infos.items() if name not in parts}
+    others = {name: (info.shape, info.dtype) for name, info in source.infos.items() if name not in parts}
     return Layers(
         packed, others, lambda layer: _read(source, layer, schemes), lambda name: source.read(name, device=CPU)
     )
@@ -108,9 +110,12 @@ def _read(source: Checkpoint, layer: str, schemes: LayerSchemes) -> QuantizedWei
     return decode(parts, schemes.of(layer))
 
 
-def _not_quantized(ignored: list[str]) -> list[str]:
-    """Regular expressions of what compressed-tensors was told to ignore."""
-    return [name[3:] if name.startswith("re:") else f"^{re.escape(name)}$" for name in ignored]
+def _modules(ignored: list[str], names: Iterable[str]) -> list[str]:
+    """Paths of the modules that compressed-tensors was told to ignore; of patterns, those that have a weight of their own."""
+    patterns = [name.removeprefix("re:") for name in ignored if name.startswith("re:")]
+    whole = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
+    matched = [path for path in whole if any(re.match(pattern, path) for pattern in patterns)]
+    return [*(name for name in ignored if not name.startswith("re:")), *matched]
 
 
 def _write_shard(

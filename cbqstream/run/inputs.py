@@ -1,5 +1,6 @@
 """Everything a run is given, opened and checked before a byte is written."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from cbqstream.calibration.segments import load_segments, segments_digest
 from cbqstream.checkpoint.folder import read_json
-from cbqstream.config import QuantizeConfig, Scheme
+from cbqstream.config import QuantizeConfig, Scheme, path_pattern
 from cbqstream.errors import InputError, UsageError, shown
 from cbqstream.models.compute import choose_device, compute_dtype, make_deterministic, numerics_class
 from cbqstream.models.families import joined_with
@@ -123,6 +124,7 @@ def _check_scheme(config: QuantizeConfig, skeleton: ModelSkeleton, source: RunSo
         raise UsageError(
             f"keep_first + keep_last is {kept} and the model has {len(skeleton.blocks)} blocks; nothing is left to quantize."
         )
+    _require_meant(config, skeleton)
     for spec in skeleton.blocks[config.keep_first : len(skeleton.blocks) - config.keep_last]:
         layers = layer_schemes(config, spec)
         if not layers:
@@ -133,6 +135,19 @@ def _check_scheme(config: QuantizeConfig, skeleton: ModelSkeleton, source: RunSo
         for name, scheme in layers.items():
             stored = spec.tensors[f"{name}.weight"]
             _require_storable(source.infos[stored], scheme)
+
+
+def _require_meant(config: QuantizeConfig, skeleton: ModelSkeleton) -> None:
+    """Refuse a pattern that means no module: a slip of the pen would be seen after hours, if at all."""
+    paths = [f"{spec.prefix}.{name}" for spec in skeleton.blocks for name in spec.linears]
+    paths += [
+        spec.tensors[f"{name}.weight"].removesuffix(".weight") for spec in skeleton.blocks for name in spec.linears
+    ]
+    for pattern in (*config.ignore, *(text.rpartition("=")[0] for text in config.override)):
+        if not any(re.fullmatch(path_pattern(pattern), path) for path in (*paths, *skeleton.never_quantized)):
+            raise UsageError(
+                f'"{shown(pattern)}" means no layer. A path is such as {paths[0]}; whole parts of it, * and ? can be used.'
+            )
 
 
 def layer_schemes(config: QuantizeConfig, spec: BlockSpec) -> dict[str, Scheme]:

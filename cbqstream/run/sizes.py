@@ -77,7 +77,7 @@ class ModelSizes:
         return cls(
             len(blocks),
             int(model.get("hidden_size") or model.get("n_embd") or 0),
-            int(model.get("vocab_size") or 0),
+            int(model.get("vocab_size") or max((info.shape[0] for info in outside if len(info.shape) == 2), default=0)),
             {info.name: (info.shape[0], info.shape[1]) for info in matrices},
             _share_of_experts(model, [info.name for info in matrices]),
             max(info.dtype.itemsize for info in matrices),

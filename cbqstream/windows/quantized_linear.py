@@ -1,8 +1,10 @@
 """A linear layer that can compute with its original, its soft or its hard weight, and can watch its inputs."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
+from functools import reduce
+from operator import add
 
 import torch
 from torch import Tensor, nn
@@ -35,10 +37,14 @@ class InputStatistics:
     tokens: int
 
     @classmethod
-    def of(cls, x: Tensor, stride: int | None) -> "InputStatistics":
-        """Of a batch [B, S, I] or [T, I]; every `stride`-th token is sampled, not the first, which is special in many models."""
+    def of(cls, x: Tensor, stride: int | None, before: int = 0) -> "InputStatistics":
+        """Of a batch [B, S, I] or [T, I]; every `stride`-th token is sampled, not the first, which is special in many models.
+
+        Where batches are so short that they would have none, as those of an expert may be, `before` tokens count that came before.
+        """
         rows = x.detach().flatten(0, -2).float()
-        sample = rows.new_empty(0, rows.shape[1]) if stride is None else rows[stride // 2 :: stride].clone()
+        first = 0 if stride is None else stride // 2 if len(rows) > stride // 2 else (stride // 2 - before) % stride
+        sample = rows.new_empty(0, rows.shape[1]) if stride is None else rows[first::stride].clone()
         return cls(rows.square().sum(0, dtype=torch.float64), rows.amin(0), rows.amax(0), sample, len(rows))
 
     def __add__(self, other: "InputStatistics") -> "InputStatistics":
@@ -59,6 +65,11 @@ class InputStatistics:
     def second_moment(self) -> Tensor:
         """E[x^2], float32 [I]."""
         return (self.squares / self.tokens).float()
+
+
+def sum_of(statistics: Sequence[InputStatistics]) -> InputStatistics:
+    """Of several layers that read the same kind of inputs."""
+    return reduce(add, statistics)
 
 
 class InputStep(nn.Module):
@@ -115,7 +126,8 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self._watching:
-            seen = InputStatistics.of(x, self._sample_stride)
+            before = 0 if self._watched is None else self._watched.tokens
+            seen = InputStatistics.of(x, self._sample_stride, before)
             self._watched = seen if self._watched is None else self._watched + seen
         if self.phase is Phase.ORIGINAL:
             return self._product(x, self._original_rows)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cbqstream.config import OutlierConfig, ReconstructionConfig, Scheme
+from cbqstream.errors import InputError
 from cbqstream.models.block import BlockArguments, run_block
 from cbqstream.models.experts import Experts
 from cbqstream.models.families import Fold
@@ -18,7 +19,7 @@ from cbqstream.numerics.scale_search import minmax_grid, search_grid
 from cbqstream.numerics.scratch import Scratch
 from cbqstream.records import QuantizedWeight
 from cbqstream.windows.folding import apply_fold, fold_scale, parameters_of, reader_scale
-from cbqstream.windows.quantized_linear import InputStatistics, InputStep, Phase, QuantizedLinear
+from cbqstream.windows.quantized_linear import InputStatistics, InputStep, Phase, QuantizedLinear, sum_of
 from cbqstream.windows.rounding import Rounding, make_rounding
 
 _SAMPLED_TOKENS = 1024
@@ -98,15 +99,20 @@ class ResidentBlock:
         """Of the inputs of each layer; an expert that saw too few tokens to say much has those of all experts of the block."""
         seen = {name: layer.take_statistics() for name, layer in self.layers.items()}
         enough = min(_FEWEST_TOKENS, max(found.tokens for found in seen.values()))
-        pooled: dict[str, InputStatistics] = {}
-        for name, found in seen.items():
-            alike = _NUMBER.sub(".*.", name)
-            pooled[alike] = pooled[alike] + found if alike in pooled else found
         self.tokens.update({name: found.tokens for name, found in seen.items()})
-        self.starved.update(name for name, found in seen.items() if found.tokens < enough)
-        return {
-            name: pooled[_NUMBER.sub(".*.", name)] if name in self.starved else found for name, found in seen.items()
-        }
+        self.starved.update(name for name, found in seen.items() if found.tokens < enough and _NUMBER.search(name))
+        pooled: dict[str, InputStatistics] = {}
+        for name in self.starved:
+            alike = _NUMBER.sub(".*.", name)
+            if alike not in pooled:
+                pooled[alike] = sum_of([found for other, found in seen.items() if _NUMBER.sub(".*.", other) == alike])
+            seen[name] = pooled[alike]
+        for name, found in seen.items():
+            if not found.tokens:
+                raise InputError(
+                    f"block {self.index}", f"{name} is never called as a layer. Leave it out: --ignore {name}."
+                )
+        return seen
 
     def _rounding(
         self,

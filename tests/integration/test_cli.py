@@ -516,7 +516,7 @@ def test_no_run_to_resume(cbqstream, tmp_path):
 BAD_EVALUATIONS = {
     "device": (("--device", "foo"), "device 'foo' is not auto, cpu or cuda."),
     "length": (("--seq-len", 1), "seq_len is 1. It must be 2 or more."),
-    "batch": (("--batch-size", 0), "num_samples is 64 and batch_size is 0. Both must be at least 1."),
+    "batch": (("--batch-size", 0), "batch_size is 0. It must be at least 1."),
     "scratch": (("--scratch", "/nowhere"), "/nowhere: no such folder."),
 }
 

@@ -1,16 +1,23 @@
 """Architectures without a row of their own, experts, and what is said where something is not found."""
 
+import json
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from cbqstream import quantize
 from cbqstream.calibration.segments import load_segments
+from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.errors import InputError
 from cbqstream.evaluate.model import open_model
 from cbqstream.evaluate.perplexity import perplexity
 from cbqstream.models.experts import separate_experts
 from cbqstream.records import Compute, Notice, WindowReport
+from cbqstream.run.sizes import ModelSizes
+from cbqstream.windows.quantized_linear import InputStatistics
 from tiny import SEQ_LEN, VOCAB, make_model, save_model
 
 COMPUTE = Compute(torch.device("cpu"), torch.float32, 4)
@@ -116,3 +123,60 @@ def test_every_expert_can_be_shown_every_token(make_config):
     assert not [event for event in events if isinstance(event, Notice)]
     for report in (event for event in events if isinstance(event, WindowReport)):
         assert all(tokens == 3 * SEQ_LEN for seen in report.experts.values() for tokens in seen)
+
+
+def test_a_layer_that_is_only_used_as_a_weight_is_named(make_config, monkeypatch):
+    """As some state space models do; its rounding would never be seen."""
+    monkeypatch.setattr(
+        LlamaMLP, "forward", lambda self, x: self.down_proj(self.up_proj(x) + x @ self.gate_proj.weight.float().T)
+    )
+    with pytest.raises(
+        InputError, match=r"block 0: mlp\.gate_proj is never called as a layer\. Leave it out: --ignore mlp\.gate_proj"
+    ):
+        quantize(make_config())
+
+
+def test_layers_that_predict_further_tokens_are_copied(tmp_path, make_config, monkeypatch):
+    """transformers ignores them by name, and so do blocks here."""
+    folder = save_model(tmp_path / "m", max_shard_size="1GB")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.4.mlp.up_proj.weight"] = torch.ones(2, 2)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"config\.json says 4 blocks, weights hold 5"):
+        quantize(make_config(model=folder))
+    monkeypatch.setattr(LlamaForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"model\.layers\.4.*"])
+    out = quantize(make_config(model=folder))
+    assert "model.layers.4.mlp.up_proj.weight" in Checkpoint.open(out).infos
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_sizes_that_config_leaves_to_its_class(tmp_path, family):
+    folder = (
+        save_model(tmp_path / family, family, vocab_size=32000)
+        if family == "llama"
+        else save_model(tmp_path / family, family)
+    )
+    config = json.loads((folder / "config.json").read_text())
+    held = config if family == "llama" else config["text_config"]
+    del held["vocab_size"]
+    (folder / "config.json").write_text(json.dumps(config))
+    if family == "llama":
+        assert open_model(folder)[0].vocab_size == 32000
+        assert ModelSizes.of(folder).vocabulary == 32000
+    else:  # the class's own is another number of tokens than the tiny model has
+        with pytest.raises(InputError, match=r"shape \[96, 64\], config.json needs \[26\d+, 64\]"):
+            open_model(folder)
+
+
+def test_routers_stay_as_they_are_in_any_family(tmp_path):
+    skeleton, _ = open_model(save_model(tmp_path / "m", "olmoe", like="qwen3_moe"))
+    assert not [name for name in skeleton.blocks[0].linears if name.rpartition(".")[2] in ("gate", "router")]
+    assert "model.layers.0.mlp.gate" in skeleton.never_quantized
+
+
+def test_batches_of_an_expert_that_are_short_are_sampled_too():
+    watched, calls = None, [torch.full((10, 4), float(number)) for number in range(40)]
+    for x in calls:
+        seen = InputStatistics.of(x, 100, 0 if watched is None else watched.tokens)
+        watched = seen if watched is None else watched + seen
+    assert watched.sample[:, 0].tolist() == [5.0, 15.0, 25.0, 35.0]  # the 50th of every hundred

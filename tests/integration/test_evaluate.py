@@ -1,6 +1,7 @@
 """Choices and comparisons, streamed, against transformers on the whole model."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,6 +67,7 @@ def test_accuracy(with_tokenizer, tmp_path):
             f"{words[index]} {words[index + 1]}",
             [f" {words[index + 2]}", f" {words[index + 3]} dog", " x"],
         )
+        choices = choices[index % 3 :] + choices[: index % 3]
         scores = []
         for choice in choices:
             ids = tokenizer.encode(prompt + choice).ids
@@ -132,3 +134,28 @@ def test_comparison(tmp_path, tokens):
     other = save_model(tmp_path / "other", "llama", vocab_size=128)
     with pytest.raises(UsageError, match=r"has 128 tokens, .* 96\. Compare like with like"):
         compare(other, folders[0], tokens, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"num_questions": -1}, "num_questions is -1"),
+        ({"scratch": Path("/no")}, "no such folder"),
+    ],
+)
+def test_numbers_that_cannot_be(tmp_path, options, message):
+    file = tmp_path / "questions.jsonl"
+    file.write_text('{"prompt": "a", "choices": ["b", "c"], "answer": 1}')
+    with pytest.raises(UsageError, match=message):
+        evaluate_choices(tmp_path, file, **options)
+
+
+def test_spaces_at_the_end_of_a_prompt_belong_to_the_choice(with_tokenizer, tmp_path):
+    folder, _ = with_tokenizer
+    answers = []
+    for prompt, choices in (("the quick", [" brown", " lazy", " x"]), ("the quick ", ["brown", "lazy", "x"])):
+        file = tmp_path / "questions.jsonl"
+        file.write_text(json.dumps({"prompt": prompt, "choices": choices, "answer": 0}))
+        answers.append(evaluate_choices(folder, file, threads=1, device="cpu").answers)
+    assert answers[0] == answers[1]

@@ -125,8 +125,8 @@ def test_config_says_what_is_quantized(make_config, tmp_path, name, group_size):
     assert (said["quant_method"], said["bits"], said["group_size"]) == (name, 4, group_size)
     patterns = said["dynamic"] if name == "gptq" else said["modules_to_not_convert"]
     for path, whole in (("lm_head", True), ("model.layers.0.mlp.up_proj", True), ("model.layers.1.mlp.up_proj", False)):
-        escaped = path.replace(".", r"\.")
-        assert any(f"^{escaped}$" in pattern for pattern in patterns) == whole
+        said_of = "-:^" + path.replace(".", r"\.") + "$" if name == "gptq" else path
+        assert (said_of in patterns) == whole
     assert any("o_proj" in pattern for pattern in patterns)
 
 
@@ -136,20 +136,24 @@ def test_config_says_what_is_quantized(make_config, tmp_path, name, group_size):
         (
             "gptq",
             {"scheme": ASYMMETRIC},
-            r"format gptq cannot hold zero points .* exactly\. Formats that can: dense, awq\.",
+            r"format gptq cannot hold zero points .* exactly\. Formats that can: awq; dense rounds the weights\.",
         ),
-        ("gptq", {"scheme": Scheme(num_bits=3, group_size=32)}, r"cannot hold 3 bits .*\. Formats that can: dense\."),
-        ("awq", {"scheme": EIGHT}, r"cannot hold 8 bits \(4 can\) exactly\. Formats that can: dense, gptq, gptq_v2\."),
+        (
+            "gptq",
+            {"scheme": Scheme(num_bits=3, group_size=32)},
+            r"cannot hold 3 bits .*\. No format but OUT's own can; dense rounds",
+        ),
+        ("awq", {"scheme": EIGHT}, r"cannot hold 8 bits \(4 can\) exactly\. Formats that can: gptq, gptq_v2; dense"),
         (
             "awq",
             {"scheme": CHANNEL},
-            r"cannot hold one scale per channel exactly\. Formats that can: dense, gptq, gptq_v2, gguf\.",
+            r"cannot hold one scale per channel exactly\. Formats that can: gptq, gptq_v2, gguf; dense",
         ),
         ("awq", {"scheme": Scheme(num_bits=4, group_size=32, activation_bits=8)}, r"cannot hold inputs of 8 bits"),
         (
             "gptq",
             {"override": ("down_proj=W8",)},
-            r"cannot hold layers of different widths exactly\. Formats that can: dense, gguf\.",
+            r"cannot hold layers of different widths exactly\. Formats that can: gguf; dense",
         ),
         ("exl3", {}, r"format 'exl3' is not dense, gptq, gptq_v2, awq, gguf\."),
     ],
@@ -250,7 +254,7 @@ def test_gguf_is_read_by_its_own_package(make_config, with_tokenizer, tmp_path, 
             UsageError,
             r"Q2_K has blocks of 256 columns, model\.layers\.0",
         ),
-        ("llama", {}, InputError, r"tokenizer\.json: missing, or not a byte-level BPE"),
+        ("llama", {}, InputError, r"tokenizer\.json: missing, which GGUF needs"),
     ],
 )
 def test_what_gguf_cannot_hold(make_config, tmp_path, family, settings, error, message):

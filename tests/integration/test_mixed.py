@@ -89,6 +89,11 @@ def test_transformers_loads_mixed_results_and_agrees(make_config, tokens, family
         ({"override": ("q_proj=W8",)}, r"layers\.0: self_attn\.q_proj and self_attn\.k_proj are computed as one"),
         ({"ignore": ("up_proj",)}, r"layers\.0: mlp\.gate_proj and mlp\.up_proj are computed as one"),
         ({"override": ("mlp.*=W8", "down_proj=W3")}, r"layers\.0\.mlp\.down_proj: two overrides match it"),
+        (
+            {"ignore": ("donw_proj",)},
+            r'"donw_proj" means no layer\. A path is such as model\.layers\.0\.self_attn\.q_proj',
+        ),
+        ({"override": ("layers.4=W8",)}, r'"layers\.4" means no layer'),
         ({"ignore": ("*",)}, r"--ignore leaves no layer of model\.layers\.0 to quantize"),
     ],
 )
