@@ -6,7 +6,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM
 
@@ -272,3 +272,31 @@ def test_a_tokenizer_that_splits_otherwise_is_refused(make_config, with_tokenize
     made = quantize(make_config(model=model, reconstruction={"rounding": "none"}))
     with pytest.raises(InputError, match=r"splits text in a way that is not known here"):
         export(made, tmp_path / "gguf", "gguf")
+
+
+def test_gguf_keeps_added_tokens_and_dtypes(make_config, with_tokenizer, tmp_path):
+    """A vocab.json beside tokenizer.json, as many models have, knows nothing of the added tokens."""
+    model = with_tokenizer("llama")
+    content = json.loads((model / "tokenizer.json").read_text())
+    (model / "vocab.json").write_text(json.dumps(content["model"]["vocab"]))
+    next_id = 1 + max([*content["model"]["vocab"].values(), *(token["id"] for token in content["added_tokens"])])
+    plain = {"id": next_id, "content": "<think>", "special": False}
+    content["added_tokens"].append({**content["added_tokens"][0], **plain})
+    (model / "tokenizer.json").write_text(json.dumps(content))
+    for shard in model.glob("*.safetensors"):
+        save_file({name: value.to(torch.float16) for name, value in load_file(shard).items()}, shard)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(
+        json.dumps({key: value for key, value in config.items() if key != "rms_norm_eps"})
+    )
+    made = quantize(make_config(model=model, reconstruction={"rounding": "none"}))
+    reader = gguf.GGUFReader(export(made, tmp_path / "gguf", "gguf") / "model-W4.gguf")
+    values = {key: item.contents() for key, item in reader.fields.items()}
+    tokens, kinds = values["tokenizer.ggml.tokens"], values["tokenizer.ggml.token_type"]
+    assert (tokens[next_id], kinds[next_id]) == ("<think>", gguf.TokenType.USER_DEFINED)
+    assert kinds[tokens.index("<s>")] == gguf.TokenType.CONTROL
+    assert values["llama.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-6)
+    (embedding,) = (tensor for tensor in reader.tensors if tensor.name == "token_embd.weight")
+    assert embedding.tensor_type.name == "F16"
+    source = Checkpoint.open(model).read("model.embed_tokens.weight", device=CPU)
+    assert np.array_equal(embedding.data, source.numpy())
