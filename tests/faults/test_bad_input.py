@@ -278,7 +278,7 @@ CASES = {
                 {"model.layers.1.mlp.up_proj.weight": torch.ones(128, 64, dtype=torch.int32)}
             )
         ),
-        r'{model}: tensor "model.layers.1.mlp.up_proj.weight": dtype torch.int32; weights must be bf16, fp16 or fp32\.',
+        r'{weights}: tensor "model.layers.1.mlp.up_proj.weight": dtype torch.int32; weights must be bf16, fp16 or fp32\.',
     ),
     "41 no head": (
         lambda bad: bad.tensors(lambda tensors: tensors.pop("lm_head.weight")),
