@@ -87,6 +87,13 @@ def codes_of_levels(levels_OGK: Tensor, zero_point_OG: Tensor | None) -> Tensor:
     return levels_OGK.to(torch.int8).flatten(1)
 
 
+def unsigned(weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
+    """Codes [O, I] and zero points [O, G] as most formats store them, int32 from 0: `u = q + 2^(b-1)`; without zero points, the middle."""
+    middle = 1 << (weight.scheme.num_bits - 1)
+    zero_point = torch.zeros_like(weight.scale) if weight.zero_point is None else weight.zero_point
+    return weight.codes.to(torch.int32) + middle, zero_point.to(torch.int32) + middle
+
+
 def dequantize(weight: QuantizedWeight, out: Tensor | None = None) -> Tensor:
     """`(q - z) * s`, [O, I]: float32 and exact, or in `out`, rounded to its dtype."""
     w_hat = torch.empty(weight.codes.shape, device=weight.codes.device) if out is None else out

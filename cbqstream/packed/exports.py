@@ -27,7 +27,7 @@ from torch import Tensor
 
 from cbqstream.config import LayerSchemes, Scheme
 from cbqstream.errors import UsageError
-from cbqstream.numerics.affine import dequantize
+from cbqstream.numerics.affine import dequantize, unsigned
 from cbqstream.packed.gguf_blocks import cannot_gguf
 from cbqstream.records import QuantizedWeight
 
@@ -49,11 +49,6 @@ class ExportFormat:
     """quantization_config, of the scheme and the paths of modules that are not quantized; None is no entry."""
 
 
-def unsigned(codes: Tensor, num_bits: int) -> Tensor:
-    """Codes or zero points as int32 from 0."""
-    return codes.to(torch.int32) + (1 << (num_bits - 1))
-
-
 def pack_words(values: Tensor, num_bits: int, order: Sequence[int] | None = None) -> Tensor:
     """32/b unsigned values a word along the last dimension, int32 [..., N b/32]; value `order[j]` of a word has its bits from `j b` on."""
     per_word = _WORD // num_bits
@@ -62,12 +57,6 @@ def pack_words(values: Tensor, num_bits: int, order: Sequence[int] | None = None
     for place, source in enumerate(order or range(per_word)):
         packed |= words[..., source] << (place * num_bits)
     return torch.where(packed >= 1 << (_WORD - 1), packed - (1 << _WORD), packed).to(torch.int32)
-
-
-def _zero_points(weight: QuantizedWeight) -> Tensor:
-    """Unsigned, int32 [O, G]; the middle where there are none."""
-    zero_point = torch.zeros_like(weight.scale, dtype=torch.int8) if weight.zero_point is None else weight.zero_point
-    return unsigned(zero_point, weight.scheme.num_bits)
 
 
 def _half(scale_OG: Tensor) -> Tensor:
@@ -79,20 +68,20 @@ def _dense(weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def _gptq(weight: QuantizedWeight, offset: int) -> dict[str, Tensor]:
-    bits, (columns, groups) = weight.scheme.num_bits, (weight.codes.shape[1], weight.scale.shape[1])
+    bits, columns, (codes, zero_points) = weight.scheme.num_bits, weight.codes.shape[1], unsigned(weight)
     return {
-        "qweight": pack_words(unsigned(weight.codes, bits), bits).T.contiguous(),
-        "qzeros": pack_words((_zero_points(weight) - offset).T, bits).contiguous(),
+        "qweight": pack_words(codes, bits).T.contiguous(),
+        "qzeros": pack_words((zero_points - offset).T, bits).contiguous(),
         "scales": _half(weight.scale),
-        "g_idx": torch.arange(columns, dtype=torch.int32) // (columns // groups),
+        "g_idx": torch.arange(columns, dtype=torch.int32) // (columns // weight.scale.shape[1]),
     }
 
 
 def _awq(weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
-    bits = weight.scheme.num_bits
+    bits, (codes, zero_points) = weight.scheme.num_bits, unsigned(weight)
     return {
-        "qweight": pack_words(unsigned(weight.codes, bits).T, bits, _AWQ_ORDER).contiguous(),
-        "qzeros": pack_words(_zero_points(weight).T, bits, _AWQ_ORDER).contiguous(),
+        "qweight": pack_words(codes.T, bits, _AWQ_ORDER).contiguous(),
+        "qzeros": pack_words(zero_points.T, bits, _AWQ_ORDER).contiguous(),
         "scales": _half(weight.scale),
     }
 

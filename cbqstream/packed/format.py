@@ -31,6 +31,11 @@ _ACTIVATIONS: dict[ActivationStrategy, dict[str, Any]] = {
 }
 
 
+def parts_of(scheme: Scheme) -> tuple[str, ...]:
+    """What a weight is decoded from."""
+    return (PACKED, SCALE, SHAPE) if scheme.symmetric else (PACKED, SCALE, SHAPE, ZERO_POINT)
+
+
 def encode(weight: QuantizedWeight, *, scale_dtype: torch.dtype) -> dict[str, Tensor]:
     """The stored tensors of one weight, on the CPU, by the last part of their name."""
     bits = weight.scheme.num_bits
@@ -154,8 +159,7 @@ def faults_of(config: dict[str, Any], infos: Mapping[str, TensorInfo]) -> Iterat
         if part != PACKED:
             continue
         scheme, rows = schemes.of(layer), info.shape[0]
-        needed = {SCALE, SHAPE} | (set() if scheme.symmetric else {ZERO_POINT})
-        missing = sorted(other for other in needed if f"{layer}.{other}" not in infos)
+        missing = sorted(other for other in parts_of(scheme) if f"{layer}.{other}" not in infos)
         if missing:
             yield f"{layer}: {', '.join(missing)} missing."
             continue

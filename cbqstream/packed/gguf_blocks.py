@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cbqstream.config import Scheme
+from cbqstream.numerics.affine import unsigned
 from cbqstream.records import QuantizedWeight
 
 _SMALL, _LARGE = 32, 256
@@ -24,12 +25,12 @@ _SMALL, _LARGE = 32, 256
 def _parts(weight: QuantizedWeight, columns: int) -> tuple[Tensor, Tensor, Tensor]:
     """u [O, N, columns], the two bytes of s [O, N, 2] and z [O, N, 1], of N blocks a row; all uint8."""
     rows, width = weight.codes.shape
-    middle, blocks = 1 << (weight.scheme.num_bits - 1), width // columns
-    u = (weight.codes.to(torch.int16) + middle).to(torch.uint8).view(rows, blocks, columns)
+    blocks = width // columns
     repeats = blocks // weight.scale.shape[1]
+    codes, zero_points = unsigned(weight)
+    u = codes.to(torch.uint8).view(rows, blocks, columns)
     d = weight.scale.half().repeat_interleave(repeats, 1).contiguous().unsqueeze(-1).view(torch.uint8)
-    zero_point = torch.zeros_like(weight.scale) if weight.zero_point is None else weight.zero_point
-    z = (zero_point.to(torch.int16) + middle).to(torch.uint8).repeat_interleave(repeats, 1).unsqueeze(-1)
+    z = zero_points.to(torch.uint8).repeat_interleave(repeats, 1).unsqueeze(-1)
     return u, d, z
 
 

@@ -5,7 +5,7 @@ Tensors are read one at a time. Embeddings, head and layers in full precision ke
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -16,10 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cbqstream.config import LayerSchemes
 from cbqstream.errors import InputError, UsageError, shown
 from cbqstream.packed.gguf_blocks import block_kind, encode_blocks
-from cbqstream.records import QuantizedWeight
+from cbqstream.packed.source import CPU, PackedSource
 
 _DTYPES = {
     torch.bfloat16: gguf.GGMLQuantizationType.BF16,
@@ -52,44 +51,29 @@ _ARCHITECTURES: Mapping[str, _Architecture] = MappingProxyType(
 )
 
 
-class Layers:
-    """What a checkpoint holds: quantized layers by module path, other tensors by name."""
-
-    def __init__(
-        self,
-        packed: Mapping[str, tuple[int, int]],
-        others: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
-        read_packed: Callable[[str], QuantizedWeight],
-        read_other: Callable[[str], Tensor],
-    ) -> None:
-        self.packed, self.others = packed, others
-        self.read_packed, self.read_other = read_packed, read_other
-
-
-def write_gguf(path: Path, folder: Path, config: Mapping[str, Any], schemes: LayerSchemes, layers: Layers) -> None:
+def write_gguf(path: Path, folder: Path, config: Mapping[str, Any], source: PackedSource) -> None:
     """Write the file `path`, which must not exist.
 
     Args:
         path: where to.
         folder: of the model, for its tokenizer.
         config: its settings, those that config.json leaves out among them.
-        schemes: of its layers.
-        layers: its weights.
+        source: its weights.
 
     Raises:
         UsageError: llama.cpp's form of the architecture or its rotary embedding is not known here, or a row does not fill its blocks.
         InputError: it has no tokenizer that is known.
     """
     architecture = _architecture(config)
-    for layer, (_, columns) in layers.packed.items():
-        blocks, width = block_kind(schemes.of(layer))
+    for layer, (_, columns) in source.layers.items():
+        blocks, width = block_kind(source.schemes.of(layer))
         if columns % width:
             raise UsageError(
                 f"gguf: {blocks} has blocks of {width} columns, {layer} has {columns}. Use another format."
             )
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture.name])
     _add_settings(writer, config)
-    writer.add_name(f"{folder.name} W{schemes.default.num_bits}A16")
+    writer.add_name(f"{folder.name} W{source.schemes.default.num_bits}A16")
     _add_tokenizer(writer, folder, int(config["vocab_size"]))
     names = gguf.get_tensor_name_map(architecture.name, int(config["num_hidden_layers"]))
     turns = _head_counts(config) if architecture.interleaved else {}
@@ -98,20 +82,20 @@ def write_gguf(path: Path, folder: Path, config: Mapping[str, Any], schemes: Lay
         heads = next((heads for leaf, heads in turns.items() if re.search(rf"\.{leaf}\.(weight|bias)$", name)), None)
         return rows if heads is None else neighbors(rows, heads)
 
-    order = sorted([*(f"{layer}.weight" for layer in layers.packed), *layers.others])
+    order = sorted(source.tensors())
     for name in order:
         new = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if new is None:
             raise UsageError(
                 f"gguf: {name} has no place in {gguf.MODEL_ARCH_NAMES[architecture.name]}. Use another format."
             )
-        shape, kind = _stored(name, schemes, layers)
+        shape, kind = _stored(name, source)
         writer.add_tensor_info(new, shape, np.dtype(np.uint8), int(np.prod(shape)), kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for name in order:
-        writer.write_tensor_data(arranged(name, _bytes(name, layers)).contiguous().numpy())
+        writer.write_tensor_data(arranged(name, _bytes(name, source)).contiguous().numpy())
     writer.close()
 
 
@@ -138,24 +122,24 @@ def _head_counts(config: Mapping[str, Any]) -> dict[str, int]:
     return {"q_proj": heads, "k_proj": int(config.get("num_key_value_heads") or heads)}
 
 
-def _stored(name: str, schemes: LayerSchemes, layers: Layers) -> tuple[tuple[int, ...], gguf.GGMLQuantizationType]:
+def _stored(name: str, source: PackedSource) -> tuple[tuple[int, ...], gguf.GGMLQuantizationType]:
     """Shape in bytes, and type, of a tensor."""
     layer = name.removesuffix(".weight")
-    if layer in layers.packed:
-        shape: tuple[int, ...] = layers.packed[layer]
-        kind = gguf.GGMLQuantizationType[block_kind(schemes.of(layer))[0]]
+    if layer in source.layers:
+        shape: tuple[int, ...] = source.layers[layer]
+        kind = gguf.GGMLQuantizationType[block_kind(source.schemes.of(layer))[0]]
     else:
-        shape, dtype = layers.others[name]
-        kind = _DTYPES[dtype] if len(shape) > 1 else gguf.GGMLQuantizationType.F32
+        shape = source.others[name].shape
+        kind = _DTYPES[source.others[name].dtype] if len(shape) > 1 else gguf.GGMLQuantizationType.F32
     block, size = gguf.GGML_QUANT_SIZES[kind]
     return (*shape[:-1], shape[-1] // block * size), kind
 
 
-def _bytes(name: str, layers: Layers) -> Tensor:
+def _bytes(name: str, source: PackedSource) -> Tensor:
     layer = name.removesuffix(".weight")
-    if layer in layers.packed:
-        return encode_blocks(layers.read_packed(layer))
-    value = layers.read_other(name)
+    if layer in source.layers:
+        return encode_blocks(source.packed(layer))
+    value = source.read(name, device=CPU)
     return (value if value.dim() > 1 else value.float()).contiguous().view(torch.uint8)
 
 

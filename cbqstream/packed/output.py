@@ -15,6 +15,11 @@ REST = "rest.safetensors"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
 
 
+def is_occupied(out: Path) -> bool:
+    """Whether something is in the way of a result."""
+    return out.exists() and (not out.is_dir() or any(out.iterdir()))
+
+
 def building_folder(out: Path, digest: str) -> Path:
     """What `out` is called until it is complete, for the run with this digest: two runs must not fill one folder.
 

@@ -8,55 +8,80 @@ from torch import Tensor
 
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.config import LayerSchemes, Scheme
+from cbqstream.errors import InputError
 from cbqstream.numerics.activation_quant import quantize_per_tensor, quantize_per_token
 from cbqstream.numerics.affine import dequantize
-from cbqstream.packed.format import INPUT_SCALE, PACKED, SCALE, SHAPE, ZERO_POINT, decode
+from cbqstream.packed.format import INPUT_SCALE, PACKED, SCALE, SHAPE, ZERO_POINT, decode, parts_of
+from cbqstream.records import QuantizedWeight, TensorInfo
 
-_PARTS = (PACKED, SCALE, SHAPE, ZERO_POINT)
+CPU = torch.device("cpu")
+_PARTS = (PACKED, SCALE, SHAPE, ZERO_POINT, INPUT_SCALE)
 
 
 class PackedSource:
-    """A `pack-quantized` checkpoint whose weights are dequantized one at a time as they are read."""
+    """A `pack-quantized` checkpoint whose weights are dequantized one at a time as they are read.
+
+    Raises:
+        InputError: the shape of a layer is missing.
+    """
 
     def __init__(self, checkpoint: Checkpoint, schemes: LayerSchemes) -> None:
-        self._checkpoint = checkpoint
-        self._schemes = schemes
-        cpu = torch.device("cpu")
-        shapes: dict[str, tuple[int, ...]] = {}
+        self.checkpoint = checkpoint
+        self.schemes = schemes
+        self.layers: dict[str, tuple[int, int]] = {}
+        """[O, I] of every quantized layer, by its path in the checkpoint."""
+        self.others: dict[str, TensorInfo] = {}
+        """Tensors that are no part of a quantized layer."""
         for name, info in checkpoint.infos.items():
-            owner, _, part = name.rpartition(".")
-            if part == SHAPE:
-                rows, columns = checkpoint.read(name, device=cpu).tolist()
-                shapes[f"{owner}.weight"] = (int(rows), int(columns))
-            elif part not in (*_PARTS, INPUT_SCALE):
-                shapes[name] = info.shape
-        self._shapes = shapes
+            layer, _, part = name.rpartition(".")
+            if part == PACKED:
+                rows, columns = self._part(layer, SHAPE).tolist()
+                self.layers[layer] = (int(rows), int(columns))
+            elif part not in _PARTS:
+                self.others[name] = info
 
     def tensors(self) -> Mapping[str, tuple[int, ...]]:
         """Shape of every dense tensor by its name in the original checkpoint."""
-        return self._shapes
+        layers = {f"{layer}.weight": shape for layer, shape in self.layers.items()}
+        return {**layers, **{name: info.shape for name, info in self.others.items()}}
 
     def read(self, name: str, *, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
         """One dense tensor; a quantized weight is exact in float32 before it is converted to `dtype`."""
-        if name in self._checkpoint.infos:
-            return self._checkpoint.read(name, device=device, dtype=dtype)
-        owner = name.removesuffix(".weight")
-        parts = [part for part in _PARTS if f"{owner}.{part}" in self._checkpoint.infos]
-        tensors = {part: self._checkpoint.read(f"{owner}.{part}", device=torch.device("cpu")) for part in parts}
-        return dequantize(decode(tensors, self._schemes.of(owner))).to(device=device, dtype=dtype or torch.float32)
+        if name in self.others:
+            return self.checkpoint.read(name, device=device, dtype=dtype)
+        weight = dequantize(self.packed(name.removesuffix(".weight")))
+        return weight.to(device=device, dtype=dtype or torch.float32)
+
+    def packed(self, layer: str) -> QuantizedWeight:
+        """A quantized layer as it is stored, on the CPU.
+
+        Raises:
+            InputError: a part of it is missing.
+        """
+        scheme = self.schemes.of(layer)
+        return decode({part: self._part(layer, part) for part in parts_of(scheme)}, scheme)
+
+    def scale_dtype(self, layer: str) -> torch.dtype:
+        """What the scales of a quantized layer are stored in: the dtype that its weight had."""
+        return self.checkpoint.infos[f"{layer}.{SCALE}"].dtype
 
     def layer_scheme(self, layer: str) -> Scheme | None:
         """The scheme of a layer by its path in the checkpoint; None if it is in full precision."""
-        return self._schemes.of(layer) if f"{layer}.{PACKED}" in self._checkpoint.infos else None
+        return self.schemes.of(layer) if layer in self.layers else None
 
     def input_quantizer(self, name: str) -> Callable[[Tensor], Tensor] | None:
         """As the scheme has it for a quantized weight; None for others."""
-        owner = name.removesuffix(".weight")
-        scheme = self._schemes.of(owner)
-        bits = scheme.activation_bits
-        if bits is None or f"{owner}.{PACKED}" not in self._checkpoint.infos:
+        layer = name.removesuffix(".weight")
+        scheme = self.layer_scheme(layer)
+        if scheme is None or scheme.activation_bits is None:
             return None
+        bits = scheme.activation_bits
         if scheme.activation_strategy == "token":
             return partial(quantize_per_token, num_bits=bits)
-        scale = self._checkpoint.read(f"{owner}.{INPUT_SCALE}", device=torch.device("cpu"), dtype=torch.float32)
+        scale = self._part(layer, INPUT_SCALE).float()
         return lambda x: quantize_per_tensor(x, torch.zeros_like(scale).to(x.device), scale.to(x.device), bits)
+
+    def _part(self, layer: str, part: str) -> Tensor:
+        if f"{layer}.{part}" not in self.checkpoint.infos:
+            raise InputError(self.checkpoint.infos[f"{layer}.{PACKED}"].file, f"{part} is missing.", tensor=layer)
+        return self.checkpoint.read(f"{layer}.{part}", device=CPU)

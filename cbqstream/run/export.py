@@ -5,24 +5,19 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from cbqstream.checkpoint.folder import read_json
 from cbqstream.checkpoint.reader import Checkpoint
-from cbqstream.config import LayerSchemes
 from cbqstream.disk import Disk
-from cbqstream.errors import InputError, UsageError
-from cbqstream.evaluate.model import open_model
+from cbqstream.errors import CbqstreamError, InputError, UsageError
+from cbqstream.models.skeleton import ModelSkeleton
 from cbqstream.packed.exports import EXPORTS, GGUF, require_exact, require_whole_words
-from cbqstream.packed.format import INPUT_SCALE, PACKED, SCALE, SHAPE, ZERO_POINT, decode, schemes_of
-from cbqstream.packed.gguf_file import Layers, write_gguf
-from cbqstream.packed.output import building_folder, complete_folder
+from cbqstream.packed.format import PACKED, schemes_of
+from cbqstream.packed.gguf_file import write_gguf
+from cbqstream.packed.output import building_folder, complete_folder, is_occupied
 from cbqstream.packed.shard import copy_tensors, write_tensors
-from cbqstream.records import QuantizedWeight
-
-_PARTS = (PACKED, SCALE, SHAPE, ZERO_POINT)
-CPU = torch.device("cpu")
+from cbqstream.packed.source import CPU, PackedSource
 
 
 def export(model: Path, out: Path, format_name: str, disk: Disk | None = None) -> Path:
@@ -36,78 +31,69 @@ def export(model: Path, out: Path, format_name: str, disk: Disk | None = None) -
     config = read_json(model, "config.json")
     if not config.get("quantization_config"):
         raise InputError(model / "config.json", "the model is not quantized. Give a result of cbqstream quantize.")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if is_occupied(out):
         raise UsageError(f"{out}: exists and is not empty. Give another folder.")
     if not out.parent.is_dir():
         raise UsageError(f"{out.parent}: no such folder. Create it first.")
-    require_exact(format_name, schemes_of(config["quantization_config"]))
-    source, building = Checkpoint.open(model), building_folder(out, format_name)
-    if format_name == GGUF:
-        _gguf(disk, model, out, building, config, source)
-    else:
-        _shards(disk, model, out, building, config, source, format_name)
+    schemes = schemes_of(config["quantization_config"])
+    require_exact(format_name, schemes)
+    source, building = PackedSource(Checkpoint.open(model), schemes), building_folder(out, format_name)
+    disk.remove_tree(building)
+    disk.make_folder(building)
+    try:
+        if format_name == GGUF:
+            _write_gguf(disk, model, building, config, source)
+            disk.publish(building, out)
+        else:
+            weight_map = _write_shards(disk, building, source, format_name)
+            told = _config(config, source, format_name)
+            complete_folder(disk, out, building, source_folder=model, weight_map=weight_map, config=told)
+    except CbqstreamError:
+        disk.remove_tree(building)
+        raise
     return out
 
 
-def _gguf(disk: Disk, model: Path, out: Path, building: Path, config: dict[str, Any], source: Checkpoint) -> None:
-    schemes = schemes_of(config["quantization_config"])
-    disk.remove_tree(building)
-    disk.make_folder(building)
-    file = building / f"model-W{schemes.default.num_bits}.gguf"
-    write_gguf(file, model, open_model(model)[0].config.to_dict(), schemes, _all_layers(source, schemes))
+def _write_gguf(disk: Disk, model: Path, building: Path, config: dict[str, Any], source: PackedSource) -> None:
+    skeleton = ModelSkeleton(model, config, source.tensors())
+    file = building / f"model-W{source.schemes.default.num_bits}.gguf"
+    write_gguf(file, model, skeleton.config.to_dict(), source)
     disk.sync_file(file)
-    disk.publish(building, out)
 
 
-def _shards(
-    disk: Disk, model: Path, out: Path, building: Path, config: dict[str, Any], source: Checkpoint, format_name: str
-) -> None:
-    schemes = schemes_of(config["quantization_config"])
-    for layer in _layers(source.infos):
-        if f"{layer}.{SHAPE}" in source.infos:
-            shape = source.read(f"{layer}.{SHAPE}", device=CPU).tolist()
-            require_whole_words(format_name, layer, shape, schemes.of(layer))
-    disk.remove_tree(building)
-    disk.make_folder(building)
+def _write_shards(disk: Disk, building: Path, source: PackedSource, format_name: str) -> dict[str, str]:
+    """The files of a checkpoint in the new format; which of them holds a tensor."""
+    for layer, shape in source.layers.items():
+        require_whole_words(format_name, layer, shape, source.schemes.of(layer))
     weight_map: dict[str, str] = {}
-    for file in sorted({info.file for info in source.infos.values()}):
-        names = _write_shard(disk, building / file.name, source, file, schemes, format_name)
+    for file in sorted({info.file for info in source.checkpoint.infos.values()}):
+        names = _write_shard(disk, building / file.name, source, file, format_name)
         weight_map.update(dict.fromkeys(names, file.name))
+    return weight_map
+
+
+def _write_shard(disk: Disk, path: Path, source: PackedSource, file: Path, format_name: str) -> list[str]:
+    """One shard in the new format; the names of its tensors."""
+    infos = source.checkpoint.infos
+    layers = [layer for layer in source.layers if infos[f"{layer}.{PACKED}"].file == file]
+    others = [name for name, info in source.others.items() if info.file == file]
+    if not layers:
+        copy_tensors(disk, path, source.checkpoint, others)
+        return others
+    tensors: dict[str, Tensor] = {name: source.read(name, device=CPU) for name in others}
+    for layer in layers:
+        encoded = EXPORTS[format_name].encode(source.packed(layer), source.scale_dtype(layer))
+        tensors |= {f"{layer}.{part}": value for part, value in encoded.items()}
+    write_tensors(disk, path, tensors)
+    return list(tensors)
+
+
+def _config(config: dict[str, Any], source: PackedSource, format_name: str) -> dict[str, Any]:
+    """Content of config.json with what the new format says of its quantization."""
     found = {key: value for key, value in config.items() if key != "quantization_config"}
-    ignored = _modules(config["quantization_config"]["ignore"], source.infos)
-    said = EXPORTS[format_name].config(schemes.default, ignored)
-    found |= {} if said is None else {"quantization_config": said}
-    complete_folder(disk, out, building, source_folder=model, weight_map=weight_map, config=found)
-
-
-def _layers(names: Iterable[str]) -> list[str]:
-    """Module paths of the quantized layers among tensors."""
-    return [name.removesuffix(f".{PACKED}") for name in names if name.endswith(f".{PACKED}")]
-
-
-def _all_layers(source: Checkpoint, schemes: LayerSchemes) -> Layers:
-    packed = {}
-    for layer in _layers(source.infos):
-        rows, columns = source.read(f"{layer}.{SHAPE}", device=CPU).tolist()
-        packed[layer] = (int(rows), int(columns))
-    parts = {f"{layer}.{part}" for layer in packed for part in (*_PARTS, INPUT_SCALE)}
-    others = {name: (info.shape, info.dtype) for name, info in source.infos.items() if name not in parts}
-    return Layers(
-        packed, others, lambda layer: _read(source, layer, schemes), lambda name: source.read(name, device=CPU)
-    )
-
-
-def _read(source: Checkpoint, layer: str, schemes: LayerSchemes) -> QuantizedWeight:
-    """One quantized layer.
-
-    Raises:
-        InputError: a part of it is missing.
-    """
-    parts = {part: source.read(f"{layer}.{part}", device=CPU) for part in _PARTS if f"{layer}.{part}" in source.infos}
-    missing = [part for part in (SCALE, SHAPE) if part not in parts]
-    if missing:
-        raise InputError(source.infos[f"{layer}.{PACKED}"].file, f"{missing[0]} is missing.", tensor=layer)
-    return decode(parts, schemes.of(layer))
+    ignored = _modules(config["quantization_config"]["ignore"], source.checkpoint.infos)
+    said = EXPORTS[format_name].config(source.schemes.default, ignored)
+    return found if said is None else {**found, "quantization_config": said}
 
 
 def _modules(ignored: list[str], names: Iterable[str]) -> list[str]:
@@ -116,23 +102,3 @@ def _modules(ignored: list[str], names: Iterable[str]) -> list[str]:
     whole = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
     matched = [path for path in whole if any(re.match(pattern, path) for pattern in patterns)]
     return [*(name for name in ignored if not name.startswith("re:")), *matched]
-
-
-def _write_shard(
-    disk: Disk, path: Path, source: Checkpoint, file: Path, schemes: LayerSchemes, format_name: str
-) -> list[str]:
-    """One shard in the new format; the names of its tensors."""
-    here = [name for name, info in source.infos.items() if info.file == file]
-    layers = _layers(here)
-    if not layers:
-        copy_tensors(disk, path, source, here)
-        return here
-    tensors: dict[str, Tensor] = {}
-    for layer in layers:
-        scale_dtype = source.infos[f"{layer}.{SCALE}"].dtype
-        encoded = EXPORTS[format_name].encode(_read(source, layer, schemes), scale_dtype)
-        tensors |= {f"{layer}.{part}": value for part, value in encoded.items()}
-    stored = {f"{layer}.{part}" for layer in layers for part in (*_PARTS, INPUT_SCALE)}
-    tensors |= {name: source.read(name, device=CPU) for name in here if name not in stored}
-    write_tensors(disk, path, tensors)
-    return list(tensors)

@@ -32,7 +32,7 @@ from cbqstream.models.ends import model_ends
 from cbqstream.models.experts import tokens_by_expert
 from cbqstream.packed.block_shard import write_block
 from cbqstream.packed.format import quantization_config
-from cbqstream.packed.output import assemble, building_folder
+from cbqstream.packed.output import assemble, building_folder, is_occupied
 from cbqstream.packed.shard import write_tensors
 from cbqstream.records import EpochReport, Notice, Window, WindowReport
 from cbqstream.run.chain import CARRY, QUANTIZED, REFERENCE, Chain
@@ -90,7 +90,7 @@ def quantize(
     out, run = Path(config.out), config.run_path
     if (run / "run.json").exists():
         _require_same(Chain.read(run), inputs, allow_numerics_change=allow_numerics_change)
-    elif _is_occupied(out):
+    elif is_occupied(out):
         raise UsageError(f"{out}: exists and is not empty. Give another OUT.")
     for notice in model_notices(inputs):
         listener(notice)
@@ -99,7 +99,7 @@ def quantize(
     with open_journal(run, disk or Disk(), content, shared=allow_shared_run_dir) as journal:
         # again, now that nobody else can change it
         _require_same(journal.chain, inputs, allow_numerics_change=allow_numerics_change)
-        if _is_occupied(out):
+        if is_occupied(out):
             if journal.chain.is_complete and journal.chain.is_result(out):
                 return out
             raise UsageError(f"{out}: exists, is not empty and is not the result of this run. Give another OUT.")
@@ -154,10 +154,6 @@ def _twice(job: "_Job", window: Window) -> WindowReport:
 def _require_same(chain: Chain, inputs: RunInputs, *, allow_numerics_change: bool) -> None:
     numerics = inputs.identity["numerics"] if allow_numerics_change else chain.numerics
     require_same(chain.path, {**chain.run["identity"], "numerics": numerics}, inputs.identity)
-
-
-def _is_occupied(out: Path) -> bool:
-    return out.exists() and (not out.is_dir() or any(out.iterdir()))
 
 
 class _Job:
