@@ -21,9 +21,7 @@ from measure import save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cbqstream.calibration.segments import load_segments
-from cbqstream.evaluate.model import hidden_states, open_model
-from cbqstream.models.ends import model_ends
-from cbqstream.records import Compute
+from cbqstream.evaluate.model import EvaluatedModel
 from cbqstream.run.export import export
 
 HERE = Path(__file__).resolve().parent
@@ -60,12 +58,8 @@ class LlamaCpp:
 @torch.no_grad()
 def streamed_log_probabilities(model: Path, ids_NS: torch.Tensor) -> list[list[float]]:
     """Of tokens 2 to S of each segment, by the streamed evaluation."""
-    skeleton, source = open_model(model)
-    compute, found = Compute(torch.device("cpu"), torch.float32, 4), []
-    with (
-        hidden_states(skeleton, source, [ids_NS], compute) as (stream,),
-        model_ends(skeleton, source, device=compute.device, dtype=compute.dtype, only="head") as ends,
-    ):
+    streamed, found = EvaluatedModel.open(model, device="cpu"), []
+    with streamed.hidden_states([ids_NS]) as (stream,), streamed.head() as ends:
         for segment, ids_S in enumerate(ids_NS):
             logs_SV = torch.cat([logits.log_softmax(-1) for logits in ends.logits(stream.read(segment))])
             found.append(logs_SV[:-1].gather(1, ids_S[1:].unsqueeze(1)).flatten().tolist())

@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -27,6 +27,9 @@ app = typer.Typer(
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; the physical cores by default.")]
+BlocksPath = Annotated[
+    str | None, typer.Option(help="Module path of the list of blocks, where it is not found by itself.")
+]
 StopAfterWindow = Annotated[int | None, typer.Option(help="Leave after this window, with exit code 75.")]
 AllowNumericsChange = Annotated[
     bool, typer.Option("--allow-numerics-change", help="Go on with other threads, versions or device.")
@@ -117,9 +120,7 @@ def quantize(
     calibrate_all_experts: Annotated[
         bool, typer.Option(help="Gather statistics with every token sent to every expert.")
     ] = False,
-    blocks_path: Annotated[
-        str | None, typer.Option(help="Module path of the list of blocks, where it is not found by itself.")
-    ] = None,
+    blocks_path: BlocksPath = None,
     ignore: Annotated[
         list[str] | None, typer.Option(help="Layers left in full precision, such as down_proj or layers.3.mlp.*")
     ] = None,
@@ -198,11 +199,12 @@ def status(run: Annotated[Path, typer.Argument(help="The run directory.")]) -> N
 def check(
     path: Annotated[Path, typer.Argument(help="A run directory, or a model that was quantized.")],
     read_data: Annotated[bool, typer.Option("--read-data", help="Read every byte; else sizes and records.")] = False,
+    blocks_path: BlocksPath = None,
 ) -> None:
     """Verify a run or a finished model. Reads only; says what is wrong, and then leaves with exit code 65."""
     from cbqstream.run.check import check as look
 
-    found = look(path, read_data=read_data)
+    found = look(path, read_data=read_data, blocks_path=blocks_path)
     for line in found.facts:
         _say(line)
     for problem in found.problems:
@@ -275,35 +277,38 @@ def evaluate(
     scratch: Annotated[
         Path | None, typer.Option(help="Folder for hidden states; the temporary folder by default.")
     ] = None,
+    blocks_path: BlocksPath = None,
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
     """Perplexity, distance from another model, or accuracy of MODEL, one block in memory at a time."""
     from cbqstream.evaluate.against import compare
     from cbqstream.evaluate.choices import evaluate_choices
+    from cbqstream.evaluate.model import Running
     from cbqstream.evaluate.perplexity import evaluate as measure
     from cbqstream.report.progress import Progress
 
     if (text is None) == (choices is None) or (against is not None and text is None):
         raise UsageError("eval needs --text, with or without --against, or --choices.")
     with Progress(Console(stderr=True)) as progress:
-        common: dict[str, Any] = {
+        how: Running = {
             "batch_size": batch_size,
             "scratch": scratch,
             "device": device,
             "threads": threads,
+            "blocks_path": blocks_path,
             "listener": progress,
         }
         if choices is not None:
-            found = evaluate_choices(model, choices, num_questions=num_questions, **common)
+            found = evaluate_choices(model, choices, num_questions=num_questions, **how)
             line = (
                 f"accuracy {found.by_sum:.4f}, by character {found.by_character:.4f} ({len(found.answers)} questions)"
             )
         elif text is not None and against is not None:
-            distance = compare(model, against, text, num_samples=num_samples, seq_len=seq_len, **common)
+            distance = compare(model, against, text, num_samples=num_samples, seq_len=seq_len, **how)
             line = f"divergence {distance.divergence:.5f}, same next token {distance.top1:.2%} ({distance.num_segments} x {seq_len} tokens)"
         elif text is not None:
-            result = measure(model, text, num_samples=num_samples, seq_len=seq_len, **common)
+            result = measure(model, text, num_samples=num_samples, seq_len=seq_len, **how)
             line = f"perplexity {result.perplexity:.4f} ({result.num_segments} x {seq_len} tokens)"
     _say(f"{(choices or text or model).name}: {line}")
 

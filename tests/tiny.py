@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -136,6 +137,18 @@ def save_model(folder: Path, family: str = "llama", *, dtype: torch.dtype = torc
     shard_size = options.pop("max_shard_size", "60KB")
     make_model(family, **options).to(dtype).save_pretrained(folder, max_shard_size=shard_size)
     return folder
+
+
+def save_tokenizer(folder: Path, text: list[str], *, special_tokens: tuple[str, ...] = ()) -> Tokenizer:
+    """Train a byte-level tokenizer of 300 tokens on a text, and save it with a model."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    options = {"special_tokens": list(special_tokens), "initial_alphabet": alphabet, "show_progress": False}
+    tokenizer.train_from_iterator(text, trainers.BpeTrainer(vocab_size=300, **options))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return tokenizer
 
 
 def save_tokens(path: Path, num_tokens: int = 8 * SEQ_LEN, seed: int = 1) -> Path:

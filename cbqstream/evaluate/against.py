@@ -2,17 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch.nn import functional
 
-from cbqstream.calibration.segments import load_segments
 from cbqstream.errors import UsageError
-from cbqstream.evaluate.model import Listener, hidden_states, open_model, require_counts, require_folder
-from cbqstream.models.compute import choose_device, compute_dtype, make_deterministic
-from cbqstream.models.ends import model_ends
-from cbqstream.records import Compute
+from cbqstream.evaluate.model import EvaluatedModel, Running, require_counts
+from cbqstream.evaluate.perplexity import segments
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,17 +25,7 @@ class Comparison:
 
 @torch.no_grad()
 def compare(
-    model: Path,
-    reference: Path,
-    text: Path,
-    *,
-    num_samples: int = 64,
-    seq_len: int = 512,
-    batch_size: int = 4,
-    scratch: Path | None = None,
-    device: str = "auto",
-    threads: int | None = None,
-    listener: Listener = lambda text: None,
+    model: Path, reference: Path, text: Path, *, num_samples: int = 64, seq_len: int = 512, **how: Unpack[Running]
 ) -> Comparison:
     """Compare a model with `reference`; the other arguments as of `evaluate`. Both heads are in memory at the end.
 
@@ -46,30 +33,18 @@ def compare(
         InputError: a model or the text cannot be read.
         UsageError: the two have other vocabularies, or a setting cannot work.
     """
-    require_counts(num_samples=num_samples, batch_size=batch_size)
-    require_folder(scratch)
-    (skeleton, source), (first_skeleton, first_source) = open_model(model), open_model(reference)
-    if skeleton.vocab_size != first_skeleton.vocab_size:
-        raise UsageError(
-            f"{model} has {skeleton.vocab_size:,} tokens, {reference} {first_skeleton.vocab_size:,}. Compare like with like."
-        )
-    skeleton.check_length(seq_len)
-    where = choose_device(device)
-    make_deterministic(threads)
-    compute = Compute(where, compute_dtype(where), batch_size)
-    tokens_NS = load_segments(
-        text, model, num_samples=num_samples, seq_len=seq_len, vocab_size=skeleton.vocab_size, choice="spread"
-    )
-    at: dict[str, Any] = {"device": compute.device, "dtype": compute.dtype}
+    require_counts(num_samples=num_samples)
+    first, second = EvaluatedModel.open(reference, **how), EvaluatedModel.open(model, **how)
+    sizes = second.skeleton.vocab_size, first.skeleton.vocab_size
+    if sizes[0] != sizes[1]:
+        raise UsageError(f"{model} has {sizes[0]:,} tokens, {reference} {sizes[1]:,}. Compare like with like.")
+    tokens_NS = segments(second, model, text, num_samples, seq_len)
     with (
-        hidden_states(first_skeleton, first_source, [tokens_NS], compute, scratch=scratch, listener=listener) as (
-            goal,
-        ),
-        hidden_states(skeleton, source, [tokens_NS], compute, scratch=scratch, listener=listener) as (found,),
-        model_ends(first_skeleton, first_source, **at, only="head") as first_ends,
-        model_ends(skeleton, source, **at, only="head") as ends,
+        first.hidden_states([tokens_NS]) as (goal,),
+        second.hidden_states([tokens_NS]) as (found,),
+        first.head() as first_ends,
+        second.head() as ends,
     ):
-        listener("heads")
         divergence, same = 0.0, 0
         for segment in range(len(tokens_NS)):
             pairs = zip(first_ends.logits(goal.read(segment)), ends.logits(found.read(segment)), strict=True)

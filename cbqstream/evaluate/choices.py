@@ -1,21 +1,17 @@
 """Choice tasks, streamed: which of several continuations of a prompt a model finds likeliest."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from cbqstream.calibration.segments import load_tokenizer
 from cbqstream.errors import InputError, UsageError
-from cbqstream.evaluate.model import Listener, hidden_states, open_model, require_counts, require_folder
-from cbqstream.models.compute import choose_device, compute_dtype, make_deterministic
-from cbqstream.models.ends import model_ends
-from cbqstream.models.skeleton import ModelSkeleton
-from cbqstream.records import Compute, WeightSource
+from cbqstream.evaluate.model import EvaluatedModel, Running, require_counts
 
 _LENGTHS = 32
 """Requests are filled up on the right to multiples of so many tokens; what is there no token before it sees."""
@@ -90,33 +86,25 @@ def _question(path: Path, place: int, line: str) -> Question:
 
 
 def evaluate_choices(
-    model: Path,
-    questions: Path,
-    *,
-    num_questions: int | None = None,
-    batch_size: int = 8,
-    scratch: Path | None = None,
-    device: str = "auto",
-    threads: int | None = None,
-    listener: Listener = lambda text: None,
+    model: Path, questions: Path, *, num_questions: int | None = None, **how: Unpack[Running]
 ) -> Accuracy:
     """Accuracy of a model on the questions of a jsonl file, in bounded memory: every block is read once.
 
+    Args:
+        model: folder of a model, quantized by this project or not.
+        questions: see `read_questions`.
+        num_questions: the first so many; all by default.
+        how: see `Running`.
+
     Raises:
         InputError: the model or the questions cannot be read.
-        UsageError: a question is longer than the model's positions, or a device that is not there.
+        UsageError: a question is longer than the model's positions, or a setting cannot work.
     """
-    require_counts(num_questions=num_questions, batch_size=batch_size)
-    require_folder(scratch)
+    require_counts(num_questions=num_questions)
     asked = read_questions(questions, num_questions)
-    skeleton, source = open_model(model)
-    where = choose_device(device)
-    make_deterministic(threads)
-    compute = Compute(where, compute_dtype(where), batch_size)
-    tokenizer = load_tokenizer(model)
+    streamed, tokenizer = EvaluatedModel.open(model, **how), load_tokenizer(model)
     requests = [_request(tokenizer, question.prompt, choice) for question in asked for choice in question.choices]
-    skeleton.check_length(max(len(request.ids) for request in requests))
-    scores = iter(log_likelihoods(skeleton, source, requests, compute, scratch=scratch, listener=listener))
+    scores = iter(log_likelihoods(streamed, requests))
     by_sum, by_character = [], []
     for question in asked:
         found = [next(scores) for _ in question.choices]
@@ -144,32 +132,27 @@ def _share(found: Sequence[int], right: Sequence[int]) -> float:
 
 
 @torch.no_grad()
-def log_likelihoods(
-    skeleton: ModelSkeleton,
-    source: WeightSource,
-    requests: Sequence[Request],
-    compute: Compute,
-    *,
-    scratch: Path | None = None,
-    listener: Callable[[str], None] = lambda text: None,
-) -> list[float]:
-    """Log-likelihood of the scored tokens of each request, nats; other arguments as of `hidden_states`."""
+def log_likelihoods(model: EvaluatedModel, requests: Sequence[Request]) -> list[float]:
+    """Log-likelihood of the scored tokens of each request, nats.
+
+    Raises:
+        UsageError: a request is longer than the model's positions.
+    """
+    model.skeleton.check_length(max(len(request.ids) for request in requests))
     members: dict[int, list[int]] = {}
     for index, request in enumerate(requests):
         members.setdefault(-(-len(request.ids) // _LENGTHS) * _LENGTHS, []).append(index)
     groups = [torch.tensor([_filled(requests[index], length) for index in held]) for length, held in members.items()]
     scores = [0.0] * len(requests)
-    with hidden_states(skeleton, source, groups, compute, scratch=scratch, listener=listener) as stores:
-        listener("head")
-        with model_ends(skeleton, source, device=compute.device, dtype=compute.dtype, only="head") as ends:
-            for store, held in zip(stores, members.values(), strict=True):
-                for segment, index in enumerate(held):
-                    request = requests[index]
-                    first, stop = len(request.ids) - request.scored, len(request.ids)
-                    wanted = torch.tensor(request.ids[first:stop], device=compute.device)
-                    logits_TV = torch.cat(list(ends.logits(store.read(segment)[first - 1 : stop - 1])))
-                    chosen: Tensor = logits_TV.log_softmax(-1).gather(1, wanted.unsqueeze(1))
-                    scores[index] = chosen.sum(dtype=torch.float64).item()
+    with model.hidden_states(groups) as stores, model.head() as ends:
+        for store, held in zip(stores, members.values(), strict=True):
+            for segment, index in enumerate(held):
+                request = requests[index]
+                first, stop = len(request.ids) - request.scored, len(request.ids)
+                wanted = torch.tensor(request.ids[first:stop], device=model.compute.device)
+                logits_TV = torch.cat(list(ends.logits(store.read(segment)[first - 1 : stop - 1])))
+                chosen: Tensor = logits_TV.log_softmax(-1).gather(1, wanted.unsqueeze(1))
+                scores[index] = chosen.sum(dtype=torch.float64).item()
     return scores
 
 

@@ -2,8 +2,10 @@
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -16,7 +18,8 @@ from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.disk import Disk
 from cbqstream.errors import UsageError
 from cbqstream.models.block import BlockArguments, build_block, run_block
-from cbqstream.models.ends import model_ends
+from cbqstream.models.compute import choose_device, compute_dtype, make_deterministic
+from cbqstream.models.ends import End, ModelEnds, model_ends
 from cbqstream.models.skeleton import ModelSkeleton
 from cbqstream.packed.format import schemes_of
 from cbqstream.packed.source import PackedSource
@@ -25,8 +28,25 @@ from cbqstream.records import Compute, WeightSource
 Listener = Callable[[str], None]
 
 
+class Running(TypedDict, total=False):
+    """How a model is run."""
+
+    batch_size: int
+    """Segments at once; 4 by default."""
+    scratch: Path | None
+    """Folder for hidden states; the system's temporary folder by default."""
+    device: str
+    """auto (the default), cpu, cuda or cuda:N."""
+    threads: int | None
+    """CPU threads; the physical cores by default."""
+    blocks_path: str | None
+    """Module path of the list of transformer blocks; found by default."""
+    listener: Listener
+    """Told of progress."""
+
+
 def open_model(folder: Path, blocks_path: str | None = None) -> tuple[ModelSkeleton, WeightSource]:
-    """A model folder to run, quantized by this project or not.
+    """What a model folder is, quantized by this project or not.
 
     Args:
         folder: where it is.
@@ -38,8 +58,8 @@ def open_model(folder: Path, blocks_path: str | None = None) -> tuple[ModelSkele
     """
     config = read_json(folder, "config.json")
     source: WeightSource = Checkpoint.open(folder)
-    if config.get("quantization_config"):
-        source = PackedSource(Checkpoint.open(folder), schemes_of(config["quantization_config"]))
+    if isinstance(source, Checkpoint) and config.get("quantization_config"):
+        source = PackedSource(source, schemes_of(config["quantization_config"]))
     return ModelSkeleton(folder, config, source.tensors(), blocks_path), source
 
 
@@ -54,67 +74,78 @@ def require_counts(**counts: int | None) -> None:
             raise UsageError(f"{name} is {count}. It must be at least 1.")
 
 
-def require_folder(scratch: Path | None) -> None:
-    """Refuse a folder that is not there.
+@dataclass(frozen=True, slots=True)
+class EvaluatedModel:
+    """A model that is run block by block."""
 
-    Raises:
-        UsageError: it is not.
-    """
-    if scratch is not None and not scratch.is_dir():
-        raise UsageError(f"{scratch}: no such folder.")
+    skeleton: ModelSkeleton
+    source: WeightSource
+    compute: Compute
+    """Hidden states are kept on disk in its dtype."""
+    scratch: Path | None = None
+    listener: Listener = lambda text: None
 
+    @classmethod
+    def open(cls, folder: Path, **how: Unpack[Running]) -> "EvaluatedModel":
+        """The model of a folder.
 
-@contextmanager
-def hidden_states(
-    skeleton: ModelSkeleton,
-    source: WeightSource,
-    groups: Sequence[Tensor],
-    compute: Compute,
-    *,
-    scratch: Path | None = None,
-    listener: Listener = lambda text: None,
-) -> Iterator[list[ActivationStore]]:
-    """The outputs of the last block, a store for each group of segments; deleted afterwards.
+        Raises:
+            InputError: it cannot be read.
+            UsageError: a number, folder or device that cannot work.
+        """
+        batch_size, scratch = how.get("batch_size", 4), how.get("scratch")
+        require_counts(batch_size=batch_size)
+        if scratch is not None and not scratch.is_dir():
+            raise UsageError(f"{scratch}: no such folder.")
+        device = choose_device(how.get("device", "auto"))
+        make_deterministic(how.get("threads"))
+        compute = Compute(device, compute_dtype(device), batch_size)
+        return cls(
+            *open_model(folder, how.get("blocks_path")), compute, scratch, how.get("listener", lambda text: None)
+        )
 
-    Args:
-        skeleton: the model.
-        source: its weights.
-        groups: token ids int64 [N, S], of one length each; a causal model does not see what lies to the right of a token.
-        compute: where and how; hidden states are kept on disk in its dtype.
-        scratch: folder for them; the system's temporary folder by default.
-        listener: told of progress.
-    """
-    with tempfile.TemporaryDirectory(prefix="cbqstream-eval-", dir=scratch) as work:
-        listener("embedding")
-        stores: list[ActivationStore] = []
-        with model_ends(skeleton, source, device=compute.device, dtype=compute.dtype, only="embed") as ends:
-            arguments = [ends.block_arguments(tokens_NS[0]) for tokens_NS in groups]
-            for number, tokens_NS in enumerate(groups):
-                shape = StreamShape(len(tokens_NS), tokens_NS.shape[1], skeleton.hidden_size, compute.dtype)
-                store = ZarrStore.create(Path(work) / f"stream-{number}", shape, Disk(), durable=False)
-                for segment, ids_S in enumerate(tokens_NS):
-                    store.write(segment, ends.embed(ids_S))
-                stores.append(store)
-        for index in range(len(skeleton.blocks)):
-            listener(f"block {index + 1}/{len(skeleton.blocks)}")
-            _advance(skeleton, source, index, [found[index] for found in arguments], stores, compute)
-        yield stores
+    @contextmanager
+    def hidden_states(self, groups: Sequence[Tensor]) -> Iterator[list[ActivationStore]]:
+        """The outputs of the last block, a store for each group of segments; deleted afterwards.
 
+        Args:
+            groups: token ids int64 [N, S], of one length each; a causal model does not see what lies to the right of a token.
+        """
+        blocks = len(self.skeleton.blocks)
+        with tempfile.TemporaryDirectory(prefix="cbqstream-eval-", dir=self.scratch) as work:
+            self.listener("embedding")
+            stores: list[ActivationStore] = []
+            with self._ends("embed") as ends:
+                arguments = [ends.block_arguments(tokens_NS[0]) for tokens_NS in groups]
+                for number, tokens_NS in enumerate(groups):
+                    shape = StreamShape(
+                        len(tokens_NS), tokens_NS.shape[1], self.skeleton.hidden_size, self.compute.dtype
+                    )
+                    store = ZarrStore.create(Path(work) / f"stream-{number}", shape, Disk(), durable=False)
+                    for segment, ids_S in enumerate(tokens_NS):
+                        store.write(segment, ends.embed(ids_S))
+                    stores.append(store)
+            for index in range(blocks):
+                self.listener(f"block {index + 1}/{blocks}")
+                self._advance(index, [found[index] for found in arguments], stores)
+            yield stores
 
-@torch.no_grad()
-def _advance(
-    skeleton: ModelSkeleton,
-    source: WeightSource,
-    index: int,
-    arguments: Sequence[BlockArguments],
-    stores: Sequence[ActivationStore],
-    compute: Compute,
-) -> None:
-    """Replace every segment by what block `index` makes of it."""
-    block = build_block(skeleton, index, source, device=compute.device, dtype=compute.dtype, linear_dtype=compute.dtype)
-    for store, called in zip(stores, arguments, strict=True):
-        batches = in_batches(range(store.shape.num_segments), compute.batch_size)
-        for batch, (x_BSD,) in zip(batches, read_batches([store], batches), strict=True):
-            y_BSD = run_block(block, x_BSD.to(compute.device), called)
-            for segment, y_SD in zip(batch, y_BSD, strict=True):
-                store.write(segment, y_SD)
+    def head(self) -> AbstractContextManager[ModelEnds]:
+        """The last norm and the head, for the length of a `with`."""
+        self.listener("head")
+        return self._ends("head")
+
+    def _ends(self, only: End) -> AbstractContextManager[ModelEnds]:
+        return model_ends(self.skeleton, self.source, device=self.compute.device, dtype=self.compute.dtype, only=only)
+
+    @torch.no_grad()
+    def _advance(self, index: int, arguments: Sequence[BlockArguments], stores: Sequence[ActivationStore]) -> None:
+        """Replace every segment by what block `index` makes of it."""
+        device, dtype = self.compute.device, self.compute.dtype
+        block = build_block(self.skeleton, index, self.source, device=device, dtype=dtype, linear_dtype=dtype)
+        for store, called in zip(stores, arguments, strict=True):
+            batches = in_batches(range(store.shape.num_segments), self.compute.batch_size)
+            for batch, (x_BSD,) in zip(batches, read_batches([store], batches), strict=True):
+                y_BSD = run_block(block, x_BSD.to(device), called)
+                for segment, y_SD in zip(batch, y_BSD, strict=True):
+                    store.write(segment, y_SD)

@@ -3,17 +3,14 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Unpack
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from cbqstream.calibration.segments import load_segments
-from cbqstream.evaluate.model import Listener, hidden_states, open_model, require_counts, require_folder
-from cbqstream.models.compute import choose_device, compute_dtype, make_deterministic
-from cbqstream.models.ends import model_ends
-from cbqstream.models.skeleton import ModelSkeleton
-from cbqstream.records import Compute, WeightSource
+from cbqstream.evaluate.model import EvaluatedModel, Running, require_counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,16 +22,7 @@ class Perplexity:
 
 
 def evaluate(
-    model: Path,
-    text: Path,
-    *,
-    num_samples: int = 64,
-    seq_len: int = 512,
-    batch_size: int = 4,
-    scratch: Path | None = None,
-    device: str = "auto",
-    threads: int | None = None,
-    listener: Listener = lambda text: None,
+    model: Path, text: Path, *, num_samples: int = 64, seq_len: int = 512, **how: Unpack[Running]
 ) -> Perplexity:
     """Perplexity of a model on `num_samples` segments spread evenly over a text, in bounded memory.
 
@@ -43,50 +31,34 @@ def evaluate(
         text: text or token ids.
         num_samples: segments; all of them if the text has fewer.
         seq_len: tokens in a segment.
-        batch_size: segments at once.
-        scratch: folder for hidden states.
-        device: auto, cpu, cuda or cuda:N.
-        threads: CPU threads; the physical cores by default.
-        listener: told of progress.
+        how: see `Running`.
 
     Raises:
         InputError: the model or the text cannot be read.
         UsageError: a number or folder that cannot work, or a device that is not there.
     """
-    skeleton, source = open_model(model)
-    skeleton.check_length(seq_len)
-    require_counts(num_samples=num_samples, batch_size=batch_size)
-    require_folder(scratch)
-    where = choose_device(device)
-    make_deterministic(threads)
-    tokens_NS = load_segments(
-        text, model, num_samples=num_samples, seq_len=seq_len, vocab_size=skeleton.vocab_size, choice="spread"
-    )
-    compute = Compute(where, compute_dtype(where), batch_size)
-    return Perplexity(
-        perplexity(skeleton, source, tokens_NS, compute, scratch=scratch, listener=listener), len(tokens_NS)
-    )
+    require_counts(num_samples=num_samples)
+    streamed = EvaluatedModel.open(model, **how)
+    tokens_NS = segments(streamed, model, text, num_samples, seq_len)
+    return Perplexity(perplexity(streamed, tokens_NS), len(tokens_NS))
+
+
+def segments(streamed: EvaluatedModel, folder: Path, text: Path, num_samples: int, seq_len: int) -> Tensor:
+    """Token ids int64 [N, S] of segments spread evenly over a text."""
+    streamed.skeleton.check_length(seq_len)
+    size = streamed.skeleton.vocab_size
+    return load_segments(text, folder, num_samples=num_samples, seq_len=seq_len, vocab_size=size, choice="spread")
 
 
 @torch.no_grad()
-def perplexity(
-    skeleton: ModelSkeleton,
-    source: WeightSource,
-    tokens_NS: Tensor,
-    compute: Compute,
-    *,
-    scratch: Path | None = None,
-    listener: Listener = lambda text: None,
-) -> float:
-    """exp of the mean negative log-likelihood of tokens 2..S of every segment; arguments as of `hidden_states`."""
-    with hidden_states(skeleton, source, [tokens_NS], compute, scratch=scratch, listener=listener) as (stream,):
-        listener("head")
-        with model_ends(skeleton, source, device=compute.device, dtype=compute.dtype, only="head") as ends:
-            total = 0.0
-            for segment, ids_S in enumerate(tokens_NS):
-                start = 0
-                for logits_TV in ends.logits(stream.read(segment)):
-                    next_T = ids_S[start + 1 : start + 1 + len(logits_TV)].to(compute.device)
-                    start += len(logits_TV)
-                    total += functional.cross_entropy(logits_TV[: len(next_T)], next_T, reduction="sum").double().item()
+def perplexity(model: EvaluatedModel, tokens_NS: Tensor) -> float:
+    """exp of the mean negative log-likelihood of tokens 2..S of every segment."""
+    with model.hidden_states([tokens_NS]) as (stream,), model.head() as ends:
+        total = 0.0
+        for segment, ids_S in enumerate(tokens_NS):
+            start = 0
+            for logits_TV in ends.logits(stream.read(segment)):
+                next_T = ids_S[start + 1 : start + 1 + len(logits_TV)].to(model.compute.device)
+                start += len(logits_TV)
+                total += functional.cross_entropy(logits_TV[: len(next_T)], next_T, reduction="sum").double().item()
     return math.exp(total / (tokens_NS.shape[0] * (tokens_NS.shape[1] - 1)))

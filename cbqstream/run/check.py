@@ -40,12 +40,13 @@ class Findings:
         return True
 
 
-def check(path: Path, *, read_data: bool) -> Findings:
+def check(path: Path, *, read_data: bool, blocks_path: str | None = None) -> Findings:
     """Check a run directory or a model folder.
 
     Args:
         path: the folder.
         read_data: read every byte and compare it with what was committed; else only names, sizes, headers and records.
+        blocks_path: module path of a model's list of transformer blocks; found by default, or what the run was given.
 
     Raises:
         InputError: the records of a run are damaged, or it is neither.
@@ -59,7 +60,7 @@ def check(path: Path, *, read_data: bool) -> Findings:
                 return found  # else a process went on meanwhile
     if (path / "config.json").exists():
         found = Findings()
-        found.attempt(_check_model, path, read_data, found)
+        found.attempt(_check_model, path, blocks_path, read_data, found)
         return found
     raise InputError(path, "neither a run directory (run.json is missing) nor a model (config.json is missing).")
 
@@ -79,7 +80,7 @@ def _check_run(chain: Chain, *, read_data: bool) -> Findings:
     out = Path(config.out)
     if chain.is_complete and chain.is_result(out):
         found.facts.append(f"result: {out}")
-        found.attempt(_check_model, out, read_data, found)
+        found.attempt(_check_model, out, config.blocks_path, read_data, found)
     return found
 
 
@@ -115,14 +116,14 @@ def _require(source: RunSource, folder: Path, name: str) -> None:
     source.read(name, device=CPU)
 
 
-def _check_model(folder: Path, read_data: bool, found: Findings) -> None:  # noqa: FBT001
+def _check_model(folder: Path, blocks_path: str | None, read_data: bool, found: Findings) -> None:  # noqa: FBT001
     config = read_json(folder, "config.json")
     if config.get("quantization_config"):
         faults = list(faults_of(config["quantization_config"], find_tensors(folder)))
         found.problems.extend(f"{folder}: {fault}" for fault in faults)
         if faults:
             return
-    skeleton, source = open_model(folder)
+    skeleton, source = open_model(folder, blocks_path)
     found.problems.extend(f"{folder}: {text}" for text in _joined_otherwise(skeleton, source))
     names = sorted(source.tensors())
     if read_data:

@@ -5,19 +5,17 @@ from importlib.metadata import version
 
 import pytest
 import torch
-from transformers import AutoConfig, CompressedTensorsConfig
+from transformers import CompressedTensorsConfig
 
 from cbqstream import quantize
 from cbqstream.calibration.segments import load_segments
 from cbqstream.config import Scheme
 from cbqstream.errors import StoppedError
 from cbqstream.evaluate.model import open_model
-from cbqstream.evaluate.perplexity import perplexity
 from cbqstream.packed.source import PackedSource
-from cbqstream.records import Compute
-from tiny import FAMILIES, SEQ_LEN, SOME_FAMILIES, VOCAB, auto_class
+from perplexities import plain_perplexity, streamed_perplexity
+from tiny import FAMILIES, SEQ_LEN, SOME_FAMILIES, VOCAB
 
-COMPUTE = Compute(torch.device("cpu"), torch.float32, 16)
 SCHEMES = {"W4A16": Scheme(num_bits=4, group_size=32), "W4A8": Scheme(num_bits=4, group_size=32, activation_bits=8)}
 DENSE_ONLY = ("falcon",)
 """Families whose linear layers in transformers compute with `self.weight` themselves, and so only load dequantized."""
@@ -29,16 +27,6 @@ OTHER_NAMES = ("gemma3", "gpt_neox", "mixtral", "qwen2_5_vl")
 def shown(family, scheme):
     """The ordinary run takes one scheme of most families; `tools/families.sh` both of all."""
     return scheme == "W4A8" or family in SOME_FAMILIES or os.environ.get("CBQSTREAM_FAMILIES") == "all"
-
-
-def plain_perplexity(family, folder, ids):
-    """By transformers alone."""
-    dtype = torch.bfloat16 if OLD and family in OTHER_NAMES else torch.float32
-    options = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if family in DENSE_ONLY else {}
-    model = auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=dtype, **options).eval()
-    with torch.no_grad():
-        logits = model(ids, use_cache=False).logits.float()
-    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).exp().item()
 
 
 @pytest.fixture
@@ -76,10 +64,12 @@ def test_transformers_loads_the_result_and_agrees(make_config, tokens, inputs_as
     with pytest.raises(StoppedError):
         quantize(config, stop_after_window=2)
     out = quantize(config)
-    skeleton, source = open_model(out)
+    skeleton, _ = open_model(out)
     becomes_dense = family in DENSE_ONLY or any(".experts." in name for name in skeleton.blocks[-1].linears)
     inputs_as_transformers_has_them(family)
     ids = load_segments(tokens, out, num_samples=16, seq_len=SEQ_LEN, vocab_size=VOCAB)
-    plain = plain_perplexity(family, out, ids)
+    dtype = torch.bfloat16 if OLD and family in OTHER_NAMES else torch.float32
+    options = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if family in DENSE_ONLY else {}
+    plain = plain_perplexity(out, ids, dtype=dtype, **options)
     rel = 1e-2 if OLD and family in OTHER_NAMES else 1e-3 if becomes_dense else 1e-4
-    assert perplexity(skeleton, source, ids, COMPUTE) == pytest.approx(plain, rel=rel)
+    assert streamed_perplexity(out, ids) == pytest.approx(plain, rel=rel)

@@ -5,16 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional
 
 from cbqstream.calibration.segments import load_segments
 from cbqstream.errors import InputError, UsageError
 from cbqstream.evaluate.against import compare
 from cbqstream.evaluate.choices import Request, evaluate_choices, log_likelihoods, read_questions
-from cbqstream.evaluate.model import open_model
+from cbqstream.evaluate.model import EvaluatedModel, open_model
 from cbqstream.records import Compute
-from tiny import SEQ_LEN, SOME_FAMILIES, VOCAB, make_model, save_model
+from tiny import SEQ_LEN, SOME_FAMILIES, VOCAB, make_model, save_model, save_tokenizer
 
 CPU = Compute(torch.device("cpu"), torch.float32, 3)
 WORDS = "the quick brown fox jumps over the lazy dog and then that other one"
@@ -38,21 +37,14 @@ def test_log_likelihoods_are_those_of_requests_alone(tmp_path, family):
     for length in (2, 7, 40, 33, 32, 31, 7, 50):
         ids = torch.randint(0, VOCAB, (length,), generator=chance).tolist()
         requests.append(Request(tuple(ids), max(1, length // 3)))
-    found = log_likelihoods(*open_model(folder), requests, CPU)
+    found = log_likelihoods(EvaluatedModel(*open_model(folder), CPU), requests)
     assert found == pytest.approx([plain(model, request) for request in requests], rel=1e-4)
 
 
 @pytest.fixture
 def with_tokenizer(tmp_path):
     folder = save_model(tmp_path / "m", "llama", vocab_size=304, dtype=torch.float32)
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(
-        [WORDS] * 9, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
-    )
-    tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer = save_tokenizer(folder, [WORDS] * 9)
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
     return folder, tokenizer
 

@@ -5,7 +5,6 @@ import re
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from cbqstream import quantize
 from cbqstream.calibration.segments import load_segments
@@ -13,20 +12,12 @@ from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.config import OutlierConfig, Scheme, path_pattern
 from cbqstream.errors import StoppedError, UsageError
 from cbqstream.evaluate.model import open_model
-from cbqstream.evaluate.perplexity import perplexity
-from cbqstream.records import Compute, Notice
+from cbqstream.records import Notice
+from perplexities import plain_perplexity, streamed_perplexity
 from tiny import SEQ_LEN, VOCAB
 
 CPU = torch.device("cpu")
-COMPUTE = Compute(CPU, torch.float32, 16)
 FOLDS = OutlierConfig(activations="always", variant="search")
-
-
-def plain_perplexity(folder, ids):
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    with torch.no_grad():
-        logits = model(ids, use_cache=False).logits
-    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).exp().item()
 
 
 @pytest.mark.parametrize(
@@ -53,7 +44,7 @@ def test_patterns_mean_whole_parts_of_a_path(pattern, path, matches):
 )
 def test_transformers_loads_mixed_results_and_agrees(make_config, tokens, family, scheme):
     if family != "llama" and scheme.activation_bits:
-        pytest.skip("transformers quantizes inputs of these otherwise; see test_families.py")
+        pytest.skip("transformers quantizes inputs of these otherwise; see tests/families/test_result.py")
     ignored, other = {"llama": ("o_proj", "down_proj"), "opt": ("fc2", "fc1"), "qwen3_moe": ("o_proj", "v_proj")}[
         family
     ]
@@ -78,7 +69,7 @@ def test_transformers_loads_mixed_results_and_agrees(make_config, tokens, family
     assert kept == (f"{skeleton.blocks[3].prefix}.{skeleton.blocks[3].linears[0]}.weight" in stored)
     ids = load_segments(tokens, out, num_samples=16, seq_len=SEQ_LEN, vocab_size=VOCAB)
     rel = 1e-3 if family == "qwen3_moe" else 1e-4
-    assert perplexity(skeleton, source, ids, COMPUTE) == pytest.approx(plain_perplexity(out, ids), rel=rel)
+    assert streamed_perplexity(out, ids) == pytest.approx(plain_perplexity(out, ids), rel=rel)
     groups = json.loads((out / "config.json").read_text())["quantization_config"]["config_groups"]
     assert [group["weights"]["num_bits"] for group in groups.values()] == [8] * len(others) + [scheme.num_bits]
 

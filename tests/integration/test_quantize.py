@@ -11,23 +11,22 @@ import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+from transformers import CompressedTensorsConfig
 
 from cbqstream import quantize
 from cbqstream.calibration.segments import load_segments
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.config import OutlierConfig, Scheme, WindowConfig
 from cbqstream.evaluate.model import open_model
-from cbqstream.evaluate.perplexity import perplexity
 from cbqstream.profiles import PROFILES
-from cbqstream.records import Compute, Notice, WindowReport
+from cbqstream.records import Notice, WindowReport
 from cbqstream.run import inputs, pipeline
 from cbqstream.run.plan import fitting_plan
 from cbqstream.windows import reconstruct
+from perplexities import plain_perplexity, streamed_perplexity
 from tiny import SEQ_LEN, SOME_FAMILIES, VOCAB, save_tokens
 
 CPU = torch.device("cpu")
-COMPUTE = Compute(CPU, torch.float32, 4)
 
 SCHEMES = {
     "W4 group symmetric": Scheme(num_bits=4, group_size=32),
@@ -45,14 +44,6 @@ def run(config):
     reports = []
     out = quantize(config, lambda event: reports.append(event) if isinstance(event, WindowReport) else None)
     return out, reports
-
-
-def plain_perplexity(out, ids, **options):
-    """By transformers alone."""
-    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, **options).eval()
-    with torch.no_grad():
-        logits = model(ids, use_cache=False).logits
-    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).exp().item()
 
 
 def dequantized_by_compressed_tensors(folder, layer, scheme):
@@ -87,7 +78,7 @@ def test_stored_codes_are_the_evaluated_weights(make_config, name):
 def test_transformers_loads_the_result_and_agrees(make_config, tokens, family):
     out, _ = run(make_config(family))
     ids = load_segments(tokens, out, num_samples=16, seq_len=SEQ_LEN, vocab_size=VOCAB)
-    streamed = perplexity(*open_model(out), ids, COMPUTE)
+    streamed = streamed_perplexity(out, ids)
     assert streamed == pytest.approx(plain_perplexity(out, ids), rel=1e-4)
 
 
@@ -99,7 +90,7 @@ def test_transformers_loads_asymmetric_results_dequantized(make_config, tokens, 
     ids = load_segments(tokens, out, num_samples=16, seq_len=SEQ_LEN, vocab_size=VOCAB)
     config = CompressedTensorsConfig(dequantize=True)
     plain = plain_perplexity(out, ids, quantization_config=config)
-    assert perplexity(*open_model(out), ids, COMPUTE) == pytest.approx(plain, rel=1e-3)
+    assert streamed_perplexity(out, ids) == pytest.approx(plain, rel=1e-3)
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
@@ -147,7 +138,7 @@ def test_kept_blocks_stay_in_full_precision(make_config, tokens):
         assert torch.equal(source.read(name, device=CPU), result.read(name, device=CPU))
     assert "model.layers.1.mlp.up_proj.weight_packed" in result.infos
     ids = load_segments(tokens, out, num_samples=16, seq_len=SEQ_LEN, vocab_size=VOCAB)
-    assert perplexity(*open_model(out), ids, COMPUTE) == pytest.approx(plain_perplexity(out, ids), rel=1e-4)
+    assert streamed_perplexity(out, ids) == pytest.approx(plain_perplexity(out, ids), rel=1e-4)
 
 
 @pytest.mark.parametrize("rounding", ["full", "lora"])
@@ -257,7 +248,7 @@ def test_transformers_quantizes_activations_as_the_streamed_evaluation_does(make
     out, _ = run(make_config(family, scheme=ACTIVATION_SCHEMES[name], keep_last=1))
     ids = load_segments(tokens, out, num_samples=16, seq_len=SEQ_LEN, vocab_size=VOCAB)
     skeleton, source = open_model(out)
-    streamed = perplexity(skeleton, source, ids, COMPUTE)
+    streamed = streamed_perplexity(out, ids)
     assert streamed == pytest.approx(plain_perplexity(out, ids), rel=1e-4)
     first, last = (skeleton.blocks[index].tensors["mlp.up_proj.weight"] for index in (0, 3))
     assert source.input_quantizer(first) is not None
@@ -279,9 +270,9 @@ def test_folded_norms_are_exported(with_outliers, make_config, tokens, family):
     assert ratio[7] > 1
     assert torch.equal(ratio.log2(), ratio.log2().round())
     ids = load_segments(tokens, out, num_samples=16, seq_len=SEQ_LEN, vocab_size=VOCAB)
-    streamed = perplexity(*open_model(out), ids, COMPUTE)
+    streamed = streamed_perplexity(out, ids)
     assert streamed == pytest.approx(plain_perplexity(out, ids), rel=1e-4)
-    assert streamed == pytest.approx(perplexity(*open_model(model), ids, COMPUTE), rel=0.02)
+    assert streamed == pytest.approx(streamed_perplexity(model, ids), rel=0.02)
 
 
 @pytest.mark.parametrize("scheme", ["W4A16", "W2A16", "W8A8", "W4A8", "W4A4"])

@@ -8,9 +8,8 @@ import torch
 from cbqstream import quantize
 from cbqstream.calibration.segments import load_segments
 from cbqstream.config import CalibrationConfig, QuantizeConfig, ReconstructionConfig, Scheme
-from cbqstream.evaluate.model import open_model
-from cbqstream.evaluate.perplexity import perplexity
-from cbqstream.records import Compute, WindowReport
+from cbqstream.records import WindowReport
+from perplexities import streamed_perplexity
 
 DATA = Path(__file__).parent.parent.parent / "benchmarks" / "data"
 
@@ -28,7 +27,6 @@ def test_two_bits_in_the_first_blocks(smollm2, tmp_path, two_threads):
     segments = load_segments(
         DATA / "wikitext2-test.txt", smollm2, num_samples=4, seq_len=256, vocab_size=49152, choice="spread"
     )
-    compute = Compute(torch.device("cpu"), torch.float32, 4)
 
     def run(name, **reconstruction):
         config = QuantizeConfig(
@@ -42,9 +40,9 @@ def test_two_bits_in_the_first_blocks(smollm2, tmp_path, two_threads):
         )
         reports = []
         quantize(config, lambda event: reports.append(event) if isinstance(event, WindowReport) else None)
-        return perplexity(*open_model(tmp_path / name), segments, compute), reports
+        return streamed_perplexity(tmp_path / name, segments), reports
 
-    original = perplexity(*open_model(smollm2), segments, compute)
+    original = streamed_perplexity(smollm2, segments)
     nearest, _ = run("nearest", rounding="none")
     learned, reports = run("learned", epochs=4)
     assert 20 < original < 60
