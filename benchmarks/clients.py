@@ -21,7 +21,7 @@ from measure import save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cbqstream.calibration.segments import load_segments
-from cbqstream.evaluate.model import EvaluatedModel
+from cbqstream.evaluation.model import EvaluatedModel
 from cbqstream.run.export import export
 
 HERE = Path(__file__).resolve().parent

@@ -16,7 +16,7 @@ from measure import load, save
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from cbqstream.calibration.segments import load_tokenizer
-from cbqstream.evaluate.choices import evaluate_choices, read_questions
+from cbqstream.evaluation.choices import evaluate_choices, read_questions
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE / "data" / "piqa-validation.jsonl"

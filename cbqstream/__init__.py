@@ -18,8 +18,9 @@ from cbqstream.errors import CbqstreamError
 from cbqstream.profiles import PROFILES
 
 if TYPE_CHECKING:
-    from cbqstream.evaluate.perplexity import evaluate
+    from cbqstream.evaluation.perplexity import evaluate
     from cbqstream.run.pipeline import quantize
+    from cbqstream.run.plan import plan
 
 __version__ = "0.1.0"
 
@@ -34,10 +35,15 @@ __all__ = [
     "WindowConfig",
     "__version__",
     "evaluate",
+    "plan",
     "quantize",
 ]
 
-_NEED_TORCH = {"evaluate": "cbqstream.evaluate.perplexity", "quantize": "cbqstream.run.pipeline"}
+_NEED_TORCH = {
+    "evaluate": "cbqstream.evaluation.perplexity",
+    "plan": "cbqstream.run.plan",
+    "quantize": "cbqstream.run.pipeline",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -154,16 +154,16 @@ def plan(
 ) -> None:
     """What `quantize MODEL OUT` with the same flags would need: memory, disk, time. Reads headers, writes nothing."""
     from cbqstream.report.plan import plan_lines
-    from cbqstream.run.plan import plan_run
+    from cbqstream.run.plan import plan as make_plan
 
     command = typer.main.get_command(app).commands["quantize"]  # type: ignore[attr-defined]
     flags = [_dashed(argument) for argument in context.args]
     parsed = command.make_context("plan", [model, "OUT", *flags], default_map={"dataset": "DATASET"})
-    made, others = plan_run(config_of(parsed.params), with_time=not without_time)
+    made = make_plan(config_of(parsed.params), with_time=not without_time)
     if as_json:
-        typer.echo(json.dumps({**made, "smaller": others}, indent=1))
+        typer.echo(json.dumps(made, indent=1))
         return
-    for line in plan_lines(made, others):
+    for line in plan_lines(made):
         _say(line)
 
 
@@ -282,10 +282,10 @@ def evaluate(
     threads: Threads = None,
 ) -> None:
     """Perplexity, distance from another model, or accuracy of MODEL, one block in memory at a time."""
-    from cbqstream.evaluate.against import compare
-    from cbqstream.evaluate.choices import evaluate_choices
-    from cbqstream.evaluate.model import Running
-    from cbqstream.evaluate.perplexity import evaluate as measure
+    from cbqstream.evaluation.against import compare
+    from cbqstream.evaluation.choices import evaluate_choices
+    from cbqstream.evaluation.model import Running
+    from cbqstream.evaluation.perplexity import evaluate as measure
     from cbqstream.report.progress import Progress
 
     if (text is None) == (choices is None) or (against is not None and text is None):

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from cbqstream.evaluate.model import EvaluatedModel, open_model
-from cbqstream.evaluate.perplexity import perplexity
+from cbqstream.evaluation.model import EvaluatedModel, open_model
+from cbqstream.evaluation.perplexity import perplexity
 from cbqstream.records import Compute
 from tiny import auto_class
 

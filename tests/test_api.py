@@ -11,6 +11,12 @@ def test_all_is_importable():
         assert getattr(cbqstream, name) is not None
 
 
+def test_functions_stay_functions():
+    """No package may have the name of one: once it is imported it would be what the name gives."""
+    for _ in range(2):
+        assert all(callable(getattr(cbqstream, name)) for name in ("quantize", "plan", "evaluate"))
+
+
 def test_unknown_name_is_an_attribute_error():
     assert not hasattr(cbqstream, "quantise")
 

@@ -12,7 +12,7 @@ LAYERS = [
     {"__main__"},
     {"cli"},
     {"run"},
-    {"evaluate", "report"},
+    {"evaluation", "report"},
     {"windows"},
     {"packed"},
     {"calibration"},
@@ -33,7 +33,7 @@ LAYERS = [
 """From the top down. A layer imports only from layers below it (and itself)."""
 
 BESIDE = [
-    {"evaluate", "report"},
+    {"evaluation", "report"},
     {"windows", "packed", "calibration"},
     {"checkpoint", "activations"},
     {"recipe", "config", "memory", "disk"},
@@ -42,8 +42,8 @@ BESIDE = [
 
 HOMES = {
     "zarr": {"activations"},
-    "transformers": {"models", "calibration", "evaluate"},
-    "accelerate": {"models", "calibration", "evaluate"},
+    "transformers": {"models", "calibration", "evaluation"},
+    "accelerate": {"models", "calibration", "evaluation"},
     "safetensors": {"checkpoint", "packed", "run"},
     "compressed_tensors": {"packed"},
     "gguf": {"packed"},

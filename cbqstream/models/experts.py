@@ -10,6 +10,8 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
+from cbqstream.models.families import EXPERT, joined_with
+
 _FUSED = ("gate_up_proj", "down_proj")
 _LAYOUTS = {
     "is_transposed": False,
@@ -86,7 +88,6 @@ def tokens_by_expert(tokens_by_layer: Mapping[str, int]) -> dict[str, list[int]]
     """Tokens of each expert in order, by the path of their module; of the tokens of all layers of a block, by name."""
     counts: dict[str, list[int]] = {}
     for name, tokens in tokens_by_layer.items():
-        path, separator, number = name.removesuffix(".up_proj").rpartition(".")
-        if separator and number.isdigit() and name.endswith(".up_proj"):
-            counts.setdefault(path, []).append(tokens)
+        if EXPERT.search(name) and name.endswith(".up_proj"):
+            counts.setdefault(joined_with(name), []).append(tokens)
     return counts

@@ -20,7 +20,7 @@ from transformers import (
 
 from cbqstream.errors import InputError, UsageError, shown
 from cbqstream.models.experts import separate_experts
-from cbqstream.models.families import FAMILIES, Family, Fold
+from cbqstream.models.families import FAMILIES, Fold, folds_of
 from cbqstream.models.naming import stored_names
 from cbqstream.records import BlockSpec
 
@@ -77,7 +77,6 @@ class ModelSkeleton:
         self._tensors = tensors
         model_type = str(config.get("model_type"))
         self.is_tested = model_type in FAMILIES
-        self._family = FAMILIES.get(model_type, Family())
         self._refuse_implausible(config, model_type)
         kept = {
             key: value
@@ -125,7 +124,7 @@ class ModelSkeleton:
     def folds(self, index: int) -> tuple[Fold, ...]:
         """The places in a block where channels can be rescaled."""
         modules = dict(self.templates[index].named_modules())
-        found = self._family.folds_of(self._text, modules.keys())
+        found = folds_of(self.config.model_type, self._text, modules.keys())
         return tuple(fold for fold in found if getattr(modules[fold.writer], "weight", None) is not None)
 
     @property

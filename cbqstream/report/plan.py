@@ -10,13 +10,8 @@ _SPREAD = 0.3
 """Of the time: what was measured in a few seconds is not what a machine does for hours."""
 
 
-def plan_lines(plan: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The lines of `cbqstream plan`.
-
-    Args:
-        plan: `Plan.to_dict()`.
-        others: the same of runs with smaller settings, by the flags.
-    """
+def plan_lines(plan: Mapping[str, Any]) -> list[str]:
+    """The lines of `cbqstream plan`, of what `run.plan.plan` found."""
     lines = [f"windows: {plan['windows']}"]
     for name, label in (("vram", "device memory"), ("ram", "memory"), ("disk", "disk")):
         if plan[name]:
@@ -33,7 +28,7 @@ def plan_lines(plan: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]])
         low, high = (duration(total * factor) for factor in (1 - _SPREAD, 1 + _SPREAD))
         shares = ", ".join(f"{part} {100 * value / total:.0f} %" for part, value in plan["seconds"].items())
         lines.append(f"time: {low} to {high} ({shares})")
-    lines += [f"with {flags}: {_difference(plan, other)}" for flags, other in others.items()]
+    lines += [f"with {flags}: {_difference(plan, other)}" for flags, other in plan["smaller"].items()]
     return lines
 
 

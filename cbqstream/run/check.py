@@ -11,7 +11,7 @@ from cbqstream.activations.zarr_store import ZarrStore
 from cbqstream.checkpoint.folder import find_tensors, read_json
 from cbqstream.config import QuantizeConfig
 from cbqstream.errors import CbqstreamError, InputError
-from cbqstream.evaluate.model import open_model
+from cbqstream.evaluation.model import open_model
 from cbqstream.models.families import joined_with
 from cbqstream.models.skeleton import ModelSkeleton
 from cbqstream.packed.format import faults_of

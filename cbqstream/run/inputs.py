@@ -156,10 +156,10 @@ def layer_schemes(config: QuantizeConfig, spec: BlockSpec) -> dict[str, Scheme]:
     Raises:
         UsageError: a pattern means a layer by its module path and not by its name in the checkpoint, or the other way round.
     """
-    found = {}
+    found, chosen = {}, config.schemes
     for name in spec.linears:
         paths = (f"{spec.prefix}.{name}", spec.tensors[f"{name}.weight"].removesuffix(".weight"))
-        schemes = [None if config.is_ignored(path) else config.schemes.of(path) for path in paths]
+        schemes = [None if config.is_ignored(path) else chosen.of(path) for path in paths]
         if schemes[0] != schemes[1]:
             raise UsageError(
                 f"--ignore or --override means {paths[0]} and not {paths[1]}, its name in the checkpoint. Mean both."

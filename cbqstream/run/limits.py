@@ -1,7 +1,7 @@
 """Where a machine is too small, or training fails, in words: room on disk, device memory, and windows that do not converge."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from cbqstream.disk import free_bytes
 from cbqstream.errors import DeviceMemoryError, InputError, StorageError, shown
 from cbqstream.memory import GIB
 from cbqstream.models.experts import tokens_by_expert
+from cbqstream.models.families import EXPERT
 from cbqstream.records import BlockSpec, Notice, WindowReport
 from cbqstream.run.chain import Chain
 from cbqstream.run.inputs import RunInputs
@@ -92,7 +93,7 @@ def model_notices(inputs: RunInputs) -> Iterator[Notice]:
         yield Notice(
             f'{inputs.config.model}: architecture "{kind}" is untested here; its blocks were found at "{path}".'
         )
-    quantized = {bool(tokens_by_expert(dict.fromkeys(layers, 0))) for layers in _layers_of_expert_blocks(inputs)}
+    quantized = {_has_experts(layers) for layers in _layers_of_expert_blocks(inputs)}
     if len(quantized) > 1:
         yield Notice(
             "the experts of some blocks are quantized and those of others are not, which transformers 5.23 does not load."
@@ -106,8 +107,12 @@ def _layers_of_expert_blocks(inputs: RunInputs) -> Iterator[Sequence[str]]:
     """The layers that are quantized, of each block that has experts."""
     first, stop = inputs.config.keep_first, len(inputs.skeleton.blocks) - inputs.config.keep_last
     for spec in inputs.skeleton.blocks:
-        if tokens_by_expert(dict.fromkeys(spec.linears, 0)):
+        if _has_experts(spec.linears):
             yield list(inputs.layers(spec.index)) if first <= spec.index < stop else []
+
+
+def _has_experts(layers: Iterable[str]) -> bool:
+    return any(EXPERT.search(name) for name in layers)
 
 
 def starved_experts(prefix: str, block: ResidentBlock) -> Notice:

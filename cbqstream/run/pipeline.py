@@ -134,9 +134,9 @@ def _missing_streams(chain: Chain) -> int:
 
 
 def _reading_ahead(inputs: RunInputs, position: int) -> AbstractContextManager[None]:
-    """The blocks of a window are read while the one before it is at work, where there is one."""
+    """The new blocks of a window are read while the one before it is at work, where there is one."""
     coming = inputs.windows[position : position + 1]
-    blocks = [block for window in coming for block in inputs.skeleton.blocks[window.start : window.stop]]
+    blocks = [block for window in coming for block in inputs.skeleton.blocks[window.frontier : window.stop]]
     return inputs.source.reading_ahead([name for block in blocks for name in block.tensors.values()])
 
 

@@ -153,10 +153,10 @@ def _scale_bytes(config: QuantizeConfig, sizes: ModelSizes, each: int) -> int:
 
 def _packed_bytes(config: QuantizeConfig, sizes: ModelSizes) -> int:
     """A finished block on disk."""
-    codes = 0
+    codes, chosen = 0, config.schemes
     for name, (rows, columns) in sizes.layers.items():
         path = name.removesuffix(".weight")
-        bits = 8 * sizes.stored if config.is_ignored(path) else config.schemes.of(path).num_bits
+        bits = 8 * sizes.stored if config.is_ignored(path) else chosen.of(path).num_bits
         codes += rows * -(-columns * bits // 32) * 4
     zero_points = 0 if config.scheme.symmetric else _scale_bytes(config, sizes, 1) * config.scheme.num_bits // 8
     rest = sizes.block_bytes - sizes.weights * sizes.stored
@@ -278,8 +278,15 @@ def _over(config: QuantizeConfig, plan: Plan) -> tuple[Literal["ram", "vram"], i
     return None
 
 
-def plan_run(config: QuantizeConfig, *, with_time: bool) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """The plan of a run, and of those with smaller settings by the flags that ask for them, as plain values.
+def plan(config: QuantizeConfig, *, with_time: bool = True) -> dict[str, Any]:
+    """What a run will need, as plain values: bytes, seconds, floating-point operations.
+
+    Args:
+        config: its settings; the dataset is not read.
+        with_time: measure this machine for five seconds.
+
+    Returns:
+        `Plan.to_dict()`, and under "smaller" the same with smaller settings, by the flags that ask for them.
 
     Raises:
         InputError: the model cannot be read.
@@ -291,9 +298,9 @@ def plan_run(config: QuantizeConfig, *, with_time: bool) -> tuple[dict[str, Any]
     if with_time:
         make_deterministic(config.threads)
         rates = measure_rates(config, list(sizes.layers.values()), device, compute_dtype(device))
-    plan = fitting_plan(config, sizes, device.type, rates)
+    made = fitting_plan(config, sizes, device.type, rates)
     others = {
-        flags: make_plan(other, sizes, device.type, rates, recompute=plan.recompute).to_dict()
+        flags: make_plan(other, sizes, device.type, rates, recompute=made.recompute).to_dict()
         for flags, other in smaller_settings(config).items()
     }
-    return plan.to_dict(), others
+    return {**made.to_dict(), "smaller": others}

@@ -8,9 +8,8 @@ from typing import Any
 
 from cbqstream.checkpoint.folder import find_tensors, read_json
 from cbqstream.errors import InputError
+from cbqstream.models.families import EXPERT
 from cbqstream.records import TensorInfo
-
-_EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +51,7 @@ class ModelSizes:
         return int(sum(self._share(name) * rows * columns for name, (rows, columns) in self.layers.items()))
 
     def _share(self, name: str) -> float:
-        return self.experts if _EXPERT.search(name) else 1
+        return self.experts if EXPERT.search(name) else 1
 
     @classmethod
     def of(cls, folder: Path) -> "ModelSizes":
@@ -88,7 +87,7 @@ class ModelSizes:
 
 
 def _share_of_experts(model: Mapping[str, Any], names: Sequence[str]) -> float:
-    number = len({match[1] for name in names if (match := _EXPERT.search(name))})
+    number = len({match[1] for name in names if (match := EXPERT.search(name))})
     chosen = next((model[key] for key in ("num_experts_per_tok", "moe_k", "moe_topk") if model.get(key)), number)
     return min(1.0, chosen / number) if number else 1.0
 

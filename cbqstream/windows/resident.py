@@ -1,6 +1,5 @@
 """The blocks of a window on the device, with their quantized layers."""
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,7 +12,7 @@ from cbqstream.config import OutlierConfig, ReconstructionConfig, Scheme
 from cbqstream.errors import InputError
 from cbqstream.models.block import BlockArguments, run_block
 from cbqstream.models.experts import Experts
-from cbqstream.models.families import Fold
+from cbqstream.models.families import EXPERT, Fold
 from cbqstream.numerics.outliers import OutlierRule, truncated
 from cbqstream.numerics.scale_search import minmax_grid, search_grid
 from cbqstream.numerics.scratch import Scratch
@@ -25,7 +24,6 @@ from cbqstream.windows.rounding import Rounding, make_rounding
 _SAMPLED_TOKENS = 1024
 _FEWEST_TOKENS = 32
 _FOLD, _INPUT, _STARVED = "fold.", "input.", "starved"
-_NUMBER = re.compile(r"\.\d+\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,12 +98,12 @@ class ResidentBlock:
         seen = {name: layer.take_statistics() for name, layer in self.layers.items()}
         enough = min(_FEWEST_TOKENS, max(found.tokens for found in seen.values()))
         self.tokens.update({name: found.tokens for name, found in seen.items()})
-        self.starved.update(name for name, found in seen.items() if found.tokens < enough and _NUMBER.search(name))
+        self.starved.update(name for name, found in seen.items() if found.tokens < enough and EXPERT.search(name))
         pooled: dict[str, InputStatistics] = {}
         for name in self.starved:
-            alike = _NUMBER.sub(".*.", name)
+            alike = EXPERT.sub(".*.", name)
             if alike not in pooled:
-                pooled[alike] = sum_of([found for other, found in seen.items() if _NUMBER.sub(".*.", other) == alike])
+                pooled[alike] = sum_of([found for other, found in seen.items() if EXPERT.sub(".*.", other) == alike])
             seen[name] = pooled[alike]
         for name, found in seen.items():
             if not found.tokens:

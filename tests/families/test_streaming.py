@@ -7,11 +7,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
-from cbqstream.evaluate.model import open_model
-from cbqstream.evaluate.perplexity import perplexity
+from cbqstream.evaluation.model import open_model
 from cbqstream.models.block import build_block, run_block
 from cbqstream.models.ends import model_ends
 from cbqstream.records import Compute
+from perplexities import streamed_perplexity
 from tiny import FAMILIES, VOCAB, make_model, save_model
 
 CPU = Compute(torch.device("cpu"), torch.float32, 2)
@@ -44,11 +44,11 @@ def test_streamed_logits_are_those_of_transformers(tmp_path, family):
 def test_streamed_perplexity_is_that_of_transformers(tmp_path, family):
     model = make_model(family)
     ids = segments(5, 16)
-    skeleton, source = open_model(save_model(tmp_path / family, family, dtype=torch.float32))
+    folder = save_model(tmp_path / family, family, dtype=torch.float32)
     with torch.no_grad():
         logits = model(ids, use_cache=False).logits
     expected = math.exp(functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
-    assert perplexity(skeleton, source, ids, CPU) == pytest.approx(expected, rel=1e-5)
+    assert streamed_perplexity(folder, ids) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -24,7 +24,7 @@ import torch
 
 from cbqstream import cli, disk
 from cbqstream.disk import Disk
-from cbqstream.evaluate import perplexity  # noqa: F401
+from cbqstream.evaluation import perplexity  # noqa: F401
 from cbqstream.report import progress, status  # noqa: F401
 from cbqstream.run import pipeline
 

@@ -8,13 +8,14 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from cbqstream import quantize
+from cbqstream import evaluate, quantize
 from cbqstream.calibration.segments import load_segments
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.errors import InputError
-from cbqstream.evaluate.model import open_model
+from cbqstream.evaluation.model import open_model
 from cbqstream.models.experts import separate_experts
 from cbqstream.records import Compute, Notice, WindowReport
+from cbqstream.run.check import check
 from cbqstream.run.sizes import ModelSizes
 from cbqstream.windows.quantized_linear import InputStatistics
 from perplexities import plain_perplexity, streamed_perplexity
@@ -54,8 +55,13 @@ def test_blocks_path_must_be_a_list(make_config, path, message):
         quantize(make_config(blocks_path=path))
 
 
-def test_blocks_path_can_be_given(make_config):
-    assert quantize(make_config(blocks_path="model.layers")).is_dir()
+def test_blocks_path_can_be_given(make_config, tokens):
+    out = quantize(make_config(blocks_path="model.layers"))
+    assert not check(out, read_data=True, blocks_path="model.layers").problems
+    options = {"seq_len": SEQ_LEN, "device": "cpu", "threads": 1}
+    assert evaluate(str(out), str(tokens), blocks_path="model.layers", **options) == evaluate(out, tokens, **options)
+    with pytest.raises(InputError, match=r'--blocks-path "model" is not a list of blocks\.'):
+        evaluate(out, tokens, blocks_path="model", **options)
 
 
 def test_layers_that_are_stored_the_other_way_round_are_refused(tmp_path, make_config):

@@ -12,7 +12,7 @@ from cbqstream.calibration.segments import load_segments
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.config import Scheme
 from cbqstream.disk import Disk
-from cbqstream.evaluate.model import open_model
+from cbqstream.evaluation.model import open_model
 from cbqstream.models.block import build_block
 from cbqstream.models.ends import model_ends
 from cbqstream.numerics.losses import head_divergence

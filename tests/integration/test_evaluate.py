@@ -9,9 +9,9 @@ from torch.nn import functional
 
 from cbqstream.calibration.segments import load_segments
 from cbqstream.errors import InputError, UsageError
-from cbqstream.evaluate.against import compare
-from cbqstream.evaluate.choices import Request, evaluate_choices, log_likelihoods, read_questions
-from cbqstream.evaluate.model import EvaluatedModel, open_model
+from cbqstream.evaluation.against import compare
+from cbqstream.evaluation.choices import Request, evaluate_choices, log_likelihoods, read_questions
+from cbqstream.evaluation.model import EvaluatedModel, open_model
 from cbqstream.records import Compute
 from tiny import SEQ_LEN, SOME_FAMILIES, VOCAB, make_model, save_model, save_tokenizer
 

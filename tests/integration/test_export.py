@@ -13,7 +13,7 @@ from cbqstream.calibration.segments import load_segments
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.config import Scheme
 from cbqstream.errors import InputError, UsageError
-from cbqstream.evaluate.model import open_model
+from cbqstream.evaluation.model import open_model
 from cbqstream.packed.exports import EXPORTS
 from cbqstream.records import Compute
 from cbqstream.run.export import export

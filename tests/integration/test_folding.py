@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cbqstream.config import OutlierConfig, ReconstructionConfig, Scheme
-from cbqstream.evaluate.model import open_model
+from cbqstream.evaluation.model import open_model
 from cbqstream.models.block import build_block
 from cbqstream.models.ends import model_ends
 from cbqstream.numerics.scratch import Scratch

@@ -8,7 +8,7 @@ import torch
 from cbqstream import quantize
 from cbqstream.config import Scheme
 from cbqstream.errors import StoppedError
-from cbqstream.evaluate.perplexity import evaluate
+from cbqstream.evaluation.perplexity import evaluate
 from cbqstream.run import inputs
 from tiny import SEQ_LEN, SOME_FAMILIES, files_of
 

@@ -11,7 +11,7 @@ from cbqstream.calibration.segments import load_segments
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.config import OutlierConfig, Scheme, path_pattern
 from cbqstream.errors import StoppedError, UsageError
-from cbqstream.evaluate.model import open_model
+from cbqstream.evaluation.model import open_model
 from cbqstream.records import Notice
 from perplexities import plain_perplexity, streamed_perplexity
 from tiny import SEQ_LEN, VOCAB

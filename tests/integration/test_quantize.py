@@ -17,7 +17,7 @@ from cbqstream import quantize
 from cbqstream.calibration.segments import load_segments
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.config import OutlierConfig, Scheme, WindowConfig
-from cbqstream.evaluate.model import open_model
+from cbqstream.evaluation.model import open_model
 from cbqstream.profiles import PROFILES
 from cbqstream.records import Notice, WindowReport
 from cbqstream.run import inputs, pipeline

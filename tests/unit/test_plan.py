@@ -157,7 +157,7 @@ def test_smaller_settings_are_smaller(sizes_405b):
             for name in ("vram", "ram", "disk", "seconds")
         ]
         assert any(smaller < larger for smaller, larger in figures)
-    lines = plan_lines(plan.to_dict(), {flags: other.to_dict() for flags, other in others.items()})
+    lines = plan_lines({**plan.to_dict(), "smaller": {flags: other.to_dict() for flags, other in others.items()}})
     assert lines[0] == "windows: 125"
     assert any(line.startswith("device memory: ") for line in lines)
     assert any(line.startswith("with --batch-size 2: device memory -") for line in lines)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cbqstream.calibration.segments import load_tokenizer
 from cbqstream.errors import InputError, UsageError
-from cbqstream.evaluate.model import EvaluatedModel, Running, require_counts
+from cbqstream.evaluation.model import EvaluatedModel, Running, require_counts
 
 _LENGTHS = 32
 """Requests are filled up on the right to multiples of so many tokens; what is there no token before it sees."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cbqstream.calibration.segments import load_segments
-from cbqstream.evaluate.model import EvaluatedModel, Running, require_counts
+from cbqstream.evaluation.model import EvaluatedModel, Running, require_counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class Perplexity:
 
 
 def evaluate(
-    model: Path, text: Path, *, num_samples: int = 64, seq_len: int = 512, **how: Unpack[Running]
+    model: Path | str, text: Path | str, *, num_samples: int = 64, seq_len: int = 512, **how: Unpack[Running]
 ) -> Perplexity:
     """Perplexity of a model on `num_samples` segments spread evenly over a text, in bounded memory.
 
@@ -38,8 +38,9 @@ def evaluate(
         UsageError: a number or folder that cannot work, or a device that is not there.
     """
     require_counts(num_samples=num_samples)
-    streamed = EvaluatedModel.open(model, **how)
-    tokens_NS = segments(streamed, model, text, num_samples, seq_len)
+    folder = Path(model)
+    streamed = EvaluatedModel.open(folder, **how)
+    tokens_NS = segments(streamed, folder, Path(text), num_samples, seq_len)
     return Perplexity(perplexity(streamed, tokens_NS), len(tokens_NS))
 
 

@@ -8,8 +8,8 @@ import torch
 from torch.nn import functional
 
 from cbqstream.errors import UsageError
-from cbqstream.evaluate.model import EvaluatedModel, Running, require_counts
-from cbqstream.evaluate.perplexity import segments
+from cbqstream.evaluation.model import EvaluatedModel, Running, require_counts
+from cbqstream.evaluation.perplexity import segments
 
 
 @dataclass(frozen=True, slots=True)
