@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cbqstream.activations.store import ActivationStore
 
-_DEPTH = 2
+READ_DEPTH = 2
 
 
 def read_batches(stores: Sequence[ActivationStore], batches: Sequence[Sequence[int]]) -> Iterator[list[Tensor]]:
@@ -34,7 +34,7 @@ def read_batches(stores: Sequence[ActivationStore], batches: Sequence[Sequence[i
         try:
             for position, batch in enumerate(batches):
                 waiting.append(pool.submit(load, batch))
-                if position >= _DEPTH:
+                if position >= READ_DEPTH:
                     yield wait(waiting.popleft())
             while waiting:
                 yield wait(waiting.popleft())

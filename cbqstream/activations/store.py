@@ -24,6 +24,8 @@ class ActivationStore(ABC):
         self.shape = shape
         self.waited = 0.0
         """Seconds that `read_batches` has waited for segments so far."""
+        self.hidden = 0.0
+        """Seconds of writing that `write_behind` has not waited for so far."""
 
     @abstractmethod
     def write(self, segment: int, x_SD: Tensor) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cbqstream.activations.read_ahead import in_batches, read_batches
 from cbqstream.activations.store import ActivationStore, StreamShape
+from cbqstream.activations.write_behind import write_behind
 from cbqstream.activations.zarr_store import ZarrStore
 from cbqstream.checkpoint.folder import read_json
 from cbqstream.checkpoint.reader import Checkpoint
@@ -145,7 +146,8 @@ class EvaluatedModel:
         block = build_block(self.skeleton, index, self.source, device=device, dtype=dtype, linear_dtype=dtype)
         for store, called in zip(stores, arguments, strict=True):
             batches = in_batches(range(store.shape.num_segments), self.compute.batch_size)
-            for batch, (x_BSD,) in zip(batches, read_batches([store], batches), strict=True):
-                y_BSD = run_block(block, x_BSD.to(device), called)
-                for segment, y_SD in zip(batch, y_BSD, strict=True):
-                    store.write(segment, y_SD)
+            with write_behind(store) as write:
+                for batch, (x_BSD,) in zip(batches, read_batches([store], batches), strict=True):
+                    y_BSD = run_block(block, x_BSD.to(device), called)
+                    for segment, y_SD in zip(batch, y_BSD, strict=True):
+                        write(segment, y_SD)

@@ -29,7 +29,7 @@ from torch.nn import functional
 
 _SMALLEST_SHARE = 1e-6
 _SMALLEST_POWER = 1e-20
-_HEAD_TOKENS = 128
+HEAD_TOKENS = 128
 
 Head = Callable[[Tensor], Tensor]
 """Hidden states [T, D] of the last block to logits, float32 [T, vocabulary]; differentiable."""
@@ -93,7 +93,7 @@ class _HeadDivergence(torch.autograd.Function):
     def forward(ctx: Any, h_TD: Tensor, reference_TD: Tensor, head: Head, with_gradient: bool) -> Tensor:  # noqa: FBT001
         total = torch.zeros((), device=h_TD.device)
         gradients = []
-        for h, reference in zip(torch.split(h_TD, _HEAD_TOKENS), torch.split(reference_TD, _HEAD_TOKENS), strict=True):
+        for h, reference in zip(torch.split(h_TD, HEAD_TOKENS), torch.split(reference_TD, HEAD_TOKENS), strict=True):
             expected = head(reference).log_softmax(-1)
             with torch.set_grad_enabled(with_gradient):
                 leaf = h.detach().requires_grad_(with_gradient)

@@ -219,7 +219,7 @@ class _Job:
         parts = self._write_parts(leaving, staying)
 
         # 6. move the quantized stream on
-        acts = None
+        acts, quantized_out = None, None
         if not is_last:
             quantized_out = self.streams.new(f"acts/{QUANTIZED}")
             propagate(leaving, quantized, quantized_out, compute, phase=Phase.HARD)
@@ -228,7 +228,8 @@ class _Job:
             acts = {REFERENCE: reference_out.checksums()}
 
         # 7. commit
-        spent = self._clocks(reference, quantized, reference_out, targets)
+        streams = [reference, quantized, reference_out, targets, *([] if quantized_out is None else [quantized_out])]
+        spent = self._clocks(*streams)
         report = self._report(window, result, new, *(now - then for now, then in zip(spent, began, strict=True)))
         self.journal.commit(self.inputs, parts=parts, acts=acts, report=report.to_dict())
         return report
@@ -327,9 +328,9 @@ class _Job:
         )
 
     def _clocks(self, *stores: ZarrStore) -> tuple[float, float, float]:
-        """Seconds: the time, what reading weights and waiting for those stores took so far, and what writing took."""
-        waited = sum(store.waited for store in stores)
-        return time.monotonic(), self.inputs.source.seconds + waited, self.journal.disk.seconds
+        """Seconds: the time, what reading weights and waiting for those stores took so far, and what writing took, if it was waited for."""
+        waited, hidden = sum(store.waited for store in stores), sum(store.hidden for store in stores)
+        return time.monotonic(), self.inputs.source.seconds + waited, self.journal.disk.seconds - hidden
 
     def _report(
         self,

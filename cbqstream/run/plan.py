@@ -10,10 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from cbqstream.activations.read_ahead import READ_DEPTH
+from cbqstream.activations.write_behind import WRITE_DEPTH
 from cbqstream.config import QuantizeConfig
 from cbqstream.errors import DeviceMemoryError, UsageError
 from cbqstream.memory import GIB
 from cbqstream.models.compute import choose_device, compute_dtype, make_deterministic
+from cbqstream.numerics.losses import HEAD_TOKENS
 from cbqstream.numerics.product import SLAB_WEIGHTS
 from cbqstream.run.rates import Rates, measure_rates
 from cbqstream.run.sizes import ModelSizes
@@ -27,7 +30,7 @@ _HEAP = 1.25
 """What glibc keeps between allocations, as fitted to runs (benchmarks/plan_check.py)."""
 _START = 4.0
 """Seconds to import everything and to open the model."""
-_STREAM_BYTES, _LOGIT_TOKENS, _LOGIT_COPIES, _READ_AHEAD = 2, 128, 6, 3
+_STREAM_BYTES, _LOGIT_COPIES = 2, 6
 _GRID_SEARCH = {True: 22, False: 120}
 """What looking for the grid of a symmetric, and of an asymmetric weight takes, in training steps of its rounding."""
 _ELEMENTWISE = {None: 14, 8: 21, 4: 21}
@@ -103,7 +106,7 @@ def make_plan(
     work = _work(config, sizes, len(windows), in_window, training, guard, recompute=recompute)
     return Plan(
         windows=len(windows),
-        ram=host | ({} if device == "cuda" else on_device) | _read_ahead(config, sizes),
+        ram=host | ({} if device == "cuda" else on_device) | _queues(config, sizes),
         vram={"context": _CONTEXT} | on_device if device == "cuda" else {},
         disk={
             "streams": 5 * stream,
@@ -135,14 +138,16 @@ def _device_bytes(config: QuantizeConfig, sizes: ModelSizes, kept: int, blocks: 
         "activations": int(_HEAP * width * batch * ((kept + 1) * saved + (8 + blocks) * sizes.hidden)),
     }
     matrix = sizes.vocabulary * sizes.hidden
-    head = {"head and logits": width * matrix + _LOGIT_COPIES * 4 * _LOGIT_TOKENS * sizes.vocabulary}
+    head = {"head and logits": width * matrix + _LOGIT_COPIES * 4 * HEAD_TOKENS * sizes.vocabulary}
     last = window | (head if settings.head_weight and settings.rounding != "none" else {})
     return max((last, {"embeddings": (width + sizes.stored) * matrix}), key=lambda parts: sum(parts.values()))
 
 
-def _read_ahead(config: QuantizeConfig, sizes: ModelSizes) -> dict[str, int]:
-    batch = config.reconstruction.batch_size * config.calibration.seq_len * sizes.hidden
-    return {"read ahead": 2 * _READ_AHEAD * _STREAM_BYTES * batch}
+def _queues(config: QuantizeConfig, sizes: ModelSizes) -> dict[str, int]:
+    """Segments of two streams that were read ahead, and of one that are not written yet."""
+    segment = _STREAM_BYTES * config.calibration.seq_len * sizes.hidden
+    read = 2 * (READ_DEPTH + 1) * config.reconstruction.batch_size
+    return {"read ahead": read * segment, "written behind": (WRITE_DEPTH + 1) * segment}
 
 
 def _scale_bytes(config: QuantizeConfig, sizes: ModelSizes, each: int) -> int:

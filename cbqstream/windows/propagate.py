@@ -6,6 +6,7 @@ import torch
 
 from cbqstream.activations.read_ahead import in_batches, read_batches
 from cbqstream.activations.store import ActivationStore
+from cbqstream.activations.write_behind import write_behind
 from cbqstream.errors import InputError
 from cbqstream.numerics.losses import mixed_target
 from cbqstream.records import Compute
@@ -29,11 +30,12 @@ def propagate(
     """
     finite = []
     batches = in_batches(range(source.shape.num_segments), compute.batch_size)
-    for batch, (x_BSD,) in zip(batches, read_batches([source], batches), strict=True):
-        y_BSD = run_blocks(blocks, x_BSD.to(compute.device, compute.dtype), phase)
-        finite.append(torch.isfinite(y_BSD).all(dim=2).all(dim=1))
-        for segment, y_SD in zip(batch, y_BSD, strict=True):
-            destination.write(segment, y_SD)
+    with write_behind(destination) as write:
+        for batch, (x_BSD,) in zip(batches, read_batches([source], batches), strict=True):
+            y_BSD = run_blocks(blocks, x_BSD.to(compute.device, compute.dtype), phase)
+            finite.append(torch.isfinite(y_BSD).all(dim=2).all(dim=1))
+            for segment, y_SD in zip(batch, y_BSD, strict=True):
+                write(segment, y_SD)
     broken = int((~torch.cat(finite)).sum())  # the device is asked once
     if broken:
         numbers = f"{blocks[0].index}-{blocks[-1].index}" if len(blocks) > 1 else str(blocks[0].index)
@@ -62,8 +64,9 @@ def mix_targets(
         a: share of T1.
     """
     batches = in_batches(range(quantized.shape.num_segments), compute.batch_size)
-    for batch, (x_BSD, t1_BSD) in zip(batches, read_batches([quantized, reference_out], batches), strict=True):
-        t2_BSD = run_blocks(blocks, x_BSD.to(compute.device, compute.dtype), Phase.ORIGINAL)
-        mixed_BSD = mixed_target(t1_BSD.to(compute.device, compute.dtype), t2_BSD, a)
-        for segment, t_SD in zip(batch, mixed_BSD, strict=True):
-            targets.write(segment, t_SD)
+    with write_behind(targets) as write:
+        for batch, (x_BSD, t1_BSD) in zip(batches, read_batches([quantized, reference_out], batches), strict=True):
+            t2_BSD = run_blocks(blocks, x_BSD.to(compute.device, compute.dtype), Phase.ORIGINAL)
+            mixed_BSD = mixed_target(t1_BSD.to(compute.device, compute.dtype), t2_BSD, a)
+            for segment, t_SD in zip(batch, mixed_BSD, strict=True):
+                write(segment, t_SD)

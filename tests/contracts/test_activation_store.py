@@ -2,6 +2,8 @@
 
 import errno
 import os
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from cbqstream import disk as disk_module
 from cbqstream.activations.memory_store import MemoryStore
 from cbqstream.activations.read_ahead import in_batches, read_batches
 from cbqstream.activations.store import ActivationStore, StreamShape
+from cbqstream.activations.write_behind import write_behind
 from cbqstream.activations.zarr_store import ZarrStore
 from cbqstream.disk import Disk
 from cbqstream.errors import InputError, StorageError
@@ -99,6 +102,45 @@ class ActivationStoreContract:
         assert next(reader)[0].shape == (1, 6, 8)
         with pytest.raises(InputError):
             next(reader)
+
+    def test_write_behind_keeps_the_order_and_waits_at_the_end(self, tmp_path):
+        store = self.make(tmp_path, SHAPE)
+        with write_behind(store) as write:
+            for value, segment in enumerate([4, 2, 4, 0, 1, 3, 2, 2, 4]):
+                write(segment, torch.full((6, 8), float(value)))
+        assert [store.read(segment)[0, 0].item() for segment in range(5)] == [3, 4, 7, 5, 8]
+
+    def test_write_behind_raises_what_failed_and_writes_nothing_after_it(self, tmp_path):
+        store = self.make(tmp_path, SHAPE)
+
+        def fill():
+            with write_behind(store) as write:
+                for segment in (0, 7, 1, 2, 3, 4):
+                    write(segment, torch.ones(6, 8))
+
+        with pytest.raises(IndexError, match="segment 7"):
+            fill()
+        assert (store.read(0) == 1).all()
+        with pytest.raises(InputError):
+            store.read(1)
+
+    def test_write_behind_leaves_at_once_when_the_work_fails(self, tmp_path):
+        store = self.make(tmp_path, SHAPE)
+        slow, begun = store.write, threading.Event()
+        store.write = lambda *args: (begun.set(), time.sleep(0.2), slow(*args))
+
+        def fill():
+            with write_behind(store) as write:
+                for segment in range(4):
+                    write(segment, torch.ones(6, 8))
+                begun.wait()
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            fill()
+        assert (store.read(0) == 1).all()  # it was being written
+        with pytest.raises(InputError):
+            store.read(3)
 
 
 class TestMemoryStore(ActivationStoreContract):
