@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -13,6 +13,9 @@ from cbqstream.errors import CbqstreamError, DeviceMemoryError, InputError, Stop
 from cbqstream.flags import config_of
 from cbqstream.interruption import Interrupted, interrupt_on_signals
 from cbqstream.recipe import read_recipe
+
+if TYPE_CHECKING:
+    from cbqstream.evaluation.model import Running
 
 app = typer.Typer(
     name="cbqstream",
@@ -25,6 +28,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+NumSamples = Annotated[int, typer.Option(help="Segments, spread evenly over the text.")]
+SeqLen = Annotated[int, typer.Option(help="Tokens in a segment.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; the physical cores by default.")]
 BlocksPath = Annotated[
@@ -72,7 +77,7 @@ def quantize(
         str, typer.Option(help="A8, A4: token (dynamic scales) or tensor (one learned step size a layer).")
     ] = "token",
     num_samples: Annotated[int, typer.Option(help="Calibration segments.")] = 128,
-    seq_len: Annotated[int, typer.Option(help="Tokens in a segment.")] = 2048,
+    seq_len: SeqLen = 2048,
     run_dir: Annotated[str | None, typer.Option(help="Where the run keeps its state; OUT.run by default.")] = None,
     profile: Annotated[
         str, typer.Option(help="paper, fast, default or accurate; the flags after it change parts of it.")
@@ -262,6 +267,28 @@ def export(
         _say("note: dense weights are rounded to the dtype of the source, and no inputs are quantized.")
 
 
+@app.command()
+def report(
+    path: Annotated[Path, typer.Argument(help="A run directory, finished or not, or a model that was quantized.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write report.html and its pictures into.")],
+    text: Annotated[
+        Path | None, typer.Option(help="Text, or token ids: the perplexity of the source and of the result, streamed.")
+    ] = None,
+    num_samples: NumSamples = 64,
+    seq_len: SeqLen = 512,
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """A page to look at: losses, noise, outliers, bits, time and memory. One HTML file that needs nothing else, and PNGs."""
+    from cbqstream.report.progress import Progress
+    from cbqstream.run.report import report as write
+
+    with Progress(Console(stderr=True)) as progress:
+        how: Running = {"device": device, "threads": threads, "listener": progress}
+        page = write(path, out, text, num_samples=num_samples, seq_len=seq_len, **how)
+    _say(f"done: {page}")
+
+
 @app.command("eval")
 def evaluate(
     model: Annotated[Path, typer.Argument(help="A model, quantized by cbqstream or not.")],
@@ -270,8 +297,8 @@ def evaluate(
     choices: Annotated[
         Path | None, typer.Option(help="Questions in jsonl (prompt, choices, answer): accuracy.")
     ] = None,
-    num_samples: Annotated[int, typer.Option(help="Segments, spread evenly over the text.")] = 64,
-    seq_len: Annotated[int, typer.Option(help="Tokens in a segment.")] = 512,
+    num_samples: NumSamples = 64,
+    seq_len: SeqLen = 512,
     num_questions: Annotated[int | None, typer.Option(help="The first so many questions; all by default.")] = None,
     batch_size: Annotated[int, typer.Option(help="Segments at once.")] = 4,
     scratch: Annotated[
@@ -284,7 +311,6 @@ def evaluate(
     """Perplexity, distance from another model, or accuracy of MODEL, one block in memory at a time."""
     from cbqstream.evaluation.against import compare
     from cbqstream.evaluation.choices import evaluate_choices
-    from cbqstream.evaluation.model import Running
     from cbqstream.evaluation.perplexity import evaluate as measure
     from cbqstream.report.progress import Progress
 

@@ -68,6 +68,11 @@ class Scheme:
         return cls(num_bits=int(match[1]), activation_bits=activation_bits, **options)
 
     @property
+    def name(self) -> str:
+        """What `named` takes."""
+        return f"W{self.num_bits}A{self.activation_bits or 16}"
+
+    @property
     def qmin(self) -> int:
         """Smallest code."""
         return -(1 << (self.num_bits - 1))

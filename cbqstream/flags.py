@@ -1,6 +1,7 @@
 """Settings from the flags of the command line."""
 
-from dataclasses import fields, replace
+import json
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,30 @@ def config_of(said: dict[str, Any]) -> QuantizeConfig:
         reconstruction=_changed(parts.reconstruction, said),
         **own,
     )
+
+
+def recipe_of(config: QuantizeConfig) -> str:
+    """A recipe, as `recipe.py` reads it, with every setting that results depend on: the inverse of `config_of`."""
+    scheme, calibration, window = config.scheme, config.calibration, config.window
+    said = {
+        "scheme": scheme.name,
+        "group_size": scheme.group_size or _PER_CHANNEL,
+        "symmetric": scheme.symmetric,
+        "activation_strategy": scheme.activation_strategy,
+        "num_samples": calibration.num_samples,
+        "seq_len": calibration.seq_len,
+        "calibrate_all_experts": calibration.all_experts,
+        "window_size": window.size,
+        "overlap": window.overlap,
+        **{f"cfp_{name}": value for name, value in asdict(config.outliers).items()},
+        **asdict(config.reconstruction),
+        **{
+            name: getattr(config, name)
+            for name in ("blocks_path", "ignore", "override", "keep_first", "keep_last", "seed")
+        },
+    }
+    lines = [(name.replace("_", "-"), value) for name, value in said.items() if value not in (None, ())]
+    return "".join(f"{flag} = {json.dumps(value)}\n" for flag, value in lines)  # such JSON is TOML too
 
 
 def _absolute(path: str) -> str:

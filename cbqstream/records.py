@@ -163,10 +163,15 @@ class WindowReport:
     """Highest resident memory of the process so far, bytes."""
     experts: Mapping[str, list[int]]
     """How many calibration tokens each expert of a new block saw, by the path of the experts' module."""
+    noise: Mapping[str, float]
+    """Signal to noise of the weights of the blocks that leave, decibels, by the path of the layer."""
+    scales: Mapping[str, tuple[int, float]]
+    """How many channels of a new block were rescaled for their outliers, and the largest scale, by the path of what writes them."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a commit or a log."""
         experts = {"experts": dict(self.experts)} if self.experts else {}
+        scales = {"scales": {path: list(found) for path, found in self.scales.items()}} if self.scales else {}
         return experts | {
             "window": self.window.index,
             "windows": self.num_windows,
@@ -175,6 +180,8 @@ class WindowReport:
             "loss_after": self.loss_after,
             "fallback": self.fallback,
             "changed": self.changed,
+            "noise": dict(self.noise),
+            **scales,
             "seconds": self.seconds,
             "reading": self.reading,
             "writing": self.writing,

@@ -47,6 +47,7 @@ HOMES = {
     "safetensors": {"checkpoint", "packed", "run"},
     "compressed_tensors": {"packed"},
     "gguf": {"packed"},
+    "matplotlib": {"report"},
     "psutil": {"memory"},
     "triton": {"numerics"},
     "filelock": {"run"},

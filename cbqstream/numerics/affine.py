@@ -9,6 +9,7 @@ Scales are float32 tensors that hold bf16 values of at least 2^-17: the same num
 a scale has at most 9 + 8 significant bits, so `w_hat` is exact in float32 whatever computes it.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -18,6 +19,7 @@ from cbqstream.config import Scheme
 from cbqstream.records import QuantizedWeight
 
 SMALLEST_SCALE = 2.0**-17
+_NO_NOISE = 1e-20
 _TILE, _DEVICE_TILE = 1 << 16, 1 << 26  # weights
 LARGEST_SCALE = 65280.0  # the largest bf16 value that fp16 holds
 
@@ -92,6 +94,17 @@ def unsigned(weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
     middle = 1 << (weight.scheme.num_bits - 1)
     zero_point = torch.zeros_like(weight.scale) if weight.zero_point is None else weight.zero_point
     return weight.codes.to(torch.int32) + middle, zero_point.to(torch.int32) + middle
+
+
+def signal_to_noise(w_OI: Tensor, weight: QuantizedWeight) -> float:
+    """`10 log10(sum w^2 / sum (w - w_hat)^2)`, decibels; at most 200, which is a weight that lost nothing."""
+    signal, noise = (torch.zeros((), dtype=torch.float64, device=w_OI.device) for _ in range(2))
+    for rows in row_tiles(w_OI):
+        tile = w_OI[rows].float()
+        signal += tile.square().sum(dtype=torch.float64)
+        noise += (tile - dequantize(weight.rows(rows))).square().sum(dtype=torch.float64)
+    share = noise.item() / signal.item() if noise.item() else 0.0
+    return -10 * math.log10(max(share, _NO_NOISE))
 
 
 def dequantize(weight: QuantizedWeight, out: Tensor | None = None) -> Tensor:

@@ -38,6 +38,7 @@ def assemble(
     shards: Sequence[Path],
     replaced: set[str],
     config: dict[str, Any],
+    texts: Mapping[str, str],
 ) -> None:
     """Make the folder `out` from the shards of the blocks; until its last rename it is called `building`.
 
@@ -50,6 +51,7 @@ def assemble(
         shards: finished blocks.
         replaced: names of the source's tensors that the shards stand for; all others are copied byte for byte.
         config: content of the new config.json.
+        texts: files that are written instead of those of the source, if it has such.
     """
     disk.remove_tree(building)
     disk.make_folder(building)
@@ -60,20 +62,23 @@ def assemble(
     rest = [name for name in source.infos if name not in replaced]
     copy_tensors(disk, building / REST, source, rest)
     weight_map.update(dict.fromkeys(rest, REST))
+    for name, text in texts.items():
+        disk.write(building / name, [text.encode()], mode=0o666)
     complete_folder(disk, out, building, source_folder=source_folder, weight_map=weight_map, config=config)
 
 
 def complete_folder(
     disk: Disk, out: Path, building: Path, *, source_folder: Path, weight_map: Mapping[str, str], config: dict[str, Any]
 ) -> None:
-    """To the shards in `building` add what else a model folder has, config.json last, and call it `out`.
+    """To what lies in `building` add what else a model folder has, config.json last, and call it `out`.
 
     Args:
         disk, out, building, source_folder, config: as above.
         weight_map: shard by tensor.
     """
     for file in sorted(source_folder.iterdir()):
-        if file.is_file() and file.name not in ("config.json", INDEX) and file.suffix not in _WEIGHTS:
+        is_ours = file.name in ("config.json", INDEX) or file.suffix in _WEIGHTS
+        if file.is_file() and not is_ours and not (building / file.name).exists():
             disk.copy(file, building / file.name)
     total = sum((building / name).stat().st_size for name in set(weight_map.values()))
     _write_json(

@@ -35,6 +35,7 @@ from cbqstream.packed.format import quantization_config
 from cbqstream.packed.output import assemble, building_folder, is_occupied
 from cbqstream.packed.shard import write_tensors
 from cbqstream.records import EpochReport, Notice, Window, WindowReport
+from cbqstream.report.card import CARD, METRICS, metrics_lines, model_card
 from cbqstream.run.chain import CARRY, QUANTIZED, REFERENCE, Chain
 from cbqstream.run.end_to_end import learn_end_to_end
 from cbqstream.run.finished import read_carry
@@ -219,7 +220,7 @@ class _Job:
         parts = self._write_parts(leaving, staying)
 
         # 6. move the quantized stream on
-        acts, quantized_out = None, None
+        acts = None
         if not is_last:
             quantized_out = self.streams.new(f"acts/{QUANTIZED}")
             propagate(leaving, quantized, quantized_out, compute, phase=Phase.HARD)
@@ -228,9 +229,8 @@ class _Job:
             acts = {REFERENCE: reference_out.checksums()}
 
         # 7. commit
-        streams = [reference, quantized, reference_out, targets, *([] if quantized_out is None else [quantized_out])]
-        spent = self._clocks(*streams)
-        report = self._report(window, result, new, *(now - then for now, then in zip(spent, began, strict=True)))
+        spent = [now - then for now, then in zip(self._clocks(), began, strict=True)]
+        report = self._report(window, result, new, leaving, *spent)
         self.journal.commit(self.inputs, parts=parts, acts=acts, report=report.to_dict())
         return report
 
@@ -258,7 +258,15 @@ class _Job:
             shards=shards,
             replaced={name for spec in quantized for name in spec.tensors.values()},
             config={**inputs.model, "quantization_config": quantization_config(config.schemes, not_quantized)},
+            texts=self._told(),
         )
+
+    def _told(self) -> dict[str, str]:
+        """What the result says of itself."""
+        original, chain = Path(self.inputs.config.model) / CARD, self.journal.chain
+        reports = [commit["report"] for commit in chain.commits]
+        text = original.read_text(encoding="utf-8", errors="replace") if original.is_file() else ""
+        return {CARD: model_card(chain.run, reports, text), METRICS: metrics_lines(reports)}
 
     def _read_block(self, index: int) -> ResidentBlock:
         inputs = self.inputs
@@ -327,20 +335,22 @@ class _Job:
             f"window {window.index + 1}/{len(self.inputs.windows)} blocks {window.start}-{window.stop - 1}: {doing}"
         )
 
-    def _clocks(self, *stores: ZarrStore) -> tuple[float, float, float]:
-        """Seconds: the time, what reading weights and waiting for those stores took so far, and what writing took, if it was waited for."""
-        waited, hidden = sum(store.waited for store in stores), sum(store.hidden for store in stores)
-        return time.monotonic(), self.inputs.source.seconds + waited, self.journal.disk.seconds - hidden
+    def _clocks(self) -> tuple[float, float, float]:
+        """Seconds: the time, what reading took so far, and what writing took, where it was waited for."""
+        hidden = self.streams.hidden
+        return time.monotonic(), self.inputs.source.seconds + self.streams.waited, self.journal.disk.seconds - hidden
 
     def _report(
         self,
         window: Window,
         result: Reconstruction,
         new: list[ResidentBlock],
+        leaving: list[ResidentBlock],
         seconds: float,
         reading: float,
         writing: float,
     ) -> WindowReport:
+        prefix = {block.index: self.inputs.skeleton.blocks[block.index].prefix for block in (*new, *leaving)}
         return WindowReport(
             window,
             len(self.inputs.windows),
@@ -353,8 +363,14 @@ class _Job:
             writing,
             peak_resident_bytes(),
             experts={
-                f"{self.inputs.skeleton.blocks[block.index].prefix}.{path}": counts
+                f"{prefix[block.index]}.{path}": counts
                 for block in new
                 for path, counts in tokens_by_expert(block.tokens).items()
+            },
+            noise={f"{prefix[block.index]}.{name}": value for block in leaving for name, value in block.noise.items()},
+            scales={
+                f"{prefix[block.index]}.{writer}": (int((scale != 1).sum()), scale.max().item())
+                for block in new
+                for writer, scale in block.scales.items()
             },
         )

@@ -33,6 +33,7 @@ class Streams:
         self._journal = journal
         self.arguments = arguments
         self._shape = StreamShape(*inputs.stream_shape)
+        self._given: list[ZarrStore] = []
 
     @classmethod
     def enter(cls, inputs: RunInputs, journal: Journal, ends: ModelEnds) -> "Streams":
@@ -53,11 +54,24 @@ class Streams:
 
     def open(self, name: str) -> ZarrStore:
         """A stream at the input of the next window, to read."""
-        return ZarrStore.open(self._waiting / name, self._shape)
+        self._given.append(ZarrStore.open(self._waiting / name, self._shape))
+        return self._given[-1]
 
     def new(self, name: str, *, durable: bool = True) -> ZarrStore:
         """An empty stream in tmp/."""
-        return ZarrStore.create(self._journal.building / name, self._shape, self._journal.disk, durable=durable)
+        path = self._journal.building / name
+        self._given.append(ZarrStore.create(path, self._shape, self._journal.disk, durable=durable))
+        return self._given[-1]
+
+    @property
+    def waited(self) -> float:
+        """Seconds that were spent on waiting for segments so far."""
+        return sum(store.waited for store in self._given)
+
+    @property
+    def hidden(self) -> float:
+        """Seconds of writing that nothing waited for."""
+        return sum(store.hidden for store in self._given)
 
     def original(self, index: int) -> nn.Module:
         """A block of the original model, to pass a stream through."""

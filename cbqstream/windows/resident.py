@@ -13,6 +13,7 @@ from cbqstream.errors import InputError
 from cbqstream.models.block import BlockArguments, run_block
 from cbqstream.models.experts import Experts
 from cbqstream.models.families import EXPERT, Fold
+from cbqstream.numerics.affine import signal_to_noise
 from cbqstream.numerics.outliers import OutlierRule, truncated
 from cbqstream.numerics.scale_search import minmax_grid, search_grid
 from cbqstream.numerics.scratch import Scratch
@@ -55,6 +56,8 @@ class ResidentBlock:
     scales: dict[str, Tensor] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
     """How many the inputs of each layer were watched for."""
+    noise: dict[str, float] = field(default_factory=dict)
+    """Signal to noise of the hard weights, decibels, by layer."""
     starved: set[str] = field(default_factory=set)
     """Layers of experts that saw too few of them to learn from; they are rounded to nearest."""
 
@@ -190,6 +193,7 @@ class ResidentBlock:
             if layer.rounding is not None:
                 step = None if layer.input_step is None else layer.input_step.stored()
                 hard[name] = replace(layer.rounding.harden(), input_scale=step)
+                self.noise[name] = signal_to_noise(layer.weight, hard[name])
                 layer.freeze(hard[name])
         return hard
 

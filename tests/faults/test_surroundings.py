@@ -264,9 +264,8 @@ def test_the_output_of_another_run_is_not_ours(toy, tally):
         assert toy.run(toy.quantize(out)).code == 0
         assert toy.run(toy.quantize(other, "--rounding-travel", 0.1)).code == 0
         before = files_of(other)
-        assert {name: len(content) for name, content in before.items()} == {
-            name: len(content) for name, content in toy.expected.items()
-        }
+        for name, content in toy.expected.items():  # what a run tells of itself has numbers of other lengths
+            assert name in ("README.md", "metrics.jsonl") or len(before[name]) == len(content)
         ended = toy.run(toy.quantize(other, "--run-dir", f"{out}.run"))
         assert (ended.code, one_line(ended.err)) == (2, True)
         assert "is not the result of this run" in ended.err

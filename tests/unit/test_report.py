@@ -21,7 +21,19 @@ def commit(made, **numerics):
 
 def report(index=1, seconds=30.0):
     return WindowReport(
-        Window(index, index, index + 2, index + 1, index + 1), 4, 0.5, 0.125, None, 0.08, seconds, 2.0, 0.5, 3 << 29, {}
+        Window(index, index, index + 2, index + 1, index + 1),
+        4,
+        0.5,
+        0.125,
+        None,
+        0.08,
+        seconds,
+        2.0,
+        0.5,
+        3 << 29,
+        {},
+        {},
+        {},
     )
 
 

@@ -1,0 +1,146 @@
+"""The report of a run, or of a result: a page and pictures in a folder of their own."""
+
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Unpack
+
+from cbqstream.checkpoint.folder import find_tensors, read_json
+from cbqstream.checkpoint.header import read_header
+from cbqstream.checkpoint.reader import Checkpoint
+from cbqstream.config import QuantizeConfig
+from cbqstream.disk import Disk
+from cbqstream.errors import InputError, UsageError
+from cbqstream.evaluation.model import Running
+from cbqstream.evaluation.perplexity import evaluate
+from cbqstream.flags import recipe_of
+from cbqstream.packed.format import SHAPE, schemes_of
+from cbqstream.packed.output import building_folder, is_occupied
+from cbqstream.packed.source import PackedSource
+from cbqstream.report.card import METRICS
+from cbqstream.report.facts import Facts
+from cbqstream.report.figures import as_png, as_svg, figures
+from cbqstream.report.page import page
+from cbqstream.run.chain import Chain
+
+
+def report(
+    path: Path,
+    folder: Path,
+    text: Path | None = None,
+    *,
+    num_samples: int = 64,
+    seq_len: int = 512,
+    **how: Unpack[Running],
+) -> Path:
+    """Write `report.html`, and a PNG of each picture, into a new folder.
+
+    Args:
+        path: a run directory, finished or not, or a result.
+        folder: where to; it must not exist, or be empty.
+        text: what to measure the perplexity of the source and of the result on, if at all.
+        num_samples: see `evaluate`.
+        seq_len: see `evaluate`.
+        how: see `Running`.
+
+    Returns:
+        The page.
+
+    Raises:
+        InputError: `path` is neither, or is damaged.
+        UsageError: `folder` is occupied, or a setting cannot work.
+    """
+    if is_occupied(folder):
+        raise UsageError(f"{folder}: exists and is not empty. Give another --out.")
+    if not folder.parent.is_dir():
+        raise UsageError(f"{folder.parent}: no such folder. Create it first.")
+    facts, models = _of_run(Chain.read(path)) if (path / "run.json").exists() else _of_result(path)
+    for name, model in models.items() if text is not None else ():
+        found = evaluate(model, text or "", num_samples=num_samples, seq_len=seq_len, **how)
+        facts.perplexities[name] = found.perplexity
+    drawn = list(figures(facts))
+    disk, building = Disk(), building_folder(folder, "report")
+    disk.remove_tree(building)
+    disk.make_folder(building)
+    for name, _, figure in drawn:
+        disk.write(building / f"{name}.png", [as_png(figure)], mode=0o666)
+    content = page(facts, [(title, as_svg(figure)) for _, title, figure in drawn])
+    disk.write(building / "report.html", [content.encode()], mode=0o666)
+    disk.publish(building, folder)
+    return folder / "report.html"
+
+
+def _of_run(chain: Chain) -> tuple[Facts, dict[str, Path]]:
+    """What a run says, and the models that belong to it."""
+    config, reports = (
+        QuantizeConfig.from_dict(dict(chain.run["config"])),
+        [commit["report"] for commit in chain.commits],
+    )
+    infos = {name: info for shard in chain.shards() for name, info in read_header(shard).items()}
+    source = PackedSource(Checkpoint(infos), config.schemes)
+    models = {"source": Path(config.model)}
+    if chain.is_complete and chain.is_result(Path(config.out)):
+        models["result"] = Path(config.out)
+    weights, stored = _stored(source)
+    facts = Facts(
+        name=f"{Path(config.model).name} at {config.scheme.name}",
+        scheme=config.scheme,
+        num_windows=chain.num_windows,
+        windows=reports[: chain.num_windows],
+        epochs=reports[chain.num_windows :],
+        sizes=_sizes(models),
+        identity=chain.run["identity"],
+        recipe=recipe_of(config),
+        weights=weights,
+        stored=stored,
+    )
+    return facts, models
+
+
+def _of_result(folder: Path) -> tuple[Facts, dict[str, Path]]:
+    if not (folder / "config.json").exists():
+        raise InputError(folder, "neither a run directory (run.json is missing) nor a model (config.json is missing).")
+    config = read_json(folder, "config.json").get("quantization_config")
+    if not config:
+        raise InputError(folder / "config.json", "the model is not quantized. Give a result of cbqstream quantize.")
+    schemes, reports = schemes_of(config), _metrics(folder / METRICS)
+    windows = [one for one in reports if "window" in one]
+    weights, stored = _stored(PackedSource(Checkpoint.open(folder), schemes))
+    models = {"result": folder}
+    facts = Facts(
+        name=folder.name,
+        scheme=schemes.default,
+        num_windows=len(windows),
+        windows=windows,
+        epochs=[one for one in reports if "epoch" in one],
+        sizes=_sizes(models),
+        weights=weights,
+        stored=stored,
+    )
+    return facts, models
+
+
+def _metrics(path: Path) -> list[dict[str, Any]]:
+    try:
+        return [dict(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    except FileNotFoundError as error:
+        raise InputError(path, "missing. Give the run directory of the model.") from error
+    except (ValueError, TypeError, OSError) as error:
+        raise InputError(path, "not what quantize wrote. Give the run directory of the model.") from error
+
+
+def _stored(source: PackedSource) -> tuple[int, int]:
+    """Weights of the quantized layers, and bytes of their codes, scales and zero points."""
+    parts = [info for name, info in source.checkpoint.infos.items() if name not in source.others]
+    weights = sum(rows * columns for rows, columns in source.layers.values())
+    return weights, sum(info.num_bytes for info in parts if not info.name.endswith(f".{SHAPE}"))
+
+
+def _sizes(models: Mapping[str, Path]) -> dict[str, int]:
+    """Bytes of the tensors of each model that can be read: the report of a run outlives its source."""
+    sizes = {}
+    for name, folder in models.items():
+        with suppress(InputError):
+            sizes[name] = sum(info.num_bytes for info in find_tensors(folder).values())
+    return sizes

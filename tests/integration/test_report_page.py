@@ -1,0 +1,148 @@
+"""What a result says of itself, and the report of a run."""
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+
+from cbqstream import quantize
+from cbqstream.checkpoint.reader import Checkpoint
+from cbqstream.config import OutlierConfig, Scheme
+from cbqstream.errors import InputError, StoppedError, UsageError
+from cbqstream.evaluation.model import open_model
+from cbqstream.evaluation.perplexity import evaluate
+from cbqstream.run.chain import Chain
+from cbqstream.run.report import report
+from tiny import SEQ_LEN, files_of, save_model
+
+CPU = torch.device("cpu")
+FACTS = "---\nlicense: apache-2.0\n---\n"
+
+
+class Page(HTMLParser):
+    """Refuses what is not closed, and keeps text and references."""
+
+    def __init__(self, content):
+        super().__init__()
+        self.open, self.text, self.references, self.tags = [], "", [], []
+        self.feed(content)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.references += [value for name, value in attributes if name in ("src", "href", "xlink:href")]
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture
+def with_card(tmp_path):
+    folder = save_model(tmp_path / "m", dtype=torch.float32)
+    (folder / "README.md").write_text(f"{FACTS}\n# A model\n\nOf the source.\n")
+    return folder
+
+
+def test_a_model_card_goes_before_that_of_the_source(make_config, with_card):
+    out = quantize(make_config(model=with_card, override=("down_proj=W8",), keep_last=1))
+    card = (out / "README.md").read_text()
+    assert card.startswith(f"{FACTS}\n# Quantized to W4A16\n")
+    assert card.endswith("# A model\n\nOf the source.\n")
+    assert "| quantized | blocks 0 to 2 |" in card
+    identity = Chain.read(Path(f"{out}.run")).run["identity"]
+    assert identity["calibration"]["tokens"] in card
+    assert str(out.parent) not in card
+
+
+def test_the_recipe_in_the_card_makes_it_again(make_config, with_card, tokens, tmp_path):
+    """To the same bytes, the card itself included; the settings are none of them the default."""
+    outliers = OutlierConfig(activations="always", variant="paper")
+    scheme = Scheme(num_bits=3, group_size=None, symmetric=False, activation_bits=8, activation_strategy="tensor")
+    learned = {"rounding": "lora", "target_mix": 0.5, "epochs": 1, "end_to_end_epochs": 1}
+    config = make_config(
+        model=with_card, scheme=scheme, reconstruction=learned, outliers=outliers, ignore=("layers.1.mlp",), seed=3
+    )
+    out = quantize(config)
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(re.search(r"```toml\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)[1])
+    same = ["--recipe", recipe, "--dataset", tokens, "--device", "cpu", "--threads", config.threads]
+    command = [sys.executable, "-m", "cbqstream", "quantize", with_card, tmp_path / "again", *same]
+    made = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    assert (made.returncode, made.stderr) == (0, "")
+    assert files_of(tmp_path / "again") == files_of(out)
+
+
+def test_noise_is_that_of_the_stored_weights(make_config, with_card):
+    out = quantize(make_config(model=with_card))
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["window"] for line in lines] == [0, 1, 2]
+    assert all("seconds" not in line and "peak_rss" not in line for line in lines)
+    noise = {path: value for line in lines for path, value in line["noise"].items()}
+    source, (skeleton, result) = Checkpoint.open(with_card), open_model(out)
+    assert noise.keys() == {f"{spec.prefix}.{name}" for spec in skeleton.blocks for name in spec.linears}
+    for path, decibels in noise.items():
+        weight = source.read(f"{path}.weight", device=CPU).double()
+        lost = weight - result.read(f"{path}.weight", device=CPU).double()
+        assert decibels == pytest.approx(10 * (weight.square().sum() / lost.square().sum()).log10().item(), rel=1e-6)
+
+
+def test_report_of_a_run_and_of_its_result(make_config, with_card, tokens, tmp_path):
+    config = make_config(
+        model=with_card,
+        scheme=Scheme(num_bits=4, group_size=32),
+        outliers=OutlierConfig(activations="always", variant="search"),
+        reconstruction={"end_to_end_epochs": 1},
+    )
+    with pytest.raises(StoppedError):
+        quantize(config, stop_after_window=1)
+    run = Path(f"{config.out}.run")
+    unfinished = Page(report(run, tmp_path / "unfinished").read_text())
+    assert "1 of 3 done" in unfinished.text
+    out = quantize(config)
+    options = {"num_samples": 8, "seq_len": SEQ_LEN, "device": "cpu", "threads": 1}
+    made = report(run, tmp_path / "report", tokens, **options)
+    pictures = {"loss.png", "noise.png", "changed.png", "scales.png", "epochs.png", "time.png", "memory.png"}
+    assert {path.name for path in made.parent.iterdir()} == pictures | {"report.html"}
+    assert all((made.parent / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
+    shown = Page(made.read_text())
+    assert shown.tags.count("svg") == len(pictures)
+    assert all(reference.startswith(("#", "data:")) for reference in shown.references)
+    assert "#010203" not in made.read_text()
+    for name, folder in (("source", with_card), ("result", out)):
+        assert f"perplexity, {name}{evaluate(folder, tokens, **options).perplexity:.3f}" in shown.text
+    # a scale for 32 codes is stored in the dtype of the source, 32 bits
+    assert "bits per weight5.000 of 147,456 quantized weights" in shown.text
+    of_result = Page(report(out, tmp_path / "of-result").read_text())
+    assert of_result.tags.count("svg") == len(pictures) - 2  # what it cost is not told with the result
+    assert "3 of 3 done" in of_result.text
+
+
+def test_what_cannot_be_reported(make_config, with_card, tmp_path):
+    out = quantize(make_config(model=with_card, reconstruction={"rounding": "none"}))
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    with pytest.raises(UsageError, match=r"exists and is not empty"):
+        report(out, tmp_path / "taken")
+    with pytest.raises(UsageError, match=r"no such folder"):
+        report(out, tmp_path / "none" / "report")
+    with pytest.raises(InputError, match=r"neither a run directory"):
+        report(tmp_path, tmp_path / "report")
+    with pytest.raises(InputError, match=r"the model is not quantized"):
+        report(with_card, tmp_path / "report")
+    (out / "metrics.jsonl").write_text("{")
+    with pytest.raises(InputError, match=r"metrics\.jsonl: not what quantize wrote"):
+        report(out, tmp_path / "report")
+    (out / "metrics.jsonl").unlink()
+    with pytest.raises(InputError, match=r"metrics\.jsonl: missing\. Give the run directory"):
+        report(out, tmp_path / "report")
+    assert not list(tmp_path.glob("report*"))
