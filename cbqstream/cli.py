@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -297,6 +297,16 @@ def evaluate(
     choices: Annotated[
         Path | None, typer.Option(help="Questions in jsonl (prompt, choices, answer): accuracy.")
     ] = None,
+    sample: Annotated[
+        str | None, typer.Option(help="How a text begins: the model goes on. Slow: a token reads the whole model.")
+    ] = None,
+    num_tokens: Annotated[int, typer.Option(help="How many it writes at most.")] = 16,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of lm-eval that generate nothing, such as piqa,arc_easy.")
+    ] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="Examples before a question, for tasks.")] = None,
+    limit: Annotated[int | None, typer.Option(help="The first so many documents of a task; all by default.")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder with tasks of your own.")] = None,
     num_samples: NumSamples = 64,
     seq_len: SeqLen = 512,
     num_questions: Annotated[int | None, typer.Option(help="The first so many questions; all by default.")] = None,
@@ -314,8 +324,8 @@ def evaluate(
     from cbqstream.evaluation.perplexity import evaluate as measure
     from cbqstream.report.progress import Progress
 
-    if (text is None) == (choices is None) or (against is not None and text is None):
-        raise UsageError("eval needs --text, with or without --against, or --choices.")
+    if sum(what is not None for what in (text, choices, tasks, sample)) != 1 or (against is not None and text is None):
+        raise UsageError("eval needs --text, with or without --against, or one of --choices, --tasks and --sample.")
     with Progress(Console(stderr=True)) as progress:
         how: Running = {
             "batch_size": batch_size,
@@ -325,6 +335,17 @@ def evaluate(
             "blocks_path": blocks_path,
             "listener": progress,
         }
+        if sample is not None:
+            from cbqstream.evaluation.sample import sample as write
+
+            _say(sample + write(model, sample, num_tokens=num_tokens, **how))
+            return
+        if tasks is not None:
+            from cbqstream.evaluation.harness import evaluate_tasks, table
+
+            options: dict[str, Any] = {"num_fewshot": num_fewshot, "limit": limit, "include_path": include_path}
+            _say(table(evaluate_tasks(model, tasks.split(","), **options, **how)))
+            return
         if choices is not None:
             found = evaluate_choices(model, choices, num_questions=num_questions, **how)
             line = (

@@ -48,6 +48,7 @@ HOMES = {
     "compressed_tensors": {"packed"},
     "gguf": {"packed"},
     "matplotlib": {"report"},
+    "lm_eval": {"evaluation"},
     "psutil": {"memory"},
     "triton": {"numerics"},
     "filelock": {"run"},

@@ -6,27 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
-import torch
-from torch import Tensor
-
 from cbqstream.calibration.segments import load_tokenizer
 from cbqstream.errors import InputError, UsageError
+from cbqstream.evaluation.likelihood import Request, log_likelihoods
 from cbqstream.evaluation.model import EvaluatedModel, Running, require_counts
-
-_LENGTHS = 32
-"""Requests are filled up on the right to multiples of so many tokens; what is there no token before it sees."""
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """Token ids, of which the last ones are scored."""
-
-    ids: tuple[int, ...]
-    scored: int
-
-    def __post_init__(self) -> None:
-        if not 0 < self.scored < len(self.ids):
-            raise ValueError(f"{self.scored} of {len(self.ids)} tokens are to be scored")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +87,7 @@ def evaluate_choices(
     asked = read_questions(questions, num_questions)
     streamed, tokenizer = EvaluatedModel.open(model, **how), load_tokenizer(model)
     requests = [_request(tokenizer, question.prompt, choice) for question in asked for choice in question.choices]
-    scores = iter(log_likelihoods(streamed, requests))
+    scores = iter(scored.log_likelihood for scored in log_likelihoods(streamed, requests))
     by_sum, by_character = [], []
     for question in asked:
         found = [next(scores) for _ in question.choices]
@@ -129,32 +112,3 @@ def _largest(values: Sequence[float]) -> int:
 
 def _share(found: Sequence[int], right: Sequence[int]) -> float:
     return sum(one == other for one, other in zip(found, right, strict=True)) / len(right)
-
-
-@torch.no_grad()
-def log_likelihoods(model: EvaluatedModel, requests: Sequence[Request]) -> list[float]:
-    """Log-likelihood of the scored tokens of each request, nats.
-
-    Raises:
-        UsageError: a request is longer than the model's positions.
-    """
-    model.skeleton.check_length(max(len(request.ids) for request in requests))
-    members: dict[int, list[int]] = {}
-    for index, request in enumerate(requests):
-        members.setdefault(-(-len(request.ids) // _LENGTHS) * _LENGTHS, []).append(index)
-    groups = [torch.tensor([_filled(requests[index], length) for index in held]) for length, held in members.items()]
-    scores = [0.0] * len(requests)
-    with model.hidden_states(groups) as stores, model.head() as ends:
-        for store, held in zip(stores, members.values(), strict=True):
-            for segment, index in enumerate(held):
-                request = requests[index]
-                first, stop = len(request.ids) - request.scored, len(request.ids)
-                wanted = torch.tensor(request.ids[first:stop], device=model.compute.device)
-                logits_TV = torch.cat(list(ends.logits(store.read(segment)[first - 1 : stop - 1])))
-                chosen: Tensor = logits_TV.log_softmax(-1).gather(1, wanted.unsqueeze(1))
-                scores[index] = chosen.sum(dtype=torch.float64).item()
-    return scores
-
-
-def _filled(request: Request, length: int) -> list[int]:
-    return [*request.ids, *[0] * (length - len(request.ids))]

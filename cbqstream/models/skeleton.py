@@ -149,6 +149,11 @@ class ModelSkeleton:
         """Token ids are below this."""
         return int(self._text.vocab_size)
 
+    @property
+    def max_length(self) -> int:
+        """Tokens that the model was made for, by its configuration."""
+        return int(self._text.max_position_embeddings)
+
     def check_length(self, seq_len: int) -> None:
         """Refuse segments that the model has no positions for. Where positions are computed there is no limit.
 

@@ -6,12 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional
+from transformers import AutoModelForCausalLM
 
 from cbqstream.calibration.segments import load_segments
 from cbqstream.errors import InputError, UsageError
 from cbqstream.evaluation.against import compare
-from cbqstream.evaluation.choices import Request, evaluate_choices, log_likelihoods, read_questions
+from cbqstream.evaluation.choices import evaluate_choices, read_questions
+from cbqstream.evaluation.likelihood import Request, log_likelihoods
 from cbqstream.evaluation.model import EvaluatedModel, open_model
+from cbqstream.evaluation.sample import sample
 from cbqstream.records import Compute
 from tiny import SEQ_LEN, SOME_FAMILIES, VOCAB, make_model, save_model, save_tokenizer
 
@@ -27,6 +30,13 @@ def plain(model, request):
     return sum(logs[place - 1, request.ids[place]].item() for place in range(first, len(request.ids)))
 
 
+@torch.no_grad()
+def is_greedy(model, request):
+    first = len(request.ids) - request.scored
+    likeliest = model(torch.tensor([request.ids]), use_cache=False).logits[0].argmax(-1)[first - 1 : -1]
+    return likeliest.tolist() == list(request.ids[first:])
+
+
 @pytest.mark.parametrize("family", SOME_FAMILIES)
 def test_log_likelihoods_are_those_of_requests_alone(tmp_path, family):
     """What fills requests up to one length changes nothing; lengths are mixed, and each has its place in the answer."""
@@ -37,8 +47,14 @@ def test_log_likelihoods_are_those_of_requests_alone(tmp_path, family):
     for length in (2, 7, 40, 33, 32, 31, 7, 50):
         ids = torch.randint(0, VOCAB, (length,), generator=chance).tolist()
         requests.append(Request(tuple(ids), max(1, length // 3)))
+    with torch.no_grad():
+        likeliest = model(torch.tensor([requests[1].ids]), use_cache=False).logits[0, -1].argmax().item()
+    requests.append(Request((*requests[1].ids, likeliest), 1))
     found = log_likelihoods(EvaluatedModel(*open_model(folder), CPU), requests)
-    assert found == pytest.approx([plain(model, request) for request in requests], rel=1e-4)
+    assert [scored.log_likelihood for scored in found] == pytest.approx(
+        [plain(model, request) for request in requests], rel=1e-4
+    )
+    assert [scored.greedy for scored in found] == [is_greedy(model, request) for request in requests]
 
 
 @pytest.fixture
@@ -151,3 +167,25 @@ def test_spaces_at_the_end_of_a_prompt_belong_to_the_choice(with_tokenizer, tmp_
         file.write_text(json.dumps({"prompt": prompt, "choices": choices, "answer": 0}))
         answers.append(evaluate_choices(folder, file, threads=1, device="cpu").answers)
     assert answers[0] == answers[1]
+
+
+def test_a_sample_is_what_transformers_writes(with_tokenizer):
+    folder, tokenizer = with_tokenizer
+    ids = tokenizer.encode(WORDS).ids
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    written = plain.generate(torch.tensor([ids]), max_new_tokens=6, do_sample=False)[0, len(ids) :]
+    assert sample(folder, WORDS, num_tokens=6, threads=1, device="cpu") == tokenizer.decode(written.tolist())
+    with pytest.raises(UsageError, match="the prompt has no tokens"):
+        sample(folder, "", threads=1, device="cpu")
+    with pytest.raises(UsageError, match="num_tokens is 0"):
+        sample(folder, "a", num_tokens=0, threads=1, device="cpu")
+
+
+def test_a_sample_ends_with_the_text(with_tokenizer):
+    folder, tokenizer = with_tokenizer
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        token = tokenizer.id_to_token(plain(torch.tensor([tokenizer.encode(WORDS).ids])).logits[0, -1].argmax().item())
+    content = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**content, "eos_token": token}))
+    assert sample(folder, WORDS, num_tokens=9, threads=1, device="cpu") == ""

@@ -1,0 +1,156 @@
+"""lm-eval's tasks on a model that does not fit in memory: importing this puts the class `cbqstream` into lm-eval's registry.
+
+import lm_eval
+import cbqstream.evaluation.harness
+
+lm_eval.simple_evaluate("cbqstream", model_args={"model": "OUT"}, tasks=["piqa"])
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cbqstream.calibration.segments import load_tokenizer
+from cbqstream.errors import UsageError
+from cbqstream.evaluation.likelihood import Request, log_likelihoods
+from cbqstream.evaluation.model import EvaluatedModel
+
+try:
+    import lm_eval
+    import lm_eval.models  # puts its own classes into the registry, which it does not where another came first
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
+except ImportError as missing:
+    raise UsageError("tasks need lm-eval. Install it: pip install 'cbqstream[eval]'.") from missing
+
+Encoded = tuple[tuple[str, str] | None, Sequence[int], Sequence[int]]
+"""Context and continuation as texts, if they are, and as tokens."""
+
+
+@register_model("cbqstream")
+class StreamedLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
+    """Scores as lm-eval's own `hf` does, with every block read once for all requests of a task. Generates nothing.
+
+    Args:
+        model: folder of a model, quantized by this project or not.
+        batch_size: requests at once.
+        device: auto, cpu, cuda or cuda:N.
+        max_batch_size: of no use here; lm-eval always gives it.
+        how: the rest of `Running`.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        batch_size: int | str | None = None,
+        device: str | None = None,
+        max_batch_size: int | None = None,
+        **how: Any,
+    ) -> None:
+        super().__init__()
+        folder = Path(model)
+        how |= {"batch_size": int(batch_size or 4), "device": device or "auto"}
+        if how.get("scratch") is not None:
+            how["scratch"] = Path(how["scratch"])
+        self._streamed = EvaluatedModel.open(folder, **how)
+        self.tokenizer = load_tokenizer(folder)
+        self.max_length = self._streamed.skeleton.max_length
+
+    @property
+    def eot_token_id(self) -> int:
+        """Of the tokenizer."""
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def prefix_token_id(self) -> int:
+        """Stands before a text that has no context."""
+        first = self.tokenizer.bos_token_id
+        return self.eot_token_id if first is None else int(first)
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **unused: Any) -> list[int]:  # noqa: FBT001
+        """Token ids; what begins with the first token of a text gets no other."""
+        if add_special_tokens is None:
+            first = self.tokenizer.decode(self.prefix_token_id)
+            add_special_tokens = not (first and string.startswith(first))
+        return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens))
+
+    def _loglikelihood_tokens(self, requests: Sequence[Encoded], **unused: Any) -> list[tuple[float, bool]]:
+        asked = []
+        for _, context, continuation in requests:
+            ids = (*context, *continuation)[-self.max_length - 1 :]
+            asked.append(Request(ids, min(len(continuation), len(ids) - 1)))
+        answers = [(scored.log_likelihood, scored.greedy) for scored in log_likelihoods(self._streamed, asked)]
+        for (texts, _, _), answer in zip(requests, answers, strict=True):
+            if texts is not None:
+                self.cache_hook.add_partial("loglikelihood", texts, answer)
+        return answers
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:  # noqa: FBT001, FBT002
+        """Log-likelihood of whole texts, in windows of the model's length."""
+        windows: list[Encoded] = []
+        counts = []
+        for (text,) in (request.args for request in requests):
+            found = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, 1)
+            made = [(None, *make_disjoint_window(window)) for window in found]
+            windows += made
+            counts.append(len(made))
+        scores = iter(self._loglikelihood_tokens(windows))
+        totals = [sum(next(scores)[0] for _ in range(count)) for count in counts]
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:  # noqa: FBT001, FBT002
+        """Refused.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError(
+            f"{len(requests)} requests want text to be generated. Streamed, each token would read the whole model once."
+            " Leave out tasks of the kind generate_until."
+        )
+
+
+def evaluate_tasks(
+    model: Path,
+    tasks: Sequence[str],
+    *,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    include_path: Path | None = None,
+    **how: Any,
+) -> Mapping[str, Any]:
+    """Run tasks of lm-eval.
+
+    Args:
+        model: folder of a model, quantized by this project or not.
+        tasks: their names.
+        num_fewshot: examples before each question; what the task says by default.
+        limit: the first so many documents of each task; all by default.
+        include_path: folder with tasks of your own.
+        how: see `Running`; its listener is told of progress.
+
+    Returns:
+        What `lm_eval.simple_evaluate` returns.
+
+    Raises:
+        InputError: the model cannot be read.
+        UsageError: there is no such task, or a setting cannot work.
+    """
+    manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    unknown = [name for name in tasks if not manager.match_tasks([name])]
+    if unknown:
+        raise UsageError(f"lm-eval has no task {', '.join(unknown)}. `lm-eval ls tasks` lists them.")
+    streamed = StreamedLM(str(model), **how)
+    found: Mapping[str, Any] = lm_eval.simple_evaluate(
+        streamed, tasks=list(tasks), num_fewshot=num_fewshot, limit=limit, task_manager=manager, bootstrap_iters=0
+    )
+    return found
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """The results in Markdown, as lm-eval prints them."""
+    return str(make_table(found))

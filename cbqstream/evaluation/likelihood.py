@@ -1,0 +1,63 @@
+"""Log-likelihoods of continuations, streamed: all requests go through each block together."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from cbqstream.evaluation.model import EvaluatedModel
+
+_LENGTHS = 32
+"""Requests are filled up on the right to multiples of so many tokens; what is there no token before it sees."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Token ids, of which the last ones are scored."""
+
+    ids: tuple[int, ...]
+    scored: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scored < len(self.ids):
+            raise ValueError(f"{self.scored} of {len(self.ids)} tokens are to be scored")
+
+
+class Scored(NamedTuple):
+    """Of the last tokens of a request."""
+
+    log_likelihood: float
+    """Nats."""
+    greedy: bool
+    """Whether each of them is the likeliest."""
+
+
+@torch.no_grad()
+def log_likelihoods(model: EvaluatedModel, requests: Sequence[Request]) -> list[Scored]:
+    """Score the last tokens of each request. The very last one is not seen by the model: nothing comes after it.
+
+    Raises:
+        UsageError: a request is longer than the model's positions.
+    """
+    model.skeleton.check_length(max(2, *(len(request.ids) - 1 for request in requests)))
+    members: dict[int, list[int]] = {}
+    for index, request in enumerate(requests):
+        members.setdefault(-(-(len(request.ids) - 1) // _LENGTHS) * _LENGTHS, []).append(index)
+    groups = [torch.tensor([_seen(requests[index], length) for index in held]) for length, held in members.items()]
+    scores = [Scored(0.0, greedy=True)] * len(requests)
+    with model.hidden_states(groups) as stores, model.head() as ends:
+        for store, held in zip(stores, members.values(), strict=True):
+            for segment, index in enumerate(held):
+                request = requests[index]
+                first, stop = len(request.ids) - request.scored, len(request.ids)
+                wanted_T = torch.tensor(request.ids[first:stop], device=model.compute.device)
+                logs_TV = torch.cat(list(ends.logits(store.read(segment)[first - 1 : stop - 1]))).log_softmax(-1)
+                total = logs_TV.gather(1, wanted_T.unsqueeze(1)).sum(dtype=torch.float64)
+                scores[index] = Scored(total.item(), torch.equal(logs_TV.argmax(-1), wanted_T))
+    return scores
+
+
+def _seen(request: Request, length: int) -> list[int]:
+    ids = request.ids[:-1]
+    return [*ids, *[0] * (length - len(ids))]

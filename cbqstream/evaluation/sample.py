@@ -1,0 +1,43 @@
+"""A few words from a model that does not fit in memory. Slow: the whole model is read once for each token."""
+
+from pathlib import Path
+from typing import Unpack
+
+import torch
+
+from cbqstream.calibration.segments import load_tokenizer
+from cbqstream.errors import UsageError
+from cbqstream.evaluation.model import EvaluatedModel, Running, require_counts
+
+
+@torch.no_grad()
+def sample(model: Path, prompt: str, *, num_tokens: int = 16, **how: Unpack[Running]) -> str:
+    """What a model writes after a prompt: the likeliest token each time, until it ends the text or `num_tokens` are there.
+
+    Args:
+        model: folder of a model, quantized by this project or not.
+        prompt: how the text begins.
+        num_tokens: how many to write at most.
+        how: see `Running`.
+
+    Returns:
+        What follows the prompt.
+
+    Raises:
+        InputError: the model or its tokenizer cannot be read.
+        UsageError: the prompt has no tokens, or a setting cannot work.
+    """
+    require_counts(num_tokens=num_tokens)
+    streamed, tokenizer = EvaluatedModel.open(model, **how), load_tokenizer(model)
+    ids: list[int] = tokenizer(prompt)["input_ids"]
+    if not ids:
+        raise UsageError("the prompt has no tokens. Give some words.")
+    streamed.skeleton.check_length(len(ids) + num_tokens)
+    first = len(ids)
+    while len(ids) < first + num_tokens:
+        with streamed.hidden_states([torch.tensor([ids])]) as (stream,), streamed.head() as ends:
+            (logits_TV,) = ends.logits(stream.read(0)[-1:])
+        ids.append(int(logits_TV.argmax()))
+        if ids[-1] == tokenizer.eos_token_id:
+            break
+    return str(tokenizer.decode(ids[first:], skip_special_tokens=True))
