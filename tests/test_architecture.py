@@ -176,7 +176,7 @@ def test_what_never_appears(path):
             assert ast.unparse(node.type) not in {"Exception", "BaseException"} or path.name in BROAD, (
                 f"{path.name}:{node.lineno}: broad except"
             )
-        if isinstance(node, ast.FunctionDef) and path.name != "cli.py":
+        if isinstance(node, ast.FunctionDef) and layer_of(path) != "cli":
             local = [inner for inner in ast.walk(node) if isinstance(inner, ast.Import | ast.ImportFrom)]
             assert not local, f"{path.name}:{node.lineno}: import inside {node.name}"
 
@@ -210,7 +210,8 @@ WRITING_MODES = {kind + binary + plus for kind in "wax" for binary in ("", "b") 
 }
 OWN_OPERATIONS = {"disk", "_disk"}  # disk.py's operations may have such names
 PURE = {
-    "cli.py": {"replace"},
+    "cli/app.py": {"replace"},
+    "report/figures.py": {"replace"},
     "recipe.py": {"replace"},
     "flags.py": {"replace"},
     "models/families.py": {"replace"},

@@ -1,0 +1,120 @@
+"""Commands about a finished model: export, report, eval."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from cbqstream.cli.app import BlocksPath, Device, NumSamples, SeqLen, Threads, app, say
+from cbqstream.errors import UsageError
+
+if TYPE_CHECKING:
+    from cbqstream.evaluation.model import Running
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(help="A result of quantize.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    format_name: Annotated[str, typer.Option("--format", help="gptq, gptq_v2, awq, gguf or dense.")],
+) -> None:
+    """Write a finished model in another format, code for code."""
+    from cbqstream.run.export import export as write
+
+    say(f"done: {write(model, out, format_name)}")
+    if format_name == "dense":
+        say("note: dense weights are rounded to the dtype of the source, and no inputs are quantized.")
+
+
+@app.command()
+def report(
+    path: Annotated[Path, typer.Argument(help="A run directory, finished or not, or a model that was quantized.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write report.html and its pictures into.")],
+    text: Annotated[
+        Path | None, typer.Option(help="Text, or token ids: the perplexity of the source and of the result, streamed.")
+    ] = None,
+    num_samples: NumSamples = 64,
+    seq_len: SeqLen = 512,
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """A page to look at: losses, noise, outliers, bits, time and memory. One HTML file that needs nothing else, and PNGs."""
+    from cbqstream.report.progress import Progress
+    from cbqstream.run.report import report as write
+
+    with Progress(Console(stderr=True)) as progress:
+        how: Running = {"device": device, "threads": threads, "listener": progress}
+        page = write(path, out, text, num_samples=num_samples, seq_len=seq_len, **how)
+    say(f"done: {page}")
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="A model, quantized by cbqstream or not.")],
+    text: Annotated[Path | None, typer.Option(help="Text, or token ids: perplexity.")] = None,
+    against: Annotated[Path | None, typer.Option(help="A model to compare the predictions on the text with.")] = None,
+    choices: Annotated[
+        Path | None, typer.Option(help="Questions in jsonl (prompt, choices, answer): accuracy.")
+    ] = None,
+    sample: Annotated[
+        str | None, typer.Option(help="How a text begins: the model goes on. Slow: a token reads the whole model.")
+    ] = None,
+    num_tokens: Annotated[int, typer.Option(help="How many it writes at most.")] = 16,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of lm-eval that generate nothing, such as piqa,arc_easy.")
+    ] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="Examples before a question, for tasks.")] = None,
+    limit: Annotated[int | None, typer.Option(help="The first so many documents of a task; all by default.")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder with tasks of your own.")] = None,
+    num_samples: NumSamples = 64,
+    seq_len: SeqLen = 512,
+    num_questions: Annotated[int | None, typer.Option(help="The first so many questions; all by default.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Segments at once.")] = 4,
+    scratch: Annotated[
+        Path | None, typer.Option(help="Folder for hidden states; the temporary folder by default.")
+    ] = None,
+    blocks_path: BlocksPath = None,
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Perplexity, distance from another model, accuracy, tasks of lm-eval or a sample of MODEL, one block in memory at a time."""
+    from cbqstream.evaluation.against import compare
+    from cbqstream.evaluation.choices import evaluate_choices
+    from cbqstream.evaluation.perplexity import evaluate as measure
+    from cbqstream.report.progress import Progress
+
+    if sum(what is not None for what in (text, choices, tasks, sample)) != 1 or (against is not None and text is None):
+        raise UsageError("eval needs --text, with or without --against, or one of --choices, --tasks and --sample.")
+    with Progress(Console(stderr=True)) as progress:
+        how: Running = {
+            "batch_size": batch_size,
+            "scratch": scratch,
+            "device": device,
+            "threads": threads,
+            "blocks_path": blocks_path,
+            "listener": progress,
+        }
+        if sample is not None:
+            from cbqstream.evaluation.sample import sample as write
+
+            say(sample + write(model, sample, num_tokens=num_tokens, **how))
+            return
+        if tasks is not None:
+            from cbqstream.evaluation.harness import evaluate_tasks, table
+
+            options: dict[str, Any] = {"num_fewshot": num_fewshot, "limit": limit, "include_path": include_path}
+            say(table(evaluate_tasks(model, tasks.split(","), **options, **how)))
+            return
+        if choices is not None:
+            found = evaluate_choices(model, choices, num_questions=num_questions, **how)
+            line = (
+                f"accuracy {found.by_sum:.4f}, by character {found.by_character:.4f} ({len(found.answers)} questions)"
+            )
+        elif text is not None and against is not None:
+            distance = compare(model, against, text, num_samples=num_samples, seq_len=seq_len, **how)
+            line = f"divergence {distance.divergence:.5f}, same next token {distance.top1:.2%} ({distance.num_segments} x {seq_len} tokens)"
+        elif text is not None:
+            result = measure(model, text, num_samples=num_samples, seq_len=seq_len, **how)
+            line = f"perplexity {result.perplexity:.4f} ({result.num_segments} x {seq_len} tokens)"
+    say(f"{(choices or text or model).name}: {line}")

@@ -1,0 +1,73 @@
+"""Commands about a run directory: status, check, rollback, clean."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cbqstream.cli.app import AllowSharedRunDir, BlocksPath, app, complain, say
+from cbqstream.errors import InputError, UsageError
+
+
+@app.command()
+def status(run: Annotated[Path, typer.Argument(help="The run directory.")]) -> None:
+    """Say how far a run is. Reads only."""
+    from cbqstream.report.status import status_lines
+    from cbqstream.run.chain import Chain
+
+    chain = Chain.read(run)
+    for line in status_lines(run, chain.run, chain.commits):
+        say(line)
+
+
+@app.command()
+def check(
+    path: Annotated[Path, typer.Argument(help="A run directory, or a model that was quantized.")],
+    read_data: Annotated[bool, typer.Option("--read-data", help="Read every byte; else sizes and records.")] = False,
+    blocks_path: BlocksPath = None,
+) -> None:
+    """Verify a run or a finished model. Reads only; says what is wrong, and then leaves with exit code 65."""
+    from cbqstream.run.check import check as look
+
+    found = look(path, read_data=read_data, blocks_path=blocks_path)
+    for line in found.facts:
+        say(line)
+    for problem in found.problems:
+        complain(problem)
+    if found.problems:
+        raise typer.Exit(InputError.exit_code)
+    say("ok")
+
+
+@app.command()
+def rollback(
+    run: Annotated[Path, typer.Argument(help="The run directory.")],
+    to: Annotated[int, typer.Option(help="How many windows are kept; 0 starts over.")],
+    allow_shared_run_dir: AllowSharedRunDir = False,
+) -> None:
+    """Give up the newest windows of a run: the last one, or all."""
+    from cbqstream.disk import Disk
+    from cbqstream.run.journal import open_journal
+
+    with open_journal(run, Disk(), shared=allow_shared_run_dir, whole=False) as journal:
+        journal.roll_back(to)
+    say(f"{to} windows are left; go on with: cbqstream resume {run}")
+
+
+@app.command()
+def clean(
+    run: Annotated[Path, typer.Argument(help="The run directory.")],
+    unfinished: Annotated[bool, typer.Option("--unfinished", help="Give up a run that is not finished too.")] = False,
+    allow_shared_run_dir: AllowSharedRunDir = False,
+) -> None:
+    """Delete a run directory whose model is finished. The model stays."""
+    from cbqstream.disk import Disk
+    from cbqstream.run.chain import Chain
+    from cbqstream.run.journal import discard
+
+    chain = Chain.read(run)
+    if not unfinished and not (chain.is_complete and chain.is_result(Path(chain.run["config"]["out"]))):
+        done = f"{chain.next_window} of {chain.num_commits} commits"
+        raise UsageError(f"{run}: not finished ({done}). Run cbqstream resume {run}, or give it up with --unfinished.")
+    discard(run, Disk(), shared=allow_shared_run_dir)
+    say(f"deleted: {run}")
