@@ -1,5 +1,5 @@
 """`python -m cbqstream`."""
 
-from cbqstream.cli import main
+from cbqstream.cli.main import main
 
 main()

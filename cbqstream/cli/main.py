@@ -1,0 +1,33 @@
+"""The entry point: flags may be written with - or _, and what is expected to go wrong is one line and an exit code."""
+
+import sys
+from typing import NoReturn
+
+from cbqstream.cli import making, results, runs  # noqa: F401  # their commands
+from cbqstream.cli.app import app, dashed, fail
+from cbqstream.errors import CbqstreamError, DeviceMemoryError, StoppedError, StorageError
+from cbqstream.interruption import Interrupted, interrupt_on_signals
+
+
+def main() -> NoReturn:
+    """Entry point: flags may be written with - or _, and an expected error is one line and an exit code."""
+    try:
+        interrupt_on_signals()  # here: one may strike before both are set, or where an error is being told
+        _answer([dashed(argument) for argument in sys.argv[1:]])
+    except Interrupted as stop:
+        fail(str(stop), StoppedError.exit_code)
+    sys.exit(0)
+
+
+def _answer(arguments: list[str]) -> None:
+    try:
+        app(arguments)
+    except CbqstreamError as error:
+        fail(str(error), error.exit_code)
+    except MemoryError:
+        fail("out of memory. Close other programs, or use fewer --num-samples.", DeviceMemoryError.exit_code)
+    except OSError as error:
+        fail(
+            f"{'' if error.filename is None else f'{error.filename}: '}{error.strerror or error}.",
+            StorageError.exit_code,
+        )
