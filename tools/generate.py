@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 """Continue a prompt with a model folder, using transformers alone.
 
-Usage: generate.py FOLDER PROMPT
+Usage: generate.py FOLDER PROMPT [--dequantize]
+
+--dequantize is for zero points, which transformers 5.23 does not load as they are.
 """
 
 import os
@@ -11,16 +13,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def main() -> None:
-    if len(sys.argv) != 3:
+    if len(sys.argv) not in (3, 4) or sys.argv[3:] not in ([], ["--dequantize"]):
         sys.exit(__doc__)
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+    from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig, logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    folder, prompt = sys.argv[1:]
+    folder, prompt = sys.argv[1:3]
+    options = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if sys.argv[3:] else {}
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     with torch.no_grad():
         written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, do_sample=False)
