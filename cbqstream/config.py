@@ -284,6 +284,8 @@ class QuantizeConfig:
     """Layers that stay in full precision: whole parts of their module path, with * and ?, such as `down_proj` or `layers.3.mlp.*`."""
     override: tuple[str, ...] = ()
     """Layers with weights of another width, as PATTERN=W8."""
+    quantize_lm_head: bool = False
+    """Whether the head is quantized too, to the nearest of searched scales; it must not be tied to the embeddings."""
     keep_first: int = 0
     """Blocks at the start that stay in full precision."""
     keep_last: int = 0
@@ -312,6 +314,10 @@ class QuantizeConfig:
             _require(_OVERRIDE.fullmatch(text) is not None, f"override {text!r} is not as PATTERN=W8.")
         for name in ("max_ram", "max_vram"):
             _require((getattr(self, name) or 1) > 0, f"{name} is {getattr(self, name)}. It must be more than 0.")
+        _require(
+            not self.quantize_lm_head or self.scheme.activation_bits is None,
+            "--quantize-lm-head quantizes no inputs. Use a scheme with A16.",
+        )
         _require(self.threads is None or self.threads >= 1, f"threads is {self.threads}. It must be at least 1.")
 
     @property

@@ -10,6 +10,7 @@ from cbqstream.errors import UsageError
 from cbqstream.profiles import PROFILES
 
 _PER_CHANNEL = -1
+_AS_THEY_ARE = ("blocks_path", "quantize_lm_head", "keep_first", "keep_last", "seed")
 
 
 def config_of(said: dict[str, Any]) -> QuantizeConfig:
@@ -18,7 +19,7 @@ def config_of(said: dict[str, Any]) -> QuantizeConfig:
         raise UsageError(f"profile {said['profile']!r} is not {', '.join(PROFILES)}.")
     parts = PROFILES[said["profile"]]
     size = said["group_size"]
-    own = {name: said[name] for name in ("blocks_path", "keep_first", "keep_last", "seed", "device", "threads")}
+    own = {name: said[name] for name in (*_AS_THEY_ARE, "device", "threads")}
     own |= {name: tuple(said[name] or ()) for name in ("ignore", "override")}
     own |= {name: parse_bytes(said[name]) for name in ("max_ram", "max_vram") if said[name] is not None}
     return QuantizeConfig(
@@ -59,10 +60,7 @@ def recipe_of(config: QuantizeConfig) -> str:
         "overlap": window.overlap,
         **{f"cfp_{name}": value for name, value in asdict(config.outliers).items()},
         **asdict(config.reconstruction),
-        **{
-            name: getattr(config, name)
-            for name in ("blocks_path", "ignore", "override", "keep_first", "keep_last", "seed")
-        },
+        **{name: getattr(config, name) for name in (*_AS_THEY_ARE, "ignore", "override")},
     }
     lines = [(name.replace("_", "-"), value) for name, value in said.items() if value not in (None, ())]
     return "".join(f"{flag} = {json.dumps(value)}\n" for flag, value in lines)  # such JSON is TOML too

@@ -114,6 +114,9 @@ def quantize(
     override: Annotated[
         list[str] | None, typer.Option(help="Layers with weights of another width, such as down_proj=W8.")
     ] = None,
+    quantize_lm_head: Annotated[
+        bool, typer.Option(help="The head too, rounded to nearest; its width: --override lm_head=W8.")
+    ] = False,
     keep_first: Annotated[int, typer.Option(help="Blocks at the start left in full precision.")] = 0,
     keep_last: Annotated[int, typer.Option(help="Blocks at the end left in full precision.")] = 0,
     seed: Annotated[int, typer.Option(help="Of all randomness.")] = 0,

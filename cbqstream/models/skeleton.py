@@ -145,6 +145,20 @@ class ModelSkeleton:
         return (*outside, *inside)
 
     @property
+    def head(self) -> tuple[str, str]:
+        """Module path of the head, and the name of its weight in the checkpoint; where it is tied, that of the embeddings."""
+        output = self.shell.get_output_embeddings()
+        path = next(name for name, module in self.shell.named_modules() if module is output)
+        return path, self.outer[f"{path}.weight"]
+
+    @property
+    def is_head_tied(self) -> bool:
+        """Whether the head is the embeddings."""
+        embeddings = self.shell.get_input_embeddings()
+        path = next(name for name, module in self.shell.named_modules() if module is embeddings)
+        return self.outer[f"{path}.weight"] == self.head[1]
+
+    @property
     def vocab_size(self) -> int:
         """Token ids are below this."""
         return int(self._text.vocab_size)

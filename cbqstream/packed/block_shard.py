@@ -9,9 +9,11 @@ from torch import Tensor
 from cbqstream.checkpoint.header import read_header
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.disk import Disk, FileDigest
-from cbqstream.packed.format import SCALE, encode
+from cbqstream.packed.format import SCALE, encode, encode_in_slabs
 from cbqstream.packed.shard import write_tensors
 from cbqstream.records import BlockSpec, QuantizedWeight
+
+HEAD = "head.safetensors"
 
 
 def shard_name(index: int) -> str:
@@ -51,6 +53,14 @@ def write_block(
         else:
             tensors[name] = source.read(name, device=torch.device("cpu"))
     return shard_name(spec.index), write_tensors(disk, folder / shard_name(spec.index), tensors)
+
+
+def write_head(disk: Disk, folder: Path, name: str, weight: QuantizedWeight, scale_dtype: torch.dtype) -> Path:
+    """Write the shard of the head, whose weight the source calls `name`."""
+    tensors = encode_in_slabs(weight, scale_dtype=scale_dtype)
+    path = folder / HEAD
+    write_tensors(disk, path, {f"{name.removesuffix('.weight')}.{part}": value for part, value in tensors.items()})
+    return path
 
 
 def read_scales(shard: Path, *, device: torch.device) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from cbqstream.records import QuantizedWeight, TensorInfo
 PACKED, SCALE, ZERO_POINT, SHAPE = "weight_packed", "weight_scale", "weight_zero_point", "weight_shape"
 INPUT_SCALE = "input_scale"
 _WORD = 32
+_SLAB_ROWS = 128 * _WORD  # zero points of whole slabs fill whole words
 METHOD, FORMAT = "compressed-tensors", "pack-quantized"
 _ACTIVATIONS: dict[ActivationStrategy, dict[str, Any]] = {
     "token": {"type": "int", "symmetric": True, "strategy": "token", "dynamic": True},
@@ -49,6 +50,16 @@ def encode(weight: QuantizedWeight, *, scale_dtype: torch.dtype) -> dict[str, Te
     if weight.input_scale is not None:
         tensors[INPUT_SCALE] = weight.input_scale.cpu().to(scale_dtype)
     return tensors
+
+
+def encode_in_slabs(weight: QuantizedWeight, *, scale_dtype: torch.dtype) -> dict[str, Tensor]:
+    """What `encode` gives, some rows at a time: packing a head of a billion weights at once would take many times its size."""
+    slabs = [
+        encode(weight.rows(slice(start, start + _SLAB_ROWS)), scale_dtype=scale_dtype)
+        for start in range(0, weight.codes.shape[0], _SLAB_ROWS)
+    ]
+    tensors = {part: torch.cat([slab[part] for slab in slabs]) for part in slabs[0] if part != SHAPE}
+    return {**tensors, SHAPE: torch.tensor(weight.codes.shape, dtype=torch.int64)}
 
 
 def decode(tensors: dict[str, Tensor], scheme: Scheme) -> QuantizedWeight:

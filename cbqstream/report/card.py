@@ -43,7 +43,7 @@ def model_card(content: Mapping[str, Any], reports: Sequence[Mapping[str, Any]],
     rows = {
         "weights": f"{scheme.num_bits} bits, {groups}, {'symmetric' if scheme.symmetric else 'with zero points'}",
         "inputs": inputs,
-        "quantized": f"blocks {first} to {last}",
+        "quantized": f"blocks {first} to {last}{', and the head' if config.quantize_lm_head else ''}",
         "calibrated on": f"{content['stream'][0]} x {content['stream'][1]} tokens, SHA-256 {calibration}",
         "weights of the source": f"fingerprint {identity['source']['weights']}",
         "loss of a window": f"{losses[0]:.4g} at first, {losses[1]:.4g} learned (mean of {windows}, on segments that nothing learned from)",

@@ -125,6 +125,8 @@ def _check_scheme(config: QuantizeConfig, skeleton: ModelSkeleton, source: RunSo
             f"keep_first + keep_last is {kept} and the model has {len(skeleton.blocks)} blocks; nothing is left to quantize."
         )
     _require_meant(config, skeleton)
+    if config.quantize_lm_head:
+        _require_storable(source.infos[skeleton.head[1]], head_scheme(config, skeleton))
     for spec in skeleton.blocks[config.keep_first : len(skeleton.blocks) - config.keep_last]:
         layers = layer_schemes(config, spec)
         if not layers:
@@ -140,11 +142,11 @@ def _check_scheme(config: QuantizeConfig, skeleton: ModelSkeleton, source: RunSo
 def _require_meant(config: QuantizeConfig, skeleton: ModelSkeleton) -> None:
     """Refuse a pattern that means no module: a slip of the pen would be seen after hours, if at all."""
     paths = [f"{spec.prefix}.{name}" for spec in skeleton.blocks for name in spec.linears]
-    paths += [
-        spec.tensors[f"{name}.weight"].removesuffix(".weight") for spec in skeleton.blocks for name in spec.linears
-    ]
+    stored = [spec.tensors[f"{name}.weight"] for spec in skeleton.blocks for name in spec.linears]
+    paths += [name.removesuffix(".weight") for name in (*stored, skeleton.head[1])]
+    paths += skeleton.never_quantized
     for pattern in (*config.ignore, *(text.rpartition("=")[0] for text in config.override)):
-        if not any(re.fullmatch(path_pattern(pattern), path) for path in (*paths, *skeleton.never_quantized)):
+        if not any(re.fullmatch(path_pattern(pattern), path) for path in paths):
             raise UsageError(
                 f'"{shown(pattern)}" means no layer. A path is such as {paths[0]}; whole parts of it, * and ? can be used.'
             )
@@ -156,17 +158,36 @@ def layer_schemes(config: QuantizeConfig, spec: BlockSpec) -> dict[str, Scheme]:
     Raises:
         UsageError: a pattern means a layer by its module path and not by its name in the checkpoint, or the other way round.
     """
-    found, chosen = {}, config.schemes
+    found = {}
     for name in spec.linears:
-        paths = (f"{spec.prefix}.{name}", spec.tensors[f"{name}.weight"].removesuffix(".weight"))
-        schemes = [None if config.is_ignored(path) else chosen.of(path) for path in paths]
-        if schemes[0] != schemes[1]:
-            raise UsageError(
-                f"--ignore or --override means {paths[0]} and not {paths[1]}, its name in the checkpoint. Mean both."
-            )
-        if schemes[0] is not None:
-            found[name] = schemes[0]
+        scheme = _scheme_of(config, f"{spec.prefix}.{name}", spec.tensors[f"{name}.weight"])
+        if scheme is not None:
+            found[name] = scheme
     return found
+
+
+def head_scheme(config: QuantizeConfig, skeleton: ModelSkeleton) -> Scheme:
+    """How the head is quantized.
+
+    Raises:
+        UsageError: it is tied to the embeddings, or left in full precision at the same time.
+    """
+    scheme = _scheme_of(config, *skeleton.head)
+    if skeleton.is_head_tied or scheme is None:
+        what = "is tied to the embeddings" if skeleton.is_head_tied else "is left in full precision by --ignore"
+        raise UsageError(f"the head {what}. Leave out --quantize-lm-head.")
+    return scheme
+
+
+def _scheme_of(config: QuantizeConfig, path: str, weight: str) -> Scheme | None:
+    """Of the layer with a module path, whose weight has a name in the checkpoint; None leaves it in full precision."""
+    paths, chosen = (path, weight.removesuffix(".weight")), config.schemes
+    schemes = [None if config.is_ignored(one) else chosen.of(one) for one in paths]
+    if schemes[0] != schemes[1]:
+        raise UsageError(
+            f"--ignore or --override means {paths[0]} and not {paths[1]}, its name in the checkpoint. Mean both."
+        )
+    return schemes[0]
 
 
 def _require_alike(spec: BlockSpec, layers: Mapping[str, Scheme]) -> None:

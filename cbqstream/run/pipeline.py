@@ -30,7 +30,8 @@ from cbqstream.memory import peak_resident_bytes, release_free_memory, return_la
 from cbqstream.models.block import build_block
 from cbqstream.models.ends import model_ends
 from cbqstream.models.experts import tokens_by_expert
-from cbqstream.packed.block_shard import write_block
+from cbqstream.numerics.scale_search import rounded_to_nearest
+from cbqstream.packed.block_shard import write_block, write_head
 from cbqstream.packed.format import quantization_config
 from cbqstream.packed.output import assemble, building_folder, is_occupied
 from cbqstream.packed.shard import write_tensors
@@ -40,7 +41,7 @@ from cbqstream.run.chain import CARRY, QUANTIZED, REFERENCE, Chain
 from cbqstream.run.end_to_end import learn_end_to_end
 from cbqstream.run.finished import read_carry
 from cbqstream.run.identity import require_same
-from cbqstream.run.inputs import RunInputs, open_inputs
+from cbqstream.run.inputs import RunInputs, head_scheme, open_inputs
 from cbqstream.run.journal import Journal, open_journal
 from cbqstream.run.limits import (
     disk_bytes,
@@ -244,8 +245,9 @@ class _Job:
         last = len(inputs.skeleton.blocks) - config.keep_last
         quantized = inputs.skeleton.blocks[config.keep_first : last]
         kept = [*inputs.skeleton.blocks[: config.keep_first], *inputs.skeleton.blocks[last:]]
+        head = [inputs.skeleton.head] if config.quantize_lm_head else []
         not_quantized = [
-            *inputs.skeleton.never_quantized,
+            *(path for path in inputs.skeleton.never_quantized if path not in dict(head)),
             *(f"{spec.prefix}.{name}" for spec in kept for name in spec.linears),
             *(f"re:{path_pattern(pattern)}$" for pattern in config.ignore),
         ]
@@ -255,11 +257,17 @@ class _Job:
             building_folder(out, self.journal.chain.run["self"]),
             source_folder=Path(config.model),
             source=inputs.source,
-            shards=shards,
-            replaced={name for spec in quantized for name in spec.tensors.values()},
+            shards=[*shards, *(self._write_head(name) for _, name in head)],
+            replaced={name for spec in quantized for name in spec.tensors.values()} | {name for _, name in head},
             config={**inputs.model, "quantization_config": quantization_config(config.schemes, not_quantized)},
             texts=self._told(),
         )
+
+    def _write_head(self, name: str) -> Path:
+        source = self.inputs.source
+        weight = source.read(name, device=self.inputs.compute.device)
+        hard = rounded_to_nearest(weight, head_scheme(self.inputs.config, self.inputs.skeleton))
+        return write_head(self.journal.disk, self.journal.building, name, hard, source.infos[name].dtype)
 
     def _told(self) -> dict[str, str]:
         """What the result says of itself."""

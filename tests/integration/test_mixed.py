@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from cbqstream.config import OutlierConfig, Scheme, path_pattern
 from cbqstream.errors import StoppedError, UsageError
 from cbqstream.evaluation.model import open_model
 from cbqstream.records import Notice
+from cbqstream.run.check import check
 from perplexities import plain_perplexity, streamed_perplexity
-from tiny import SEQ_LEN, VOCAB
+from tiny import SEQ_LEN, VOCAB, save_model
 
 CPU = torch.device("cpu")
 FOLDS = OutlierConfig(activations="always", variant="search")
@@ -138,3 +140,38 @@ def test_experts_that_transformers_does_not_load_are_told_of(make_config, family
         quantize(make_config(family, **settings), events.append, stop_after_window=1)
     texts = [event.text for event in events if isinstance(event, Notice)]
     assert any("which transformers 5.23 does not load" in text for text in texts) == said
+
+
+@pytest.mark.parametrize(("family", "head"), [("llama", "lm_head"), ("gpt_neox", "embed_out")])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_head_can_be_quantized_too(make_config, tokens, family, head, bits):
+    """To the nearest level of the best scale of those that a search tries; transformers computes with the same."""
+    override = () if bits == 4 else ("lm_head=W8", f"{head}=W8")
+    config = make_config(family, quantize_lm_head=True, override=override, reconstruction={"rounding": "none"})
+    out = quantize(config)
+    stored, dense = Checkpoint.open(out).infos, Checkpoint.open(Path(config.model))
+    assert f"{head}.weight" not in stored
+    weight = dense.read(f"{head}.weight", device=CPU, dtype=torch.float32)
+    assert stored[f"{head}.weight_packed"].shape == (VOCAB, weight.shape[1] * bits // 32)
+    found = open_model(out)[1].read(f"{head}.weight", device=CPU)
+    scale = Checkpoint.open(out).read(f"{head}.weight_scale", device=CPU).float().repeat_interleave(32, 1)
+    low, high = -(1 << bits - 1), (1 << bits - 1) - 1
+    assert torch.equal(found, (weight / scale).round().clamp(low, high) * scale)
+    ids = load_segments(tokens, out, num_samples=16, seq_len=SEQ_LEN, vocab_size=VOCAB)
+    assert streamed_perplexity(out, ids) == pytest.approx(plain_perplexity(out, ids), rel=1e-4)
+    assert not check(out, read_data=True).problems
+    assert "and the head" in (out / "README.md").read_text()
+
+
+def test_heads_that_cannot_be_quantized(make_config, tmp_path):
+    tied = save_model(tmp_path / "tied", tie_word_embeddings=True)
+    with pytest.raises(UsageError, match=r"the head is tied to the embeddings\. Leave out --quantize-lm-head"):
+        quantize(make_config(model=tied, quantize_lm_head=True))
+    with pytest.raises(UsageError, match=r"--quantize-lm-head quantizes no inputs\. Use a scheme with A16"):
+        make_config(quantize_lm_head=True, scheme=Scheme(num_bits=4, group_size=32, activation_bits=8))
+    with pytest.raises(UsageError, match=r"the head is left in full precision by --ignore\. Leave out"):
+        quantize(make_config(quantize_lm_head=True, ignore=("lm_head",)))
+    with pytest.raises(UsageError, match=r"means lm_head and not embed_out, its name in the checkpoint"):
+        quantize(make_config("gpt_neox", quantize_lm_head=True, override=("lm_head=W8",)))
+    with pytest.raises(UsageError, match=r"group size 24 does not divide the 64 columns of lm_head\.weight"):
+        quantize(make_config(quantize_lm_head=True, scheme=Scheme(num_bits=4, group_size=24)))

@@ -1,0 +1,30 @@
+"""The stored form of a weight."""
+
+import pytest
+import torch
+
+from cbqstream.config import Scheme
+from cbqstream.numerics.scale_search import rounded_to_nearest
+from cbqstream.packed.format import decode, encode, encode_in_slabs, parts_of
+
+SCHEMES = [
+    Scheme(num_bits=bits, group_size=size, symmetric=symmetric)
+    for bits in (2, 3, 4, 5, 8)
+    for size in (8, None)
+    for symmetric in (True, False)
+]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("rows", [40, 4096, 9001])
+def test_slabs_make_what_encoding_at_once_makes(scheme, rows):
+    w_OI = torch.randn(rows, 24, generator=torch.Generator().manual_seed(0))
+    weight = rounded_to_nearest(w_OI, scheme)
+    whole, slabs = (made(weight, scale_dtype=torch.bfloat16) for made in (encode, encode_in_slabs))
+    assert whole.keys() == slabs.keys() == set(parts_of(scheme))
+    assert all(torch.equal(whole[part], slabs[part]) for part in whole)
+    back = decode(slabs, scheme)
+    assert torch.equal(back.codes, weight.codes)
+    assert torch.equal(back.scale, weight.scale)
+    assert (back.zero_point is None) == scheme.symmetric
+    assert scheme.symmetric or torch.equal(back.zero_point, weight.zero_point)
