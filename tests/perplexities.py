@@ -12,12 +12,11 @@ from cbqstream.evaluation.perplexity import perplexity
 from cbqstream.records import Compute
 from tiny import auto_class
 
-COMPUTE = Compute(torch.device("cpu"), torch.float32, 4)
-
 
 def streamed_perplexity(folder: Path, ids_NS: Tensor) -> float:
-    """By this project, block by block."""
-    return perplexity(EvaluatedModel(*open_model(folder), COMPUTE), ids_NS)
+    """By this project, block by block; all segments at once, as transformers has them."""
+    compute = Compute(torch.device("cpu"), torch.float32, len(ids_NS))
+    return perplexity(EvaluatedModel(*open_model(folder), compute), ids_NS)
 
 
 @torch.no_grad()

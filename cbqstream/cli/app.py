@@ -25,6 +25,7 @@ Threads = Annotated[int | None, typer.Option(help="CPU threads; the physical cor
 BlocksPath = Annotated[
     str | None, typer.Option(help="Module path of the list of blocks, where it is not found by itself.")
 ]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a MODEL that is a name on the Hub.")]
 StopAfterWindow = Annotated[int | None, typer.Option(help="Leave after this window, with exit code 75.")]
 AllowNumericsChange = Annotated[
     bool, typer.Option("--allow-numerics-change", help="Go on with other threads, versions or device.")
@@ -33,6 +34,13 @@ AllowSharedRunDir = Annotated[
     bool, typer.Option("--allow-shared-run-dir", help="Use a run directory that others can change.")
 ]
 LogJson = Annotated[Path | None, typer.Option(help="Append a JSON line per window to this file.")]
+
+
+def folder_of(model: str, revision: str | None) -> Path:
+    """Where a model is; one on the Hub is downloaded into the local cache."""
+    from cbqstream.hub import fetch
+
+    return fetch(model, revision)
 
 
 def say(line: str) -> None:

@@ -13,11 +13,13 @@ from cbqstream.cli.app import (
     BlocksPath,
     Device,
     LogJson,
+    Revision,
     SeqLen,
     StopAfterWindow,
     Threads,
     app,
     dashed,
+    folder_of,
     say,
 )
 from cbqstream.config import QuantizeConfig
@@ -36,7 +38,7 @@ def _take_recipe(context: typer.Context, recipe: Path | None) -> None:
 
 @app.command()
 def quantize(
-    model: Annotated[str, typer.Argument(help="Folder with config.json and safetensors.")],
+    model: Annotated[str, typer.Argument(help="Folder with config.json and safetensors, or a name on the Hub.")],
     out: Annotated[str, typer.Argument(help="Folder to write.")],
     *,
     recipe: Annotated[
@@ -50,6 +52,10 @@ def quantize(
     dataset: Annotated[
         str, typer.Option(help="Calibration: .txt, .jsonl, .parquet, or token ids in .npy or .safetensors.")
     ],
+    revision: Revision = None,
+    push_to: Annotated[
+        str | None, typer.Option(help="OWNER/NAME on the Hub, for the result once it was checked; made private.")
+    ] = None,
     scheme: Annotated[str, typer.Option(help="W2 to W8 with A16, A8 or A4, such as W4A8.")] = "W4A16",
     group_size: Annotated[int, typer.Option(help="Columns that share a scale; -1 is one scale per channel.")] = 128,
     symmetric: Annotated[
@@ -130,7 +136,16 @@ def quantize(
     log_json: LogJson = None,
 ) -> None:
     """Quantize MODEL into OUT, or go on with the run that was begun."""
+    if push_to is not None:
+        from cbqstream.hub import require_name
+
+        require_name(push_to)
+    model = str(folder_of(model, revision))
     _run(config_of(locals()), log_json, stop_after_window, allow_numerics_change, allow_shared_run_dir)
+    if push_to is not None:
+        from cbqstream.run.push import push as upload
+
+        say(f"pushed: {upload(Path(out), push_to)}")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

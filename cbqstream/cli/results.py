@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from cbqstream.cli.app import BlocksPath, Device, NumSamples, SeqLen, Threads, app, say
+from cbqstream.cli.app import BlocksPath, Device, NumSamples, Revision, SeqLen, Threads, app, folder_of, say
 from cbqstream.errors import UsageError
 
 if TYPE_CHECKING:
@@ -25,6 +25,18 @@ def export(
     say(f"done: {write(model, out, format_name)}")
     if format_name == "dense":
         say("note: dense weights are rounded to the dtype of the source, and no inputs are quantized.")
+
+
+@app.command()
+def push(
+    out: Annotated[Path, typer.Argument(help="A model folder.")],
+    name: Annotated[str, typer.Argument(help="OWNER/NAME on the Hub; made where it does not exist.")],
+    public: Annotated[bool, typer.Option("--public", help="Everybody sees it, where it is made.")] = False,
+) -> None:
+    """Upload a model to the Hugging Face Hub, once every byte of it was checked."""
+    from cbqstream.run.push import push as upload
+
+    say(f"pushed: {upload(out, name, private=not public)}")
 
 
 @app.command()
@@ -51,7 +63,10 @@ def report(
 
 @app.command("eval")
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="A model, quantized by cbqstream or not.")],
+    model: Annotated[
+        str, typer.Argument(help="A model, quantized by cbqstream or not: a folder, or a name on the Hub.")
+    ],
+    revision: Revision = None,
     text: Annotated[Path | None, typer.Option(help="Text, or token ids: perplexity.")] = None,
     against: Annotated[Path | None, typer.Option(help="A model to compare the predictions on the text with.")] = None,
     choices: Annotated[
@@ -86,6 +101,7 @@ def evaluate(
 
     if sum(what is not None for what in (text, choices, tasks, sample)) != 1 or (against is not None and text is None):
         raise UsageError("eval needs --text, with or without --against, or one of --choices, --tasks and --sample.")
+    folder = folder_of(model, revision)
     with Progress(Console(stderr=True)) as progress:
         how: Running = {
             "batch_size": batch_size,
@@ -98,23 +114,23 @@ def evaluate(
         if sample is not None:
             from cbqstream.evaluation.sample import sample as write
 
-            say(sample + write(model, sample, num_tokens=num_tokens, **how))
+            say(sample + write(folder, sample, num_tokens=num_tokens, **how))
             return
         if tasks is not None:
             from cbqstream.evaluation.harness import evaluate_tasks, table
 
             options: dict[str, Any] = {"num_fewshot": num_fewshot, "limit": limit, "include_path": include_path}
-            say(table(evaluate_tasks(model, tasks.split(","), **options, **how)))
+            say(table(evaluate_tasks(folder, tasks.split(","), **options, **how)))
             return
         if choices is not None:
-            found = evaluate_choices(model, choices, num_questions=num_questions, **how)
+            found = evaluate_choices(folder, choices, num_questions=num_questions, **how)
             line = (
                 f"accuracy {found.by_sum:.4f}, by character {found.by_character:.4f} ({len(found.answers)} questions)"
             )
         elif text is not None and against is not None:
-            distance = compare(model, against, text, num_samples=num_samples, seq_len=seq_len, **how)
+            distance = compare(folder, against, text, num_samples=num_samples, seq_len=seq_len, **how)
             line = f"divergence {distance.divergence:.5f}, same next token {distance.top1:.2%} ({distance.num_segments} x {seq_len} tokens)"
         elif text is not None:
-            result = measure(model, text, num_samples=num_samples, seq_len=seq_len, **how)
+            result = measure(folder, text, num_samples=num_samples, seq_len=seq_len, **how)
             line = f"perplexity {result.perplexity:.4f} ({result.num_segments} x {seq_len} tokens)"
-    say(f"{(choices or text or model).name}: {line}")
+    say(f"{(choices or text or folder).name}: {line}")

@@ -1,0 +1,67 @@
+"""Models on the Hugging Face Hub: from there into the local cache, and results to there. Endpoint, token, cache and offline mode are what
+huggingface_hub takes from the environment."""
+
+import re
+from pathlib import Path
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import GatedRepoError, HTTPError, LocalEntryNotFoundError  # type: ignore[attr-defined]
+
+from cbqstream.errors import InputError, StorageError, UsageError, shown
+
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_NEVER_READ = ["*/*", *(f"*.{suffix}" for suffix in ("bin", "pt", "pth", "ckpt", "h5", "msgpack", "gguf", "onnx"))]
+
+
+def fetch(model: str, revision: str | None = None) -> Path:
+    """The folder of a model: itself, or for a name such as `owner/name` the snapshot in the local cache, downloaded where it is not there.
+
+    Args:
+        model: a folder, or a name on the Hub.
+        revision: branch, tag or commit; only for a name.
+
+    Raises:
+        InputError: there is neither, or it cannot be had.
+    """
+    if Path(model).exists() or (revision is None and _ID.fullmatch(model) is None):
+        return Path(model)  # who opens it says what is wrong with it
+    try:
+        return Path(snapshot_download(model, revision=revision, ignore_patterns=_NEVER_READ))
+    except GatedRepoError as error:
+        raise InputError(model, "needs an agreement on the Hub. Accept it there, and log in: hf auth login.") from error
+    except LocalEntryNotFoundError as error:
+        what = "no such folder, and the Hub was not reached or is turned off (HF_HUB_OFFLINE)"
+        raise InputError(model, f"{what}. Download it first: hf download {model}.") from error
+    except (HTTPError, OSError, ValueError) as error:
+        told = shown(str(error).strip().splitlines()[0])
+        raise InputError(model, f"no such folder, and not had from the Hub: {told}") from error
+
+
+def require_name(name: str) -> None:
+    """Refuse what cannot be a name on the Hub, before hours of work.
+
+    Raises:
+        UsageError: it is none.
+    """
+    if _ID.fullmatch(name) is None:
+        raise UsageError(f"{shown(name)} is not a name on the Hub, such as OWNER/NAME.")
+
+
+def push(folder: Path, name: str, *, private: bool) -> str:
+    """Upload a model folder; its address. The repository is made where it does not exist.
+
+    Raises:
+        UsageError: the name is none.
+        StorageError: it was not taken.
+    """
+    require_name(name)
+    try:
+        api = HfApi()
+        made = api.create_repo(name, private=private, exist_ok=True)
+        api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message="Quantized with cbqstream")
+    except (HTTPError, OSError, ValueError) as error:
+        told = shown(str(error).strip().splitlines()[0])
+        raise StorageError(
+            f"{name}: the Hub did not take {folder}: {told} Check the name, and log in: hf auth login."
+        ) from error
+    return str(made)

@@ -1,0 +1,224 @@
+"""Models from the Hub and to it, against a server on this machine that answers as the Hub does."""
+
+import base64
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs, unquote, urlparse
+
+import pytest
+import torch
+
+from cbqstream.evaluation.perplexity import evaluate
+from tiny import SEQ_LEN, files_of, save_model
+
+COMMITS = {"main": "a" * 40, "old": "b" * 40}
+NAME = "owner/tiny-llama"
+
+
+class Hub(ThreadingHTTPServer):
+    """Repositories by name and commit, and what was pushed."""
+
+    def __init__(self, models):
+        super().__init__(("127.0.0.1", 0), Answers)
+        self.models, self.pushed, self.made, self.asked = models, {}, [], []
+        self.address = f"http://127.0.0.1:{self.server_port}"
+
+
+class Answers(BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+    def answer(self, content, code=200, **headers):
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(code)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def missing(self, kind):
+        self.answer({"error": f"{kind} not found"}, 404, X_Error_Code=kind, X_Error_Message=f"{kind} not found")
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        path = unquote(urlparse(self.path).path)
+        self.server.asked.append((self.command, path))
+        name = "/".join(path.removeprefix("/api/models").split("/")[1:3])
+        if name not in self.server.models:
+            self.missing("RepoNotFound")
+            return
+        rest = path.partition(name)[2].strip("/").split("/")
+        if rest[0] == "revision":
+            commit = COMMITS.get(rest[1], rest[1])
+            if commit not in COMMITS.values():
+                self.missing("RevisionNotFound")
+                return
+            self.answer({"id": name, "sha": commit, "siblings": []})
+        elif rest[0] == "tree":
+            folder = self.server.models[name][rest[1]]
+            self.answer([self.entry(file, folder) for file in sorted(folder.rglob("*")) if file.is_file()])
+        elif rest[0] == "resolve":
+            content = (self.server.models[name][rest[1]] / "/".join(rest[2:])).read_bytes()
+            self.answer(content, ETag=f'"{hashlib.sha1(content).hexdigest()}"', X_Repo_Commit=rest[1])
+
+    @staticmethod
+    def entry(file, folder):
+        content = file.read_bytes()
+        found = {"type": "file", "path": str(file.relative_to(folder)), "size": len(content)}
+        return {**found, "oid": hashlib.sha1(content).hexdigest()}
+
+    def do_POST(self):
+        path = urlparse(self.path).path
+        self.server.asked.append(("POST", path))
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            self.server.made.append(asked)
+            name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
+            self.answer({"url": f"{self.server.address}/{name}", "name": name})
+        elif path == "/api/validate-yaml":
+            self.answer({"errors": [], "warnings": []})
+        elif "/preupload/" in path:
+            files = json.loads(body)["files"]
+            self.answer(
+                {"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in files]}
+            )
+        elif "/commit/" in path:
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    content = base64.b64decode(line["value"]["content"])
+                    self.server.pushed[line["value"]["path"]] = content
+            where = path.removeprefix("/api/models/").split("/commit/")[0]
+            self.answer(
+                {
+                    "success": True,
+                    "commitOid": "c" * 40,
+                    "commitUrl": f"{self.server.address}/{where}/commit/{'c' * 40}",
+                }
+            )
+        else:
+            self.answer({"error": parse_qs(path)}, 500)
+
+
+@pytest.fixture
+def hub(tmp_path):
+    folders = {}
+    for index, commit in enumerate(COMMITS.values()):
+        folder = save_model(tmp_path / commit[:2], seed=index, dtype=torch.float32)
+        (folder / "pytorch_model.bin").write_bytes(b"never read")
+        (folder / "original").mkdir()
+        (folder / "original" / "weights.safetensors").write_bytes(b"never read")
+        folders[commit] = folder
+    server = Hub({NAME: folders})
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def run(hub, tmp_path):
+    """A function that runs the command with that server as the Hub."""
+
+    def call(*arguments, **environment):
+        settings = {
+            **os.environ,
+            "HF_ENDPOINT": hub.address,
+            "HF_HOME": str(tmp_path / "cache"),
+            "HF_HUB_OFFLINE": "0",
+            "HF_TOKEN": "hf_secret",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            **environment,
+        }
+        command = [sys.executable, "-m", "cbqstream", *map(str, arguments)]
+        return subprocess.run(command, env=settings, capture_output=True, text=True, check=False)
+
+    return call
+
+
+def options(tokens):
+    lengths = ["--num-samples", 4, "--seq-len", SEQ_LEN, "--group-size", 32, "--rounding", "none"]
+    return ["--dataset", tokens, *lengths, "--device", "cpu", "--threads", 1]
+
+
+def test_a_model_from_the_hub_and_back(run, hub, tokens, tmp_path):
+    out = tmp_path / "out"
+    made = run("quantize", NAME, out, *options(tokens), "--push-to", "me/tiny-w4")
+    assert made.returncode == 0, made.stderr
+    assert made.stdout.splitlines()[-1].startswith("pushed: ")
+    asked = [path for _, path in hub.asked]
+    assert not any("pytorch_model.bin" in path or "original" in path for path in asked)
+    assert {name: content for name, content in hub.pushed.items() if name != ".gitattributes"} == files_of(out)
+    assert [(repository["name"], repository["visibility"]) for repository in hub.made] == [("tiny-w4", "private")]
+
+    local = run("quantize", hub.models[NAME][COMMITS["main"]], tmp_path / "local", *options(tokens))
+    assert local.returncode == 0, local.stderr
+    assert files_of(tmp_path / "local") == files_of(out)
+
+    hub.asked.clear()
+    again = run("resume", f"{out}.run", HF_HUB_OFFLINE="1")
+    assert again.returncode == 0, again.stderr
+    assert hub.asked == []
+
+
+def test_a_revision_is_what_is_measured(run, hub, tokens):
+    found = {}
+    for revision, commit in COMMITS.items():
+        lengths = ["--seq-len", SEQ_LEN, "--device", "cpu", "--threads", 1]
+        made = run("eval", NAME, "--revision", revision, "--text", tokens, *lengths)
+        assert made.returncode == 0, made.stderr
+        expected = evaluate(hub.models[NAME][commit], tokens, seq_len=SEQ_LEN, device="cpu", threads=1)
+        assert f"perplexity {expected.perplexity:.4f}" in made.stdout
+        found[revision] = made.stdout
+    assert found["main"] != found["old"]
+
+
+def test_what_the_hub_does_not_give(run, tokens, tmp_path):
+    cases = {
+        ("owner/nothing",): r"owner/nothing: no such folder, and not had from the Hub: ",
+        (NAME, "--revision", "nowhere"): f"{NAME}: no such folder, and not had from the Hub: ",
+        ("nothing/here/at-all",): "nothing/here/at-all",
+    }
+    for arguments, message in cases.items():
+        refused = run("quantize", arguments[0], tmp_path / "out", *options(tokens), *arguments[1:])
+        assert (refused.returncode, refused.stdout) == (65, ""), refused.stderr
+        assert refused.stderr.count("\n") == 1
+        assert message in refused.stderr
+    offline = run("quantize", NAME, tmp_path / "out", *options(tokens), HF_HUB_OFFLINE="1")
+    assert (offline.returncode, offline.stderr) == (
+        65,
+        f"cbqstream: error: {NAME}: no such folder, and the Hub was not reached or is turned off (HF_HUB_OFFLINE)."
+        f" Download it first: hf download {NAME}.\n",
+    )
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_what_is_not_pushed(run, hub, tokens, tmp_path):
+    nameless = run("quantize", NAME, tmp_path / "out", *options(tokens), "--push-to", "no name")
+    assert (nameless.returncode, "no name is not a name on the Hub" in nameless.stderr) == (2, True)
+    assert not list(tmp_path.glob("out*"))
+    made = run("quantize", NAME, tmp_path / "out", *options(tokens))
+    assert made.returncode == 0, made.stderr
+    (shard,) = sorted(Path(tmp_path / "out").glob("block-00001*"))
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-3])
+    refused = run("push", tmp_path / "out", "me/tiny-w4")
+    assert (refused.returncode, refused.stderr.count("\n")) == (65, 1)
+    assert "not pushed: " in refused.stderr
+    assert hub.pushed == {}
+    shard.write_bytes(whole)
+    hub.models.clear()
+    hub.shutdown()
+    hub.server_close()
+    away = run("push", tmp_path / "out", "me/tiny-w4")
+    assert (away.returncode, away.stderr.count("\n")) == (74, 1)
+    assert "the Hub did not take" in away.stderr
