@@ -11,6 +11,7 @@ from cbqstream.memory import GIB
 from cbqstream.models.families import EXPERT
 from cbqstream.report.progress import duration
 
+_NAMED = 8
 _IN_BLOCK = re.compile(r".*?\.(\d+)\.(.+)")
 
 
@@ -57,7 +58,8 @@ class Facts:
         if windows:
             rows.append(("codes moved from the nearest", f"{mean(window['changed'] for window in windows):.2%}"))
             taken_back = [str(window["window"] + 1) for window in windows if window["fallback"]]
-            rows.append(("taken back", f"windows {', '.join(taken_back)}" if taken_back else "no window"))
+            which = f"windows {', '.join(taken_back)}" if len(taken_back) <= _NAMED else f"{len(taken_back)} windows"
+            rows.append(("taken back", which if taken_back else "no window"))
         if epochs:
             rows.append(("end to end", f"{epochs[0]['loss_before']:.4f} to {epochs[-1]['loss_after']:.4f} nats"))
         if self.costs:

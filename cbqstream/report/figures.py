@@ -103,6 +103,7 @@ def _epochs(facts: Facts, axes: Axes) -> bool:
         return False
     values = [facts.epochs[0]["loss_before"], *(epoch["loss_after"] for epoch in facts.epochs)]
     axes.plot(range(len(values)), values, ".-", color=_AFTER, linewidth=1)
+    axes.set_xticks(range(len(values)))
     axes.set(xlabel="epoch end to end", ylabel="divergence, nats")
     return True
 
