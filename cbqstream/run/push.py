@@ -11,7 +11,7 @@ def push(out: Path, name: str, *, private: bool = True) -> str:
     """Check a result and upload it; its address.
 
     Args:
-        out: a result of `quantize`, or an export.
+        out: a result of `quantize`, or a model without quantization; other formats cannot be checked, and are refused.
         name: `owner/name` on the Hub; made where it does not exist.
         private: whether it is made so that only its owner sees it.
 
