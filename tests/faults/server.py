@@ -22,7 +22,8 @@ from pathlib import Path
 import patches
 import torch
 
-from cbqstream import cli, disk
+from cbqstream import disk
+from cbqstream.cli import main as command
 from cbqstream.disk import Disk
 from cbqstream.evaluation import perplexity  # noqa: F401
 from cbqstream.report import progress, status  # noqa: F401
@@ -71,7 +72,7 @@ def work(request: dict, out: Path, err: Path) -> None:
     sys.argv = ["cbqstream", *request["arguments"]]
     code = 1
     try:
-        cli.main()
+        command.main()
     except SystemExit as stop:
         code = stop.code
     except BaseException:  # noqa: BLE001

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cbqstream import cli
+from cbqstream.cli import main
 from cbqstream.errors import StoppedError
 from cbqstream.run import pipeline
 from killing import windows_committed
@@ -20,10 +20,10 @@ from tiny import SEQ_LEN
 def call(monkeypatch, capsys, *arguments):
     """Exit code, standard output and standard error of `cbqstream ARGUMENTS`, run in this process."""
     monkeypatch.setattr(sys, "argv", ["cbqstream", *map(str, arguments)])
-    monkeypatch.setattr(cli, "interrupt_on_signals", lambda: None)
+    monkeypatch.setattr(main, "interrupt_on_signals", lambda: None)
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as stop:
-        cli.main()
+        main.main()
     captured = capsys.readouterr()
     return stop.value.code, captured.out, captured.err
 
@@ -195,7 +195,7 @@ def test_status_of_a_run_that_was_stopped(cbqstream, tiny_models, tokens, tmp_pa
 
 AT_ONCE = """
 import os, signal, sys
-from cbqstream import cli
+from cbqstream.cli import main
 real = signal.signal
 def hooked(number, handler):
     real(number, handler)
@@ -204,7 +204,7 @@ def hooked(number, handler):
         os.kill(os.getpid(), number)
 signal.signal = hooked
 sys.argv = ["cbqstream", "--help"]
-cli.main()
+main.main()
 """
 
 

@@ -57,7 +57,7 @@ def test_twice_the_same_whatever_the_global_generators_say(make_config):
 def test_reading_further_ahead_changes_nothing(make_config, monkeypatch):
     outs = []
     for depth in (0, 1, 4):
-        monkeypatch.setattr(read_ahead, "_DEPTH", depth)
+        monkeypatch.setattr(read_ahead, "READ_DEPTH", depth)
         outs.append(files_of(quantize(make_config(name=f"out-{depth}", **SETTINGS))))
     assert outs[0] == outs[1] == outs[2]
 
