@@ -46,7 +46,7 @@ def config_of(said: dict[str, Any]) -> QuantizeConfig:
 
 
 def recipe_of(config: QuantizeConfig) -> str:
-    """A recipe, as `recipe.py` reads it, with every setting that results depend on: the inverse of `config_of`."""
+    """A recipe, as `recipe.py` reads it, with every setting that results depend on but threads and device: the inverse of `config_of`."""
     scheme, calibration, window = config.scheme, config.calibration, config.window
     said = {
         "scheme": scheme.name,

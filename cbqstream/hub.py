@@ -5,12 +5,16 @@ import re
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import GatedRepoError, HTTPError, LocalEntryNotFoundError  # type: ignore[attr-defined]
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
 
 from cbqstream.errors import InputError, StorageError, UsageError, shown
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _NEVER_READ = ["*/*", *(f"*.{suffix}" for suffix in ("bin", "pt", "pth", "ckpt", "h5", "msgpack", "gguf", "onnx"))]
+
+
+_FAILURES: tuple[type[Exception], ...] = (HfHubHTTPError, HfHubHTTPError.__mro__[1], OSError, ValueError, RuntimeError)
+"""What huggingface_hub raises; second the base of all errors of its HTTP client, which is another one in other versions."""
 
 
 def fetch(model: str, revision: str | None = None) -> Path:
@@ -32,9 +36,8 @@ def fetch(model: str, revision: str | None = None) -> Path:
     except LocalEntryNotFoundError as error:
         what = "no such folder, and the Hub was not reached or is turned off (HF_HUB_OFFLINE)"
         raise InputError(model, f"{what}. Download it first: hf download {model}.") from error
-    except (HTTPError, OSError, ValueError) as error:
-        told = shown(str(error).strip().splitlines()[0])
-        raise InputError(model, f"no such folder, and not had from the Hub: {told}") from error
+    except _FAILURES as error:
+        raise InputError(model, f"no such folder, and not had from the Hub: {_told(error)}") from error
 
 
 def require_name(name: str) -> None:
@@ -59,9 +62,12 @@ def push(folder: Path, name: str, *, private: bool) -> str:
         api = HfApi()
         made = api.create_repo(name, private=private, exist_ok=True)
         api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message="Quantized with cbqstream")
-    except (HTTPError, OSError, ValueError) as error:
-        told = shown(str(error).strip().splitlines()[0])
-        raise StorageError(
-            f"{name}: the Hub did not take {folder}: {told} Check the name, and log in: hf auth login."
-        ) from error
+    except _FAILURES as error:
+        remedy = "Check the name, and log in: hf auth login."
+        raise StorageError(f"{name}: the Hub did not take {folder}: {_told(error)} {remedy}") from error
     return str(made)
+
+
+def _told(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return shown(lines[0] if lines else type(error).__name__)

@@ -213,6 +213,7 @@ WRITING_MODES = {kind + binary + plus for kind in "wax" for binary in ("", "b") 
 OWN_OPERATIONS = {"disk", "_disk"}  # disk.py's operations may have such names
 PURE = {
     "cli/app.py": {"replace"},
+    "cli/making.py": {"replace"},
     "report/figures.py": {"replace"},
     "recipe.py": {"replace"},
     "flags.py": {"replace"},

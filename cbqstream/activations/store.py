@@ -27,6 +27,10 @@ class ActivationStore(ABC):
         self.hidden = 0.0
         """Seconds of writing that `write_behind` has not waited for so far."""
 
+    def writing(self) -> float:
+        """Seconds that the disk has taken so far, for whoever measures what writing takes."""
+        return 0.0
+
     @abstractmethod
     def write(self, segment: int, x_SD: Tensor) -> None:
         """Store one segment, converted to the dtype of the store. Overwrites.

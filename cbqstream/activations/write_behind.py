@@ -24,12 +24,12 @@ def write_behind(store: ActivationStore) -> Iterator[Callable[[int, Tensor], Non
 
     def write(segment: int, x_SD: Tensor) -> float:
         nonlocal whole
-        began = time.monotonic()
+        began = store.writing()
         if whole:
             whole = False
             store.write(segment, x_SD)
             whole = True
-        return time.monotonic() - began
+        return store.writing() - began
 
     def wait() -> None:
         began = time.monotonic()

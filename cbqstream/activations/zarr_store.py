@@ -51,10 +51,11 @@ class _FolderOfFiles(LocalStore):
 class ZarrStore(ActivationStore):
     """One stream in the folder `path`. Use `create` or `open`."""
 
-    def __init__(self, path: Path, shape: StreamShape, array: "zarr.Array[Any]") -> None:
+    def __init__(self, path: Path, shape: StreamShape, array: "zarr.Array[Any]", disk: Disk | None = None) -> None:
         super().__init__(shape)
         self.path = path
         self._array = array
+        self._disk = disk
 
     @classmethod
     def create(cls, path: Path, shape: StreamShape, disk: Disk, *, durable: bool) -> "ZarrStore":
@@ -67,7 +68,7 @@ class ZarrStore(ActivationStore):
             durable: segments are synced as they are written, once each; else they may be overwritten.
         """
         disk.make_folder(path)
-        return cls(path, shape, _new_array(_FolderOfFiles(path, disk, durable=durable), shape))
+        return cls(path, shape, _new_array(_FolderOfFiles(path, disk, durable=durable), shape), disk)
 
     @classmethod
     def open(cls, path: Path, shape: StreamShape) -> "ZarrStore":
@@ -84,6 +85,9 @@ class ZarrStore(ActivationStore):
         if not is_expected:
             raise InputError(metadata, "not that of the stream that is expected.")
         return cls(path, shape, zarr.open_array(str(path), mode="r"))
+
+    def writing(self) -> float:
+        return 0.0 if self._disk is None else self._disk.seconds
 
     def write(self, segment: int, x_SD: Tensor) -> None:
         self._check(segment, x_SD)

@@ -44,7 +44,7 @@ def folder_of(model: str, revision: str | None) -> Path:
 
 
 def say(line: str) -> None:
-    Console().print(line, highlight=False, soft_wrap=True, markup=False)
+    Console().print(line, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 def fail(message: str, code: int) -> NoReturn:
@@ -53,7 +53,9 @@ def fail(message: str, code: int) -> NoReturn:
 
 
 def complain(message: str) -> None:
-    Console(stderr=True).print(f"cbqstream: error: {message}", highlight=False, soft_wrap=True, markup=False)
+    Console(stderr=True).print(
+        f"cbqstream: error: {message}", highlight=False, soft_wrap=True, markup=False, emoji=False
+    )
 
 
 def dashed(argument: str) -> str:

@@ -1,6 +1,7 @@
 """Commands that make a model: quantize, plan, resume."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -140,12 +141,14 @@ def quantize(
         from cbqstream.hub import require_name
 
         require_name(push_to)
-    model = str(folder_of(model, revision))
-    _run(config_of(locals()), log_json, stop_after_window, allow_numerics_change, allow_shared_run_dir)
+    config = config_of(locals())  # before a model is downloaded
+    config = replace(config, model=str(folder_of(model, revision).absolute()))
+    how_to_go_on = "the same command" if push_to is not None else None
+    _run(config, log_json, stop_after_window, allow_numerics_change, allow_shared_run_dir, how_to_go_on)
     if push_to is not None:
         from cbqstream.run.push import push as upload
 
-        say(f"pushed: {upload(Path(out), push_to)}")
+        say(f"pushed: {upload(Path(out), push_to, blocks_path=blocks_path)}")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -195,6 +198,7 @@ def _run(
     stop_after_window: int | None,
     allow_numerics_change: bool,
     allow_shared_run_dir: bool,
+    how_to_go_on: str | None = None,
 ) -> None:
     from cbqstream.report.progress import Progress
     from cbqstream.run.pipeline import quantize as run_pipeline
@@ -209,7 +213,7 @@ def _run(
                 allow_shared_run_dir=allow_shared_run_dir,
             )
     except (Interrupted, StoppedError) as stop:
-        raise StoppedError(f"{stop} To go on: {_how_to_go_on(config)}") from stop
+        raise StoppedError(f"{stop} To go on: {how_to_go_on or _how_to_go_on(config)}") from stop
     say(f"done: {out}")
 
 

@@ -32,11 +32,12 @@ def push(
     out: Annotated[Path, typer.Argument(help="A model folder.")],
     name: Annotated[str, typer.Argument(help="OWNER/NAME on the Hub; made where it does not exist.")],
     public: Annotated[bool, typer.Option("--public", help="Everybody sees it, where it is made.")] = False,
+    blocks_path: BlocksPath = None,
 ) -> None:
-    """Upload a model to the Hugging Face Hub, once every byte of it was checked."""
+    """Upload a result to the Hugging Face Hub, once `check --read-data` found nothing."""
     from cbqstream.run.push import push as upload
 
-    say(f"pushed: {upload(out, name, private=not public)}")
+    say(f"pushed: {upload(out, name, private=not public, blocks_path=blocks_path)}")
 
 
 @app.command()
@@ -48,6 +49,7 @@ def report(
     ] = None,
     num_samples: NumSamples = 64,
     seq_len: SeqLen = 512,
+    blocks_path: BlocksPath = None,
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
@@ -56,7 +58,7 @@ def report(
     from cbqstream.run.report import report as write
 
     with Progress(Console(stderr=True)) as progress:
-        how: Running = {"device": device, "threads": threads, "listener": progress}
+        how: Running = {"blocks_path": blocks_path, "device": device, "threads": threads, "listener": progress}
         page = write(path, out, text, num_samples=num_samples, seq_len=seq_len, **how)
     say(f"done: {page}")
 
@@ -114,7 +116,13 @@ def evaluate(
         if sample is not None:
             from cbqstream.evaluation.sample import sample as write
 
-            say(sample + write(folder, sample, num_tokens=num_tokens, **how))
+            written = write(folder, sample, num_tokens=num_tokens, **how)
+            say(
+                sample
+                + "".join(
+                    mark if mark.isprintable() or mark == "\n" else "\N{REPLACEMENT CHARACTER}" for mark in written
+                )
+            )
             return
         if tasks is not None:
             from cbqstream.evaluation.harness import evaluate_tasks, table

@@ -13,7 +13,7 @@ from typing import Any
 from cbqstream.calibration.segments import load_tokenizer
 from cbqstream.errors import UsageError
 from cbqstream.evaluation.likelihood import Request, log_likelihoods
-from cbqstream.evaluation.model import EvaluatedModel
+from cbqstream.evaluation.model import EvaluatedModel, require_counts
 
 try:
     import lm_eval
@@ -127,7 +127,7 @@ def evaluate_tasks(
 
     Args:
         model: folder of a model, quantized by this project or not.
-        tasks: their names.
+        tasks: their names, in which * may stand for anything.
         num_fewshot: examples before each question; what the task says by default.
         limit: the first so many documents of each task; all by default.
         include_path: folder with tasks of your own.
@@ -140,13 +140,18 @@ def evaluate_tasks(
         InputError: the model cannot be read.
         UsageError: there is no such task, or a setting cannot work.
     """
+    require_counts(limit=limit)
+    if num_fewshot is not None and num_fewshot < 0:
+        raise UsageError(f"num_fewshot is {num_fewshot}. It must not be negative.")
+    if include_path is not None and not include_path.is_dir():
+        raise UsageError(f"{include_path}: no such folder.")
     manager = TaskManager(include_path=None if include_path is None else str(include_path))
     unknown = [name for name in tasks if not manager.match_tasks([name])]
     if unknown:
         raise UsageError(f"lm-eval has no task {', '.join(unknown)}. `lm-eval ls tasks` lists them.")
-    streamed = StreamedLM(str(model), **how)
+    streamed, names = StreamedLM(str(model), **how), manager.match_tasks(list(tasks))
     found: Mapping[str, Any] = lm_eval.simple_evaluate(
-        streamed, tasks=list(tasks), num_fewshot=num_fewshot, limit=limit, task_manager=manager, bootstrap_iters=0
+        streamed, tasks=names, num_fewshot=num_fewshot, limit=limit, task_manager=manager, bootstrap_iters=0
     )
     return found
 

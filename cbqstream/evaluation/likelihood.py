@@ -40,6 +40,8 @@ def log_likelihoods(model: EvaluatedModel, requests: Sequence[Request]) -> list[
     Raises:
         UsageError: a request is longer than the model's positions.
     """
+    if not requests:
+        return []
     model.skeleton.check_length(max(2, *(len(request.ids) - 1 for request in requests)))
     members: dict[int, list[int]] = {}
     for index, request in enumerate(requests):
@@ -52,9 +54,14 @@ def log_likelihoods(model: EvaluatedModel, requests: Sequence[Request]) -> list[
                 request = requests[index]
                 first, stop = len(request.ids) - request.scored, len(request.ids)
                 wanted_T = torch.tensor(request.ids[first:stop], device=model.compute.device)
-                logs_TV = torch.cat(list(ends.logits(store.read(segment)[first - 1 : stop - 1]))).log_softmax(-1)
-                total = logs_TV.gather(1, wanted_T.unsqueeze(1)).sum(dtype=torch.float64)
-                scores[index] = Scored(total.item(), torch.equal(logs_TV.argmax(-1), wanted_T))
+                total, greedy, start = 0.0, True, 0
+                for logits_TV in ends.logits(store.read(segment)[first - 1 : stop - 1]):
+                    next_T = wanted_T[start : start + len(logits_TV)]
+                    start += len(logits_TV)
+                    chosen = logits_TV.log_softmax(-1).gather(1, next_T.unsqueeze(1))
+                    total += chosen.sum(dtype=torch.float64).item()
+                    greedy = greedy and torch.equal(logits_TV.argmax(-1), next_T)
+                scores[index] = Scored(total, greedy)
     return scores
 
 

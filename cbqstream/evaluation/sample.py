@@ -40,4 +40,5 @@ def sample(model: Path, prompt: str, *, num_tokens: int = 16, **how: Unpack[Runn
         ids.append(int(logits_TV.argmax()))
         if ids[-1] == tokenizer.eos_token_id:
             break
-    return str(tokenizer.decode(ids[first:], skip_special_tokens=True))
+    before, after = (str(tokenizer.decode(part, skip_special_tokens=True)) for part in (ids[:first], ids))
+    return after.removeprefix(before)  # the rest alone would lose the space that it begins with

@@ -40,6 +40,7 @@ _OTHER_SIZES = (
     "q_lora_rank",
 )
 """Not every architecture has them, and they may be null."""
+_USUAL_LENGTH = 2048
 _NEVER_READ = ("auto_map", "quantization_config", "model_type", "transformers_version", "architectures")
 
 
@@ -166,7 +167,8 @@ class ModelSkeleton:
     @property
     def max_length(self) -> int:
         """Tokens that the model was made for, by its configuration."""
-        return int(self._text.max_position_embeddings)
+        known = (getattr(self._text, name, None) for name in ("max_position_embeddings", "seq_length"))
+        return int(next((length for length in known if length), _USUAL_LENGTH))
 
     def check_length(self, seq_len: int) -> None:
         """Refuse segments that the model has no positions for. Where positions are computed there is no limit.

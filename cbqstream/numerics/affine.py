@@ -19,7 +19,7 @@ from cbqstream.config import Scheme
 from cbqstream.records import QuantizedWeight
 
 SMALLEST_SCALE = 2.0**-17
-_NO_NOISE = 1e-20
+_NOTHING_LOST = 200.0
 _TILE, _DEVICE_TILE = 1 << 16, 1 << 26  # weights
 LARGEST_SCALE = 65280.0  # the largest bf16 value that fp16 holds
 
@@ -97,14 +97,15 @@ def unsigned(weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
 
 
 def signal_to_noise(w_OI: Tensor, weight: QuantizedWeight) -> float:
-    """`10 log10(sum w^2 / sum (w - w_hat)^2)`, decibels; at most 200, which is a weight that lost nothing."""
+    """`10 log10(sum w^2 / sum (w - w_hat)^2)`, decibels, within -200 and 200; a weight that lost nothing has 200."""
     signal, noise = (torch.zeros((), dtype=torch.float64, device=w_OI.device) for _ in range(2))
     for rows in row_tiles(w_OI):
         tile = w_OI[rows].float()
         signal += tile.square().sum(dtype=torch.float64)
         noise += (tile - dequantize(weight.rows(rows))).square().sum(dtype=torch.float64)
-    share = noise.item() / signal.item() if noise.item() else 0.0
-    return -10 * math.log10(max(share, _NO_NOISE))
+    if not noise.item():
+        return _NOTHING_LOST
+    return 10 * math.log10(signal.item() / noise.item()) if signal.item() else -_NOTHING_LOST
 
 
 def dequantize(weight: QuantizedWeight, out: Tensor | None = None) -> Tensor:

@@ -47,6 +47,8 @@ class ExportFormat:
     """Of what rows and columns must be multiples, for weights of some bits."""
     config: Callable[[Scheme, Sequence[str]], dict[str, Any] | None]
     """quantization_config, of the scheme and the paths of modules that are not quantized; None is no entry."""
+    only_blocks: bool = True
+    """Whether readers look for quantized layers in the blocks alone: a quantized head would not be found."""
 
 
 def pack_words(values: Tensor, num_bits: int, order: Sequence[int] | None = None) -> Tensor:
@@ -135,7 +137,9 @@ def _awq_config(scheme: Scheme, not_quantized: Sequence[str]) -> dict[str, Any]:
 
 EXPORTS: Mapping[str, ExportFormat] = MappingProxyType(
     {
-        "dense": ExportFormat(_dense, lambda scheme: None, lambda bits: (1, 1), lambda scheme, not_quantized: None),
+        "dense": ExportFormat(
+            _dense, lambda scheme: None, lambda bits: (1, 1), lambda scheme, not_quantized: None, only_blocks=False
+        ),
         "gptq": ExportFormat(lambda weight, dtype: _gptq(weight, 1), _cannot_gptq, _whole_words, _gptq_config("gptq")),
         "gptq_v2": ExportFormat(
             lambda weight, dtype: _gptq(weight, 0), _cannot_gptq, _whole_words, _gptq_config("gptq_v2")

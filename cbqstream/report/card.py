@@ -1,8 +1,8 @@
 """What a finished model says of itself: a model card, and metrics.jsonl. They tell of the run, not of when, where or how fast it ran."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from typing import Any
 
 from cbqstream.config import QuantizeConfig
@@ -10,7 +10,6 @@ from cbqstream.flags import recipe_of
 
 CARD, METRICS = "README.md", "metrics.jsonl"
 _COSTS = ("seconds", "reading", "writing", "peak_rss")
-_FENCE = "---\n"
 
 
 def metrics_lines(reports: Sequence[Mapping[str, Any]]) -> str:
@@ -25,7 +24,7 @@ def model_card(content: Mapping[str, Any], reports: Sequence[Mapping[str, Any]],
     """The model card: what was done, with which settings, and what is known of the result; then the card of the source.
 
     Args:
-        content: of run.json.
+        content: of run.json, as the run began.
         reports: of all windows and epochs.
         original: README.md of the source, or nothing. The facts for the Hub at its head, its license among them, stay at the head.
     """
@@ -52,7 +51,7 @@ def model_card(content: Mapping[str, Any], reports: Sequence[Mapping[str, Any]],
     if epochs:
         rows["divergence end to end"] = f"{epochs[0]['loss_before']:.4g} before, {epochs[-1]['loss_after']:.4g} after"
     rows["made with"] = (
-        f"cbqstream {version('cbqstream')}, torch {numerics['torch']}, transformers {numerics['transformers']}"
+        f"cbqstream {content.get('version', 'unknown')}, torch {numerics['torch']}, transformers {numerics['transformers']}"
     )
     table = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
     return (
@@ -67,9 +66,5 @@ def model_card(content: Mapping[str, Any], reports: Sequence[Mapping[str, Any]],
 
 def _parted(card: str) -> tuple[str, str]:
     """The facts for the Hub that a card may begin with, and the rest."""
-    if card.startswith(_FENCE):
-        end = card.find(f"\n{_FENCE}", len(_FENCE) - 1)
-        if end >= 0:
-            stop = end + 1 + len(_FENCE)
-            return card[:stop] + "\n", card[stop:].lstrip("\n")
-    return "", card
+    match = re.match(r"\ufeff?(---[ \t]*\r?\n.*?^---[ \t]*)(?:\r?\n|\Z)", card, re.DOTALL | re.MULTILINE)
+    return ("", card) if match is None else (f"{match[1]}\n\n", card[match.end() :].lstrip("\r\n"))

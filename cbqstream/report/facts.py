@@ -88,6 +88,26 @@ class Facts:
         return found
 
 
+def require_report(line: Mapping[str, Any]) -> None:
+    """Refuse a line of metrics that is not of a window or of an epoch.
+
+    Raises:
+        ValueError, TypeError, KeyError, AttributeError: it is none.
+    """
+    numbers = [line["loss_before"], line["loss_after"]]
+    if "window" in line:
+        first, stop = line["blocks"]
+        numbers += [line["window"], first, stop, line["changed"], *line.get("noise", {}).values()]
+        numbers += [value for pair in line.get("scales", {}).values() for value in pair]
+        for path in (*line.get("noise", {}), *line.get("scales", {})):
+            _in_block(path)
+        str(line["fallback"])
+    else:
+        numbers.append(line["epoch"])
+    if not all(type(number) in (int, float) for number in numbers):
+        raise TypeError(f"{line} holds what is no number")
+
+
 def _in_block(path: str) -> tuple[int, str]:
     match = _IN_BLOCK.fullmatch(path)
     if match is None:

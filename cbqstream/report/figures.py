@@ -23,6 +23,7 @@ _BEFORE, _AFTER, _THIRD = "#c2703d", "#2f8f6b", "#5b7fb8"  # seen on white and o
 _STYLE: dict[Any, Any] = {
     "font.size": 9,
     "svg.fonttype": "none",
+    "text.parse_math": False,
     "svg.hashsalt": "cbqstream",
     "font.family": "sans-serif",
     "axes.spines.top": False,

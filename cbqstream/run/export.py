@@ -27,7 +27,7 @@ def export(model: Path, out: Path, format_name: str, disk: Disk | None = None) -
         UsageError: the format cannot hold it exactly, or `out` is occupied.
         InputError: it is not a quantized model, or is damaged.
     """
-    disk = disk or Disk()
+    disk, out = disk or Disk(), out.absolute()
     config = read_json(model, "config.json")
     if not config.get("quantization_config"):
         raise InputError(model / "config.json", "the model is not quantized. Give a result of cbqstream quantize.")
@@ -64,6 +64,8 @@ def _write_gguf(disk: Disk, model: Path, building: Path, config: dict[str, Any],
 def _write_shards(disk: Disk, building: Path, source: PackedSource, format_name: str) -> dict[str, str]:
     """The files of a checkpoint in the new format; which of them holds a tensor."""
     for layer, shape in source.layers.items():
+        if EXPORTS[format_name].only_blocks and not re.search(r"\.\d+\.", layer):
+            raise UsageError(f"format {format_name} has no place for a quantized {layer}. Use gguf or dense.")
         require_whole_words(format_name, layer, shape, source.schemes.of(layer))
     weight_map: dict[str, str] = {}
     for file in sorted({info.file for info in source.checkpoint.infos.values()}):

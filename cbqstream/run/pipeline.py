@@ -40,7 +40,7 @@ from cbqstream.report.card import CARD, METRICS, metrics_lines, model_card
 from cbqstream.run.chain import CARRY, QUANTIZED, REFERENCE, Chain
 from cbqstream.run.end_to_end import learn_end_to_end
 from cbqstream.run.finished import read_carry
-from cbqstream.run.identity import require_same
+from cbqstream.run.identity import own_version, require_same
 from cbqstream.run.inputs import RunInputs, head_scheme, open_inputs
 from cbqstream.run.journal import Journal, open_journal
 from cbqstream.run.limits import (
@@ -97,7 +97,7 @@ def quantize(
     for notice in model_notices(inputs):
         listener(notice)
     sizes = {"windows": len(inputs.windows), "epochs": inputs.num_epochs, "stream": inputs.stream_shape}
-    content = {"identity": inputs.identity, "config": config.to_dict(), **sizes}
+    content = {"version": own_version(), "identity": inputs.identity, "config": config.to_dict(), **sizes}
     with open_journal(run, disk or Disk(), content, shared=allow_shared_run_dir) as journal:
         # again, now that nobody else can change it
         _require_same(journal.chain, inputs, allow_numerics_change=allow_numerics_change)

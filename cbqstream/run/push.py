@@ -1,4 +1,4 @@
-"""A finished model to the Hugging Face Hub, once every byte of it was looked at."""
+"""A finished model to the Hugging Face Hub, once it was checked."""
 
 from pathlib import Path
 
@@ -7,19 +7,22 @@ from cbqstream.hub import push as upload
 from cbqstream.run.check import check
 
 
-def push(out: Path, name: str, *, private: bool = True) -> str:
-    """Check a result and upload it; its address.
+def push(out: Path, name: str, *, private: bool = True, blocks_path: str | None = None) -> str:
+    """Check a result as `cbqstream check --read-data` does, and upload it; its address.
 
     Args:
-        out: a result of `quantize`, or a model without quantization; other formats cannot be checked, and are refused.
+        out: a result of `quantize`, or a model without quantization. What `check` does not read is refused: other formats, run directories.
         name: `owner/name` on the Hub; made where it does not exist.
         private: whether it is made so that only its owner sees it.
+        blocks_path: module path of the list of transformer blocks; found by default.
 
     Raises:
         InputError: the check found something.
         StorageError: the Hub did not take it.
     """
-    problems = check(out, read_data=True).problems
+    if (out / "run.json").exists():
+        raise InputError(out, "a run directory, which is never pushed. Give the model that the run made.")
+    problems = check(out, read_data=True, blocks_path=blocks_path).problems
     if problems:
         raise InputError(out, f"not pushed: {problems[0]}")
     return upload(out, name, private=private)

@@ -19,7 +19,7 @@ from cbqstream.packed.format import SHAPE, schemes_of
 from cbqstream.packed.output import building_folder, is_occupied
 from cbqstream.packed.source import PackedSource
 from cbqstream.report.card import METRICS
-from cbqstream.report.facts import Facts
+from cbqstream.report.facts import Facts, require_report
 from cbqstream.report.figures import as_png, as_svg, figures
 from cbqstream.report.page import page
 from cbqstream.run.chain import Chain
@@ -55,8 +55,15 @@ def report(
         raise UsageError(f"{folder}: exists and is not empty. Give another --out.")
     if not folder.parent.is_dir():
         raise UsageError(f"{folder.parent}: no such folder. Create it first.")
-    facts, models = _of_run(Chain.read(path)) if (path / "run.json").exists() else _of_result(path)
+    folder, blocks_path = folder.absolute(), None
+    if (path / "run.json").exists():
+        chain = Chain.read(path)
+        facts, models = _of_run(chain)
+        blocks_path = chain.run["config"]["blocks_path"]
+    else:
+        facts, models = _of_result(path)
     for name, model in models.items() if text is not None else ():
+        how = {**how, "blocks_path": how.get("blocks_path") or blocks_path}
         found = evaluate(model, text or "", num_samples=num_samples, seq_len=seq_len, **how)
         facts.perplexities[name] = found.perplexity
     drawn = list(figures(facts))
@@ -123,11 +130,14 @@ def _of_result(folder: Path) -> tuple[Facts, dict[str, Path]]:
 
 def _metrics(path: Path) -> list[dict[str, Any]]:
     try:
-        return [dict(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [dict(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+        for line in lines:
+            require_report(line)
     except FileNotFoundError as error:
         raise InputError(path, "missing. Give the run directory of the model.") from error
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         raise InputError(path, "not what quantize wrote. Give the run directory of the model.") from error
+    return lines
 
 
 def _stored(source: PackedSource) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from cbqstream.evaluation.likelihood import Request, log_likelihoods
 from cbqstream.evaluation.model import EvaluatedModel, open_model
 from cbqstream.evaluation.sample import sample
 from cbqstream.records import Compute
-from tiny import SEQ_LEN, SOME_FAMILIES, VOCAB, make_model, save_model, save_tokenizer
+from tiny import FAMILIES, SEQ_LEN, SOME_FAMILIES, VOCAB, make_model, save_model, save_tokenizer
 
 CPU = Compute(torch.device("cpu"), torch.float32, 3)
 WORDS = "the quick brown fox jumps over the lazy dog and then that other one"
@@ -189,3 +189,25 @@ def test_a_sample_ends_with_the_text(with_tokenizer):
     content = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**content, "eos_token": token}))
     assert sample(folder, WORDS, num_tokens=9, threads=1, device="cpu") == ""
+
+
+def test_no_requests(tmp_path):
+    assert log_likelihoods(EvaluatedModel(*open_model(save_model(tmp_path / "m")), CPU), []) == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_a_length(tiny_models, family):
+    assert open_model(tiny_models[family])[0].max_length >= 16
+
+
+def test_a_sample_keeps_the_space_that_it_begins_with(with_tokenizer):
+    """Of tokenizers that leave out the first space of what they decode."""
+    folder, _ = with_tokenizer
+    content = json.loads((folder / "tokenizer.json").read_text())
+    words = [f"\u2581{word}" for word in dict.fromkeys(WORDS.split())]
+    vocabulary = {word: index for index, word in enumerate([*words, *(f"\u2581w{index}" for index in range(300))])}
+    content["model"] = {"type": "WordLevel", "vocab": dict(list(vocabulary.items())[:304]), "unk_token": words[0]}
+    content["pre_tokenizer"] = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True}
+    content["decoder"] = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    assert sample(folder, "the quick brown", num_tokens=2, threads=1, device="cpu").startswith(" ")

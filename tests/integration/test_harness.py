@@ -96,7 +96,7 @@ def figures(found):
 def test_figures_are_those_of_lm_evals_own_class(make_config, folder, tasks):
     folder = quantize(make_config(model=folder))
     names = ["own_choices", "own_text"]
-    found = figures(evaluate_tasks(folder, names, include_path=tasks, device="cpu", threads=1))
+    found = figures(evaluate_tasks(folder, ["own_ch*", "own_text"], include_path=tasks, device="cpu", threads=1))
     own = {"pretrained": str(folder), "dtype": "float32"}
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
     expected = lm_eval.simple_evaluate(
@@ -127,6 +127,13 @@ def test_what_lm_eval_cannot_do_here(folder, tasks):
     options = {"model_args": {"model": str(folder), "threads": 1}, "task_manager": manager, "device": "cpu"}
     with pytest.raises(UsageError, match=r"10 requests want text to be generated\. Streamed, each token"):
         lm_eval.simple_evaluate("cbqstream", tasks=["own_writing"], **options)
+    for options, message in (
+        ({"limit": 0}, "limit is 0"),
+        ({"num_fewshot": -1}, "num_fewshot is -1"),
+        ({"include_path": tasks / "none"}, "no such folder"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            evaluate_tasks(folder, ["own_text"], device="cpu", threads=1, **options)
     with pytest.raises(UsageError, match=r"lm-eval has no task nonsense\. `lm-eval ls tasks` lists them"):
         evaluate_tasks(folder, ["own_text", "nonsense"], include_path=tasks, device="cpu", threads=1)
     assert lm_eval.api.registry.get_model("cbqstream") is StreamedLM

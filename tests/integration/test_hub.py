@@ -14,6 +14,8 @@ from urllib.parse import parse_qs, unquote, urlparse
 import pytest
 import torch
 
+from cbqstream import hub as hub_module
+from cbqstream.errors import InputError, StorageError
 from cbqstream.evaluation.perplexity import evaluate
 from tiny import SEQ_LEN, files_of, save_model
 
@@ -202,12 +204,36 @@ def test_what_the_hub_does_not_give(run, tokens, tmp_path):
     assert not list(tmp_path.glob("out*"))
 
 
+def test_settings_are_looked_at_before_a_download(run, hub, tokens, tmp_path):
+    refused = run("quantize", NAME, tmp_path / "out", *options(tokens), "--scheme", "W9A16")
+    assert (refused.returncode, hub.asked) == (2, [])
+
+
+@pytest.mark.parametrize("error", [RuntimeError("upload failed"), TimeoutError(), ValueError("no such\nthing")])
+def test_any_failure_is_one_line(monkeypatch, tmp_path, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(hub_module, "snapshot_download", fail)
+    monkeypatch.setattr(hub_module.HfApi, "create_repo", fail)
+    for call, kind in (
+        (lambda: hub_module.fetch("a/b"), InputError),
+        (lambda: hub_module.push(tmp_path, "a/b", private=True), StorageError),
+    ):
+        with pytest.raises(kind) as told:
+            call()
+        assert str(told.value).count("\n") == 0
+
+
 def test_what_is_not_pushed(run, hub, tokens, tmp_path):
     nameless = run("quantize", NAME, tmp_path / "out", *options(tokens), "--push-to", "no name")
     assert (nameless.returncode, "no name is not a name on the Hub" in nameless.stderr) == (2, True)
     assert not list(tmp_path.glob("out*"))
     made = run("quantize", NAME, tmp_path / "out", *options(tokens))
     assert made.returncode == 0, made.stderr
+    run_itself = run("push", f"{tmp_path / 'out'}.run", "me/tiny-w4")
+    assert (run_itself.returncode, run_itself.stderr.count("\n")) == (65, 1)
+    assert "a run directory, which is never pushed" in run_itself.stderr
     (shard,) = sorted(Path(tmp_path / "out").glob("block-00001*"))
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-3])

@@ -15,6 +15,7 @@ from cbqstream.errors import StoppedError, UsageError
 from cbqstream.evaluation.model import open_model
 from cbqstream.records import Notice
 from cbqstream.run.check import check
+from cbqstream.run.export import export
 from perplexities import plain_perplexity, streamed_perplexity
 from tiny import SEQ_LEN, VOCAB, save_model
 
@@ -161,6 +162,17 @@ def test_the_head_can_be_quantized_too(make_config, tokens, family, head, bits):
     assert streamed_perplexity(out, ids) == pytest.approx(plain_perplexity(out, ids), rel=1e-4)
     assert not check(out, read_data=True).problems
     assert "and the head" in (out / "README.md").read_text()
+
+
+def test_formats_without_a_place_for_a_quantized_head(make_config, tmp_path):
+    out = quantize(make_config(quantize_lm_head=True, reconstruction={"rounding": "none"}))
+    for name in ("gptq", "gptq_v2", "awq"):
+        with pytest.raises(
+            UsageError, match=rf"format {name} has no place for a quantized lm_head\. Use gguf or dense"
+        ):
+            export(out, tmp_path / name, name)
+    assert (export(out, tmp_path / "dense", "dense") / "config.json").is_file()
+    assert not list(tmp_path.glob("*cbqstream.tmp"))
 
 
 def test_heads_that_cannot_be_quantized(make_config, tmp_path):

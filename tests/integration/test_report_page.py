@@ -127,6 +127,44 @@ def test_report_of_a_run_and_of_its_result(make_config, with_card, tokens, tmp_p
     assert "3 of 3 done" in of_result.text
 
 
+def test_names_are_text_and_the_present_folder_will_do(make_config, with_card, tmp_path, monkeypatch):
+    out = quantize(make_config(model=with_card, reconstruction={"rounding": "none"}))
+    lines = (out / "metrics.jsonl").read_text().replace("mlp.up_proj", "</text>$x_{$ <script>")
+    (out / "metrics.jsonl").write_text(lines)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    made = report(out, Path())
+    assert "script" not in Page(made.read_text()).tags
+
+
+def test_time_that_nothing_waited_for_is_not_writing(make_config, with_card):
+    config = make_config(model=with_card)
+    quantize(config)
+    for commit in Chain.read(Path(f"{config.out}.run")).commits:
+        told = commit["report"]
+        assert 0 <= told["writing"] <= told["seconds"]
+        assert 0 <= told["reading"] <= told["seconds"]
+
+
+@pytest.mark.parametrize(
+    ("original", "facts", "text"),
+    [
+        ("", "", ""),
+        ("# Plain\n", "", "# Plain\n"),
+        ("---\nlicense: mit\n---", "---\nlicense: mit\n---\n\n", ""),
+        ("\ufeff---\r\nlicense: mit\r\n---\r\n\r\n# A\r\n", "---\nlicense: mit\n---\n\n", "# A\n"),
+        ("---\nno end\n# A\n", "", "---\nno end\n# A\n"),
+        ("------\n# A\n---\n", "", "------\n# A\n---\n"),
+    ],
+)
+def test_facts_for_the_hub_stay_at_the_head(make_config, with_card, original, facts, text):
+    (with_card / "README.md").write_bytes(original.encode())
+    out = quantize(make_config(model=with_card, keep_last=3, reconstruction={"rounding": "none"}))
+    card = (out / "README.md").read_bytes().decode()
+    assert card.startswith(f"{facts}# Quantized to W4A16\n")
+    assert card.endswith(f"```\n\n{text}" if text else "```\n")
+
+
 def test_what_cannot_be_reported(make_config, with_card, tmp_path):
     out = quantize(make_config(model=with_card, reconstruction={"rounding": "none"}))
     (tmp_path / "taken").mkdir()
@@ -139,9 +177,19 @@ def test_what_cannot_be_reported(make_config, with_card, tmp_path):
         report(tmp_path, tmp_path / "report")
     with pytest.raises(InputError, match=r"the model is not quantized"):
         report(with_card, tmp_path / "report")
-    (out / "metrics.jsonl").write_text("{")
-    with pytest.raises(InputError, match=r"metrics\.jsonl: not what quantize wrote"):
-        report(out, tmp_path / "report")
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    first = json.loads(lines[0])
+    for damaged in (
+        "{",
+        "[]",
+        '{"window": 0, "loss": 1.0}',
+        json.dumps({**first, "blocks": [1]}),
+        json.dumps({**first, "noise": {"lm_head": 3.0}}),
+        json.dumps({**first, "changed": "much"}),
+    ):
+        (out / "metrics.jsonl").write_text(damaged)
+        with pytest.raises(InputError, match=r"metrics\.jsonl: not what quantize wrote"):
+            report(out, tmp_path / "report")
     (out / "metrics.jsonl").unlink()
     with pytest.raises(InputError, match=r"metrics\.jsonl: missing\. Give the run directory"):
         report(out, tmp_path / "report")

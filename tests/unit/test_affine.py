@@ -1,12 +1,22 @@
 """Affine quantization: the formula, its limits, and exactness of what is stored."""
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cbqstream.config import Scheme
-from cbqstream.numerics.affine import codes_of_levels, dequantize, nearest_levels, num_groups, storable_scale
+from cbqstream.numerics.affine import (
+    codes_of_levels,
+    dequantize,
+    nearest_levels,
+    num_groups,
+    signal_to_noise,
+    storable_scale,
+)
 from cbqstream.numerics.scale_search import minmax_grid, search_grid
 from cbqstream.records import QuantizedWeight
 
@@ -89,3 +99,14 @@ def test_search_is_never_worse_than_minmax_in_its_own_measure(num_bits, symmetri
         return (((dequantize(quantize(w, *grid, scheme)) - w) ** 2) * moment).sum()
 
     assert error(search_grid(w, moment, scheme)) < 0.95 * error(minmax_grid(w, scheme))
+
+
+def test_signal_to_noise():
+    w_OI = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
+    scheme = Scheme(num_bits=8, group_size=None)
+    off = QuantizedWeight(torch.tensor([[3, 3], [0, 0]], dtype=torch.int8), torch.ones(2, 1), None, scheme)
+    exact = QuantizedWeight(torch.tensor([[3, 4], [0, 0]], dtype=torch.int8), torch.ones(2, 1), None, scheme)
+    assert signal_to_noise(w_OI, off) == pytest.approx(10 * math.log10(25))
+    assert signal_to_noise(w_OI, exact) == 200
+    assert signal_to_noise(torch.zeros(2, 2), exact) == -200
+    assert signal_to_noise(torch.zeros(2, 2), replace(exact, codes=torch.zeros(2, 2, dtype=torch.int8))) == 200
