@@ -108,7 +108,7 @@ def draw(rows: dict[str, dict], path: Path) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    grids = [grid for grid in GRIDS if len(spread(rows, grid)) > 0]
+    grids = [grid for grid in GRIDS if any(f"{grid} | {switch}" in rows for switch in SWITCHES) and spread(rows, grid)]
     figure, axes = plt.subplots(1, len(grids), figsize=(6 * len(grids), 8), squeeze=False, layout="constrained")
     for grid, axis in zip(grids, axes[0], strict=True):
         seeds = spread(rows, grid)
