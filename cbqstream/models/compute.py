@@ -67,7 +67,7 @@ def numerics_class(device: torch.device, threads: int) -> dict[str, Any]:
     on_cuda = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if on_cuda else platform.machine()
     cudnn = torch.backends.cudnn.version() if on_cuda else None  # type: ignore[no-untyped-call]
-    libraries = {"cuda": torch.version.cuda, "cudnn": cudnn, "triton": _installed("triton")} if on_cuda else {}
+    libraries = {"cuda": torch.version.cuda, "cudnn": cudnn, "triton": installed_version("triton")} if on_cuda else {}
     return {
         "device": device.type,
         "device_name": name,
@@ -79,7 +79,8 @@ def numerics_class(device: torch.device, threads: int) -> dict[str, Any]:
     }
 
 
-def _installed(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
+    """Of a package; None where it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cbqstream.models.block import BlockArguments
-from cbqstream.models.skeleton import ModelSkeleton
+from cbqstream.models.skeleton import ModelSkeleton, path_of
 from cbqstream.records import WeightSource
 
 _LOGIT_TOKENS = 256
@@ -127,7 +127,7 @@ def model_ends(
     unused = {"embed": shell.get_output_embeddings(), "head": shell.get_input_embeddings()}.get(only or "")
     try:
         for name, stored in skeleton.outer.items():
-            if unused is not None and name == f"{_name_of(shell, unused)}.weight":
+            if unused is not None and name == f"{path_of(shell, unused)}.weight":
                 continue  # where it is tied to the other one, the other one is read
             if stored not in read:
                 read[stored] = source.read(stored, device=device, dtype=dtype)
@@ -143,11 +143,6 @@ def model_ends(
             layers[index] = nn.Identity()
         for name, parameter in empty.items():
             _set_parameter(shell, name, parameter)
-
-
-def _name_of(shell: nn.Module, wanted: nn.Module) -> str:
-    names: list[str] = [name for name, module in shell.named_modules() if module is wanted]
-    return names[0]
 
 
 def _set_parameter(module: nn.Module, name: str, value: nn.Parameter) -> None:

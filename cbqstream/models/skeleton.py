@@ -135,7 +135,7 @@ class ModelSkeleton:
 
     @property
     def never_quantized(self) -> tuple[str, ...]:
-        """Modules with a matrix that is never quantized: linear layers outside the blocks, the head among them, and routers in them."""
+        """Modules with a matrix that no window quantizes: linear layers outside the blocks, the head among them, and routers in them."""
         outside = (name for name, module in self.shell.named_modules() if isinstance(module, nn.Linear))
         inside = (
             f"{spec.prefix}.{name}"
@@ -148,16 +148,13 @@ class ModelSkeleton:
     @property
     def head(self) -> tuple[str, str]:
         """Module path of the head, and the name of its weight in the checkpoint; where it is tied, that of the embeddings."""
-        output = self.shell.get_output_embeddings()
-        path = next(name for name, module in self.shell.named_modules() if module is output)
+        path = path_of(self.shell, self.shell.get_output_embeddings())
         return path, self.outer[f"{path}.weight"]
 
     @property
     def is_head_tied(self) -> bool:
         """Whether the head is the embeddings."""
-        embeddings = self.shell.get_input_embeddings()
-        path = next(name for name, module in self.shell.named_modules() if module is embeddings)
-        return self.outer[f"{path}.weight"] == self.head[1]
+        return self.outer[f"{path_of(self.shell, self.shell.get_input_embeddings())}.weight"] == self.head[1]
 
     @property
     def vocab_size(self) -> int:
@@ -288,3 +285,9 @@ class ModelSkeleton:
         }
         if len(held) > len(self.blocks):
             raise InputError(self.folder, f"config.json says {len(self.blocks)} blocks, weights hold {len(held)}.")
+
+
+def path_of(shell: nn.Module, wanted: nn.Module) -> str:
+    """Module path of a module of the shell."""
+    path: str = next(name for name, module in shell.named_modules() if module is wanted)
+    return path

@@ -15,17 +15,7 @@ import torch
 from torch import Tensor
 
 from cbqstream.config import Scheme
-from cbqstream.numerics.affine import (
-    clamp_levels,
-    codes_of_levels,
-    grouped,
-    level_range,
-    nearest_levels,
-    num_groups,
-    row_tiles,
-    storable_scale,
-)
-from cbqstream.records import QuantizedWeight
+from cbqstream.numerics.affine import clamp_levels, grouped, level_range, num_groups, row_tiles, storable_scale
 
 _SYMMETRIC_RATIOS = 80
 _ASYMMETRIC_RATIOS = 16
@@ -53,16 +43,6 @@ def search_grid(w_OI: Tensor, second_moment_I: Tensor, scheme: Scheme) -> tuple[
     return torch.cat([scale for scale, _ in tiles]), None if scheme.symmetric else torch.cat(
         [zero for _, zero in tiles]
     )
-
-
-def rounded_to_nearest(w_OI: Tensor, scheme: Scheme) -> QuantizedWeight:
-    """Codes nearest to a weight on the grid with the smallest error of its own; a tile of rows at a time."""
-    scale_OG, zero_OG = search_grid(w_OI, torch.ones(w_OI.shape[1], device=w_OI.device), scheme)
-    codes = torch.empty(w_OI.shape, dtype=torch.int8, device=w_OI.device)
-    for rows in row_tiles(w_OI):
-        zero = None if zero_OG is None else zero_OG[rows]
-        codes[rows] = codes_of_levels(nearest_levels(w_OI[rows], scale_OG[rows], zero, scheme), zero)
-    return QuantizedWeight(codes, scale_OG, zero_OG, scheme)
 
 
 def _search_rows(w_OI: Tensor, importance_GK: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """Putting the finished checkpoint together: links to the shards of the blocks, copies of the rest, index and config.json last."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from cbqstream.checkpoint.folder import INDEX
 from cbqstream.checkpoint.header import read_header
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.disk import Disk
+from cbqstream.errors import CbqstreamError, UsageError
 from cbqstream.packed.shard import copy_tensors
 
 REST = "rest.safetensors"
@@ -18,6 +20,35 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", "
 def is_occupied(out: Path) -> bool:
     """Whether something is in the way of a result."""
     return out.exists() and (not out.is_dir() or any(out.iterdir()))
+
+
+def require_free(out: Path, other: str) -> None:
+    """Refuse a place that cannot become a new folder.
+
+    Args:
+        out: the place.
+        other: what the user is to give instead.
+
+    Raises:
+        UsageError: something is there, or the folder that it would be in is not.
+    """
+    if is_occupied(out):
+        raise UsageError(f"{out}: exists and is not empty. Give another {other}.")
+    if not out.parent.is_dir():
+        raise UsageError(f"{out.parent}: no such folder. Create it first.")
+
+
+@contextmanager
+def filled_folder(disk: Disk, out: Path, digest: str) -> Iterator[Path]:
+    """A folder to fill and to publish as `out`; it is deleted where something that is expected goes wrong before."""
+    building = building_folder(out, digest)
+    disk.remove_tree(building)
+    disk.make_folder(building)
+    try:
+        yield building
+    except CbqstreamError:
+        disk.remove_tree(building)
+        raise
 
 
 def building_folder(out: Path, digest: str) -> Path:

@@ -7,6 +7,7 @@ from typing import Any
 
 from cbqstream.config import QuantizeConfig
 from cbqstream.flags import recipe_of
+from cbqstream.report.facts import grid_in_words
 
 CARD, METRICS = "README.md", "metrics.jsonl"
 _COSTS = ("seconds", "reading", "writing", "peak_rss")
@@ -32,7 +33,6 @@ def model_card(content: Mapping[str, Any], reports: Sequence[Mapping[str, Any]],
     facts, text = _parted(original)
     identity, (done, epochs) = content["identity"], (reports[:windows], reports[windows:])
     scheme, numerics, calibration = config.scheme, identity["numerics"], identity["calibration"]["tokens"]
-    groups = "one scale per channel" if scheme.group_size is None else f"groups of {scheme.group_size}"
     inputs = (
         f"{scheme.activation_bits} bits, {scheme.activation_strategy}" if scheme.activation_bits else "not quantized"
     )
@@ -40,7 +40,7 @@ def model_card(content: Mapping[str, Any], reports: Sequence[Mapping[str, Any]],
     losses = [sum(report[key] for report in done) / len(done) for key in ("loss_before", "loss_after")]
     changed = sum(report["changed"] for report in done) / len(done)
     rows = {
-        "weights": f"{scheme.num_bits} bits, {groups}, {'symmetric' if scheme.symmetric else 'with zero points'}",
+        "weights": f"{scheme.num_bits} bits, {grid_in_words(scheme)}",
         "inputs": inputs,
         "quantized": f"blocks {first} to {last}{', and the head' if config.quantize_lm_head else ''}",
         "calibrated on": f"{content['stream'][0]} x {content['stream'][1]} tokens, SHA-256 {calibration}",

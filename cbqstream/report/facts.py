@@ -43,11 +43,15 @@ class Facts:
         """Whether time and memory are known."""
         return bool(self.windows) and "reading" in self.windows[0]
 
+    @property
+    def places(self) -> list[int]:
+        """Numbers of the windows, from 1."""
+        return [window["window"] + 1 for window in self.windows]
+
     def rows(self) -> list[tuple[str, str]]:
         """What matters most, in words."""
         scheme, windows, epochs = self.scheme, self.windows, self.epochs
-        size = "one scale per channel" if scheme.group_size is None else f"groups of {scheme.group_size}"
-        rows = [("scheme", f"{scheme.name}, {size}, {'symmetric' if scheme.symmetric else 'with zero points'}")]
+        rows = [("scheme", f"{scheme.name}, {grid_in_words(scheme)}")]
         if self.weights:
             rows.append(
                 ("bits per weight", f"{8 * self.stored / self.weights:.3f} of {self.weights:,} quantized weights")
@@ -86,6 +90,12 @@ class Facts:
                 blocks = found.setdefault(EXPERT.sub(".experts.", writer), {})
                 blocks[block] = blocks.get(block, 0) + channels
         return found
+
+
+def grid_in_words(scheme: Scheme) -> str:
+    """How the scales of weights lie."""
+    size = "one scale per channel" if scheme.group_size is None else f"groups of {scheme.group_size}"
+    return f"{size}, {'symmetric' if scheme.symmetric else 'with zero points'}"
 
 
 def require_report(line: Mapping[str, Any]) -> None:

@@ -34,17 +34,15 @@ _STYLE: dict[Any, Any] = {
 
 
 def _loss(facts: Facts, axes: Axes) -> bool:
-    places = [window["window"] + 1 for window in facts.windows]
     for key, label, color in (("loss_before", "before", _BEFORE), ("loss_after", "after", _AFTER)):
-        axes.plot(places, [window[key] for window in facts.windows], ".-", label=label, color=color, linewidth=1)
+        axes.plot(facts.places, [window[key] for window in facts.windows], ".-", label=label, color=color, linewidth=1)
     axes.set(xlabel="window", ylabel="loss", yscale="log")
     axes.legend()
     return bool(facts.windows)
 
 
 def _changed(facts: Facts, axes: Axes) -> bool:
-    places = [window["window"] + 1 for window in facts.windows]
-    axes.bar(places, [100 * window["changed"] for window in facts.windows], color=_AFTER)
+    axes.bar(facts.places, [100 * window["changed"] for window in facts.windows], color=_AFTER)
     axes.set(xlabel="window", ylabel="codes changed, %")
     return any(window["changed"] for window in facts.windows)
 
@@ -74,15 +72,14 @@ def _table(values: Mapping[str, Mapping[int, float]], axes: Axes, unit: str) -> 
 def _time(facts: Facts, axes: Axes) -> bool:
     if not facts.costs:
         return False
-    places = [window["window"] + 1 for window in facts.windows]
     parts = {
         "computing": [window["seconds"] - window["reading"] - window["writing"] for window in facts.windows],
         "reading": [window["reading"] for window in facts.windows],
         "writing": [window["writing"] for window in facts.windows],
     }
-    below = [0.0] * len(places)
+    below = [0.0] * len(facts.places)
     for (label, seconds), color in zip(parts.items(), (_AFTER, _THIRD, _BEFORE), strict=True):
-        axes.bar(places, seconds, bottom=below, label=label, color=color)
+        axes.bar(facts.places, seconds, bottom=below, label=label, color=color)
         below = [low + high for low, high in zip(below, seconds, strict=True)]
     axes.set(xlabel="window", ylabel="seconds")
     axes.legend()
@@ -92,8 +89,7 @@ def _time(facts: Facts, axes: Axes) -> bool:
 def _memory(facts: Facts, axes: Axes) -> bool:
     if not facts.costs:
         return False
-    places = [window["window"] + 1 for window in facts.windows]
-    axes.plot(places, [window["peak_rss"] / GIB for window in facts.windows], ".-", color=_THIRD, linewidth=1)
+    axes.plot(facts.places, [window["peak_rss"] / GIB for window in facts.windows], ".-", color=_THIRD, linewidth=1)
     axes.set(xlabel="window", ylabel="peak memory, GiB")
     axes.set_ylim(bottom=0)
     return True

@@ -10,12 +10,12 @@ from torch import Tensor
 from cbqstream.checkpoint.folder import read_json
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.disk import Disk
-from cbqstream.errors import CbqstreamError, InputError, UsageError
+from cbqstream.errors import InputError, UsageError
 from cbqstream.models.skeleton import ModelSkeleton
 from cbqstream.packed.exports import EXPORTS, GGUF, require_exact, require_whole_words
 from cbqstream.packed.format import PACKED, schemes_of
 from cbqstream.packed.gguf_file import write_gguf
-from cbqstream.packed.output import building_folder, complete_folder, is_occupied
+from cbqstream.packed.output import complete_folder, filled_folder, require_free
 from cbqstream.packed.shard import copy_tensors, write_tensors
 from cbqstream.packed.source import CPU, PackedSource
 
@@ -31,16 +31,11 @@ def export(model: Path, out: Path, format_name: str, disk: Disk | None = None) -
     config = read_json(model, "config.json")
     if not config.get("quantization_config"):
         raise InputError(model / "config.json", "the model is not quantized. Give a result of cbqstream quantize.")
-    if is_occupied(out):
-        raise UsageError(f"{out}: exists and is not empty. Give another folder.")
-    if not out.parent.is_dir():
-        raise UsageError(f"{out.parent}: no such folder. Create it first.")
+    require_free(out, "folder")
     schemes = schemes_of(config["quantization_config"])
     require_exact(format_name, schemes)
-    source, building = PackedSource(Checkpoint.open(model), schemes), building_folder(out, format_name)
-    disk.remove_tree(building)
-    disk.make_folder(building)
-    try:
+    source = PackedSource(Checkpoint.open(model), schemes)
+    with filled_folder(disk, out, format_name) as building:
         if format_name == GGUF:
             _write_gguf(disk, model, building, config, source)
             disk.publish(building, out)
@@ -48,9 +43,6 @@ def export(model: Path, out: Path, format_name: str, disk: Disk | None = None) -
             weight_map = _write_shards(disk, building, source, format_name)
             told = _config(config, source, format_name)
             complete_folder(disk, out, building, source_folder=model, weight_map=weight_map, config=told)
-    except CbqstreamError:
-        disk.remove_tree(building)
-        raise
     return out
 
 

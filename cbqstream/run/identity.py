@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,6 @@ ALGORITHM = 4
 """Raised when the same settings give other numbers."""
 
 _NOT_IDENTITY = ("model", "out", "run_dir", "device", "threads", "max_ram", "max_vram")
-
-
-def own_version() -> str:
-    """Of this program."""
-    try:
-        return version("cbqstream")
-    except PackageNotFoundError:
-        return "unknown"  # run from a checkout that is not installed
 
 
 def identity(

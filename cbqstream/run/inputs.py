@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cbqstream.calibration.segments import load_segments, segments_digest
 from cbqstream.checkpoint.folder import read_json
-from cbqstream.config import QuantizeConfig, Scheme, path_pattern
+from cbqstream.config import LayerSchemes, QuantizeConfig, Scheme, path_pattern
 from cbqstream.errors import InputError, UsageError, shown
 from cbqstream.models.compute import choose_device, compute_dtype, make_deterministic, numerics_class
 from cbqstream.models.families import joined_with
@@ -158,9 +158,9 @@ def layer_schemes(config: QuantizeConfig, spec: BlockSpec) -> dict[str, Scheme]:
     Raises:
         UsageError: a pattern means a layer by its module path and not by its name in the checkpoint, or the other way round.
     """
-    found = {}
+    found, chosen = {}, config.schemes
     for name in spec.linears:
-        scheme = _scheme_of(config, f"{spec.prefix}.{name}", spec.tensors[f"{name}.weight"])
+        scheme = _scheme_of(config, chosen, f"{spec.prefix}.{name}", spec.tensors[f"{name}.weight"])
         if scheme is not None:
             found[name] = scheme
     return found
@@ -172,16 +172,16 @@ def head_scheme(config: QuantizeConfig, skeleton: ModelSkeleton) -> Scheme:
     Raises:
         UsageError: it is tied to the embeddings, or left in full precision at the same time.
     """
-    scheme = _scheme_of(config, *skeleton.head)
+    scheme = _scheme_of(config, config.schemes, *skeleton.head)
     if skeleton.is_head_tied or scheme is None:
         what = "is tied to the embeddings" if skeleton.is_head_tied else "is left in full precision by --ignore"
         raise UsageError(f"the head {what}. Leave out --quantize-lm-head.")
     return scheme
 
 
-def _scheme_of(config: QuantizeConfig, path: str, weight: str) -> Scheme | None:
+def _scheme_of(config: QuantizeConfig, chosen: LayerSchemes, path: str, weight: str) -> Scheme | None:
     """Of the layer with a module path, whose weight has a name in the checkpoint; None leaves it in full precision."""
-    paths, chosen = (path, weight.removesuffix(".weight")), config.schemes
+    paths = (path, weight.removesuffix(".weight"))
     schemes = [None if config.is_ignored(one) else chosen.of(one) for one in paths]
     if schemes[0] != schemes[1]:
         raise UsageError(

@@ -28,9 +28,10 @@ from cbqstream.disk import Disk, FileDigest
 from cbqstream.errors import IdentityError, StoppedError, UsageError
 from cbqstream.memory import peak_resident_bytes, release_free_memory, return_large_blocks
 from cbqstream.models.block import build_block
+from cbqstream.models.compute import installed_version
 from cbqstream.models.ends import model_ends
 from cbqstream.models.experts import tokens_by_expert
-from cbqstream.numerics.scale_search import rounded_to_nearest
+from cbqstream.numerics.scale_search import search_grid
 from cbqstream.packed.block_shard import write_block, write_head
 from cbqstream.packed.format import quantization_config
 from cbqstream.packed.output import assemble, building_folder, is_occupied
@@ -40,7 +41,7 @@ from cbqstream.report.card import CARD, METRICS, metrics_lines, model_card
 from cbqstream.run.chain import CARRY, QUANTIZED, REFERENCE, Chain
 from cbqstream.run.end_to_end import learn_end_to_end
 from cbqstream.run.finished import read_carry
-from cbqstream.run.identity import own_version, require_same
+from cbqstream.run.identity import require_same
 from cbqstream.run.inputs import RunInputs, head_scheme, open_inputs
 from cbqstream.run.journal import Journal, open_journal
 from cbqstream.run.limits import (
@@ -57,6 +58,7 @@ from cbqstream.windows.propagate import mix_targets, propagate
 from cbqstream.windows.quantized_linear import Phase, replace_linears
 from cbqstream.windows.reconstruct import Predictions, Reconstruction, WindowData, reconstruct
 from cbqstream.windows.resident import BlockSettings, ResidentBlock
+from cbqstream.windows.rounding import Rounding
 
 Listener = Callable[[str | WindowReport | EpochReport | Notice], None]
 """Is told what is being done, what happened in each window and in each epoch after them, and what is odd about the inputs."""
@@ -97,7 +99,12 @@ def quantize(
     for notice in model_notices(inputs):
         listener(notice)
     sizes = {"windows": len(inputs.windows), "epochs": inputs.num_epochs, "stream": inputs.stream_shape}
-    content = {"version": own_version(), "identity": inputs.identity, "config": config.to_dict(), **sizes}
+    content = {
+        "version": installed_version("cbqstream") or "unknown",
+        "identity": inputs.identity,
+        "config": config.to_dict(),
+        **sizes,
+    }
     with open_journal(run, disk or Disk(), content, shared=allow_shared_run_dir) as journal:
         # again, now that nobody else can change it
         _require_same(journal.chain, inputs, allow_numerics_change=allow_numerics_change)
@@ -266,7 +273,9 @@ class _Job:
     def _write_head(self, name: str) -> Path:
         source = self.inputs.source
         weight = source.read(name, device=self.inputs.compute.device)
-        hard = rounded_to_nearest(weight, head_scheme(self.inputs.config, self.inputs.skeleton))
+        scheme = head_scheme(self.inputs.config, self.inputs.skeleton)
+        grid = search_grid(weight, torch.ones(weight.shape[1], device=weight.device), scheme)
+        hard = Rounding(weight, *grid, scheme).harden()
         return write_head(self.journal.disk, self.journal.building, name, hard, source.infos[name].dtype)
 
     def _told(self) -> dict[str, str]:

@@ -11,12 +11,12 @@ from cbqstream.checkpoint.header import read_header
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.config import QuantizeConfig
 from cbqstream.disk import Disk
-from cbqstream.errors import InputError, UsageError
+from cbqstream.errors import InputError
 from cbqstream.evaluation.model import Running
 from cbqstream.evaluation.perplexity import evaluate
 from cbqstream.flags import recipe_of
 from cbqstream.packed.format import SHAPE, schemes_of
-from cbqstream.packed.output import building_folder, is_occupied
+from cbqstream.packed.output import filled_folder, require_free
 from cbqstream.packed.source import PackedSource
 from cbqstream.report.card import METRICS
 from cbqstream.report.facts import Facts, require_report
@@ -51,30 +51,26 @@ def report(
         InputError: `path` is neither, or is damaged.
         UsageError: `folder` is occupied, or a setting cannot work.
     """
-    if is_occupied(folder):
-        raise UsageError(f"{folder}: exists and is not empty. Give another --out.")
-    if not folder.parent.is_dir():
-        raise UsageError(f"{folder.parent}: no such folder. Create it first.")
-    folder, blocks_path = folder.absolute(), None
+    require_free(folder, "--out")
+    folder, blocks_path = folder.absolute(), how.get("blocks_path")
     if (path / "run.json").exists():
         chain = Chain.read(path)
         facts, models = _of_run(chain)
-        blocks_path = chain.run["config"]["blocks_path"]
+        blocks_path = blocks_path or chain.run["config"]["blocks_path"]
     else:
         facts, models = _of_result(path)
-    for name, model in models.items() if text is not None else ():
-        how = {**how, "blocks_path": how.get("blocks_path") or blocks_path}
-        found = evaluate(model, text or "", num_samples=num_samples, seq_len=seq_len, **how)
-        facts.perplexities[name] = found.perplexity
-    drawn = list(figures(facts))
-    disk, building = Disk(), building_folder(folder, "report")
-    disk.remove_tree(building)
-    disk.make_folder(building)
-    for name, _, figure in drawn:
-        disk.write(building / f"{name}.png", [as_png(figure)], mode=0o666)
+    how = {**how, "blocks_path": blocks_path}
+    if text is not None:
+        for name, model in models.items():
+            found = evaluate(model, text, num_samples=num_samples, seq_len=seq_len, **how)
+            facts.perplexities[name] = found.perplexity
+    drawn, disk = list(figures(facts)), Disk()
     content = page(facts, [(title, as_svg(figure)) for _, title, figure in drawn])
-    disk.write(building / "report.html", [content.encode()], mode=0o666)
-    disk.publish(building, folder)
+    with filled_folder(disk, folder, "report") as building:
+        for name, _, figure in drawn:
+            disk.write(building / f"{name}.png", [as_png(figure)], mode=0o666)
+        disk.write(building / "report.html", [content.encode()], mode=0o666)
+        disk.publish(building, folder)
     return folder / "report.html"
 
 
