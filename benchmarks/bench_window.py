@@ -32,7 +32,7 @@ from cbqstream.models.block import build_block
 from cbqstream.models.compute import compute_dtype, make_deterministic
 from cbqstream.models.ends import model_ends
 from cbqstream.models.skeleton import ModelSkeleton
-from cbqstream.records import Compute
+from cbqstream.records import Compute, Frugal
 from cbqstream.windows.propagate import propagate
 from cbqstream.windows.quantized_linear import Phase, replace_linears
 from cbqstream.windows.reconstruct import WindowData, reconstruct
@@ -194,7 +194,7 @@ def main() -> None:
     device, shape = torch.device(args.device), SHAPES[args.shape]
     return_large_blocks()
     make_deterministic(args.threads)
-    compute = Compute(device, compute_dtype(device), args.batch, args.recompute)
+    compute = Compute(device, compute_dtype(device), args.batch, Frugal(recompute=args.recompute))
     if args.cap is not None:
         torch.cuda.set_per_process_memory_fraction(
             args.cap * GIB / torch.cuda.get_device_properties(device).total_memory

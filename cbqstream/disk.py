@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from io import RawIOBase
 
-    from _typeshed import ReadableBuffer
+    from _typeshed import ReadableBuffer, WriteableBuffer
 
 Observer = Callable[[int, str, Path], None]
 
@@ -117,6 +117,18 @@ class Disk:
                 file.write(content)
             beside.replace(path)
 
+    @contextmanager
+    def scratch(self, path: Path) -> "Iterator[ScratchFile]":
+        """A file for the length of a `with`, in which pieces are written and read again. It has no name: what is left of it after a crash
+        is nothing."""
+        with self._operation("scratch", path):
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            path.unlink()
+        try:
+            yield ScratchFile(handle, lambda: self._step("write", path))
+        finally:
+            os.close(handle)
+
     def sync_folder(self, path: Path) -> None:
         """fsync the entries of a folder: what was created, renamed or linked in it is durable afterwards."""
         with self._operation("sync_folder", path):
@@ -179,6 +191,40 @@ class Disk:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
+
+
+class ScratchFile:
+    """Pieces of bytes in a file that does not outlive the process. Made by `Disk.scratch`."""
+
+    def __init__(self, handle: int, step: "Callable[[], AbstractContextManager[None]]") -> None:
+        self._handle = handle
+        self._step = step
+        self._size = 0
+
+    def append(self, content: "ReadableBuffer") -> int:
+        """Write a new piece, and return where it begins."""
+        start = self._size
+        self._size += memoryview(content).nbytes
+        self.write(start, content)
+        return start
+
+    def write(self, start: int, content: "ReadableBuffer") -> None:
+        """Write over what lies at `start`."""
+        left = memoryview(content).cast("B")
+        with self._step():
+            while left:
+                written = os.pwrite(self._handle, left, start)
+                start, left = start + written, left[written:]
+
+    def read(self, start: int, into: "WriteableBuffer") -> None:
+        """Fill a buffer with what was written at `start`."""
+        left = memoryview(into).cast("B")
+        with self._step():
+            while left:
+                read = os.preadv(self._handle, [left], start)
+                if not read:
+                    raise OSError(errno.EIO, os.strerror(errno.EIO))
+                start, left = start + read, left[read:]
 
 
 def digest_of_file(path: Path) -> FileDigest:

@@ -97,14 +97,23 @@ class QuantizedWeight:
 
 
 @dataclass(frozen=True, slots=True)
+class Frugal:
+    """What takes less memory and more time, and gives the same bits."""
+
+    recompute: bool = False
+    """In training, keep the activations of one block and compute those of the others again."""
+    offload: bool = False
+    """Keep one layer of a window in memory, and the others on disk."""
+
+
+@dataclass(frozen=True, slots=True)
 class Compute:
     """Where blocks run, in which dtype, and how many segments at once."""
 
     device: torch.device
     dtype: torch.dtype
     batch_size: int
-    recompute: bool = False
-    """In training, keep the activations of one block and compute those of the others again: the same bits, less memory, more time."""
+    frugal: Frugal = Frugal()
 
 
 @dataclass(frozen=True, slots=True)

@@ -221,7 +221,9 @@ PURE = {
     "config.py": {"replace"},
     "run/plan.py": {"replace"},
     "numerics/low_rank.py": {"replace"},
+    "numerics/product.py": {"replace"},
     "numerics/straight_through.py": {"replace"},
+    "windows/quantized_linear.py": {"replace"},
     "windows/resident.py": {"replace"},
     "run/chain.py": {"replace"},
 }  # str.replace, dataclasses.replace

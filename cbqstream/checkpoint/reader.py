@@ -57,6 +57,10 @@ class Checkpoint:
             raise InputError(info.file, "changed while it was being read.", tensor=name)
         return tensor.to(device=device, dtype=dtype or info.dtype)
 
+    def under(self, prefix: str, device: torch.device) -> Mapping[str, Tensor]:
+        """The tensors whose name begins with `prefix`, by the rest of it; each is read when it is asked for."""
+        return _Under(self, prefix, device)
+
     def fingerprint(self) -> str:
         """SHA-256, in hex, over names, dtypes, shapes, and 4 KiB from the start, the middle and the end of every tensor.
 
@@ -114,3 +118,17 @@ class Checkpoint:
                     raise InputError(info.file, "changed while it was being read.", tensor=name)
                 left -= len(piece)
                 yield piece
+
+
+class _Under(Mapping[str, Tensor]):
+    def __init__(self, source: Checkpoint, prefix: str, device: torch.device) -> None:
+        self._source, self._prefix, self._device = source, prefix, device
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._source.read(self._prefix + name, device=self._device)
+
+    def __iter__(self) -> Iterator[str]:
+        return (name.removeprefix(self._prefix) for name in self._source.infos if name.startswith(self._prefix))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)

@@ -1,7 +1,7 @@
 """One transformer block with its weights: built, used, dropped."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,7 @@ def build_block(
     device: torch.device,
     dtype: torch.dtype,
     linear_dtype: torch.dtype | None,
+    without: Collection[str] = (),
 ) -> nn.Module:
     """Block `index` with its weights, frozen, on `device`; layers whose inputs the source wants quantized do that.
 
@@ -35,6 +36,7 @@ def build_block(
         device: where it goes.
         dtype: of everything but the weights of linear layers.
         linear_dtype: of those; None keeps them as they are stored.
+        without: linear layers whose weights are left on the meta device.
 
     Raises:
         InputError: a tensor cannot be read.
@@ -43,8 +45,11 @@ def build_block(
     block = copy.deepcopy(skeleton.templates[index])
     dtypes = {f"{name}.weight": linear_dtype for name in spec.linears}
     dtypes |= {name: buffer.dtype for name, buffer in block.named_buffers()}
+    absent = {f"{name}.weight" for name in without}
     state = {
-        local: source.read(name, device=device, dtype=dtypes.get(local, dtype)) for local, name in spec.tensors.items()
+        local: source.read(name, device=device, dtype=dtypes.get(local, dtype))
+        for local, name in spec.tensors.items()
+        if local not in absent
     }
     block.load_state_dict(state, strict=False, assign=True)
     for buffer_name, buffer in list(block.named_buffers()):

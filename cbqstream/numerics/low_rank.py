@@ -82,6 +82,12 @@ class LowRank:
             torch.mul(levels, scale_OG1[rows], out=grouped(w_hat[rows], scale_OG1.shape[1]))
         return w_hat
 
+    def levels(self, parameters: Sequence[Tensor], scale_OG: Tensor) -> Tensor:
+        """See `LearnedWeight`; they are of the starting scale, whatever is stored."""
+        _, a1_OR, a2_RI = parameters
+        floor, rise = low_rank_rise(self.weight, self.scale0, a1_OR, a2_RI)
+        return clamp_levels(floor + (rise >= 0.5), self.low, self.high)
+
     def gradients(self, parameters: Sequence[Tensor], gradient_OI: Tensor) -> tuple[Tensor, ...]:
         """See `LearnedWeight`."""
         theta_OG, a1_OR, a2_RI = parameters

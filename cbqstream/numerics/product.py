@@ -6,12 +6,16 @@ in slabs of rows, so that memory for it does not grow with the layer.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol, Self
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cbqstream.config import Scheme
+from cbqstream.numerics.affine import grouped, nearest_levels, row_tiles
 from cbqstream.numerics.scratch import Scratch
 
 SLAB_WEIGHTS = 1 << 26
@@ -62,47 +66,100 @@ class LearnedWeight(Protocol):
         """w_hat [O, I] in `dtype`, in memory that the next one uses again."""
         ...
 
+    def levels(self, parameters: Sequence[Tensor], scale_OG: Tensor) -> Tensor:
+        """Levels q - z of the hard weight with stored scales, float32 [O, G, K]."""
+        ...
+
     def gradients(self, parameters: Sequence[Tensor], gradient_OI: Tensor) -> tuple[Tensor, ...]:
         """Of every parameter, from that of w_hat. What has no gradient of its own may be moved here."""
         ...
 
 
+Place = Callable[[], AbstractContextManager[LearnedWeight]]
+"""Gives a weight that is in memory for the length of a `with`."""
+
+
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: LearnedWeight, bias: Tensor | None, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, place: Place, bias: Tensor | None, *parameters: Tensor) -> Tensor:
         ctx.save_for_backward(x, *parameters)
-        ctx.weight = weight
+        ctx.place = place
+        with place() as weight:
 
-        def make(rows: slice) -> Tensor:
-            return weight.part(rows).soft(_rows(weight, parameters, rows), x.dtype)
+            def make(rows: slice) -> Tensor:
+                return weight.part(rows).soft(parameters_of(weight, parameters, rows), x.dtype)
 
-        return linear_in_slabs(x, weight.weight.shape, make, bias)
+            return linear_in_slabs(x, weight.weight.shape, make, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (x, *parameters), weight = ctx.saved_tensors, ctx.weight
+        x, *parameters = ctx.saved_tensors
         g_TO, x_TI = gradients[0].flatten(0, -2), x.flatten(0, -2)
         gradient_x: Tensor | None = None
         found: list[tuple[Tensor, ...]] = []
-        for rows in slabs(weight.weight.shape):
-            part, own, g = weight.part(rows), _rows(weight, parameters, rows), g_TO[:, rows]
-            if ctx.needs_input_grad[0]:  # before anything moves
-                w_hat = part.soft(own, x.dtype)
-                gradient_x = torch.mm(g, w_hat) if gradient_x is None else gradient_x.addmm_(g, w_hat)
-            gradient = weight.scratch.take("gradient", part.weight.shape, x.dtype, x.device)
-            found.append(part.gradients(own, torch.mm(g.t(), x_TI, out=gradient)))
-        joined = [
+        with ctx.place() as weight:
+            for rows in slabs(weight.weight.shape):
+                part, own, g = weight.part(rows), parameters_of(weight, parameters, rows), g_TO[:, rows]
+                if ctx.needs_input_grad[0]:  # before anything moves
+                    w_hat = part.soft(own, x.dtype)
+                    gradient_x = torch.mm(g, w_hat) if gradient_x is None else gradient_x.addmm_(g, w_hat)
+                if any(ctx.needs_input_grad[3:]):
+                    gradient = weight.scratch.take("gradient", part.weight.shape, x.dtype, x.device)
+                    found.append(part.gradients(own, torch.mm(g.t(), x_TI, out=gradient)))
+        joined: list[Tensor | None] = [
             of_slabs[0] if len(of_slabs) == 1 else torch.cat(of_slabs) if by_rows else torch.stack(of_slabs).sum(0)
-            for by_rows, of_slabs in zip(weight.by_rows, zip(*found, strict=True), strict=True)
-        ]
+            for by_rows, of_slabs in zip(weight.by_rows if found else (), zip(*found, strict=True), strict=True)
+        ] or [None] * len(parameters)
         return None if gradient_x is None else gradient_x.view(x.shape), None, None, *joined
 
 
-def _rows(weight: LearnedWeight, parameters: Sequence[Tensor], rows: slice) -> list[Tensor]:
+def parameters_of(weight: LearnedWeight, parameters: Sequence[Tensor], rows: slice) -> list[Tensor]:
+    """The parameters of some rows of a weight, from those of all."""
     return [value[rows] if by_rows else value for by_rows, value in zip(weight.by_rows, parameters, strict=True)]
 
 
-def learned_product(x: Tensor, weight: LearnedWeight, bias: Tensor | None, *parameters: Tensor) -> Tensor:
-    """`x @ w_hat^T + bias`, [..., O] in the dtype of x [..., I]; differentiable in x and the parameters."""
-    product: Tensor = _Product.apply(x, weight, bias, *parameters)  # type: ignore[no-untyped-call]
+def learned_product(x: Tensor, place: Place, bias: Tensor | None, *parameters: Tensor) -> Tensor:
+    """`x @ w_hat^T + bias`, [..., O] in the dtype of x [..., I]; differentiable in x and the parameters. The weight is placed twice: here,
+    and in the backward pass."""
+    product: Tensor = _Product.apply(x, place, bias, *parameters)  # type: ignore[no-untyped-call]
     return product
+
+
+@dataclass(frozen=True, slots=True)
+class Nearest:
+    """A weight rounded to nearest; the step sizes that its codes are multiplied by may learn."""
+
+    weight: Tensor
+    """w [O, I], any float dtype."""
+    scale0: Tensor
+    """s0, float32 [O, G]."""
+    zero_point: Tensor | None
+    """z, int8 [O, G]; None if symmetric."""
+    scheme: Scheme
+    scratch: Scratch
+
+    by_rows: ClassVar[tuple[bool, ...]] = (True,)
+
+    def part(self, rows: slice) -> Self:
+        """See `LearnedWeight`."""
+        zero_point = None if self.zero_point is None else self.zero_point[rows]
+        return replace(self, weight=self.weight[rows], scale0=self.scale0[rows], zero_point=zero_point)
+
+    def soft(self, parameters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """See `LearnedWeight`; the one parameter is theta [O, G]."""
+        (theta_OG,) = parameters
+        scale_OG1 = (self.scale0 * theta_OG.exp()).unsqueeze(-1)
+        w_hat = self.scratch.take("weight", self.weight.shape, dtype, self.weight.device)
+        for rows in row_tiles(self.weight):
+            levels = self.part(rows).levels(parameters, self.scale0[rows])
+            torch.mul(levels, scale_OG1[rows], out=grouped(w_hat[rows], scale_OG1.shape[1]))
+        return w_hat
+
+    def levels(self, parameters: Sequence[Tensor], scale_OG: Tensor) -> Tensor:
+        """See `LearnedWeight`."""
+        return nearest_levels(self.weight, scale_OG, self.zero_point, self.scheme)
+
+    def gradients(self, parameters: Sequence[Tensor], gradient_OI: Tensor) -> tuple[Tensor, ...]:
+        """See `LearnedWeight`; d w_hat / d theta = w_hat."""
+        w_hat = self.soft(parameters, torch.float32)
+        return (grouped(w_hat * gradient_OI, self.scale0.shape[1]).sum(-1),)

@@ -122,6 +122,10 @@ class StraightThrough:
         self.passes.soft(self.weight, self.scale0 * theta_OG.exp(), self.v, self.low, self.high, w_hat)
         return w_hat
 
+    def levels(self, parameters: Sequence[Tensor], scale_OG: Tensor) -> Tensor:
+        """See `LearnedWeight`."""
+        return rounded_levels(self.weight, scale_OG, self.v, self.low, self.high)
+
     def gradients(self, parameters: Sequence[Tensor], gradient_OI: Tensor) -> tuple[Tensor, ...]:
         """See `LearnedWeight`; v moves."""
         (theta_OG,) = parameters

@@ -120,4 +120,5 @@ def move(
         columns, groups, size, 0.0 if bounds else low, 0.0 if bounds else high, step,
         BOUNDS=bounds, ROWS=_ROWS, COLUMNS=min(_COLUMNS, triton.next_power_of_2(size)),
     )  # fmt: skip
+    torch.autograd.graph.increment_version(v_OI)
     return gradient_OG

@@ -1,14 +1,15 @@
 """The shard of a finished block: packed linear layers, and everything else of the block as it was."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from cbqstream.checkpoint.header import read_header
+from cbqstream.checkpoint.offload import Page
 from cbqstream.checkpoint.reader import Checkpoint
-from cbqstream.disk import Disk, FileDigest
+from cbqstream.disk import Disk, FileDigest, ScratchFile
 from cbqstream.packed.format import SCALE, encode, encode_in_slabs
 from cbqstream.packed.shard import write_tensors
 from cbqstream.records import BlockSpec, QuantizedWeight
@@ -25,9 +26,10 @@ def write_block(
     disk: Disk,
     folder: Path,
     spec: BlockSpec,
-    weights: Mapping[str, QuantizedWeight],
+    weights: Iterable[tuple[str, QuantizedWeight]],
     rescaled: Mapping[str, Tensor],
     source: Checkpoint,
+    file: ScratchFile | None,
 ) -> tuple[str, FileDigest]:
     """Write the shard of a block into `folder`.
 
@@ -35,20 +37,22 @@ def write_block(
         disk: for durable writes.
         folder: must exist.
         spec: the block.
-        weights: quantized weights by the name of the layer within the block.
+        weights: names of layers within the block, and their quantized weights; one at a time is enough.
         rescaled: other tensors of the block that changed, by their name within it; stored in the dtype they had.
         source: the original checkpoint; the rest of the block is copied from it unchanged.
+        file: where packed weights wait until all are; None is memory.
 
     Returns:
         The file's name and digest.
     """
-    tensors: dict[str, Tensor] = {}
-    for local, name in spec.tensors.items():
-        layer = local.removesuffix(".weight")
-        if local == f"{layer}.weight" and layer in weights:
-            encoded = encode(weights[layer], scale_dtype=source.infos[name].dtype)
-            tensors.update({f"{name.removesuffix('.weight')}.{part}": value for part, value in encoded.items()})
-        elif local in rescaled:
+    tensors: dict[str, Tensor | Page] = {}
+    left = dict(spec.tensors)
+    for layer, weight in weights:
+        name = left.pop(f"{layer}.weight")
+        for part, value in encode(weight, scale_dtype=source.infos[name].dtype).items():
+            tensors[f"{name.removesuffix('.weight')}.{part}"] = value if file is None else Page.of(value, file)
+    for local, name in left.items():
+        if local in rescaled:
             tensors[name] = rescaled[local].to(source.infos[name].dtype)
         else:
             tensors[name] = source.read(name, device=torch.device("cpu"))

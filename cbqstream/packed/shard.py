@@ -11,6 +11,7 @@ from torch import Tensor
 from torch import uint8 as torch_uint8
 
 from cbqstream.checkpoint.header import DTYPES
+from cbqstream.checkpoint.offload import Page
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.disk import Disk, FileDigest
 
@@ -18,8 +19,8 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ALIGNMENT = 8
 
 
-def write_tensors(disk: Disk, path: Path, tensors: Mapping[str, Tensor]) -> FileDigest:
-    """Write tensors to a new, durable safetensors file."""
+def write_tensors(disk: Disk, path: Path, tensors: Mapping[str, Tensor | Page]) -> FileDigest:
+    """Write tensors to a new, durable safetensors file; those that lie in another one are read when it is their turn."""
     names = sorted(tensors)
 
     def chunks() -> Iterator[bytes]:
@@ -27,7 +28,9 @@ def write_tensors(disk: Disk, path: Path, tensors: Mapping[str, Tensor]) -> File
             [(name, _NAMES[tensors[name].dtype], list(tensors[name].shape), tensors[name].nbytes) for name in names]
         )
         for name in names:
-            yield tensors[name].detach().cpu().contiguous().flatten().view(torch_uint8).numpy().tobytes()
+            value = tensors[name]
+            tensor = value.read() if isinstance(value, Page) else value
+            yield tensor.detach().cpu().contiguous().flatten().view(torch_uint8).numpy().tobytes()
 
     return disk.write(path, chunks(), mode=0o666)
 

@@ -23,6 +23,10 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
     )
     if plan["recompute"]:
         lines.append("to keep the limit, activations of one block are kept and those of the others computed again")
+    if plan["offload"]:
+        lines.append(
+            "and one layer of a window is in memory, the others lie on disk; the time that they take to and fro is not counted"
+        )
     if plan["seconds"]:
         total = plan["seconds_total"]
         low, high = (duration(total * factor) for factor in (1 - _SPREAD, 1 + _SPREAD))

@@ -95,7 +95,7 @@ def open_inputs(config: QuantizeConfig) -> RunInputs:
     )
     windows = tuple(schedule(config.keep_first, len(skeleton.blocks) - config.keep_last, config.window))
     plan = fitting_plan(config, ModelSizes.counted(folder, model, source.infos), device.type)
-    compute = Compute(device, compute_dtype(device), config.reconstruction.batch_size, plan.recompute)
+    compute = Compute(device, compute_dtype(device), config.reconstruction.batch_size, plan.frugal)
     return RunInputs(config, model, source, skeleton, tokens_NS, windows, compute, who)
 
 

@@ -14,7 +14,7 @@ After the last window the step sizes of all blocks may learn together (`run/end_
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -23,26 +23,23 @@ from torch import Tensor
 
 from cbqstream.activations.zarr_store import ZarrStore
 from cbqstream.checkpoint.reader import Checkpoint
-from cbqstream.config import QuantizeConfig, path_pattern
-from cbqstream.disk import Disk, FileDigest
-from cbqstream.errors import IdentityError, StoppedError, UsageError
+from cbqstream.config import QuantizeConfig
+from cbqstream.disk import Disk, FileDigest, ScratchFile
+from cbqstream.errors import StoppedError, UsageError
 from cbqstream.memory import peak_resident_bytes, release_free_memory, return_large_blocks
 from cbqstream.models.block import build_block
 from cbqstream.models.compute import installed_version
 from cbqstream.models.ends import model_ends
 from cbqstream.models.experts import tokens_by_expert
-from cbqstream.numerics.scale_search import search_grid
-from cbqstream.packed.block_shard import write_block, write_head
-from cbqstream.packed.format import quantization_config
-from cbqstream.packed.output import assemble, building_folder, is_occupied
+from cbqstream.packed.block_shard import write_block
+from cbqstream.packed.output import is_occupied
 from cbqstream.packed.shard import write_tensors
 from cbqstream.records import EpochReport, Notice, Window, WindowReport
-from cbqstream.report.card import CARD, METRICS, metrics_lines, model_card
 from cbqstream.run.chain import CARRY, QUANTIZED, REFERENCE, Chain
 from cbqstream.run.end_to_end import learn_end_to_end
 from cbqstream.run.finished import read_carry
 from cbqstream.run.identity import require_same
-from cbqstream.run.inputs import RunInputs, head_scheme, open_inputs
+from cbqstream.run.inputs import RunInputs, open_inputs
 from cbqstream.run.journal import Journal, open_journal
 from cbqstream.run.limits import (
     disk_bytes,
@@ -52,13 +49,13 @@ from cbqstream.run.limits import (
     room_for,
     starved_experts,
 )
+from cbqstream.run.result import write_result
 from cbqstream.run.seeds import generator_for
 from cbqstream.run.streams import Streams
 from cbqstream.windows.propagate import mix_targets, propagate
 from cbqstream.windows.quantized_linear import Phase, replace_linears
 from cbqstream.windows.reconstruct import Predictions, Reconstruction, WindowData, reconstruct
 from cbqstream.windows.resident import BlockSettings, ResidentBlock
-from cbqstream.windows.rounding import Rounding
 
 Listener = Callable[[str | WindowReport | EpochReport | Notice], None]
 """Is told what is being done, what happened in each window and in each epoch after them, and what is odd about the inputs."""
@@ -133,7 +130,7 @@ def quantize(
             for epoch in learn_end_to_end(inputs, journal, job.streams, listener):
                 listener(epoch)
         listener("writing the model")
-        job.finish(out)
+        write_result(inputs, journal, out)
     return out
 
 
@@ -183,6 +180,10 @@ class _Job:
 
     def quantize_window(self, window: Window) -> WindowReport:
         """One window, from one committed state to the next."""
+        with self._file_for_layers() as file:
+            return self._quantize_window(window, file)
+
+    def _quantize_window(self, window: Window, file: ScratchFile | None) -> WindowReport:
         began = self._clocks()
         settings, compute = self.inputs.config.reconstruction, self.inputs.compute
         is_last = window.index + 1 == len(self.inputs.windows)
@@ -196,7 +197,7 @@ class _Job:
 
         # 1. read the blocks
         self._tell(window, "reading")
-        blocks = [self._read_block(index) for index in range(window.start, window.stop)]
+        blocks = [self._read_block(index, file) for index in range(window.start, window.stop)]
         new = blocks[window.frontier - window.start :]
         leaving, staying = blocks[: window.next_start - window.start], blocks[window.next_start - window.start :]
 
@@ -212,7 +213,7 @@ class _Job:
         # 3. outliers, grids and roundings
         carry = read_carry(self.journal.chain) if window.frontier > window.start else Checkpoint({})
         self._start_roundings(window, blocks, carry)
-        fresh = {block.index: block.carry() for block in new}
+        fresh = {block.index: block.state() for block in new}
 
         # 4. reconstruct
         self._tell(window, "reconstruction")
@@ -225,7 +226,7 @@ class _Job:
 
         # 5. harden what leaves, carry what stays
         self._tell(window, "writing")
-        parts = self._write_parts(leaving, staying)
+        parts = self._write_parts(leaving, staying, file)
 
         # 6. move the quantized stream on
         acts = None
@@ -242,67 +243,39 @@ class _Job:
         self.journal.commit(self.inputs, parts=parts, acts=acts, report=report.to_dict())
         return report
 
-    def finish(self, out: Path) -> None:
-        """Put the finished model together."""
-        self.journal.empty_tmp()
-        inputs, config, shards = self.inputs, self.inputs.config, self.journal.chain.shards()
-        self.journal.chain.require_intact(*shards)
-        if inputs.source.fingerprint() != inputs.identity["source"]["weights"]:
-            raise IdentityError(f"{config.model}: the weights changed since this run began. Restore them.")
-        last = len(inputs.skeleton.blocks) - config.keep_last
-        quantized = inputs.skeleton.blocks[config.keep_first : last]
-        kept = [*inputs.skeleton.blocks[: config.keep_first], *inputs.skeleton.blocks[last:]]
-        head = [inputs.skeleton.head] if config.quantize_lm_head else []
-        not_quantized = [
-            *(path for path in inputs.skeleton.never_quantized if path not in dict(head)),
-            *(f"{spec.prefix}.{name}" for spec in kept for name in spec.linears),
-            *(f"re:{path_pattern(pattern)}$" for pattern in config.ignore),
-        ]
-        assemble(
-            self.journal.disk,
-            out,
-            building_folder(out, self.journal.chain.run["self"]),
-            source_folder=Path(config.model),
-            source=inputs.source,
-            shards=[*shards, *(self._write_head(name) for _, name in head)],
-            replaced={name for spec in quantized for name in spec.tensors.values()} | {name for _, name in head},
-            config={**inputs.model, "quantization_config": quantization_config(config.schemes, not_quantized)},
-            texts=self._told(),
-        )
-
-    def _write_head(self, name: str) -> Path:
-        source = self.inputs.source
-        weight = source.read(name, device=self.inputs.compute.device)
-        scheme = head_scheme(self.inputs.config, self.inputs.skeleton)
-        grid = search_grid(weight, torch.ones(weight.shape[1], device=weight.device), scheme)
-        hard = Rounding(weight, *grid, scheme).harden()
-        return write_head(self.journal.disk, self.journal.building, name, hard, source.infos[name].dtype)
-
-    def _told(self) -> dict[str, str]:
-        """What the result says of itself."""
-        original, chain = Path(self.inputs.config.model) / CARD, self.journal.chain
-        reports = [commit["report"] for commit in chain.commits]
-        text = original.read_text(encoding="utf-8", errors="replace") if original.is_file() else ""
-        return {CARD: model_card(chain.run, reports, text), METRICS: metrics_lines(reports)}
-
-    def _read_block(self, index: int) -> ResidentBlock:
-        inputs = self.inputs
+    def _read_block(self, index: int, file: ScratchFile | None) -> ResidentBlock:
+        """A block with its quantized layers; their weights lie in the file, where there is one."""
+        inputs, schemes = self.inputs, self.inputs.layers(index)
+        device, dtype = inputs.compute.device, inputs.compute.dtype
         module = build_block(
             inputs.skeleton,
             index,
             inputs.source,
-            device=inputs.compute.device,
-            dtype=inputs.compute.dtype,
+            device=device,
+            dtype=dtype,
             linear_dtype=None,
+            without=() if file is None else schemes,
         )
         spec = inputs.skeleton.blocks[index]
-        schemes = inputs.layers(index)
         layers = replace_linears(module, schemes, self.settings.scratch)
+        if file is not None:
+            for name, layer in layers.items():
+                layer.weight = inputs.source.read(spec.tensors[f"{name}.weight"], device=device)
+                layer.offload(file)
         whole = set(spec.linears) - schemes.keys()  # folds through layers that stay as they are would change them
         for name in whole:
-            module.get_submodule(name).to(inputs.compute.dtype)
+            module.get_submodule(name).to(dtype)
         folds = tuple(fold for fold in inputs.skeleton.folds(index) if not whole & {fold.writer, *fold.readers})
         return ResidentBlock(index, module, self.streams.arguments[index], layers, folds)
+
+    @contextmanager
+    def _file_for_layers(self) -> Iterator[ScratchFile | None]:
+        """Where the layers of a window lie while they are not used; None where all of them stay in memory."""
+        if not self.inputs.compute.frugal.offload:
+            yield None
+            return
+        with self.journal.disk.scratch(self.journal.building / "layers") as file:
+            yield file
 
     @contextmanager
     def _predictions(self, window: Window, reference_out: ZarrStore) -> Iterator[Predictions | None]:
@@ -325,22 +298,18 @@ class _Job:
             else:
                 block.go_on(self.settings, generator, self._carried(carry, block.index))
 
-    def _carried(self, carry: Checkpoint, index: int) -> dict[str, Tensor]:
+    def _carried(self, carry: Checkpoint, index: int) -> Mapping[str, Tensor]:
         """What the window before left of a block."""
-        prefix, device = f"{index}.", self.inputs.compute.device
-        return {
-            name.removeprefix(prefix): carry.read(name, device=device)
-            for name in carry.infos
-            if name.startswith(prefix)
-        }
+        return carry.under(f"{index}.", self.inputs.compute.device)
 
-    def _write_parts(self, leaving: list[ResidentBlock], staying: list[ResidentBlock]) -> dict[str, FileDigest]:
+    def _write_parts(
+        self, leaving: list[ResidentBlock], staying: list[ResidentBlock], file: ScratchFile | None
+    ) -> dict[str, FileDigest]:
         folder, disk = self.journal.building / "parts", self.journal.disk
         digests = {}
         for block in leaving:
-            hard = block.harden()
             spec, source = self.inputs.skeleton.blocks[block.index], self.inputs.source
-            name, digest = write_block(disk, folder, spec, hard, block.rescaled(), source)
+            name, digest = write_block(disk, folder, spec, block.harden(), block.rescaled(), source, file)
             digests[name] = digest
         if staying:
             carry = {f"{block.index}.{name}": value for block in staying for name, value in block.carry().items()}

@@ -6,9 +6,9 @@ the counts against real runs. The time comes from rates that are measured here a
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from cbqstream.activations.read_ahead import READ_DEPTH
 from cbqstream.activations.write_behind import WRITE_DEPTH
@@ -18,6 +18,7 @@ from cbqstream.memory import GIB
 from cbqstream.models.compute import choose_device, compute_dtype, make_deterministic
 from cbqstream.numerics.losses import HEAD_TOKENS
 from cbqstream.numerics.product import SLAB_WEIGHTS
+from cbqstream.records import Frugal
 from cbqstream.run.rates import Rates, measure_rates
 from cbqstream.run.sizes import ModelSizes
 from cbqstream.windows.schedule import schedule, split_guard
@@ -30,12 +31,16 @@ _HEAP = 1.25
 """What glibc keeps between allocations, as fitted to runs (benchmarks/plan_check.py)."""
 _START = 4.0
 """Seconds to import everything and to open the model."""
-_STREAM_BYTES, _LOGIT_COPIES = 2, 6
+_STREAM_BYTES, _LOGIT_COPIES, _VALUE_BYTES = 2, 6, 2
 _GRID_SEARCH = {True: 22, False: 120}
 """What looking for the grid of a symmetric, and of an asymmetric weight takes, in training steps of its rounding."""
 _ELEMENTWISE = {None: 14, 8: 21, 4: 21}
 """Values of a block's activations that are read or written elementwise in training, for one value of its layers' outputs; by the width
 that inputs are quantized to."""
+
+
+_STEPS = (Frugal(), Frugal(recompute=True), Frugal(recompute=True, offload=True))
+"""In the order in which they are given up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +60,8 @@ class Plan:
     flop: float
     seconds: Mapping[str, float]
     """By what is being done; empty where no rates were given."""
-    recompute: bool
-    """Activations of one block are kept, those of the others computed again; see `Compute`."""
+    frugal: Frugal
+    """What keeps the limits."""
 
     def largest(self, name: Literal["ram", "vram"]) -> int:
         """All parts together."""
@@ -65,12 +70,13 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, with totals."""
         totals = {f"{name}_total": sum(getattr(self, name).values()) for name in ("ram", "vram", "disk", "seconds")}
-        values = {name: getattr(self, name) for name in self.__slots__}
-        return {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()} | totals
+        values = {name: getattr(self, name) for name in self.__slots__ if name != "frugal"}
+        plain = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+        return plain | asdict(self.frugal) | totals
 
 
 def make_plan(
-    config: QuantizeConfig, sizes: ModelSizes, device: str, rates: Rates | None = None, *, recompute: bool = False
+    config: QuantizeConfig, sizes: ModelSizes, device: str, rates: Rates | None = None, frugal: Frugal = _STEPS[0]
 ) -> Plan:
     """Count.
 
@@ -79,7 +85,7 @@ def make_plan(
         sizes: of the model.
         device: `cpu` or `cuda`.
         rates: of the machine, for the time.
-        recompute: see `Plan`.
+        frugal: see `Plan`.
 
     Raises:
         UsageError: nothing is left to quantize.
@@ -89,13 +95,13 @@ def make_plan(
     windows = schedule(config.keep_first, sizes.num_blocks - config.keep_last, config.window)
     in_window = max(window.stop - window.start for window in windows)
     staying = max(window.stop - window.next_start for window in windows)
-    on_device = _device_bytes(config, sizes, 1 if recompute else in_window, in_window, 2 if device == "cuda" else 4)
+    on_device = _device_bytes(config, sizes, frugal, in_window, 2 if device == "cuda" else 4)
     host = {"process": _PROCESS[device]}
     tokens = config.calibration.num_samples * config.calibration.seq_len
     stream, settings = tokens * sizes.hidden * _STREAM_BYTES, config.reconstruction
     packed = _packed_bytes(config, sizes)
     quantized = windows[-1].stop - windows[0].start
-    values = 2 * sizes.weights if settings.rounding == "full" else 0
+    values = _VALUE_BYTES * sizes.weights if settings.rounding == "full" else 0
     carried = staying * (values + _scale_bytes(config, sizes, 8))
     samples = config.calibration.num_samples
     training, guard = (len(part) for part in split_guard(samples))
@@ -103,7 +109,8 @@ def make_plan(
     epochs = settings.epochs if learns else 0
     passes = (3 + 2 * (epochs * training + 2 * guard) / samples) * len(windows)  # of a stream, read
     whole_model = settings.end_to_end_epochs if learns else 0
-    work = _work(config, sizes, len(windows), in_window, training, guard, recompute=recompute)
+    work = _work(config, sizes, len(windows), in_window, training, guard, recompute=frugal.recompute)
+    shelf = _Shelf.of(config, sizes, in_window, work) if frugal.offload else _Shelf()
     return Plan(
         windows=len(windows),
         ram=host | ({} if device == "cuda" else on_device) | _queues(config, sizes),
@@ -113,26 +120,30 @@ def make_plan(
             "blocks": quantized * packed * (2 if whole_model else 1),  # the last epoch writes all of them again
             "carried over": 2 * carried,
             "rest of the model": sizes.source_bytes - quantized * sizes.block_bytes,
+            "layers of a window": shelf.size,
         },
         source=sizes.source_bytes,
         bytes_read=int(len(windows) * in_window * sizes.block_bytes + passes * stream + 2 * sizes.ends_bytes)
-        + whole_model * sizes.num_blocks * 4 * packed,
-        bytes_written=len(windows) * (3 * stream + carried) + quantized * packed + sizes.ends_bytes,
+        + whole_model * sizes.num_blocks * 4 * packed
+        + shelf.read,
+        bytes_written=len(windows) * (3 * stream + carried) + quantized * packed + sizes.ends_bytes + shelf.written,
         flop=2 * config.calibration.seq_len * work["segment passes"] * (sizes.active + _attention(config, sizes)),
         seconds={} if rates is None else _seconds(config, sizes, work, rates),
-        recompute=recompute,
+        frugal=frugal,
     )
 
 
-def _device_bytes(config: QuantizeConfig, sizes: ModelSizes, kept: int, blocks: int, width: int) -> dict[str, int]:
-    """The largest moment of a window that learns, or of the embeddings, where that is larger; activations of `kept` blocks are kept."""
+def _device_bytes(config: QuantizeConfig, sizes: ModelSizes, frugal: Frugal, blocks: int, width: int) -> dict[str, int]:
+    """The largest moment of a window that learns, or of the embeddings, where that is larger."""
     settings, calibration = config.reconstruction, config.calibration
     batch = settings.batch_size * calibration.seq_len
-    full = settings.rounding == "full"
     saved = 2 * sizes.outputs + (4 * sizes.hidden if config.scheme.activation_bits else 0)
+    kept = 1 if frugal.recompute else blocks
+    layers = sizes.largest if frugal.offload else blocks * sizes.weights
+    rest = sizes.block_bytes - sizes.weights * sizes.stored
     window = {
-        "weights": blocks * sizes.block_bytes,
-        "rounding": blocks * sizes.weights * 2 if full else 0,
+        "weights": blocks * rest + layers * sizes.stored,
+        "rounding": layers * _VALUE_BYTES if settings.rounding == "full" else 0,
         "step sizes": blocks * _scale_bytes(config, sizes, 24),
         "scratch": 2 * width * min(sizes.largest, SLAB_WEIGHTS),
         "activations": int(_HEAP * width * batch * ((kept + 1) * saved + (8 + blocks) * sizes.hidden)),
@@ -141,6 +152,25 @@ def _device_bytes(config: QuantizeConfig, sizes: ModelSizes, kept: int, blocks: 
     head = {"head and logits": width * matrix + _LOGIT_COPIES * 4 * HEAD_TOKENS * sizes.vocabulary}
     last = window | (head if settings.head_weight and settings.rounding != "none" else {})
     return max((last, {"embeddings": (width + sizes.stored) * matrix}), key=lambda parts: sum(parts.values()))
+
+
+@dataclass(frozen=True, slots=True)
+class _Shelf:
+    """The file in which the layers of a window lie while they are not used, bytes."""
+
+    size: int = 0
+    read: int = 0
+    written: int = 0
+
+    @classmethod
+    def of(cls, config: QuantizeConfig, sizes: ModelSizes, in_window: int, work: Mapping[str, float]) -> Self:
+        """A step reads every layer twice, and writes what moved; without steps it is read once for each batch."""
+        values = _VALUE_BYTES if config.reconstruction.rounding == "full" else 0
+        each, code = sizes.weights * (sizes.stored + values), sizes.weights
+        passes = 2 * work["steps"] + work["hard batches"]
+        read, written = passes * each, work["steps"] * sizes.weights * values
+        blocks = work["blocks"]
+        return cls(in_window * each + code + _packed_bytes(config, sizes), int(read), int(written + blocks * each))
 
 
 def _queues(config: QuantizeConfig, sizes: ModelSizes) -> dict[str, int]:
@@ -255,9 +285,11 @@ def fitting_plan(config: QuantizeConfig, sizes: ModelSizes, device: str, rates: 
     Raises:
         DeviceMemoryError: nothing fits; the message says what would.
     """
-    plan = make_plan(config, sizes, device, rates)
-    if _over(config, plan) is not None:
-        plan = make_plan(config, sizes, device, rates, recompute=True)
+    for frugal in _STEPS[:-1]:
+        plan = make_plan(config, sizes, device, rates, frugal)
+        if _over(config, plan) is None:
+            return plan
+    plan = make_plan(config, sizes, device, rates, _STEPS[-1])
     over = _over(config, plan)
     if over is None:
         return plan
@@ -266,7 +298,7 @@ def fitting_plan(config: QuantizeConfig, sizes: ModelSizes, device: str, rates: 
     fits = [
         f"{flags} ({made.largest(name) / GIB:.2f})"
         for flags, other in smaller_settings(config).items()
-        if _over(config, made := make_plan(other, sizes, device, recompute=True)) is None
+        if _over(config, made := make_plan(other, sizes, device, frugal=_STEPS[-1])) is None
     ]
     remedy = f"These fit: {', '.join(fits)}" if fits else "No smaller batch or window fits either; give it more"
     raise DeviceMemoryError(
@@ -305,7 +337,7 @@ def plan(config: QuantizeConfig, *, with_time: bool = True) -> dict[str, Any]:
         rates = measure_rates(config, list(sizes.layers.values()), device, compute_dtype(device))
     made = fitting_plan(config, sizes, device.type, rates)
     others = {
-        flags: make_plan(other, sizes, device.type, rates, recompute=made.recompute).to_dict()
+        flags: make_plan(other, sizes, device.type, rates, made.frugal).to_dict()
         for flags, other in smaller_settings(config).items()
     }
     return {**made.to_dict(), "smaller": others}

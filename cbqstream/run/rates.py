@@ -3,13 +3,14 @@
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
 
 from cbqstream.config import QuantizeConfig
-from cbqstream.numerics.product import learned_product
+from cbqstream.numerics.product import LearnedWeight, learned_product
 from cbqstream.numerics.scratch import Scratch
 from cbqstream.numerics.straight_through import StraightThrough, passes_for
 
@@ -53,10 +54,13 @@ def measure_rates(
     many = max(4, min(batch, _MEASURED_TOKENS))
     few = many // 4
 
+    def place() -> AbstractContextManager[LearnedWeight]:
+        return nullcontext(weight)
+
     def product(tokens: int) -> Callable[[], object]:
         x_TI = torch.ones(tokens, columns, device=device, dtype=dtype, requires_grad=True)
         g_TO = torch.ones(tokens, rows, device=device, dtype=dtype)
-        return lambda: torch.autograd.grad(learned_product(x_TI, weight, None, theta_OG), (x_TI, theta_OG), g_TO)
+        return lambda: torch.autograd.grad(learned_product(x_TI, place, None, theta_OG), (x_TI, theta_OG), g_TO)
 
     gate, up = (torch.ones(many, columns, device=device, dtype=dtype, requires_grad=True) for _ in range(2))
 

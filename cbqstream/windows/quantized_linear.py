@@ -1,7 +1,8 @@
 """A linear layer that can compute with its original, its soft or its hard weight, and can watch its inputs."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 from functools import reduce
 from operator import add
@@ -9,6 +10,7 @@ from operator import add
 import torch
 from torch import Tensor, nn
 
+from cbqstream.checkpoint.offload import Offloadable
 from cbqstream.config import Scheme
 from cbqstream.numerics.activation_quant import quantize_per_tensor, quantize_per_token, starting_step
 from cbqstream.numerics.affine import dequantize, storable_scale
@@ -107,7 +109,7 @@ class InputStep(nn.Module):
         self.theta.copy_(state["theta"])
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(Offloadable):
     """Stands in for an `nn.Linear` inside a block. The weight keeps the dtype it is stored in; products are in that of the input."""
 
     def __init__(self, linear: nn.Linear, scheme: Scheme, scratch: Scratch) -> None:
@@ -115,6 +117,7 @@ class QuantizedLinear(nn.Module):
         self.scheme = scheme
         self._scratch = scratch
         self._finished: QuantizedWeight | None = None
+        """Without its codes, which are in the place of the weight."""
         self.weight: Tensor = linear.weight.detach()
         self.bias = linear.bias
         self.rounding: Rounding | None = None
@@ -129,21 +132,32 @@ class QuantizedLinear(nn.Module):
             before = 0 if self._watched is None else self._watched.tokens
             seen = InputStatistics.of(x, self._sample_stride, before)
             self._watched = seen if self._watched is None else self._watched + seen
-        if self.phase is Phase.ORIGINAL:
-            return self._product(x, self._original_rows)
-        x = self._quantized_input(x)
+        if self.phase is not Phase.ORIGINAL:
+            x = self._quantized_input(x)
         if self.phase is Phase.SOFT and self.rounding is not None:
             return self.rounding.product(x, self.bias)
-        hard = self._finished if self.rounding is None else self.rounding.harden()
-        if hard is None:
-            return self._product(x, self._original_rows)
-        return self._product(x, lambda rows, room: dequantize(hard.rows(rows), room))
+        with self._rows() as make:
+            return self._product(x, make)
+
+    @contextmanager
+    def _rows(self) -> Iterator[Callable[[slice, Tensor], Tensor]]:
+        """What makes rows of the original or the hard weight, in the room that it gets for them if it likes."""
+        if self.rounding is not None and self.phase is not Phase.ORIGINAL:
+            hard = self.rounding.harden()
+            yield lambda rows, room: dequantize(hard.rows(rows), room)
+            return
+        with self.placed():
+            if self._finished is None:
+                yield self._original_rows
+            else:
+                finished = replace(self._finished, codes=self.weight)
+                yield lambda rows, room: dequantize(finished.rows(rows), room)
 
     def _original_rows(self, rows: slice, room: Tensor) -> Tensor:
         return self.weight[rows] if self.weight.dtype == room.dtype else room.copy_(self.weight[rows])
 
     def _product(self, x: Tensor, make: Callable[[slice, Tensor], Tensor]) -> Tensor:
-        """The layer's output with a weight whose rows `make` gives, in the room that it gets for them if it likes."""
+        """The layer's output with a weight whose rows `make` gives."""
         kept = x.requires_grad and torch.is_grad_enabled()  # then a backward pass needs them again
 
         def rows_of(rows: slice) -> Tensor:
@@ -163,7 +177,8 @@ class QuantizedLinear(nn.Module):
         watched, self._watching, self._watched = self._watched, False, None
         if watched is not None:
             return watched
-        none = self.weight.new_zeros(self.weight.shape[1], dtype=torch.float32)
+        with self.placed():
+            none = self.weight.new_zeros(self.weight.shape[1], dtype=torch.float32)
         return InputStatistics(none.double(), none, none, none.new_empty(0, len(none)), 0)
 
     def start_input_step(self, statistics: InputStatistics) -> None:
@@ -175,7 +190,8 @@ class QuantizedLinear(nn.Module):
 
     def freeze(self, weight: QuantizedWeight) -> None:
         """Compute with a finished weight from now on; the original and the rounding are let go."""
-        self.weight, self.rounding, self._finished = weight.codes, None, weight
+        self.rounding, self._finished = None, replace(weight, codes=weight.codes.to("meta"))
+        self.put("weight", weight.codes)
 
     def _quantized_input(self, x: Tensor) -> Tensor:
         if self.input_step is not None:

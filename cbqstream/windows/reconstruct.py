@@ -84,7 +84,7 @@ def reconstruct(
         data: its input from the quantized stream, and its targets.
         config: how.
         generator: gives the order of the segments.
-        started: the `carry` of a block as it is now; asked only where what was learned is taken back.
+        started: what `ResidentBlock.load` takes to bring a block back to what it is now; asked only where what was learned is taken back.
     """
     training, guard = split_guard(data.inputs.shape.num_segments)
     roundings = [layer.rounding for layer in all_layers(blocks) if layer.rounding is not None]
@@ -163,7 +163,7 @@ def _train(
             rounding.begin_step(now)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * rate_left  # by hand: a scheduler would keep the optimizer alive in a cycle
-        h_BSD = run_blocks(blocks, batch.x, Phase.SOFT, recompute=data.compute.recompute)
+        h_BSD = run_blocks(blocks, batch.x, Phase.SOFT, recompute=data.compute.frugal.recompute)
         loss = _loss(h_BSD, batch, data.predictions, config, step)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]

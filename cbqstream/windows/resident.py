@@ -1,6 +1,7 @@
 """The blocks of a window on the device, with their quantized layers."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from cbqstream.checkpoint.offload import Page
 from cbqstream.config import OutlierConfig, ReconstructionConfig, Scheme
 from cbqstream.errors import InputError
 from cbqstream.models.block import BlockArguments, run_block
@@ -36,12 +38,6 @@ class BlockSettings:
     reconstruction: ReconstructionConfig
     outliers: OutlierConfig
     scratch: Scratch = field(default_factory=Scratch)
-
-    def rounding(
-        self, w_OI: Tensor, grid: tuple[Tensor, Tensor | None], scheme: Scheme, generator: torch.Generator
-    ) -> Rounding:
-        """For a weight, its grid and its scheme."""
-        return make_rounding(w_OI, *grid, scheme, self.reconstruction, generator, self.scratch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,18 +79,20 @@ class ResidentBlock:
         if settings.outliers.folds(settings.scheme):
             for fold in self.folds:
                 seen = statistics[fold.readers[0]]
-                scale_C = fold_scale(self.module, fold, seen, settings.scheme, settings.outliers)
+                with self._placed(fold):
+                    scale_C = fold_scale(self.module, fold, seen, settings.scheme, settings.outliers)
                 self._fold(fold, scale_C)
                 scale_I = reader_scale(self.module, fold, scale_C)
                 statistics |= {name: statistics[name].divided(scale_I) for name in fold.readers}
         for name, layer in self.layers.items():
             layer.start_input_step(statistics[name])
-            weight = self._rounded_weight(layer, settings)
-            if settings.reconstruction.init == "search":
-                grid = search_grid(weight, statistics[name].second_moment, layer.scheme)
-            else:
-                grid = minmax_grid(weight, layer.scheme)
-            layer.rounding = self._rounding(name, weight, grid, settings, generator)
+            with layer.placed():
+                weight = self._rounded_weight(layer, settings)
+                if settings.reconstruction.init == "search":
+                    grid = search_grid(weight, statistics[name].second_moment, layer.scheme)
+                else:
+                    grid = minmax_grid(weight, layer.scheme)
+                self._give_rounding(name, weight, grid, settings, generator)
 
     def _take_statistics(self) -> dict[str, InputStatistics]:
         """Of the inputs of each layer; an expert that saw too few tokens to say much has those of all experts of the block."""
@@ -115,18 +113,22 @@ class ResidentBlock:
                 )
         return seen
 
-    def _rounding(
+    def _give_rounding(
         self,
         name: str,
         weight: Tensor,
         grid: tuple[Tensor, Tensor | None],
         settings: BlockSettings,
         generator: torch.Generator,
-    ) -> Rounding:
-        """As the settings ask for; to nearest where there is too little to learn from."""
-        if name not in self.starved:
-            return settings.rounding(weight, grid, self.layers[name].scheme, generator)
-        return Rounding(weight, *grid, self.layers[name].scheme).requires_grad_(requires_grad=False)
+    ) -> None:
+        """To a layer that is placed, as the settings ask for; to nearest where there is too little to learn from."""
+        layer, scratch = self.layers[name], settings.scratch
+        if name in self.starved:
+            rounding = Rounding(weight, *grid, layer.scheme, scratch).requires_grad_(requires_grad=False)
+        else:
+            rounding = make_rounding(weight, *grid, layer.scheme, settings.reconstruction, generator, scratch)
+        layer.rounding = rounding
+        rounding.offload_beside(layer)
 
     def go_on(self, settings: BlockSettings, generator: torch.Generator, carried: Mapping[str, Tensor]) -> None:
         """From what `carry` gave in the window before."""
@@ -143,22 +145,32 @@ class ResidentBlock:
                 layer.input_step.load(step)
             state = {key: value for key, value in state.items() if not key.startswith(_INPUT)}
             grid = (state["scale0"], state.get("zero_point"))
-            weight = self._rounded_weight(layer, settings)
-            layer.rounding = self._rounding(name, weight, grid, settings, generator)
-            layer.rounding.load(state)
+            with layer.placed():
+                self._give_rounding(name, self._rounded_weight(layer, settings), grid, settings, generator)
+            if layer.rounding is not None:
+                layer.rounding.load(state)
 
-    def carry(self) -> dict[str, Tensor]:
-        """The state of every rounding and the folded scales, for the next window, by name."""
-        carried: dict[str, Tensor] = {}
+    def state(self) -> dict[str, Tensor]:
+        """Of every rounding and step size of inputs, and the folded scales, by name, besides what `carry` adds. Copies."""
+        state: dict[str, Tensor] = {}
         for name, layer in self.layers.items():
             for prefix, part in (("", layer.rounding), (_INPUT, layer.input_step)):
                 if part is not None:
-                    carried |= {f"{name}.{prefix}{key}": value for key, value in part.state().items()}
-        carried |= {f"{name}.{_STARVED}": torch.ones(1, dtype=torch.uint8) for name in sorted(self.starved)}
-        return carried | {f"{_FOLD}{writer}": scale for writer, scale in self.scales.items()}
+                    state |= {f"{name}.{prefix}{key}": value for key, value in part.state().items()}
+        state |= {f"{name}.{_STARVED}": torch.ones(1, dtype=torch.uint8) for name in sorted(self.starved)}
+        return state | {f"{_FOLD}{writer}": scale for writer, scale in self.scales.items()}
+
+    def carry(self) -> dict[str, Tensor | Page]:
+        """All that the next window needs to go on, by name."""
+        large: dict[str, Tensor | Page] = {}
+        for name, layer in self.layers.items():
+            if layer.rounding is not None:
+                large |= {f"{name}.{key}": value for key, value in layer.rounding.large_state().items()}
+        return self.state() | large
 
     def load(self, carried: Mapping[str, Tensor]) -> None:
-        """Take every rounding and step size of inputs back to what `carry` gave; what was folded stays folded."""
+        """Take every rounding and step size of inputs back to what `carry` gave, or to the start that `state` gave; what was folded stays
+        folded."""
         for name, layer in self.layers.items():
             state = _under(f"{name}.", carried)
             state.pop(_STARVED, None)
@@ -178,29 +190,38 @@ class ResidentBlock:
 
     def _fold(self, fold: Fold, scale_C: Tensor) -> None:
         if bool((scale_C != 1).any()):
-            apply_fold(self.module, fold, scale_C)
+            with self._placed(fold):
+                apply_fold(self.module, fold, scale_C)
             self.scales[fold.writer] = scale_C
+
+    @contextmanager
+    def _placed(self, fold: Fold) -> Iterator[None]:
+        """The layers of a fold are, for the length of a `with`."""
+        with ExitStack() as stack:
+            for name in {fold.writer, *fold.readers} & self.layers.keys():
+                stack.enter_context(self.layers[name].placed())
+            yield
 
     def _rounded_weight(self, layer: QuantizedLinear, settings: BlockSettings) -> Tensor:
         if not settings.outliers.weights:
             return layer.weight
         return truncated(layer.weight, OutlierRule.of(settings.outliers))
 
-    def harden(self) -> dict[str, QuantizedWeight]:
-        """The final quantized weights by layer. The block computes with them from now on."""
-        hard = {}
+    def harden(self) -> Iterator[tuple[str, QuantizedWeight]]:
+        """The final quantized weights, layer by layer. The block computes with those that were given from now on."""
         for name, layer in self.layers.items():
             if layer.rounding is not None:
                 step = None if layer.input_step is None else layer.input_step.stored()
-                hard[name] = replace(layer.rounding.harden(), input_scale=step)
-                self.noise[name] = signal_to_noise(layer.weight, hard[name])
-                layer.freeze(hard[name])
-        return hard
+                hard = replace(layer.rounding.harden(), input_scale=step)
+                with layer.placed():
+                    self.noise[name] = signal_to_noise(layer.weight, hard)
+                layer.freeze(hard)
+                yield name, hard
 
 
 def _under(prefix: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The values whose name begins with `prefix`, by the rest of it."""
-    return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+    """The values whose name begins with `prefix`, by the rest of it. Others are not looked at, and so not read."""
+    return {name.removeprefix(prefix): values[name] for name in values if name.startswith(prefix)}
 
 
 def all_layers(blocks: Sequence[ResidentBlock]) -> Iterator[QuantizedLinear]:

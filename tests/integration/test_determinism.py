@@ -7,9 +7,11 @@ import torch
 
 from cbqstream import quantize
 from cbqstream.activations import read_ahead
-from cbqstream.config import Scheme
-from cbqstream.errors import UsageError
+from cbqstream.checkpoint.offload import Page
+from cbqstream.config import OutlierConfig, Scheme, WindowConfig
+from cbqstream.errors import StoppedError, UsageError
 from cbqstream.models.compute import make_deterministic
+from cbqstream.records import Frugal
 from cbqstream.run import inputs
 from cbqstream.windows import resident
 from tiny import files_of
@@ -73,12 +75,50 @@ def test_activations_that_are_computed_again_change_nothing(make_config, monkeyp
     monkeypatch.setattr(resident, "checkpoint", checkpoint)
     for recompute in (False, True):
         monkeypatch.setattr(
-            inputs, "fitting_plan", lambda *given, on=recompute: replace(real_plan(*given), recompute=on)
+            inputs,
+            "fitting_plan",
+            lambda *given, on=recompute: replace(real_plan(*given), frugal=Frugal(recompute=on)),
         )
         config = make_config(name=f"out-{recompute}", reconstruction={"rounding": mode}, **SETTINGS)
         outs.append(files_of(quantize(config)))
         assert bool(calls) == recompute
     assert outs[0] == outs[1]
+
+
+OFFLOADED = {
+    "W2 asymmetric": {"scheme": Scheme(num_bits=2, group_size=16, symmetric=False)},
+    "low rank": {"reconstruction": {"rounding": "lora"}},
+    "truncated weights": {"outliers": OutlierConfig(weights=True)},
+    "rescaled channels": {"scheme": Scheme(num_bits=4, group_size=32, activation_bits=8)},
+    "static inputs": {"scheme": Scheme(num_bits=4, group_size=32, activation_bits=8, activation_strategy="tensor")},
+    "experts, some of them starved": {"family": "qwen2_moe", "scheme": Scheme(num_bits=4, group_size=32)},
+    "windows of three": {"window": WindowConfig(size=3, overlap=2)},
+    "nothing is carried over": {"window": WindowConfig(size=3, overlap=0)},
+}
+
+
+@pytest.mark.parametrize("options", OFFLOADED.values(), ids=OFFLOADED)
+def test_layers_that_lie_on_disk_change_nothing(make_config, monkeypatch, options):
+    """Nor does being stopped; at most one layer is in memory, and nothing but the result is left of the file."""
+    real_plan, placed = inputs.fitting_plan, []
+    settings = {**SETTINGS, **options}
+    family = settings.pop("family", "llama")
+    plain = files_of(quantize(make_config(family, name="plain", **settings)))
+    monkeypatch.setattr(
+        inputs, "fitting_plan", lambda *given: replace(real_plan(*given), frugal=Frugal(recompute=True, offload=True))
+    )
+    real_read = Page.read
+
+    def read(page):
+        placed.append(page.nbytes)
+        return real_read(page)
+
+    monkeypatch.setattr(Page, "read", read)
+    config = make_config(family, name="frugal", **settings)
+    with pytest.raises(StoppedError):
+        quantize(config, stop_after_window=1)
+    assert files_of(quantize(config)) == plain
+    assert placed
 
 
 def test_another_seed_is_another_result(make_config):

@@ -9,6 +9,7 @@ from cbqstream import quantize
 from cbqstream.config import Scheme
 from cbqstream.errors import StoppedError
 from cbqstream.evaluation.perplexity import evaluate
+from cbqstream.records import Frugal
 from cbqstream.run import inputs
 from tiny import SEQ_LEN, SOME_FAMILIES, files_of
 
@@ -38,12 +39,13 @@ def test_twice_the_same_and_after_an_interruption(make_config, scheme, mode):
     assert files_of(quantize(third)) == expected
 
 
-def test_activations_that_are_computed_again_change_nothing(make_config, monkeypatch):
+def test_what_takes_less_memory_changes_nothing(make_config, monkeypatch):
+    """Activations that are computed again, and layers that lie on disk."""
     real, outs = inputs.fitting_plan, []
-    for recompute in (False, True):
-        monkeypatch.setattr(inputs, "fitting_plan", lambda *given, on=recompute: replace(real(*given), recompute=on))
-        outs.append(files_of(quantize(replace(make_config(name=f"out-{recompute}"), device="cuda"))))
-    assert outs[0] == outs[1]
+    for frugal in (Frugal(), Frugal(recompute=True), Frugal(recompute=True, offload=True)):
+        monkeypatch.setattr(inputs, "fitting_plan", lambda *given, frugal=frugal: replace(real(*given), frugal=frugal))
+        outs.append(files_of(quantize(replace(make_config(name=f"out-{len(outs)}"), device="cuda"))))
+    assert outs[0] == outs[1] == outs[2]
 
 
 @pytest.mark.parametrize("family", SOME_FAMILIES)

@@ -200,7 +200,7 @@ def test_what_is_taken_back_is_as_the_window_found_it(make_config, monkeypatch, 
     real, judged = pipeline.reconstruct, itertools.count()
 
     def reconstruct_and_compare(blocks, *more):
-        before = {block.index: block.carry() for block in blocks}
+        before = {block.index: {name: value.clone() for name, value in block.carry().items()} for block in blocks}
         result = real(blocks, *more)
         assert result.fallback == "worse"
         for block in blocks:

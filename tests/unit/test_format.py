@@ -5,6 +5,7 @@ import torch
 
 from cbqstream.config import Scheme
 from cbqstream.numerics.scale_search import minmax_grid
+from cbqstream.numerics.scratch import Scratch
 from cbqstream.packed.format import decode, encode, encode_in_slabs, parts_of
 from cbqstream.windows.rounding import Rounding
 
@@ -20,7 +21,7 @@ SCHEMES = [
 @pytest.mark.parametrize("rows", [40, 4096, 9001])
 def test_slabs_make_what_encoding_at_once_makes(scheme, rows):
     w_OI = torch.randn(rows, 24, generator=torch.Generator().manual_seed(0))
-    weight = Rounding(w_OI, *minmax_grid(w_OI, scheme), scheme).harden()
+    weight = Rounding(w_OI, *minmax_grid(w_OI, scheme), scheme, Scratch()).harden()
     whole, slabs = (made(weight, scale_dtype=torch.bfloat16) for made in (encode, encode_in_slabs))
     assert whole.keys() == slabs.keys() == set(parts_of(scheme))
     assert all(torch.equal(whole[part], slabs[part]) for part in whole)

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from cbqstream import quantize
 from cbqstream.config import CalibrationConfig, QuantizeConfig, ReconstructionConfig, Scheme, parse_bytes
 from cbqstream.errors import DeviceMemoryError, InputError, UsageError
+from cbqstream.records import Frugal
 from cbqstream.report.plan import plan_lines
 from cbqstream.run.plan import fitting_plan, make_plan, smaller_settings
 from cbqstream.run.rates import Rates, measure_rates
@@ -180,16 +181,23 @@ def test_what_cannot_be_planned(tmp_path, tiny_models):
 
 
 def test_within_limits(sizes_405b):
-    """Recomputing first; then a refusal that says what would fit, or that nothing does."""
+    """Recomputing first, then layers on disk; then a refusal that says what would fit, or that nothing does."""
     sizes, _ = sizes_405b
     config = settings(num_samples=128)
-    free = make_plan(config, sizes, "cuda", RATES)
-    frugal = make_plan(config, sizes, "cuda", RATES, recompute=True)
-    assert frugal.largest("vram") < free.largest("vram")
-    assert sum(frugal.seconds.values()) > sum(free.seconds.values())
-    assert not fitting_plan(replace(config, max_vram=free.largest("vram")), sizes, "cuda").recompute
-    assert fitting_plan(replace(config, max_vram=free.largest("vram") - 1), sizes, "cuda").recompute
-    assert fitting_plan(replace(config, max_vram=frugal.largest("vram")), sizes, "cuda").recompute
+    steps = [Frugal(), Frugal(recompute=True), Frugal(recompute=True, offload=True)]
+    free, again, frugal = (make_plan(config, sizes, "cuda", RATES, step) for step in steps)
+    assert free.largest("vram") > again.largest("vram") > 3 * 2 * sizes.weights + frugal.largest("vram")
+    assert sum(again.seconds.values()) > sum(free.seconds.values())
+    assert frugal.disk["layers of a window"] > 2 * 4 * sizes.weights
+    assert frugal.bytes_read > again.bytes_read + 2 * 4 * sizes.weights * free.windows
+    for limit, step in (
+        (free.largest("vram"), steps[0]),
+        (free.largest("vram") - 1, steps[1]),
+        (again.largest("vram"), steps[1]),
+        (again.largest("vram") - 1, steps[2]),
+        (frugal.largest("vram"), steps[2]),
+    ):
+        assert fitting_plan(replace(config, max_vram=limit), sizes, "cuda").frugal == step
     with pytest.raises(DeviceMemoryError, match=r"--max-vram .* GiB: this run needs .*\. These fit: --batch-size 2 \("):
         fitting_plan(replace(config, max_vram=frugal.largest("vram") - 1), sizes, "cuda")
     with pytest.raises(DeviceMemoryError, match="No smaller batch or window fits either"):

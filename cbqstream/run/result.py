@@ -1,0 +1,67 @@
+"""The finished model, put together from the shards of its blocks and the rest of the source."""
+
+from pathlib import Path
+
+import torch
+
+from cbqstream.config import path_pattern
+from cbqstream.errors import IdentityError
+from cbqstream.numerics.scale_search import search_grid
+from cbqstream.numerics.scratch import Scratch
+from cbqstream.packed.block_shard import write_head
+from cbqstream.packed.format import quantization_config
+from cbqstream.packed.output import assemble, building_folder
+from cbqstream.report.card import CARD, METRICS, metrics_lines, model_card
+from cbqstream.run.inputs import RunInputs, head_scheme
+from cbqstream.run.journal import Journal
+from cbqstream.windows.rounding import Rounding
+
+
+def write_result(inputs: RunInputs, journal: Journal, out: Path) -> None:
+    """Write the folder `out` of a run whose windows and epochs are all done.
+
+    Raises:
+        IdentityError: the source changed since the run began.
+        StorageError: it cannot be written.
+    """
+    journal.empty_tmp()
+    config, shards = inputs.config, journal.chain.shards()
+    journal.chain.require_intact(*shards)
+    if inputs.source.fingerprint() != inputs.identity["source"]["weights"]:
+        raise IdentityError(f"{config.model}: the weights changed since this run began. Restore them.")
+    last = len(inputs.skeleton.blocks) - config.keep_last
+    quantized = inputs.skeleton.blocks[config.keep_first : last]
+    kept = [*inputs.skeleton.blocks[: config.keep_first], *inputs.skeleton.blocks[last:]]
+    head = [inputs.skeleton.head] if config.quantize_lm_head else []
+    not_quantized = [
+        *(path for path in inputs.skeleton.never_quantized if path not in dict(head)),
+        *(f"{spec.prefix}.{name}" for spec in kept for name in spec.linears),
+        *(f"re:{path_pattern(pattern)}$" for pattern in config.ignore),
+    ]
+    assemble(
+        journal.disk,
+        out,
+        building_folder(out, journal.chain.run["self"]),
+        source_folder=Path(config.model),
+        source=inputs.source,
+        shards=[*shards, *(_write_head(inputs, journal, name) for _, name in head)],
+        replaced={name for spec in quantized for name in spec.tensors.values()} | {name for _, name in head},
+        config={**inputs.model, "quantization_config": quantization_config(config.schemes, not_quantized)},
+        texts=_told(inputs, journal),
+    )
+
+
+def _write_head(inputs: RunInputs, journal: Journal, name: str) -> Path:
+    weight = inputs.source.read(name, device=inputs.compute.device)
+    scheme = head_scheme(inputs.config, inputs.skeleton)
+    grid = search_grid(weight, torch.ones(weight.shape[1], device=weight.device), scheme)
+    hard = Rounding(weight, *grid, scheme, Scratch()).harden()
+    return write_head(journal.disk, journal.building, name, hard, inputs.source.infos[name].dtype)
+
+
+def _told(inputs: RunInputs, journal: Journal) -> dict[str, str]:
+    """What the result says of itself."""
+    original, chain = Path(inputs.config.model) / CARD, journal.chain
+    reports = [commit["report"] for commit in chain.commits]
+    text = original.read_text(encoding="utf-8", errors="replace") if original.is_file() else ""
+    return {CARD: model_card(chain.run, reports, text), METRICS: metrics_lines(reports)}
