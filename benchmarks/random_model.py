@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
 """Llama-shaped checkpoints of random bf16 weights, one shard a block, and random tokens.
 
-Usage: random_model.py FOLDER --hidden D --blocks N [--inner I] [--key-value-heads H] [--vocabulary V] [--real N]
+Usage: random_model.py FOLDER --hidden D --blocks N [--inner I] [--experts E] [--heads H] [--key-value-heads H] [--vocabulary V]
+                       [--real N]
 
-With --real only that many blocks have weights; the others are zeros, as files without a byte on disk. Prints the size of the weights in
-bytes. A program that measures runs this as a process of its own: the peak memory of a child begins with what its parent holds.
+With --experts a block is that of Qwen3-MoE, 8 of its experts compute a token, and I is the width of an expert. With --real only that
+many blocks have weights; the others are zeros, as files without a byte on disk. Prints the size of the weights in bytes. A program that
+measures runs this as a process of its own: the peak memory of a child begins with what its parent holds.
 """
 
 import argparse
@@ -16,7 +18,7 @@ from typing import Any
 import numpy as np
 from measure import run
 
-HEAD_DIM = 128
+HEAD_DIM, CHOSEN = 128, 8
 
 
 def written(folder: Path, **sizes: int) -> int:
@@ -34,18 +36,24 @@ def random_tokens(path: Path, vocabulary: int, number: int) -> Path:
     return path
 
 
-def block_shapes(hidden: int, inner: int, key_value: int) -> dict[str, tuple[int, ...]]:
+def block_shapes(hidden: int, inner: int, query: int, key_value: int, experts: int) -> dict[str, tuple[int, ...]]:
     """Shape of each tensor of a block by its name there."""
     matrices = {
-        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.q_proj": (query, hidden),
         "self_attn.k_proj": (key_value, hidden),
         "self_attn.v_proj": (key_value, hidden),
-        "self_attn.o_proj": (hidden, hidden),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
+        "self_attn.o_proj": (hidden, query),
     }
+    for owner in [f"mlp.experts.{index}" for index in range(experts)] or ["mlp"]:
+        matrices |= {
+            f"{owner}.gate_proj": (inner, hidden),
+            f"{owner}.up_proj": (inner, hidden),
+            f"{owner}.down_proj": (hidden, inner),
+        }
     norms = dict.fromkeys(("input_layernorm", "post_attention_layernorm"), (hidden,))
+    if experts:
+        matrices["mlp.gate"] = (experts, hidden)
+        norms |= dict.fromkeys(("self_attn.q_norm", "self_attn.k_norm"), (HEAD_DIM,))
     return {f"{name}.weight": shape for name, shape in {**matrices, **norms}.items()}
 
 
@@ -68,12 +76,14 @@ def write_checkpoint(folder: Path, args: argparse.Namespace) -> int:
     from safetensors.torch import save_file
 
     hidden, inner = args.hidden, args.inner or args.hidden * 11 // 4
-    heads = hidden // HEAD_DIM
+    heads = args.heads or hidden // HEAD_DIM
+    kind = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "intermediate_size": inner}
+    if args.experts:
+        chosen = {"num_experts": args.experts, "num_experts_per_tok": CHOSEN, "moe_intermediate_size": inner}
+        kind = {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "head_dim": HEAD_DIM, **chosen}
     config = {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
+        **kind,
         "hidden_size": hidden,
-        "intermediate_size": inner,
         "num_hidden_layers": args.blocks,
         "num_attention_heads": heads,
         "num_key_value_heads": args.key_value_heads or heads,
@@ -90,7 +100,7 @@ def write_checkpoint(folder: Path, args: argparse.Namespace) -> int:
             return torch.ones(shape, dtype=torch.bfloat16)
         return (torch.randn(shape, generator=generator) / shape[1] ** 0.5).to(torch.bfloat16)
 
-    shapes = block_shapes(hidden, inner, config["num_key_value_heads"] * HEAD_DIM)
+    shapes = block_shapes(hidden, inner, heads * HEAD_DIM, config["num_key_value_heads"] * HEAD_DIM, args.experts)
     block = {name: values(shape) for name, shape in shapes.items()}
     matrix = (args.vocabulary, hidden)
     ends = {
@@ -120,6 +130,8 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, required=True)
     parser.add_argument("--blocks", type=int, required=True)
     parser.add_argument("--inner", type=int)
+    parser.add_argument("--experts", type=int, default=0)
+    parser.add_argument("--heads", type=int)
     parser.add_argument("--key-value-heads", type=int)
     parser.add_argument("--vocabulary", type=int, default=1024)
     parser.add_argument("--real", type=int)

@@ -20,6 +20,8 @@ from cbqstream.windows.resident import ResidentBlock
 
 _BYTES_A_VALUE = 2
 """Of a stream; and, from above, of a weight in a shard or in what is carried over."""
+_OFFLOADED_BYTES = 8
+"""From above, of a weight that lies on disk while it is not used: itself, its rounding value, its code, alone and packed."""
 _MARGIN = 1.05
 _FALLBACKS = 0.1
 _NAMED = 8
@@ -27,9 +29,10 @@ _NAMED = 8
 
 
 def disk_bytes(inputs: RunInputs, *, streams: int, blocks: Sequence[BlockSpec] = ()) -> int:
-    """What so many streams, and the shards and roundings of some blocks, take on disk, from above."""
+    """What so many streams, and some blocks with their shards and roundings, take on disk, from above."""
     weights = sum(math.prod(inputs.source.infos[name].shape) for block in blocks for name in block.tensors.values())
-    return int(_MARGIN * _BYTES_A_VALUE * (streams * math.prod(inputs.stream_shape) + weights))
+    a_weight = _BYTES_A_VALUE + (_OFFLOADED_BYTES if inputs.compute.frugal.offload else 0)
+    return int(_MARGIN * (_BYTES_A_VALUE * streams * math.prod(inputs.stream_shape) + a_weight * weights))
 
 
 @contextmanager

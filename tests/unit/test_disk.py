@@ -45,6 +45,36 @@ def test_a_full_disk_is_one_line_with_a_remedy(tmp_path, monkeypatch):
     assert caught.value.exit_code == 74
 
 
+def test_a_scratch_file_has_no_name_and_keeps_its_pieces(tmp_path):
+    with Disk().scratch(tmp_path / "s") as file:
+        assert not list(tmp_path.iterdir())
+        first, second = file.append(b"abcdef"), file.append(b"gh")
+        file.write(first + 2, b"XY")
+        for start, size, expected in ((first, 6, b"abXYef"), (second, 2, b"gh"), (second + 1, 1, b"h")):
+            piece = bytearray(size)
+            file.read(start, piece)
+            assert piece == expected
+        with pytest.raises(StorageError, match="write failed: Input/output error"):
+            file.read(second, bytearray(3))
+
+
+def test_a_scratch_file_on_a_full_disk(tmp_path, monkeypatch):
+    """Written as far as there is room, and then the usual line."""
+    written = []
+
+    def some_room(handle, content, start):
+        if len(written) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written.append((start, bytes(content[:3])))
+        return 3
+
+    monkeypatch.setattr(disk_module.os, "pwrite", some_room)
+    with Disk().scratch(tmp_path / "s") as file, pytest.raises(StorageError, match="No space left on device") as caught:
+        file.append(b"abcdefgh")
+    assert written == [(0, b"abc"), (3, b"def")]
+    assert caught.value.full
+
+
 def test_publish_takes_an_empty_folder_and_no_other(tmp_path):
     for name in ("source", "empty", "full"):
         (tmp_path / name).mkdir(mode=0o700)
