@@ -3,7 +3,7 @@
 
 Usage: bench_window.py SHAPE [--blocks 2] [--batch 4] [--seq-len 512] [--scheme W4A16] [--group-size 64] [--rounding full|lora]
                        [--device cpu] [--threads 1] [--steps 5] [--repeats 3] [--name LABEL] [--results FILE]
-                       [--kernels plain] [--recompute] [--cap GIB]
+                       [--kernels plain] [--recompute] [--offload FILE] [--cap GIB]
 
 SHAPE is a Llama block: smollm2, 1b, 7b, 65b or 405b. The step is that of `reconstruct`: soft weights, forward, loss, backward, Adam; it is
 timed as the difference between training for 1 and for 1 + STEPS steps. The products are those of the step and nothing else: for each
@@ -16,6 +16,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,16 +28,16 @@ from torch.nn import functional
 from cbqstream.activations.memory_store import MemoryStore
 from cbqstream.activations.store import StreamShape
 from cbqstream.config import OutlierConfig, ReconstructionConfig, Scheme
+from cbqstream.disk import Disk, ScratchFile
 from cbqstream.memory import GIB, peak_resident_bytes, return_large_blocks
-from cbqstream.models.block import build_block
 from cbqstream.models.compute import compute_dtype, make_deterministic
 from cbqstream.models.ends import model_ends
 from cbqstream.models.skeleton import ModelSkeleton
 from cbqstream.records import Compute, Frugal
 from cbqstream.windows.propagate import propagate
-from cbqstream.windows.quantized_linear import Phase, replace_linears
+from cbqstream.windows.quantized_linear import Phase
 from cbqstream.windows.reconstruct import WindowData, reconstruct
-from cbqstream.windows.resident import BlockSettings, ResidentBlock
+from cbqstream.windows.resident import BlockSettings, ResidentBlock, read_block
 
 RESULTS = Path(__file__).resolve().parent / "results" / "window.json"
 VOCABULARY = 64
@@ -117,7 +118,7 @@ class RandomWeights:
 
 
 def window(
-    shape: Shape, blocks: int, compute: Compute, seq_len: int, settings: BlockSettings
+    shape: Shape, blocks: int, compute: Compute, seq_len: int, settings: BlockSettings, file: ScratchFile | None
 ) -> tuple[list[ResidentBlock], WindowData]:
     """Blocks that are ready to be trained, and data for one batch."""
     source = RandomWeights(shape, blocks)
@@ -127,11 +128,8 @@ def window(
         arguments = ends.block_arguments(tokens)
     made = []
     for index in range(blocks):
-        module = build_block(skeleton, index, source, device=compute.device, dtype=compute.dtype, linear_dtype=None)
-        layers = replace_linears(
-            module, dict.fromkeys(skeleton.blocks[index].linears, settings.scheme), settings.scratch
-        )
-        made.append(ResidentBlock(index, module, arguments[index], layers, skeleton.folds))
+        schemes = dict.fromkeys(skeleton.blocks[index].linears, settings.scheme)
+        made.append(read_block(skeleton, index, source, schemes, arguments[index], compute, settings.scratch, file))
     stream = StreamShape(compute.batch_size, seq_len, shape.hidden)
     inputs, targets = MemoryStore(stream), MemoryStore(stream)
     generator = torch.Generator().manual_seed(0)
@@ -183,6 +181,7 @@ def main() -> None:
     parser.add_argument("--rounding", default="full")
     parser.add_argument("--kernels", default="auto")
     parser.add_argument("--recompute", action="store_true", help="keep the activations of one block only")
+    parser.add_argument("--offload", type=Path, help="keep one layer in memory, and the others in a file of this name")
     parser.add_argument("--cap", type=float, help="GiB of device memory that may be used")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
@@ -194,7 +193,9 @@ def main() -> None:
     device, shape = torch.device(args.device), SHAPES[args.shape]
     return_large_blocks()
     make_deterministic(args.threads)
-    compute = Compute(device, compute_dtype(device), args.batch, Frugal(recompute=args.recompute))
+    compute = Compute(
+        device, compute_dtype(device), args.batch, Frugal(recompute=args.recompute, offload=bool(args.offload))
+    )
     if args.cap is not None:
         torch.cuda.set_per_process_memory_fraction(
             args.cap * GIB / torch.cuda.get_device_properties(device).total_memory
@@ -223,11 +224,13 @@ def main() -> None:
         del multiply
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    blocks, data = window(shape, args.blocks, compute, args.seq_len, settings)
+    opened = ExitStack()
+    file = opened.enter_context(Disk().scratch(args.offload)) if args.offload else None
+    blocks, data = window(shape, args.blocks, compute, args.seq_len, settings, file)
 
     def train(steps: int) -> None:
         config = ReconstructionConfig(rounding=args.rounding, init="minmax", batch_size=args.batch, epochs=steps)
-        reconstruct(blocks, data, config, torch.Generator().manual_seed(0), ResidentBlock.carry)
+        reconstruct(blocks, data, config, torch.Generator().manual_seed(0), ResidentBlock.state)
 
     train(1)
     steps = []
@@ -248,12 +251,14 @@ def main() -> None:
     memory = row.get("peak_vram", row["peak_rss"]) / GIB
     name = f"{args.shape}, {args.blocks} blocks, {args.batch} x {args.seq_len}, {args.scheme} group {args.group_size}, {args.rounding}"
     options = [f"{args.kernels} kernels"] if args.kernels != "auto" else []
-    options += (["recomputed"] if args.recompute else []) + ([f"cap {args.cap:g} GiB"] if args.cap else [])
+    options += (["recomputed"] if args.recompute else []) + (["layers on disk"] if args.offload else [])
+    options += [f"cap {args.cap:g} GiB"] if args.cap else []
     name = ", ".join([name, args.device, *options, *([args.name] if args.name else [])])
     print(
         f"{name}: products {row['products']:.3f} s, step {row['step']:.3f} s, ratio {row['ratio']:.2f}, peak {memory:.2f} GiB"
     )
     save(args.results, name, row)
+    opened.close()
 
 
 if __name__ == "__main__":

@@ -32,4 +32,5 @@ for cap in 24 12 8; do
 done
 window 405b --batch 1 --seq-len 2048 --steps 2 --repeats 1
 window 405b --batch 1 --seq-len 2048 --steps 2 --repeats 1 --cap 24 --recompute
+window 405b --batch 1 --seq-len 2048 --steps 1 --repeats 1 --cap 16 --recompute --offload "$(mktemp -u)"
 exit $failed

@@ -27,7 +27,6 @@ from cbqstream.config import QuantizeConfig
 from cbqstream.disk import Disk, FileDigest, ScratchFile
 from cbqstream.errors import StoppedError, UsageError
 from cbqstream.memory import peak_resident_bytes, release_free_memory, return_large_blocks
-from cbqstream.models.block import build_block
 from cbqstream.models.compute import installed_version
 from cbqstream.models.ends import model_ends
 from cbqstream.models.experts import tokens_by_expert
@@ -53,9 +52,9 @@ from cbqstream.run.result import write_result
 from cbqstream.run.seeds import generator_for
 from cbqstream.run.streams import Streams
 from cbqstream.windows.propagate import mix_targets, propagate
-from cbqstream.windows.quantized_linear import Phase, replace_linears
+from cbqstream.windows.quantized_linear import Phase
 from cbqstream.windows.reconstruct import Predictions, Reconstruction, WindowData, reconstruct
-from cbqstream.windows.resident import BlockSettings, ResidentBlock
+from cbqstream.windows.resident import BlockSettings, ResidentBlock, read_block
 
 Listener = Callable[[str | WindowReport | EpochReport | Notice], None]
 """Is told what is being done, what happened in each window and in each epoch after them, and what is odd about the inputs."""
@@ -244,29 +243,17 @@ class _Job:
         return report
 
     def _read_block(self, index: int, file: ScratchFile | None) -> ResidentBlock:
-        """A block with its quantized layers; their weights lie in the file, where there is one."""
-        inputs, schemes = self.inputs, self.inputs.layers(index)
-        device, dtype = inputs.compute.device, inputs.compute.dtype
-        module = build_block(
+        inputs = self.inputs
+        return read_block(
             inputs.skeleton,
             index,
             inputs.source,
-            device=device,
-            dtype=dtype,
-            linear_dtype=None,
-            without=() if file is None else schemes,
+            inputs.layers(index),
+            self.streams.arguments[index],
+            inputs.compute,
+            self.settings.scratch,
+            file,
         )
-        spec = inputs.skeleton.blocks[index]
-        layers = replace_linears(module, schemes, self.settings.scratch)
-        if file is not None:
-            for name, layer in layers.items():
-                layer.weight = inputs.source.read(spec.tensors[f"{name}.weight"], device=device)
-                layer.offload(file)
-        whole = set(spec.linears) - schemes.keys()  # folds through layers that stay as they are would change them
-        for name in whole:
-            module.get_submodule(name).to(dtype)
-        folds = tuple(fold for fold in inputs.skeleton.folds(index) if not whole & {fold.writer, *fold.readers})
-        return ResidentBlock(index, module, self.streams.arguments[index], layers, folds)
 
     @contextmanager
     def _file_for_layers(self) -> Iterator[ScratchFile | None]:

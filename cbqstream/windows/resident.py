@@ -11,17 +11,26 @@ from torch.utils.checkpoint import checkpoint
 
 from cbqstream.checkpoint.offload import Page
 from cbqstream.config import OutlierConfig, ReconstructionConfig, Scheme
+from cbqstream.disk import ScratchFile
 from cbqstream.errors import InputError
-from cbqstream.models.block import BlockArguments, run_block
+from cbqstream.models.block import BlockArguments, build_block, run_block
 from cbqstream.models.experts import Experts
 from cbqstream.models.families import EXPERT, Fold
+from cbqstream.models.skeleton import ModelSkeleton
 from cbqstream.numerics.affine import signal_to_noise
 from cbqstream.numerics.outliers import OutlierRule, truncated
 from cbqstream.numerics.scale_search import minmax_grid, search_grid
 from cbqstream.numerics.scratch import Scratch
-from cbqstream.records import QuantizedWeight
+from cbqstream.records import Compute, QuantizedWeight, WeightSource
 from cbqstream.windows.folding import apply_fold, fold_scale, parameters_of, reader_scale
-from cbqstream.windows.quantized_linear import InputStatistics, InputStep, Phase, QuantizedLinear, sum_of
+from cbqstream.windows.quantized_linear import (
+    InputStatistics,
+    InputStep,
+    Phase,
+    QuantizedLinear,
+    replace_linears,
+    sum_of,
+)
 from cbqstream.windows.rounding import Rounding, make_rounding
 
 _SAMPLED_TOKENS = 1024
@@ -217,6 +226,43 @@ class ResidentBlock:
                     self.noise[name] = signal_to_noise(layer.weight, hard)
                 layer.freeze(hard)
                 yield name, hard
+
+
+def read_block(
+    skeleton: ModelSkeleton,
+    index: int,
+    source: WeightSource,
+    schemes: Mapping[str, Scheme],
+    arguments: BlockArguments,
+    compute: Compute,
+    scratch: Scratch,
+    file: ScratchFile | None = None,
+) -> ResidentBlock:
+    """Block `index` with its original weights.
+
+    Args:
+        skeleton: the model it belongs to.
+        index: which block.
+        source: where its tensors come from.
+        schemes: of the layers that are quantized, by their name in it.
+        arguments: what the model hands to it.
+        compute: where it goes, and in which dtype it computes.
+        scratch: where weights lie for a moment.
+        file: where the weights of these layers lie while they are not used; None is memory.
+    """
+    device, dtype = compute.device, compute.dtype
+    without = () if file is None else schemes
+    module = build_block(skeleton, index, source, device=device, dtype=dtype, linear_dtype=None, without=without)
+    spec, layers = skeleton.blocks[index], replace_linears(module, schemes, scratch)
+    if file is not None:
+        for name, layer in layers.items():
+            layer.weight = source.read(spec.tensors[f"{name}.weight"], device=device)
+            layer.offload(file)
+    whole = set(spec.linears) - schemes.keys()  # folds through layers that stay as they are would change them
+    for name in whole:
+        module.get_submodule(name).to(dtype)
+    folds = tuple(fold for fold in skeleton.folds(index) if not whole & {fold.writer, *fold.readers})
+    return ResidentBlock(index, module, arguments, layers, folds)
 
 
 def _under(prefix: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
