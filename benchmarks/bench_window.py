@@ -191,7 +191,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     device, shape = torch.device(args.device), SHAPES[args.shape]
-    return_large_blocks()
+    return_large_blocks(frugal=bool(args.offload))
     make_deterministic(args.threads)
     compute = Compute(
         device, compute_dtype(device), args.batch, Frugal(recompute=args.recompute, offload=bool(args.offload))

@@ -85,8 +85,8 @@ def quantize(
     Raises:
         CbqstreamError: see `errors.py`; nothing that was committed is lost.
     """
-    return_large_blocks()
     inputs = open_inputs(config)
+    return_large_blocks(frugal=inputs.compute.frugal.offload)
     out, run = Path(config.out), config.run_path
     if (run / "run.json").exists():
         _require_same(Chain.read(run), inputs, allow_numerics_change=allow_numerics_change)
