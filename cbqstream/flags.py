@@ -23,7 +23,7 @@ def config_of(said: dict[str, Any]) -> QuantizeConfig:
     own |= {name: tuple(said[name] or ()) for name in ("ignore", "override")}
     own |= {name: parse_bytes(said[name]) for name in ("max_ram", "max_vram") if said[name] is not None}
     return QuantizeConfig(
-        model=_absolute(said["model"]),
+        model=said["model"],
         out=_absolute(said["out"]),
         run_dir=None if said["run_dir"] is None else _absolute(said["run_dir"]),
         scheme=Scheme.named(

@@ -2,10 +2,22 @@
 huggingface_hub takes from the environment."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    NotASafetensorsRepoError,
+    OfflineModeIsEnabled,
+    SafetensorsParsingError,
+)
+from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from cbqstream.errors import InputError, StorageError, UsageError, shown
 
@@ -13,7 +25,15 @@ _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _NEVER_READ = ["*/*", *(f"*.{suffix}" for suffix in ("bin", "pt", "pth", "ckpt", "h5", "msgpack", "gguf", "onnx"))]
 
 
-_FAILURES: tuple[type[Exception], ...] = (HfHubHTTPError, HfHubHTTPError.__mro__[1], OSError, ValueError, RuntimeError)
+_FAILURES: tuple[type[Exception], ...] = (
+    HfHubHTTPError,
+    HfHubHTTPError.__mro__[1],
+    NotASafetensorsRepoError,
+    SafetensorsParsingError,
+    OSError,
+    ValueError,
+    RuntimeError,
+)
 """What huggingface_hub raises; second the base of all errors of its HTTP client, which is another one in other versions."""
 
 
@@ -27,13 +47,41 @@ def fetch(model: str, revision: str | None = None) -> Path:
     Raises:
         InputError: there is neither, or it cannot be had.
     """
-    if Path(model).exists() or (revision is None and _ID.fullmatch(model) is None):
+    if not is_name(model, revision):
         return Path(model)  # who opens it says what is wrong with it
-    try:
+    with _asking_for(model):
         return Path(snapshot_download(model, revision=revision, ignore_patterns=_NEVER_READ))
+
+
+def fetch_headers(model: str, revision: str | None = None) -> tuple[Path, dict[str, dict[str, Any]]]:
+    """What is said of a model on the Hub, without its weights: a folder with its config.json, and the header of each shard by its name.
+
+    Raises:
+        InputError: it cannot be had.
+    """
+    disable_progress_bars()
+    with _asking_for(model):
+        config = Path(hf_hub_download(model, "config.json", revision=revision))
+        shards = HfApi().get_safetensors_metadata(model, revision=revision).files_metadata
+    return config.parent, {
+        file: {name: {**asdict(info), "data_offsets": [*info.data_offsets]} for name, info in held.tensors.items()}
+        for file, held in shards.items()
+    }
+
+
+def is_name(model: str, revision: str | None = None) -> bool:
+    """Whether a model is to be looked for on the Hub: it is no folder, and could be a name there."""
+    return not Path(model).exists() and (revision is not None or _ID.fullmatch(model) is not None)
+
+
+@contextmanager
+def _asking_for(model: str) -> Iterator[None]:
+    """What the Hub answers instead of a model, in one line."""
+    try:
+        yield
     except GatedRepoError as error:
         raise InputError(model, "needs an agreement on the Hub. Accept it there, and log in: hf auth login.") from error
-    except LocalEntryNotFoundError as error:
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         what = "no such folder, and the Hub was not reached or is turned off (HF_HUB_OFFLINE)"
         raise InputError(model, f"{what}. Download it first: hf download {model}.") from error
     except _FAILURES as error:

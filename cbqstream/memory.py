@@ -42,6 +42,14 @@ def release_free_memory() -> None:
     glibc keeps the holes between live allocations, and they add up over windows.
     """
     gc.collect()
+    trim_heap()
+
+
+def trim_heap() -> None:
+    """Give what was freed back to the system, holes between live allocations too. Milliseconds.
+
+    An allocation that torch aligned leaves a hole that the next one of its size does not fit in (glibc bug 14581, before 2.38).
+    """
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
         ctypes.CDLL(None).malloc_trim(0)
 

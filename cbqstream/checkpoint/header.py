@@ -6,6 +6,7 @@ Format: 8 bytes little-endian N, N bytes of JSON `{name: {dtype, shape, data_off
 import json
 import os
 import stat
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,15 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         file.seek(8)
         entries = _parse(path, file.read(length))
     return _checked(path, entries, data_start=8 + length, file_size=status.st_size)
+
+
+def described(path: Path, entries: Mapping[str, Any]) -> dict[str, TensorInfo]:
+    """The tensors of a header that was read elsewhere, by name. What else is in the file `path` is not known.
+
+    Raises:
+        InputError: an entry is not plausible.
+    """
+    return {name: _tensor(path, name, entry) for name, entry in entries.items()}
 
 
 def _refuse_other_kinds(path: Path, start: bytes) -> None:

@@ -154,7 +154,7 @@ def quantize(
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def plan(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="Folder with config.json and safetensors.")],
+    model: Annotated[str, typer.Argument(help="Folder with config.json and safetensors, or a name on the Hub.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as one JSON object.")] = False,
     without_time: Annotated[
         bool, typer.Option("--without-time", help="Do not measure this machine, which takes five seconds.")
@@ -167,7 +167,7 @@ def plan(
     command = typer.main.get_command(app).commands["quantize"]  # type: ignore[attr-defined]
     flags = [dashed(argument) for argument in context.args]
     parsed = command.make_context("plan", [model, "OUT", *flags], default_map={"dataset": "DATASET"})
-    made = make_plan(config_of(parsed.params), with_time=not without_time)
+    made = make_plan(config_of(parsed.params), with_time=not without_time, revision=parsed.params["revision"])
     if as_json:
         typer.echo(json.dumps(made, indent=1))
         return

@@ -10,6 +10,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
+from cbqstream.memory import trim_heap
 from cbqstream.models.families import EXPERT, joined_with
 
 _FUSED = ("gate_up_proj", "down_proj")
@@ -47,6 +48,7 @@ class Experts(nn.ModuleList):
 
     def forward(self, x_TD: Tensor, chosen_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """Weighted sum [T, D] of the outputs of the experts that the router chose for each token; added up in their order."""
+        trim_heap()  # experts see now more and now fewer tokens: every pass through them leaves hundreds of megabytes of holes
         total_TD = torch.zeros_like(x_TD)
         for index, expert in enumerate(self):
             tokens, places = torch.where(chosen_TK == index)

@@ -14,6 +14,7 @@ from cbqstream.activations.read_ahead import READ_DEPTH
 from cbqstream.activations.write_behind import WRITE_DEPTH
 from cbqstream.config import QuantizeConfig
 from cbqstream.errors import DeviceMemoryError, UsageError
+from cbqstream.hub import is_name
 from cbqstream.memory import GIB
 from cbqstream.models.compute import choose_device, compute_dtype, make_deterministic
 from cbqstream.numerics.losses import HEAD_TOKENS
@@ -315,12 +316,13 @@ def _over(config: QuantizeConfig, plan: Plan) -> tuple[Literal["ram", "vram"], i
     return None
 
 
-def plan(config: QuantizeConfig, *, with_time: bool = True) -> dict[str, Any]:
+def plan(config: QuantizeConfig, *, with_time: bool = True, revision: str | None = None) -> dict[str, Any]:
     """What a run will need, as plain values: bytes, seconds, floating-point operations.
 
     Args:
-        config: its settings; the dataset is not read.
+        config: its settings; the dataset is not read, and of a model that is a name on the Hub only headers are fetched.
         with_time: measure this machine for five seconds.
+        revision: branch, tag or commit of such a model.
 
     Returns:
         `Plan.to_dict()`, and under "smaller" the same with smaller settings, by the flags that ask for them.
@@ -330,7 +332,8 @@ def plan(config: QuantizeConfig, *, with_time: bool = True) -> dict[str, Any]:
         UsageError: the settings do not fit it.
         DeviceMemoryError: it does not fit the limits of the settings.
     """
-    sizes = ModelSizes.of(Path(config.model))
+    name = config.model
+    sizes = ModelSizes.of_name(name, revision) if is_name(name, revision) else ModelSizes.of(Path(name))
     device, rates = choose_device(config.device), None
     if with_time:
         make_deterministic(config.threads)

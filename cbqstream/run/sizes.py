@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from cbqstream.checkpoint.folder import find_tensors, read_json
+from cbqstream.checkpoint.header import described
 from cbqstream.errors import InputError
+from cbqstream.hub import fetch_headers
 from cbqstream.models.families import EXPERT
 from cbqstream.records import TensorInfo
 
@@ -61,6 +63,17 @@ class ModelSizes:
             InputError: it cannot be read, or holds no blocks.
         """
         return cls.counted(folder, read_json(folder, "config.json"), find_tensors(folder))
+
+    @classmethod
+    def of_name(cls, name: str, revision: str | None) -> "ModelSizes":
+        """Of a model on the Hub, whose weights stay there.
+
+        Raises:
+            InputError: it cannot be had, or holds no blocks.
+        """
+        folder, headers = fetch_headers(name, revision)
+        infos = {key: info for file, held in headers.items() for key, info in described(Path(name, file), held).items()}
+        return cls.counted(Path(name), read_json(folder, "config.json"), infos)
 
     @classmethod
     def counted(cls, folder: Path, model: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> "ModelSizes":

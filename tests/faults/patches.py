@@ -10,7 +10,7 @@ import weakref
 import torch
 from toy import STEPS
 
-from cbqstream.run import journal, pipeline
+from cbqstream.run import journal, pipeline, result
 from cbqstream.windows import reconstruct
 
 real_reconstruct = pipeline.reconstruct
@@ -88,7 +88,7 @@ def stuck_while_leaving() -> None:
 
 def source_changes_before_the_export() -> None:
     """A bit of a tensor that is only copied, after the model has been looked at for the last time."""
-    real = pipeline.assemble
+    real = result.assemble
 
     def assemble(*arguments, **options):
         tensor = options["source"].infos["lm_head.weight"]
@@ -97,7 +97,7 @@ def source_changes_before_the_export() -> None:
         tensor.file.write_bytes(content)
         return real(*arguments, **options)
 
-    pipeline.assemble = assemble
+    result.assemble = assemble
 
 
 def no_locks() -> None:

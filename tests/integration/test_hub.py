@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -28,7 +29,7 @@ class Hub(ThreadingHTTPServer):
 
     def __init__(self, models):
         super().__init__(("127.0.0.1", 0), Answers)
-        self.models, self.pushed, self.made, self.asked = models, {}, [], []
+        self.models, self.pushed, self.made, self.asked, self.whole = models, {}, [], [], []
         self.address = f"http://127.0.0.1:{self.server_port}"
 
 
@@ -69,8 +70,21 @@ class Answers(BaseHTTPRequestHandler):
             folder = self.server.models[name][rest[1]]
             self.answer([self.entry(file, folder) for file in sorted(folder.rglob("*")) if file.is_file()])
         elif rest[0] == "resolve":
-            content = (self.server.models[name][rest[1]] / "/".join(rest[2:])).read_bytes()
-            self.answer(content, ETag=f'"{hashlib.sha1(content).hexdigest()}"', X_Repo_Commit=rest[1])
+            commit = COMMITS.get(rest[1], rest[1])
+            file = self.server.models[name].get(commit, Path()) / "/".join(rest[2:])
+            if not file.is_file():
+                self.missing("EntryNotFound")
+                return
+            content = file.read_bytes()
+            given = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X_Repo_Commit": commit}
+            asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+            if asked is None:
+                if self.command == "GET":
+                    self.server.whole.append(file.name)
+                self.answer(content, **given)
+            else:
+                first, last = int(asked[1]), min(int(asked[2]), len(content) - 1)
+                self.answer(content[first : last + 1], 206, **given)
 
     @staticmethod
     def entry(file, folder):
@@ -182,6 +196,27 @@ def test_a_revision_is_what_is_measured(run, hub, tokens):
         assert f"perplexity {expected.perplexity:.4f}" in made.stdout
         found[revision] = made.stdout
     assert found["main"] != found["old"]
+
+
+def test_a_plan_before_a_download(run, hub, tmp_path):
+    """That of the folder, from the headers alone; of any revision."""
+    for revision, commit in COMMITS.items():
+        flags = ["--json", "--without-time", "--group-size", 32]
+        made = run("plan", NAME, "--revision", revision, *flags)
+        assert made.returncode == 0, made.stderr
+        assert json.loads(made.stdout) == json.loads(run("plan", hub.models[NAME][commit], *flags).stdout)
+    assert not any(name.endswith(".safetensors") for name in hub.whole)
+    hub.models[NAME][COMMITS["old"]] = tmp_path / "cache"
+    for arguments, message in (
+        (("owner/nothing",), "owner/nothing: no such folder, and not had from the Hub: "),
+        ((NAME, "--revision", "old"), f"{NAME}: no such folder, and "),
+    ):
+        refused = run("plan", *arguments)
+        assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (65, "", 1), refused.stderr
+        assert message in refused.stderr
+    offline = run("plan", NAME, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "nothing"))
+    assert (offline.returncode, offline.stderr.count("\n")) == (65, 1)
+    assert f"Download it first: hf download {NAME}." in offline.stderr
 
 
 def test_what_the_hub_does_not_give(run, tokens, tmp_path):
