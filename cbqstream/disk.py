@@ -200,6 +200,8 @@ class ScratchFile:
         self._handle = handle
         self._step = step
         self._size = 0
+        self.reads = 0
+        """Pieces that were read so far."""
 
     def append(self, content: "ReadableBuffer") -> int:
         """Write a new piece, and return where it begins."""
@@ -218,6 +220,7 @@ class ScratchFile:
 
     def read(self, start: int, into: "WriteableBuffer") -> None:
         """Fill a buffer with what was written at `start`."""
+        self.reads += 1
         left = memoryview(into).cast("B")
         with self._step():
             while left:

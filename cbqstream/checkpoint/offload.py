@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from cbqstream.disk import ScratchFile
+from cbqstream.memory import trim_heap
 
 _META = torch.device("meta")
+_READS_A_TRIM = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,8 @@ class Page:
 
     def read(self) -> Tensor:
         """The tensor, in memory of its own."""
+        if self.file.reads % _READS_A_TRIM == 0:
+            trim_heap()  # layers that come and go leave holes
         tensor = torch.empty(self.shape, dtype=self.dtype)
         self.file.read(self.start, _bytes_of(tensor))
         return tensor.to(self.device)
