@@ -7,4 +7,5 @@ case $models in /*) export CBQSTREAM_TEST_MODEL=$model ;; esac
 "$venv/bin/ruff" format --check .
 "$venv/bin/ruff" check .
 "$venv/bin/mypy"
-"$venv/bin/python" -m pytest "$@"
+# a test is a process of one thread, so one runs on each core
+"$venv/bin/python" -m pytest --numprocesses auto --maxprocesses 4 "$@"

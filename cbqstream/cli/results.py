@@ -96,12 +96,10 @@ def evaluate(
     threads: Threads = None,
 ) -> None:
     """Perplexity, distance from another model, accuracy, tasks of lm-eval or a sample of MODEL, one block in memory at a time."""
-    from cbqstream.evaluation.against import compare
-    from cbqstream.evaluation.choices import evaluate_choices
-    from cbqstream.evaluation.perplexity import evaluate as measure
     from cbqstream.report.progress import Progress
 
-    if sum(what is not None for what in (text, choices, tasks, sample)) != 1 or (against is not None and text is None):
+    asked = [what for what in (text, choices, tasks, sample) if what is not None]
+    if len(asked) != 1 or (against is not None and text is None):
         raise UsageError("eval needs --text, with or without --against, or one of --choices, --tasks and --sample.")
     folder = folder_of(model, revision)
     with Progress(Console(stderr=True)) as progress:
@@ -113,32 +111,48 @@ def evaluate(
             "blocks_path": blocks_path,
             "listener": progress,
         }
-        if sample is not None:
-            from cbqstream.evaluation.sample import sample as write
-
-            written = write(folder, sample, num_tokens=num_tokens, **how)
-            say(
-                sample
-                + "".join(
-                    mark if mark.isprintable() or mark == "\n" else "\N{REPLACEMENT CHARACTER}" for mark in written
-                )
+        if text is not None:
+            answer = _of_text(folder, text, against, num_samples, seq_len, how)
+        elif choices is not None:
+            answer = _of_choices(folder, choices, num_questions, how)
+        elif tasks is not None:
+            answer = _of_tasks(
+                folder, tasks, {"num_fewshot": num_fewshot, "limit": limit, "include_path": include_path}, how
             )
-            return
-        if tasks is not None:
-            from cbqstream.evaluation.harness import evaluate_tasks, table
+        else:
+            answer = _of_sample(folder, sample or "", num_tokens, how)
+    say(answer)
 
-            options: dict[str, Any] = {"num_fewshot": num_fewshot, "limit": limit, "include_path": include_path}
-            say(table(evaluate_tasks(folder, tasks.split(","), **options, **how)))
-            return
-        if choices is not None:
-            found = evaluate_choices(folder, choices, num_questions=num_questions, **how)
-            line = (
-                f"accuracy {found.by_sum:.4f}, by character {found.by_character:.4f} ({len(found.answers)} questions)"
-            )
-        elif text is not None and against is not None:
-            distance = compare(folder, against, text, num_samples=num_samples, seq_len=seq_len, **how)
-            line = f"divergence {distance.divergence:.5f}, same next token {distance.top1:.2%} ({distance.num_segments} x {seq_len} tokens)"
-        elif text is not None:
-            result = measure(folder, text, num_samples=num_samples, seq_len=seq_len, **how)
-            line = f"perplexity {result.perplexity:.4f} ({result.num_segments} x {seq_len} tokens)"
-    say(f"{(choices or text or folder).name}: {line}")
+
+def _of_text(folder: Path, text: Path, against: Path | None, num_samples: int, seq_len: int, how: "Running") -> str:
+    from cbqstream.evaluation.against import compare
+    from cbqstream.evaluation.perplexity import evaluate as measure
+
+    if against is None:
+        found = measure(folder, text, num_samples=num_samples, seq_len=seq_len, **how)
+        return f"{text.name}: perplexity {found.perplexity:.4f} ({found.num_segments} x {seq_len} tokens)"
+    distance = compare(folder, against, text, num_samples=num_samples, seq_len=seq_len, **how)
+    same = f"same next token {distance.top1:.2%} ({distance.num_segments} x {seq_len} tokens)"
+    return f"{text.name}: divergence {distance.divergence:.5f}, {same}"
+
+
+def _of_choices(folder: Path, choices: Path, num_questions: int | None, how: "Running") -> str:
+    from cbqstream.evaluation.choices import evaluate_choices
+
+    found = evaluate_choices(folder, choices, num_questions=num_questions, **how)
+    both = f"accuracy {found.by_sum:.4f}, by character {found.by_character:.4f}"
+    return f"{choices.name}: {both} ({len(found.answers)} questions)"
+
+
+def _of_tasks(folder: Path, tasks: str, options: dict[str, Any], how: "Running") -> str:
+    from cbqstream.evaluation.harness import evaluate_tasks, table
+
+    return table(evaluate_tasks(folder, tasks.split(","), **options, **how))
+
+
+def _of_sample(folder: Path, prompt: str, num_tokens: int, how: "Running") -> str:
+    from cbqstream.evaluation.sample import sample as write
+
+    written = write(folder, prompt, num_tokens=num_tokens, **how)
+    shown = [mark if mark.isprintable() or mark == "\n" else "\N{REPLACEMENT CHARACTER}" for mark in written]
+    return prompt + "".join(shown)
