@@ -45,6 +45,8 @@ def measure(work: Path, hidden: int, blocks: int, samples: int) -> dict:
         "0",
         "--epochs",
         "1",
+        "--threads",
+        "1",
     )
     for path in (folder, out, Path(f"{out}.run")):
         shutil.rmtree(path)

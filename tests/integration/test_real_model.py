@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 from cbqstream import quantize
 from cbqstream.calibration.segments import load_segments
@@ -14,15 +13,8 @@ from perplexities import streamed_perplexity
 DATA = Path(__file__).parent.parent.parent / "benchmarks" / "data"
 
 
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.model
-def test_two_bits_in_the_first_blocks(smollm2, tmp_path, two_threads):
+def test_two_bits_in_the_first_blocks(smollm2, tmp_path):
     """The first three blocks at 2 bits: learning must take most of the damage of round-to-nearest away, on text it never saw."""
     segments = load_segments(
         DATA / "wikitext2-test.txt", smollm2, num_samples=4, seq_len=256, vocab_size=49152, choice="spread"
@@ -37,6 +29,7 @@ def test_two_bits_in_the_first_blocks(smollm2, tmp_path, two_threads):
             reconstruction=ReconstructionConfig(**reconstruction),
             keep_last=27,
             device="cpu",
+            threads=1,
         )
         reports = []
         quantize(config, lambda event: reports.append(event) if isinstance(event, WindowReport) else None)
