@@ -24,12 +24,16 @@ def status(run: Annotated[Path, typer.Argument(help="The run directory.")]) -> N
 def check(
     path: Annotated[Path, typer.Argument(help="A run directory, or a model that was quantized.")],
     read_data: Annotated[bool, typer.Option("--read-data", help="Read every byte; else sizes and records.")] = False,
+    load: Annotated[
+        bool,
+        typer.Option("--load", help="Load the result with transformers, whole, and compare it with the streamed one."),
+    ] = False,
     blocks_path: BlocksPath = None,
 ) -> None:
     """Verify a run or a finished model. Reads only; says what is wrong, and then leaves with exit code 65."""
     from cbqstream.run.check import check as look
 
-    found = look(path, read_data=read_data, blocks_path=blocks_path)
+    found = look(path, read_data=read_data, blocks_path=blocks_path, load=load)
     for line in found.facts:
         say(line)
     for problem in found.problems:

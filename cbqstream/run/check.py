@@ -11,6 +11,7 @@ from cbqstream.activations.zarr_store import ZarrStore
 from cbqstream.checkpoint.folder import find_tensors, read_json
 from cbqstream.config import QuantizeConfig
 from cbqstream.errors import CbqstreamError, InputError
+from cbqstream.evaluation.loaded import load_beside_streamed
 from cbqstream.evaluation.model import open_model
 from cbqstream.models.families import joined_with
 from cbqstream.models.skeleton import ModelSkeleton
@@ -40,13 +41,14 @@ class Findings:
         return True
 
 
-def check(path: Path, *, read_data: bool, blocks_path: str | None = None) -> Findings:
+def check(path: Path, *, read_data: bool, blocks_path: str | None = None, load: bool = False) -> Findings:
     """Check a run directory or a model folder.
 
     Args:
         path: the folder.
         read_data: read every byte and compare it with what was committed; else only names, sizes, headers and records.
         blocks_path: module path of a model's list of transformer blocks; found by default, or what the run was given.
+        load: load a finished model with transformers, the whole of it, and compare what it says with the streamed evaluation.
 
     Raises:
         InputError: the records of a run are damaged, or it is neither.
@@ -55,17 +57,17 @@ def check(path: Path, *, read_data: bool, blocks_path: str | None = None) -> Fin
     if (path / "run.json").exists():
         while True:
             chain = Chain.read(path)
-            found = _check_run(chain, read_data=read_data)
+            found = _check_run(chain, read_data=read_data, load=load)
             if not found.problems or Chain.read(path).last == chain.last:
                 return found  # else a process went on meanwhile
     if (path / "config.json").exists():
         found = Findings()
-        found.attempt(_check_model, path, blocks_path, read_data, found)
+        found.attempt(_check_model, path, blocks_path, read_data, load, found)
         return found
     raise InputError(path, "neither a run directory (run.json is missing) nor a model (config.json is missing).")
 
 
-def _check_run(chain: Chain, *, read_data: bool) -> Findings:
+def _check_run(chain: Chain, *, read_data: bool, load: bool) -> Findings:
     found = Findings()
     found.facts.append(f"records: {chain.next_window} of {chain.num_commits} commits, an unbroken chain")
     if found.attempt(chain.require_parts):
@@ -80,7 +82,7 @@ def _check_run(chain: Chain, *, read_data: bool) -> Findings:
     out = Path(config.out)
     if chain.is_complete and chain.is_result(out):
         found.facts.append(f"result: {out}")
-        found.attempt(_check_model, out, config.blocks_path, read_data, found)
+        found.attempt(_check_model, out, config.blocks_path, read_data, load, found)
     return found
 
 
@@ -116,7 +118,7 @@ def _require(source: RunSource, folder: Path, name: str) -> None:
     source.read(name, device=CPU)
 
 
-def _check_model(folder: Path, blocks_path: str | None, read_data: bool, found: Findings) -> None:  # noqa: FBT001
+def _check_model(folder: Path, blocks_path: str | None, read_data: bool, load: bool, found: Findings) -> None:  # noqa: FBT001
     config = read_json(folder, "config.json")
     if config.get("quantization_config"):
         faults = list(faults_of(config["quantization_config"], find_tensors(folder)))
@@ -131,6 +133,8 @@ def _check_model(folder: Path, blocks_path: str | None, read_data: bool, found: 
             found.attempt(_require_finite, folder, name, source)
     how = ", all finite" if read_data and not found.problems else ""
     found.facts.append(f"model: {len(skeleton.blocks)} blocks, {len(names)} tensors{how}")
+    if load and not found.problems:
+        found.facts.append(str(load_beside_streamed(folder, blocks_path=blocks_path, device="cpu")))
 
 
 def _joined_otherwise(skeleton: ModelSkeleton, source: WeightSource) -> Iterator[str]:

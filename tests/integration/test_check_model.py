@@ -1,11 +1,13 @@
 """`check OUT`: what is wrong with a result is found without reading its data."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from cbqstream import quantize
 from cbqstream.config import Scheme
@@ -74,3 +76,28 @@ def test_a_config_that_compressed_tensors_does_not_read(made):
     edit_config(made, lambda config: config.update(quantization_status="packed up"))
     (problem,) = check(made, read_data=False).problems
     assert problem.startswith(f"{made}: quantization_config is not read by compressed-tensors: ")
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")
+@pytest.mark.parametrize(
+    ("symmetric", "said"), [(True, "loads it: logits"), (False, "loads it, asked to dequantize it: logits")]
+)
+def test_loaded_by_transformers(make_config, symmetric, said):
+    """Near the streamed model; transformers makes bf16 weights where it dequantizes."""
+    scheme = Scheme(num_bits=4, group_size=32, symmetric=symmetric)
+    out = quantize(make_config(scheme=scheme, reconstruction={"rounding": "none"}))
+    found = check(out, read_data=False, load=True)
+    assert found.problems == []
+    assert said in found.facts[-1]
+    assert found.facts[-1].endswith("same next token after 16 of 16")
+    assert float(re.search(r"within (\S+) of", found.facts[-1])[1]) < (1e-5 if symmetric else 1e-2)
+
+
+def test_not_loaded_by_transformers(made, monkeypatch):
+    def fail(*_, **__):
+        raise KeyError("no such layer\nand more")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
+    (problem,) = check(made, read_data=False, load=True).problems
+    assert re.fullmatch(rf"{made}: transformers \S+ does not load it: 'no such layer.*", problem)
+    assert check(made, read_data=False).problems == []

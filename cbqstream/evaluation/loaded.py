@@ -1,0 +1,91 @@
+"""A model as plain transformers loads it, beside the streamed one. The whole model is in memory, so it is for models that fit."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from logging import CRITICAL
+from pathlib import Path
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    CompressedTensorsConfig,
+)
+from transformers.utils import logging
+
+from cbqstream.errors import InputError, shown
+from cbqstream.evaluation.model import EvaluatedModel, Running
+
+_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """How a model was loaded, and how near its logits are to those of the streamed evaluation."""
+
+    dequantized: bool
+    """Whether it had to be asked to make dense weights, which are bf16 and whose inputs are not quantized."""
+    difference: float
+    """Largest difference of a logit, in shares of the largest logit."""
+    same: int
+    """Tokens after which both think the same one the likeliest."""
+    tokens: int
+
+    def __str__(self) -> str:
+        how = ", asked to dequantize it" if self.dequantized else ""
+        near = f"logits within {self.difference:.1e} of the streamed ones, same next token after {self.same} of {self.tokens}"
+        return f"transformers {version('transformers')} loads it{how}: {near}"
+
+
+@torch.no_grad()
+def load_beside_streamed(folder: Path, **how: Unpack[Running]) -> Loaded:
+    """Load a model with transformers, plainly or else dequantized, and compare its logits on a few tokens.
+
+    Raises:
+        InputError: neither way loads it, or a logit is not finite.
+    """
+    streamed = EvaluatedModel.open(folder, **how)
+    ids_1S = torch.arange(1, _TOKENS + 1).unsqueeze(0) * 7 % streamed.skeleton.vocab_size
+    with streamed.hidden_states([ids_1S]) as (stream,), streamed.head() as ends:
+        expected_SV = torch.cat([logits.cpu() for logits in ends.logits(stream.read(0))])
+    try:
+        found_SV, dequantized = _logits(streamed.skeleton.config, folder, ids_1S), False
+    except InputError:
+        options = {"quantization_config": CompressedTensorsConfig(dequantize=True)}
+        found_SV, dequantized = _logits(streamed.skeleton.config, folder, ids_1S, **options), True
+    if not torch.isfinite(found_SV).all():
+        raise InputError(folder, "transformers loads it, and gives logits that are not finite.")
+    difference = ((found_SV - expected_SV).abs().max() / expected_SV.abs().max()).item()
+    same = int((found_SV.argmax(-1) == expected_SV.argmax(-1)).sum())
+    return Loaded(dequantized, difference, same, len(expected_SV))
+
+
+def _logits(config: Any, folder: Path, ids_1S: Tensor, **options: Any) -> Tensor:
+    auto: Any = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
+    with _silence():
+        try:
+            options |= {"dtype": torch.float32, "local_files_only": True, "trust_remote_code": False}
+            model = auto.from_pretrained(folder, **options).eval()
+            logits_SV: Tensor = model(ids_1S, use_cache=False).logits[0].float()
+        except Exception as error:
+            what = shown(str(error).partition("\n")[0])
+            raise InputError(folder, f"transformers {version('transformers')} does not load it: {what}") from error
+    return logits_SV
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """transformers reports on what it loads in pages of text."""
+    before = logging.get_verbosity()
+    logging.set_verbosity(CRITICAL)
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        logging.enable_progress_bar()  # type: ignore[no-untyped-call]
