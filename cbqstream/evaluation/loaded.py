@@ -1,7 +1,9 @@
 """A model as plain transformers loads it, beside the streamed one. The whole model is in memory, so it is for models that fit."""
 
+import io
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from importlib.metadata import version
 from logging import CRITICAL
@@ -80,12 +82,11 @@ def _logits(config: Any, folder: Path, ids_1S: Tensor, **options: Any) -> Tensor
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """transformers reports on what it loads in pages of text."""
+    """transformers and compressed-tensors report on what they load in bars, warnings and pages of text."""
     before = logging.get_verbosity()
     logging.set_verbosity(CRITICAL)
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        yield
+        with warnings.catch_warnings(action="ignore"), redirect_stderr(io.StringIO()):
+            yield
     finally:
         logging.set_verbosity(before)
-        logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -78,15 +78,16 @@ def test_a_config_that_compressed_tensors_does_not_read(made):
     assert problem.startswith(f"{made}: quantization_config is not read by compressed-tensors: ")
 
 
-@pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")
 @pytest.mark.parametrize(
     ("symmetric", "said"), [(True, "loads it: logits"), (False, "loads it, asked to dequantize it: logits")]
 )
-def test_loaded_by_transformers(make_config, symmetric, said):
+def test_loaded_by_transformers(make_config, capfd, symmetric, said):
     """Near the streamed model; transformers makes bf16 weights where it dequantizes."""
     scheme = Scheme(num_bits=4, group_size=32, symmetric=symmetric)
     out = quantize(make_config(scheme=scheme, reconstruction={"rounding": "none"}))
+    capfd.readouterr()
     found = check(out, read_data=False, load=True)
+    assert capfd.readouterr() == ("", "")
     assert found.problems == []
     assert said in found.facts[-1]
     assert found.facts[-1].endswith("same next token after 16 of 16")
