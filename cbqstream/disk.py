@@ -52,6 +52,8 @@ class Disk:
         self._count = 0
         self.seconds = 0.0
         """Spent in operations so far."""
+        self.reading_seconds = 0.0
+        """Spent on reading scratch files again so far."""
 
     @contextmanager
     def _operation(self, name: str, path: Path) -> "Iterator[None]":
@@ -73,7 +75,11 @@ class Disk:
                 f"{path}: {name} failed: {error.strerror}. {remedy}", full=error.errno in _FULL
             ) from error
         finally:
-            self.seconds += time.monotonic() - began
+            spent = time.monotonic() - began
+            if name == "read":
+                self.reading_seconds += spent
+            else:
+                self.seconds += spent
 
     def make_folder(self, path: Path) -> None:
         """Create `path`, which must not exist, with mode 0700."""
@@ -125,7 +131,7 @@ class Disk:
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             path.unlink()
         try:
-            yield ScratchFile(handle, lambda: self._step("write", path))
+            yield ScratchFile(handle, lambda name: self._step(name, path))
         finally:
             os.close(handle)
 
@@ -196,7 +202,7 @@ class Disk:
 class ScratchFile:
     """Pieces of bytes in a file that does not outlive the process. Made by `Disk.scratch`."""
 
-    def __init__(self, handle: int, step: "Callable[[], AbstractContextManager[None]]") -> None:
+    def __init__(self, handle: int, step: "Callable[[str], AbstractContextManager[None]]") -> None:
         self._handle = handle
         self._step = step
         self._size = 0
@@ -213,7 +219,7 @@ class ScratchFile:
     def write(self, start: int, content: "ReadableBuffer") -> None:
         """Write over what lies at `start`."""
         left = memoryview(content).cast("B")
-        with self._step():
+        with self._step("write"):
             while left:
                 written = os.pwrite(self._handle, left, start)
                 start, left = start + written, left[written:]
@@ -222,7 +228,7 @@ class ScratchFile:
         """Fill a buffer with what was written at `start`."""
         self.reads += 1
         left = memoryview(into).cast("B")
-        with self._step():
+        with self._step("read"):
             while left:
                 read = os.preadv(self._handle, [left], start)
                 if not read:

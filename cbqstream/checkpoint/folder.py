@@ -39,6 +39,11 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     return value
 
 
+def is_size(value: Any) -> bool:
+    """Whether a value of config.json, or a side of a weight, can be the size of something."""
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 1 << 20
+
+
 def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object, of which programs differ in what they read when a key is there twice."""
     value = dict(pairs)

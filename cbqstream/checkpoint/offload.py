@@ -98,7 +98,7 @@ class Offloadable(nn.Module):
 
     @contextmanager
     def placed(self) -> Iterator[None]:
-        """For the length of a `with` the large tensors are in memory. What changes in them stays changed."""
+        """For the length of a `with` the large tensors are in memory. What torch changes in them in place stays changed."""
         if self._is_placed or not self._pages:
             yield
             return
@@ -110,6 +110,8 @@ class Offloadable(nn.Module):
         try:
             yield
             for name, page in self._pages.items():
+                if getattr(self, name) is not tensors[name]:
+                    raise RuntimeError(f"{name} was assigned while it was placed, which `put` is for")
                 if tensors[name]._version != versions[name]:
                     page.write(tensors[name])
         finally:

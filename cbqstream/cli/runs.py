@@ -30,7 +30,7 @@ def check(
     ] = False,
     blocks_path: BlocksPath = None,
 ) -> None:
-    """Verify a run or a finished model. Reads only; says what is wrong, and then leaves with exit code 65."""
+    """Verify a run or a finished model, and change nothing in it; says what is wrong, and then leaves with exit code 65."""
     from cbqstream.run.check import check as look
 
     found = look(path, read_data=read_data, blocks_path=blocks_path, load=load)

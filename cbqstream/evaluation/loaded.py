@@ -3,7 +3,7 @@
 import io
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from logging import CRITICAL
@@ -20,10 +20,11 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from cbqstream.errors import InputError, shown
+from cbqstream.errors import DeviceMemoryError, InputError, shown
 from cbqstream.evaluation.model import EvaluatedModel, Running
+from cbqstream.memory import release_free_memory
 
-_TOKENS = 16
+_TOKENS, _FAR = 16, 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,22 +50,26 @@ def load_beside_streamed(folder: Path, **how: Unpack[Running]) -> Loaded:
     """Load a model with transformers, plainly or else dequantized, and compare its logits on a few tokens.
 
     Raises:
-        InputError: neither way loads it, or a logit is not finite.
+        InputError: neither way loads it, or what it says then is something else.
+        DeviceMemoryError: it does not fit in memory.
     """
     streamed = EvaluatedModel.open(folder, **how)
     ids_1S = torch.arange(1, _TOKENS + 1).unsqueeze(0) * 7 % streamed.skeleton.vocab_size
     with streamed.hidden_states([ids_1S]) as (stream,), streamed.head() as ends:
         expected_SV = torch.cat([logits.cpu() for logits in ends.logits(stream.read(0))])
-    try:
-        found_SV, dequantized = _logits(streamed.skeleton.config, folder, ids_1S), False
-    except InputError:
+    found_SV, dequantized = None, False
+    with suppress(InputError):
+        found_SV = _logits(streamed.skeleton.config, folder, ids_1S)
+    if found_SV is None:  # out of reach of the error, which would keep the first model in memory
+        release_free_memory()
         options = {"quantization_config": CompressedTensorsConfig(dequantize=True)}
         found_SV, dequantized = _logits(streamed.skeleton.config, folder, ids_1S, **options), True
-    if not torch.isfinite(found_SV).all():
-        raise InputError(folder, "transformers loads it, and gives logits that are not finite.")
     difference = ((found_SV - expected_SV).abs().max() / expected_SV.abs().max()).item()
     same = int((found_SV.argmax(-1) == expected_SV.argmax(-1)).sum())
-    return Loaded(dequantized, difference, same, len(expected_SV))
+    loaded = Loaded(dequantized, difference, same, len(expected_SV))
+    if not torch.isfinite(found_SV).all() or (difference > _FAR and 2 * same < loaded.tokens):
+        raise InputError(folder, f"is another model in transformers. {loaded}.")
+    return loaded
 
 
 def _logits(config: Any, folder: Path, ids_1S: Tensor, **options: Any) -> Tensor:
@@ -74,6 +79,8 @@ def _logits(config: Any, folder: Path, ids_1S: Tensor, **options: Any) -> Tensor
             options |= {"dtype": torch.float32, "local_files_only": True, "trust_remote_code": False}
             model = auto.from_pretrained(folder, **options).eval()
             logits_SV: Tensor = model(ids_1S, use_cache=False).logits[0].float()
+        except MemoryError as error:
+            raise DeviceMemoryError(f"{folder}: does not fit in memory as a whole. Leave out --load.") from error
         except Exception as error:
             what = shown(str(error).partition("\n")[0])
             raise InputError(folder, f"transformers {version('transformers')} does not load it: {what}") from error

@@ -48,7 +48,8 @@ class Experts(nn.ModuleList):
 
     def forward(self, x_TD: Tensor, chosen_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """Weighted sum [T, D] of the outputs of the experts that the router chose for each token; added up in their order."""
-        trim_heap()  # experts see now more and now fewer tokens: every pass through them leaves hundreds of megabytes of holes
+        if x_TD.device.type == "cpu":
+            trim_heap()  # experts see now more and now fewer tokens: every pass through them leaves hundreds of megabytes of holes
         total_TD = torch.zeros_like(x_TD)
         for index, expert in enumerate(self):
             tokens, places = torch.where(chosen_TK == index)

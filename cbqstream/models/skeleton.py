@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForImageTextToText,
 )
 
+from cbqstream.checkpoint.folder import is_size
 from cbqstream.errors import InputError, UsageError, shown
 from cbqstream.models.experts import separate_experts
 from cbqstream.models.families import FAMILIES, Fold, folds_of
@@ -47,11 +48,6 @@ _NEVER_READ = ("auto_map", "quantization_config", "model_type", "transformers_ve
 _A_SIZE = f"it must be a whole number from 1 to {1 << 20:,}"
 _NEVER = ("gate", "router", "router_gate", "shared_expert_gate", "dt_proj")
 """Last parts of the names of layers that are never quantized: routers, and what state space models multiply with as a weight."""
-
-
-def is_size(value: Any) -> bool:
-    """Whether a value of config.json can be the size of something."""
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 1 << 20
 
 
 class ModelSkeleton:

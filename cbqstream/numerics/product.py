@@ -119,8 +119,8 @@ def parameters_of(weight: LearnedWeight, parameters: Sequence[Tensor], rows: sli
 
 
 def learned_product(x: Tensor, place: Place, bias: Tensor | None, *parameters: Tensor) -> Tensor:
-    """`x @ w_hat^T + bias`, [..., O] in the dtype of x [..., I]; differentiable in x and the parameters. The weight is placed twice: here,
-    and in the backward pass."""
+    """`x @ w_hat^T + bias`, [..., O] in the dtype of x [..., I]; differentiable in x and the parameters. The weight is placed here,
+    and again in the backward pass."""
     product: Tensor = _Product.apply(x, place, bias, *parameters)  # type: ignore[no-untyped-call]
     return product
 

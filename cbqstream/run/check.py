@@ -1,4 +1,4 @@
-"""Whether a run directory, or a finished model, is what was written. Nothing here writes, and no lock is taken."""
+"""Whether a run directory, or a finished model, is what was written. Nothing in them is changed, and no lock is taken."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -83,6 +83,8 @@ def _check_run(chain: Chain, *, read_data: bool, load: bool) -> Findings:
     if chain.is_complete and chain.is_result(out):
         found.facts.append(f"result: {out}")
         found.attempt(_check_model, out, config.blocks_path, read_data, load, found)
+    elif load:
+        found.facts.append("result: there is none yet, so nothing was loaded")
     return found
 
 
@@ -134,7 +136,8 @@ def _check_model(folder: Path, blocks_path: str | None, read_data: bool, load: b
     how = ", all finite" if read_data and not found.problems else ""
     found.facts.append(f"model: {len(skeleton.blocks)} blocks, {len(names)} tensors{how}")
     if load and not found.problems:
-        found.facts.append(str(load_beside_streamed(folder, blocks_path=blocks_path, device="cpu")))
+        threads = torch.get_num_threads()
+        found.facts.append(str(load_beside_streamed(folder, blocks_path=blocks_path, device="cpu", threads=threads)))
 
 
 def _joined_otherwise(skeleton: ModelSkeleton, source: WeightSource) -> Iterator[str]:

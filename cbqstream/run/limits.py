@@ -28,10 +28,10 @@ _NAMED = 8
 """Experts, of those that have something to say in common."""
 
 
-def disk_bytes(inputs: RunInputs, *, streams: int, blocks: Sequence[BlockSpec] = ()) -> int:
-    """What so many streams, and some blocks with their shards and roundings, take on disk, from above."""
+def disk_bytes(inputs: RunInputs, *, streams: int, blocks: Sequence[BlockSpec] = (), in_a_window: bool = False) -> int:
+    """What so many streams, and the shards and roundings of some blocks, take on disk, from above; in a window perhaps their layers too."""
     weights = sum(math.prod(inputs.source.infos[name].shape) for block in blocks for name in block.tensors.values())
-    a_weight = _BYTES_A_VALUE + (_OFFLOADED_BYTES if inputs.compute.frugal.offload else 0)
+    a_weight = _BYTES_A_VALUE + (_OFFLOADED_BYTES if in_a_window and inputs.compute.frugal.offload else 0)
     return int(_MARGIN * (_BYTES_A_VALUE * streams * math.prod(inputs.stream_shape) + a_weight * weights))
 
 

@@ -114,7 +114,9 @@ def quantize(
         for window in inputs.windows[journal.chain.next_window : stop_after_window]:
             require_finite_windows(journal.chain)
             blocks = inputs.skeleton.blocks[window.start : window.stop]
-            needed = disk_bytes(inputs, streams=3, blocks=blocks)  # both streams after it, and the targets
+            needed = disk_bytes(
+                inputs, streams=3, blocks=blocks, in_a_window=True
+            )  # both streams after it, and the targets
             with room_for(f"window {window.index + 1}", needed, run), _reading_ahead(inputs, window.index + 1):
                 report = _twice(job, window)
             listener(report)
@@ -179,6 +181,7 @@ class _Job:
 
     def quantize_window(self, window: Window) -> WindowReport:
         """One window, from one committed state to the next."""
+        self.journal.empty_tmp()
         with self._file_for_layers() as file:
             return self._quantize_window(window, file)
 
@@ -186,7 +189,6 @@ class _Job:
         began = self._clocks()
         settings, compute = self.inputs.config.reconstruction, self.inputs.compute
         is_last = window.index + 1 == len(self.inputs.windows)
-        self.journal.empty_tmp()
         self.journal.new_folder("parts")
         self.journal.new_folder("acts")
         reference, quantized = self.streams.open(REFERENCE), self.streams.open(QUANTIZED)
@@ -310,8 +312,9 @@ class _Job:
 
     def _clocks(self) -> tuple[float, float, float]:
         """Seconds: the time, what reading took so far, and what writing took, where it was waited for."""
-        hidden = self.streams.hidden
-        return time.monotonic(), self.inputs.source.seconds + self.streams.waited, self.journal.disk.seconds - hidden
+        disk, streams = self.journal.disk, self.streams
+        reading = self.inputs.source.seconds + streams.waited + disk.reading_seconds
+        return time.monotonic(), reading, disk.seconds - streams.hidden
 
     def _report(
         self,

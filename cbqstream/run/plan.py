@@ -32,7 +32,7 @@ _HEAP = 1.25
 """What glibc keeps between allocations, as fitted to runs (benchmarks/plan_check.py)."""
 _START = 4.0
 """Seconds to import everything and to open the model."""
-_STREAM_BYTES, _LOGIT_COPIES, _VALUE_BYTES = 2, 6, 2
+_STREAM_BYTES, _LOGIT_COPIES, _VALUE_BYTES, _FOLD_BYTES = 2, 6, 2, 14
 _GRID_SEARCH = {True: 22, False: 120}
 """What looking for the grid of a symmetric, and of an asymmetric weight takes, in training steps of its rounding."""
 _ELEMENTWISE = {None: 14, 8: 21, 4: 21}
@@ -152,12 +152,15 @@ def _device_bytes(config: QuantizeConfig, sizes: ModelSizes, frugal: Frugal, blo
     matrix = sizes.vocabulary * sizes.hidden
     head = {"head and logits": width * matrix + _LOGIT_COPIES * 4 * HEAD_TOKENS * sizes.vocabulary}
     last = window | (head if settings.head_weight and settings.rounding != "none" else {})
-    return max((last, {"embeddings": (width + sizes.stored) * matrix}), key=lambda parts: sum(parts.values()))
+    moments = [last, {"embeddings": (width + sizes.stored) * matrix}]
+    if frugal.offload and config.outliers.folds(config.scheme):  # looks at the layers of a fold together
+        moments.append({"step sizes": window["step sizes"], "rescaling": 2 * _FOLD_BYTES * sizes.largest})
+    return max(moments, key=lambda parts: sum(parts.values()))
 
 
 @dataclass(frozen=True, slots=True)
 class _Shelf:
-    """The file in which the layers of a window lie while they are not used, bytes."""
+    """The file in which the layers of a window lie while they are not used, bytes; it only grows."""
 
     size: int = 0
     read: int = 0
@@ -165,13 +168,16 @@ class _Shelf:
 
     @classmethod
     def of(cls, config: QuantizeConfig, sizes: ModelSizes, in_window: int, work: Mapping[str, float]) -> Self:
-        """A step reads every layer twice, and writes what moved; without steps it is read once for each batch."""
+        """A step reads every layer three times (activations are computed again), and writes what moved; all else reads it once a batch."""
         values = _VALUE_BYTES if config.reconstruction.rounding == "full" else 0
-        each, code = sizes.weights * (sizes.stored + values), sizes.weights
-        passes = 2 * work["steps"] + work["hard batches"]
-        read, written = passes * each, work["steps"] * sizes.weights * values
-        blocks = work["blocks"]
-        return cls(in_window * each + code + _packed_bytes(config, sizes), int(read), int(written + blocks * each))
+        truncated = sizes.stored if config.outliers.weights else 0
+        each = sizes.weights * (sizes.stored + values + truncated)
+        finished = sizes.weights + _packed_bytes(config, sizes)  # codes, alone and packed
+        read = (3 * work["steps"] + work["hard batches"] + work["stream batches"]) * each
+        written = (
+            work["steps"] * sizes.weights * values + work["windows"] * in_window * each + work["blocks"] * finished
+        )
+        return cls(in_window * (each + finished), int(read), int(written))
 
 
 def _queues(config: QuantizeConfig, sizes: ModelSizes) -> dict[str, int]:
@@ -233,6 +239,8 @@ def _work(
         "segment passes": forward + 3 * trained,
         "steps": steps * in_window,
         "hard batches": 2 * windows * in_window * math.ceil(guard / settings.batch_size),
+        "stream batches": windows * (2 * stride + in_window) * math.ceil(samples / settings.batch_size),
+        "windows": windows,
         "blocks": windows * stride,
         "head segments": epochs * training + 2 * guard if settings.head_weight else 0,
     }

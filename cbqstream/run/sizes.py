@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cbqstream.checkpoint.folder import find_tensors, read_json
+from cbqstream.checkpoint.folder import find_tensors, is_size, read_json
 from cbqstream.checkpoint.header import described
 from cbqstream.errors import InputError
 from cbqstream.hub import fetch_headers
@@ -78,18 +78,22 @@ class ModelSizes:
     @classmethod
     def counted(cls, folder: Path, model: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> "ModelSizes":
         """The same, of what was read from there."""
-        blocks = _by_block(infos)
-        model = {**model, **(model.get("text_config") or {})}
-        if not blocks:
-            raise InputError(folder, "no tensors of numbered blocks.")
-        largest = max(blocks.values(), key=lambda tensors: sum(info.num_bytes for info in tensors))
+        blocks, text = _by_block(infos), model.get("text_config")
+        model = {**model, **(text if isinstance(text, dict) else {})}
+        largest = max(blocks.values(), key=lambda tensors: sum(info.num_bytes for info in tensors), default=[])
         matrices = [info for info in largest if len(info.shape) == 2]
+        if not matrices:
+            raise InputError(folder, "no matrices of numbered blocks.")
+        for info in matrices:
+            if not all(is_size(size) for size in info.shape):
+                raise InputError(info.file, f"shape {list(info.shape)} is not plausible.", tensor=info.name)
         in_blocks = {info.name for tensors in blocks.values() for info in tensors}
         outside = [info for name, info in infos.items() if name not in in_blocks]
+        vocabulary = max((info.shape[0] for info in outside if len(info.shape) == 2), default=0)
         return cls(
             len(blocks),
-            int(model.get("hidden_size") or model.get("n_embd") or 0),
-            int(model.get("vocab_size") or max((info.shape[0] for info in outside if len(info.shape) == 2), default=0)),
+            next((model[name] for name in ("hidden_size", "n_embd") if is_size(model.get(name))), 0),
+            model["vocab_size"] if is_size(model.get("vocab_size")) else vocabulary,
             {info.name: (info.shape[0], info.shape[1]) for info in matrices},
             _share_of_experts(model, [info.name for info in matrices]),
             max(info.dtype.itemsize for info in matrices),

@@ -95,13 +95,19 @@ class ResidentBlock:
                 statistics |= {name: statistics[name].divided(scale_I) for name in fold.readers}
         for name, layer in self.layers.items():
             layer.start_input_step(statistics[name])
-            with layer.placed():
-                weight = self._rounded_weight(layer, settings)
-                if settings.reconstruction.init == "search":
-                    grid = search_grid(weight, statistics[name].second_moment, layer.scheme)
-                else:
-                    grid = minmax_grid(weight, layer.scheme)
-                self._give_rounding(name, weight, grid, settings, generator)
+            self._start_layer(name, statistics[name], settings, generator)
+
+    def _start_layer(
+        self, name: str, statistics: InputStatistics, settings: BlockSettings, generator: torch.Generator
+    ) -> None:
+        layer = self.layers[name]
+        with layer.placed():
+            weight = self._rounded_weight(layer, settings)
+            if settings.reconstruction.init == "search":
+                grid = search_grid(weight, statistics.second_moment, layer.scheme)
+            else:
+                grid = minmax_grid(weight, layer.scheme)
+            self._give_rounding(name, weight, grid, settings, generator)
 
     def _take_statistics(self) -> dict[str, InputStatistics]:
         """Of the inputs of each layer; an expert that saw too few tokens to say much has those of all experts of the block."""
@@ -145,19 +151,28 @@ class ResidentBlock:
             if f"{_FOLD}{fold.writer}" in carried:
                 self._fold(fold, carried[f"{_FOLD}{fold.writer}"])
         for name, layer in self.layers.items():
-            state = _under(f"{name}.", carried)
-            if state.pop(_STARVED, None) is not None:
-                self.starved.add(name)
-            step = _under(_INPUT, state)
-            if step:
-                layer.input_step = InputStep(step["scale0"], settings.scheme.activation_bits or 0)
-                layer.input_step.load(step)
-            state = {key: value for key, value in state.items() if not key.startswith(_INPUT)}
-            grid = (state["scale0"], state.get("zero_point"))
-            with layer.placed():
-                self._give_rounding(name, self._rounded_weight(layer, settings), grid, settings, generator)
-            if layer.rounding is not None:
-                layer.rounding.load(state)
+            self._go_on_with(name, layer, settings, generator, _under(f"{name}.", carried))
+
+    def _go_on_with(
+        self,
+        name: str,
+        layer: QuantizedLinear,
+        settings: BlockSettings,
+        generator: torch.Generator,
+        state: dict[str, Tensor],
+    ) -> None:
+        if state.pop(_STARVED, None) is not None:
+            self.starved.add(name)
+        step = _under(_INPUT, state)
+        if step:
+            layer.input_step = InputStep(step["scale0"], settings.scheme.activation_bits or 0)
+            layer.input_step.load(step)
+        state = {key: value for key, value in state.items() if not key.startswith(_INPUT)}
+        grid = (state["scale0"], state.get("zero_point"))
+        with layer.placed():
+            self._give_rounding(name, self._rounded_weight(layer, settings), grid, settings, generator)
+        if layer.rounding is not None:
+            layer.rounding.load(state)
 
     def state(self) -> dict[str, Tensor]:
         """Of every rounding and step size of inputs, and the folded scales, by name, besides what `carry` adds. Copies."""

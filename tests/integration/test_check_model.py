@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from cbqstream import quantize
 from cbqstream.config import Scheme
+from cbqstream.errors import StoppedError
 from cbqstream.run.check import check
+from tiny import VOCAB
 
 SHARD = "block-00001.safetensors"
 LAYER = "model.layers.1.mlp.up_proj"
@@ -102,3 +105,25 @@ def test_not_loaded_by_transformers(made, monkeypatch):
     (problem,) = check(made, read_data=False, load=True).problems
     assert re.fullmatch(rf"{made}: transformers \S+ does not load it: 'no such layer.*", problem)
     assert check(made, read_data=False).problems == []
+
+
+def test_another_model_in_transformers(made, monkeypatch):
+    """As where it does not find a tensor, starts it at random, and only warns."""
+
+    class Strange(torch.nn.Module):
+        def forward(self, ids, **_):
+            generator = torch.Generator().manual_seed(0)
+            return SimpleNamespace(logits=100 * torch.randn(1, ids.shape[1], VOCAB, generator=generator))
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: Strange())
+    (problem,) = check(made, read_data=False, load=True).problems
+    assert problem.startswith(f"{made}: is another model in transformers. transformers ")
+
+
+def test_an_unfinished_run_is_not_loaded(make_config):
+    config = make_config(reconstruction={"rounding": "none"})
+    with pytest.raises(StoppedError):
+        quantize(config, stop_after_window=1)
+    found = check(Path(f"{config.out}.run"), read_data=False, load=True)
+    assert found.problems == []
+    assert found.facts[-1] == "result: there is none yet, so nothing was loaded"

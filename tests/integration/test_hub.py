@@ -214,6 +214,19 @@ def test_a_plan_before_a_download(run, hub, tmp_path):
         refused = run("plan", *arguments)
         assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (65, "", 1), refused.stderr
         assert message in refused.stderr
+    odd = hub.models[NAME][COMMITS["main"]]
+    index = json.loads((odd / "model.safetensors.index.json").read_text())["weight_map"]
+    shard = odd / index["model.layers.1.mlp.up_proj.weight"]
+    for header in (
+        "[]",
+        '{"a": "x"}',
+        '{"a": {"dtype": "BF16", "shape": [4], "data_offsets": 5}}',
+        '{"model.layers.1.w": {"dtype": "BF16", "shape": [1, 549755813888], "data_offsets": [0, 1099511627776]}}',
+        '{"model.layers.1.w": {"dtype": "BF16", "shape": [0, 4], "data_offsets": [0, 0]}}',
+    ):
+        shard.write_bytes(len(header).to_bytes(8, "little") + header.encode())
+        refused = run("plan", NAME, "--without-time")
+        assert (refused.returncode, refused.stderr.count("\n")) == (65, 1), (header, refused.stderr)
     offline = run("plan", NAME, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "nothing"))
     assert (offline.returncode, offline.stderr.count("\n")) == (65, 1)
     assert f"Download it first: hf download {NAME}." in offline.stderr

@@ -54,7 +54,7 @@ def test_a_scratch_file_has_no_name_and_keeps_its_pieces(tmp_path):
             piece = bytearray(size)
             file.read(start, piece)
             assert piece == expected
-        with pytest.raises(StorageError, match="write failed: Input/output error"):
+        with pytest.raises(StorageError, match="read failed: Input/output error"):
             file.read(second, bytearray(3))
 
 
