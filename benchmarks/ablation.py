@@ -84,7 +84,7 @@ def spread(rows: dict[str, dict], grid: str) -> list[float]:
 def table(rows: dict[str, dict]) -> str:
     """The results as Markdown."""
     lines = [
-        "| grid | switch | perplexity | against default | codes changed | CPU seconds |",
+        "| grid | switch | perplexity | against default | codes changed | CPU seconds (or wall) |",
         "|---|---|---|---|---|---|",
     ]
     for grid in GRIDS:
@@ -100,7 +100,7 @@ def table(rows: dict[str, dict]) -> str:
             against = f"{row['perplexity'] / centre - 1:+.1%}"
             if abs(row["perplexity"] - centre) <= half and switch not in ("default", *SEEDS):
                 against += " (within the seeds)"
-            spent = f"{row['cpu_seconds']:.0f}" if "cpu_seconds" in row else ""
+            spent = f"{row['cpu_seconds']:.0f}" if "cpu_seconds" in row else f"({row['seconds']:.0f})"
             figures = f"{row['perplexity']:,.2f} | {against} | {row['changed']:.1%} | {spent}"
             lines.append(f"| {grid} | {switch} | {figures} |")
     return "\n".join(lines)
@@ -123,9 +123,9 @@ def draw(rows: dict[str, dict], path: Path) -> None:
         shown = [min(value, 40) for value in change]
         axis.barh(names, shown, color=["#2a7f62" if value < 0 else "#b5523b" for value in change])
         for position, value in enumerate(change):
-            axis.annotate(
-                f"{value:+.1f}", (shown[position], position), xytext=(4, 0), textcoords="offset points", va="center"
-            )
+            side, place = (4, "left") if value >= 0 else (-4, "right")
+            end = (shown[position], position)
+            axis.annotate(f"{value:+.1f}", end, xytext=(side, 0), textcoords="offset points", va="center", ha=place)
         low, high = ((100 * (value / centre - 1)) for value in (min(seeds), max(seeds)))
         axis.axvspan(low, high, color="#888888", alpha=0.4, label="seeds")
         axis.axvline(0, color="black", linewidth=0.8)
