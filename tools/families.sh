@@ -7,6 +7,6 @@
 version=$("$venv/bin/python" -c 'import transformers; print(transformers.__version__)')
 mkdir -p build
 code=0
-CBQSTREAM_FAMILIES=all "$venv/bin/python" -m pytest tests/families tests/integration/test_folding.py --junitxml "build/families-$version.xml" || code=$?
+CBQSTREAM_FAMILIES=all "$venv/bin/python" -m pytest --numprocesses auto --maxprocesses 4 tests/families tests/integration/test_folding.py --junitxml "build/families-$version.xml" || code=$?
 "$venv/bin/python" tests/families/page.py "build/families-$version.xml" "$version" tests/families/README.md
 exit $code

@@ -84,8 +84,8 @@ class ModelSizes:
         matrices = [info for info in largest if len(info.shape) == 2]
         if not matrices:
             raise InputError(folder, "no matrices of numbered blocks.")
-        for info in matrices:
-            if not all(is_size(size) for size in info.shape):
+        for info in (info for tensors in blocks.values() for info in tensors):
+            if len(info.shape) == 2 and not all(is_size(size) for size in info.shape):
                 raise InputError(info.file, f"shape {list(info.shape)} is not plausible.", tensor=info.name)
         in_blocks = {info.name for tensors in blocks.values() for info in tensors}
         outside = [info for name, info in infos.items() if name not in in_blocks]
