@@ -114,9 +114,8 @@ def quantize(
         for window in inputs.windows[journal.chain.next_window : stop_after_window]:
             require_finite_windows(journal.chain)
             blocks = inputs.skeleton.blocks[window.start : window.stop]
-            needed = disk_bytes(
-                inputs, streams=3, blocks=blocks, in_a_window=True
-            )  # both streams after it, and the targets
+            # both streams after it, and the targets
+            needed = disk_bytes(inputs, streams=3, blocks=blocks, in_a_window=True)
             with room_for(f"window {window.index + 1}", needed, run), _reading_ahead(inputs, window.index + 1):
                 report = _twice(job, window)
             listener(report)

@@ -90,7 +90,7 @@ class ResidentBlock:
                 seen = statistics[fold.readers[0]]
                 with self._placed(fold):
                     scale_C = fold_scale(self.module, fold, seen, settings.scheme, settings.outliers)
-                self._fold(fold, scale_C)
+                    self._fold(fold, scale_C)
                 scale_I = reader_scale(self.module, fold, scale_C)
                 statistics |= {name: statistics[name].divided(scale_I) for name in fold.readers}
         for name, layer in self.layers.items():
