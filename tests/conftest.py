@@ -1,5 +1,6 @@
 """Fixtures: tiny checkpoints of every family, and the real SmolLM2 where it was prepared."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -26,6 +27,13 @@ SMOLLM2 = Path(os.environ.get("CBQSTREAM_TEST_MODEL", Path(__file__).parent.pare
 def one_thread() -> None:
     """Tiny tensors are faster on one thread, and results do not depend on the machine."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_collections() -> None:
+    """A window ends with a collection of garbage, which need not look at all of torch and transformers: half of a tiny run otherwise."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
