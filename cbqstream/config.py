@@ -17,6 +17,10 @@ OutlierVariant = Literal["paper", "huawei", "search"]
 Kernels = Literal["auto", "plain"]
 
 
+_COMMON_GROUPS = (128, 64, 32, 16, 96, 48, 8)
+"""The first four are what other formats and engines take too."""
+
+
 def _require(ok: bool, message: str) -> None:  # noqa: FBT001
     if not ok:
         raise UsageError(message)
@@ -66,6 +70,20 @@ class Scheme:
             raise UsageError(f"scheme {name!r} is not supported. Use W2 to W8 with A16, A8 or A4, such as W4A16.")
         activation_bits = None if match[2] == "16" else int(match[2])
         return cls(num_bits=int(match[1]), activation_bits=activation_bits, **options)
+
+    def require_whole_groups(self, layer: str, columns: int) -> None:
+        """Refuse a layer whose columns leave a part of a group.
+
+        Raises:
+            UsageError: they do.
+        """
+        size = self.group_size
+        if size is not None and columns % size:
+            fitting = [other for other in _COMMON_GROUPS if columns % other == 0 and other < size]
+            fits = f"{fitting[0]} fits; or " if fitting else ""
+            raise UsageError(
+                f"group size {size} does not divide the {columns} columns of {layer}. {fits}use -1 (per channel)."
+            )
 
     @property
     def name(self) -> str:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 Observer = Callable[[int, str, Path], None]
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NO_LINKS = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 _REMEDIES = {
     **dict.fromkeys(_FULL, "Free some space and run the same command again."),
     **dict.fromkeys((errno.ENOTEMPTY, errno.EEXIST), "Something else was put there. Give another place."),
@@ -109,8 +110,11 @@ class Disk:
                 os.fsync(file.fileno())
         return FileDigest(size, digest.hexdigest())
 
-    def sync_file(self, path: Path) -> None:
-        """fsync a file that a library has written under a name that does not count yet."""
+    @contextmanager
+    def written_by_a_library(self, path: Path) -> "Iterator[None]":
+        """For the length of a `with` a library writes a file under a name that does not count yet; then it is synced."""
+        with self._operation("write", path):
+            yield
         with self._operation("sync_file", path):
             _fsync(path, 0)
 
@@ -172,11 +176,7 @@ class Disk:
             with self._operation("link", target):
                 os.link(source, target)
         except StorageError as error:
-            if not isinstance(error.__cause__, OSError) or error.__cause__.errno not in (
-                errno.EXDEV,
-                errno.EPERM,
-                errno.ENOTSUP,
-            ):
+            if not isinstance(error.__cause__, OSError) or error.__cause__.errno not in _NO_LINKS:
                 raise
             self.copy(source, target)
 

@@ -1,6 +1,7 @@
 """Models on the Hugging Face Hub: from there into the local cache, and results to there. Endpoint, token, cache and offline mode are what
 huggingface_hub takes from the environment."""
 
+import errno
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,11 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 from cbqstream.errors import InputError, StorageError, UsageError, shown
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_NEVER_READ = ["*/*", *(f"*.{suffix}" for suffix in ("bin", "pt", "pth", "ckpt", "h5", "msgpack", "gguf", "onnx"))]
+_NEVER_READ = [
+    "*/*",
+    "consolidated*",
+    *(f"*.{suffix}" for suffix in ("bin", "pt", "pth", "ckpt", "h5", "msgpack", "gguf", "onnx")),
+]
 
 
 _FAILURES: tuple[type[Exception], ...] = (
@@ -46,7 +51,11 @@ def fetch(model: str, revision: str | None = None) -> Path:
 
     Raises:
         InputError: there is neither, or it cannot be had.
+        UsageError: a revision of a folder.
+        StorageError: there is no room for it.
     """
+    if revision is not None and Path(model).exists():
+        raise UsageError(f"{model} is a folder. --revision is for a name on the Hub.")
     if not is_name(model, revision):
         return Path(model)  # who opens it says what is wrong with it
     with _asking_for(model):
@@ -92,6 +101,8 @@ def _asking_for(model: str) -> Iterator[None]:
         what = "no such folder, and the Hub was not reached or is turned off (HF_HUB_OFFLINE)"
         raise InputError(model, f"{what}. Download it first: hf download {model}.") from error
     except _FAILURES as error:
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            raise StorageError(f"{model}: no room in the cache. Free some, or set HF_HOME.", full=True) from error
         raise InputError(model, f"no such folder, and not had from the Hub: {_told(error)}") from error
 
 

@@ -54,6 +54,12 @@ def trim_heap() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is too little memory: of torch's own, that on the CPU is a plain RuntimeError."""
+    of_device = any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
+    return isinstance(error, MemoryError) or of_device or "can't allocate memory" in str(error)
+
+
 def physical_cores() -> int:
     """Physical CPU cores that this process may run on, at least 1."""
     allowed = len(psutil.Process().cpu_affinity()) if sys.platform == "linux" else psutil.cpu_count() or 1

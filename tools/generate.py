@@ -3,7 +3,7 @@
 
 Usage: generate.py FOLDER PROMPT [--dequantize]
 
---dequantize is for zero points, which transformers 5.23 does not load as they are.
+--dequantize is for zero points, which transformers 5.24 does not load as they are.
 """
 
 import os

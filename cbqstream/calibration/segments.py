@@ -43,10 +43,11 @@ def load_segments(
     token_file = {".npy": _npy, ".safetensors": _safetensors}.get(data.suffix.lower())
     ids = token_file(data) if token_file is not None else _tokenize(data, model, wanted if choice == "first" else None)
     rows = len(ids) // seq_len
-    if rows < 1 or (rows < num_samples and choice == "first"):
+    needed = wanted if choice == "first" else seq_len
+    if len(ids) < needed:
         raise InputError(
             data,
-            f"calibration has {len(ids):,} tokens, needs {wanted:,} ({num_samples} x {seq_len}). Use more text or fewer samples.",
+            f"has {len(ids):,} tokens, {needed:,} are needed ({needed // seq_len} x {seq_len}). Use more text, or fewer samples.",
         )
     segments = ids[: rows * seq_len].view(rows, seq_len)
     if choice == "first":

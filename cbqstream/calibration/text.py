@@ -21,7 +21,7 @@ def documents(path: Path) -> Iterator[str]:
         UsageError: parquet is asked for and pyarrow is not installed.
     """
     if not path.is_file():
-        raise InputError(path, "no such calibration file." if not path.is_dir() else "a folder; give a file of text.")
+        raise InputError(path, "no such file." if not path.is_dir() else "a folder; give a file of text.")
     reader = {".jsonl": _jsonl, ".parquet": _parquet}.get(path.suffix.lower(), _plain)
     try:
         yield from reader(path)

@@ -7,6 +7,7 @@ from cbqstream.cli import making, results, runs  # noqa: F401  # their commands
 from cbqstream.cli.app import app, dashed, fail
 from cbqstream.errors import CbqstreamError, DeviceMemoryError, StoppedError, StorageError
 from cbqstream.interruption import Interrupted, interrupt_on_signals
+from cbqstream.memory import is_out_of_memory
 
 
 def main() -> NoReturn:
@@ -24,8 +25,10 @@ def _answer(arguments: list[str]) -> None:
         app(arguments)
     except CbqstreamError as error:
         fail(str(error), error.exit_code)
-    except MemoryError:
-        fail("out of memory. Close other programs, or use fewer --num-samples.", DeviceMemoryError.exit_code)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        fail("out of memory. Close other programs, or use a smaller --batch-size.", DeviceMemoryError.exit_code)
     except OSError as error:
         fail(
             f"{'' if error.filename is None else f'{error.filename}: '}{error.strerror or error}.",

@@ -1,5 +1,6 @@
 """Commands that make a model: quantize, plan, resume."""
 
+import gc
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -60,7 +61,8 @@ def quantize(
     scheme: Annotated[str, typer.Option(help="W2 to W8 with A16, A8 or A4, such as W4A8.")] = "W4A16",
     group_size: Annotated[int, typer.Option(help="Columns that share a scale; -1 is one scale per channel.")] = 128,
     symmetric: Annotated[
-        bool, typer.Option(help="Without zero points. Current transformers loads only these plainly.")
+        bool,
+        typer.Option(help="Without zero points; transformers loads asymmetric weights only when asked to dequantize."),
     ] = True,
     activation_strategy: Annotated[
         str, typer.Option(help="A8, A4: token (dynamic scales) or tensor (one learned step size a layer).")
@@ -151,22 +153,27 @@ def quantize(
         say(f"pushed: {upload(Path(out), push_to, blocks_path=blocks_path)}")
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    options_metavar="MODEL [OUT] [FLAGS OF quantize]",
+)
 def plan(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="Folder with config.json and safetensors, or a name on the Hub.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as one JSON object.")] = False,
     without_time: Annotated[
         bool, typer.Option("--without-time", help="Do not measure this machine, which takes five seconds.")
     ] = False,
 ) -> None:
-    """What `quantize MODEL OUT` with the same flags would need: memory, disk, time. Reads headers, writes nothing."""
+    """What `quantize MODEL OUT` with the same flags would need: memory, disk, time. Reads headers, writes nothing.
+
+    MODEL is a folder or a name on the Hub, OUT may be left out; the flags are those of `cbqstream quantize --help`.
+    """
     from cbqstream.report.plan import plan_lines
     from cbqstream.run.plan import plan as make_plan
 
     command = typer.main.get_command(app).commands["quantize"]  # type: ignore[attr-defined]
     flags = [dashed(argument) for argument in context.args]
-    parsed = command.make_context("plan", [model, "OUT", *flags], default_map={"dataset": "DATASET"})
+    parsed = command.make_context("plan", flags, default_map={"out": "OUT", "dataset": "DATASET"})
     made = make_plan(config_of(parsed.params), with_time=not without_time, revision=parsed.params["revision"])
     if as_json:
         typer.echo(json.dumps(made, indent=1))
@@ -203,6 +210,7 @@ def _run(
     from cbqstream.report.progress import Progress
     from cbqstream.run.pipeline import quantize as run_pipeline
 
+    gc.freeze()  # what was imported stays: no window need look for garbage in it
     try:
         with Progress(Console(), log_json) as progress:
             out = run_pipeline(

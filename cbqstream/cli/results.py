@@ -70,7 +70,9 @@ def evaluate(
     ],
     revision: Revision = None,
     text: Annotated[Path | None, typer.Option(help="Text, or token ids: perplexity.")] = None,
-    against: Annotated[Path | None, typer.Option(help="A model to compare the predictions on the text with.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="A model to compare the predictions on the text with: a folder, or a name.")
+    ] = None,
     choices: Annotated[
         Path | None, typer.Option(help="Questions in jsonl (prompt, choices, answer): accuracy.")
     ] = None,
@@ -101,7 +103,15 @@ def evaluate(
     asked = [what for what in (text, choices, tasks, sample) if what is not None]
     if len(asked) != 1 or (against is not None and text is None):
         raise UsageError("eval needs --text, with or without --against, or one of --choices, --tasks and --sample.")
-    folder = folder_of(model, revision)
+    for flag, value, mode, other in (
+        ("--limit", limit, "--tasks", tasks),
+        ("--num-fewshot", num_fewshot, "--tasks", tasks),
+        ("--include-path", include_path, "--tasks", tasks),
+        ("--num-questions", num_questions, "--choices", choices),
+    ):
+        if value is not None and other is None:
+            raise UsageError(f"{flag} is for {mode}.")
+    folder, reference = folder_of(model, revision), None if against is None else folder_of(against, None)
     with Progress(Console(stderr=True)) as progress:
         how: Running = {
             "batch_size": batch_size,
@@ -112,7 +122,7 @@ def evaluate(
             "listener": progress,
         }
         if text is not None:
-            answer = _of_text(folder, text, against, num_samples, seq_len, how)
+            answer = _of_text(folder, text, reference, num_samples, seq_len, how)
         elif choices is not None:
             answer = _of_choices(folder, choices, num_questions, how)
         elif tasks is not None:

@@ -51,11 +51,14 @@ def rollback(
 ) -> None:
     """Give up the newest windows of a run: the last one, or all."""
     from cbqstream.disk import Disk
+    from cbqstream.packed.output import is_occupied
     from cbqstream.run.journal import open_journal
 
     with open_journal(run, Disk(), shared=allow_shared_run_dir, whole=False) as journal:
         journal.roll_back(to)
-    say(f"{to} windows are left; go on with: cbqstream resume {run}")
+        out = Path(journal.chain.run["config"]["out"])
+    first = f"move {out} away, then " if is_occupied(out) else ""
+    say(f"{to} of {journal.chain.num_windows} windows are kept; to go on: {first}cbqstream resume {run}")
 
 
 @app.command()
@@ -71,7 +74,8 @@ def clean(
 
     chain = Chain.read(run)
     if not unfinished and not (chain.is_complete and chain.is_result(Path(chain.run["config"]["out"]))):
-        done = f"{chain.next_window} of {chain.num_commits} commits"
-        raise UsageError(f"{run}: not finished ({done}). Run cbqstream resume {run}, or give it up with --unfinished.")
+        done = f"{chain.next_window} of {chain.num_commits} commits are done"
+        what = f"{done}, and its result is not at {chain.run['config']['out']}" if chain.is_complete else done
+        raise UsageError(f"{run}: {what}. Run cbqstream resume {run}, or give it up with --unfinished.")
     discard(run, Disk(), shared=allow_shared_run_dir)
     say(f"deleted: {run}")

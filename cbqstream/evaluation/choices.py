@@ -39,7 +39,7 @@ def read_questions(path: Path, number: int | None = None) -> list[Question]:
     """
     questions: list[Question] = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # a text may hold other ends of a line
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(path, "cannot be read as UTF-8 text.") from error
     for place, line in enumerate(lines, 1):

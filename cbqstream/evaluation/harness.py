@@ -138,7 +138,7 @@ def evaluate_tasks(
 
     Raises:
         InputError: the model cannot be read.
-        UsageError: there is no such task, or a setting cannot work.
+        UsageError: there is no such task, one generates text, or a setting cannot work.
     """
     require_counts(limit=limit)
     if num_fewshot is not None and num_fewshot < 0:
@@ -149,7 +149,13 @@ def evaluate_tasks(
     unknown = [name for name in tasks if not manager.match_tasks([name])]
     if unknown:
         raise UsageError(f"lm-eval has no task {', '.join(unknown)}. `lm-eval ls tasks` lists them.")
-    streamed, names = StreamedLM(str(model), **how), manager.match_tasks(list(tasks))
+    names = manager.match_tasks(list(tasks))
+    writing = [name for name, task in manager.load(names)["tasks"].items() if task.OUTPUT_TYPE == "generate_until"]
+    if writing:  # before the others take hours
+        raise UsageError(
+            f"{', '.join(writing)} want text to be generated. Streamed, each token would read the whole model once. Leave them out."
+        )
+    streamed = StreamedLM(str(model), **how)
     found: Mapping[str, Any] = lm_eval.simple_evaluate(
         streamed, tasks=names, num_fewshot=num_fewshot, limit=limit, task_manager=manager, bootstrap_iters=0
     )

@@ -22,9 +22,12 @@ from transformers.utils import logging
 
 from cbqstream.errors import DeviceMemoryError, InputError, shown
 from cbqstream.evaluation.model import EvaluatedModel, Running
-from cbqstream.memory import release_free_memory
+from cbqstream.memory import is_out_of_memory, release_free_memory
+from cbqstream.packed.source import PackedSource
 
-_TOKENS, _FAR = 16, 0.2
+_TOKENS = 16
+_NEAR, _FAR = 0.02, 0.2
+"""Shares of the largest logit: what float32 can differ by, and what rounding to bf16, or of inputs to the next code, can."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +70,10 @@ def load_beside_streamed(folder: Path, **how: Unpack[Running]) -> Loaded:
     difference = ((found_SV - expected_SV).abs().max() / expected_SV.abs().max()).item()
     same = int((found_SV.argmax(-1) == expected_SV.argmax(-1)).sum())
     loaded = Loaded(dequantized, difference, same, len(expected_SV))
-    if not torch.isfinite(found_SV).all() or (difference > _FAR and 2 * same < loaded.tokens):
+    inputs_rounded = isinstance(streamed.source, PackedSource) and streamed.source.schemes.default.activation_bits
+    exact = not dequantized and not inputs_rounded
+    other = difference > _NEAR if exact else difference > _FAR and 2 * same < loaded.tokens
+    if other or not torch.isfinite(found_SV).all():
         raise InputError(folder, f"is another model in transformers. {loaded}.")
     return loaded
 
@@ -79,9 +85,9 @@ def _logits(config: Any, folder: Path, ids_1S: Tensor, **options: Any) -> Tensor
             options |= {"dtype": torch.float32, "local_files_only": True, "trust_remote_code": False}
             model = auto.from_pretrained(folder, **options).eval()
             logits_SV: Tensor = model(ids_1S, use_cache=False).logits[0].float()
-        except MemoryError as error:
-            raise DeviceMemoryError(f"{folder}: does not fit in memory as a whole. Leave out --load.") from error
         except Exception as error:
+            if is_out_of_memory(error):
+                raise DeviceMemoryError(f"{folder}: does not fit in memory as a whole. Leave out --load.") from error
             what = shown(str(error).partition("\n")[0])
             raise InputError(folder, f"transformers {version('transformers')} does not load it: {what}") from error
     return logits_SV

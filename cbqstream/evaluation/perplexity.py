@@ -12,6 +12,9 @@ from torch.nn import functional
 from cbqstream.calibration.segments import load_segments
 from cbqstream.evaluation.model import EvaluatedModel, Running, require_counts
 
+_LARGEST = 700.0
+"""Nats; exp of more is not a number that floats hold."""
+
 
 @dataclass(frozen=True, slots=True)
 class Perplexity:
@@ -62,4 +65,5 @@ def perplexity(model: EvaluatedModel, tokens_NS: Tensor) -> float:
                 next_T = ids_S[start + 1 : start + 1 + len(logits_TV)].to(model.compute.device)
                 start += len(logits_TV)
                 total += functional.cross_entropy(logits_TV[: len(next_T)], next_T, reduction="sum").double().item()
-    return math.exp(total / (tokens_NS.shape[0] * (tokens_NS.shape[1] - 1)))
+    mean = total / (tokens_NS.shape[0] * (tokens_NS.shape[1] - 1))
+    return math.exp(mean) if mean < _LARGEST else math.inf

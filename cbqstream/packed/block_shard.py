@@ -59,12 +59,14 @@ def write_block(
     return shard_name(spec.index), write_tensors(disk, folder / shard_name(spec.index), tensors)
 
 
-def write_head(disk: Disk, folder: Path, name: str, weight: QuantizedWeight, scale_dtype: torch.dtype) -> Path:
+def write_head(
+    disk: Disk, folder: Path, name: str, weight: QuantizedWeight, scale_dtype: torch.dtype
+) -> tuple[Path, FileDigest]:
     """Write the shard of the head, whose weight the source calls `name`."""
     tensors = encode_in_slabs(weight, scale_dtype=scale_dtype)
     path = folder / HEAD
-    write_tensors(disk, path, {f"{name.removesuffix('.weight')}.{part}": value for part, value in tensors.items()})
-    return path
+    named = {f"{name.removesuffix('.weight')}.{part}": value for part, value in tensors.items()}
+    return path, write_tensors(disk, path, named)
 
 
 def read_scales(shard: Path, *, device: torch.device) -> dict[str, Tensor]:

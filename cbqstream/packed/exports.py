@@ -12,8 +12,6 @@ I inputs, O outputs, G groups. Codes and zero points are unsigned in all of them
     awq       qweight    int32 [I, O/8]         eight codes a word along O, in the order 0 2 4 6 1 3 5 7     (AutoAWQ "gemm")
               qzeros     int32 [G, O/8]         the same
               scales     float16 [G, O]
-
-Scales hold 8 bits and are at least 2^-17 (`numerics/affine.py`), so float16 has the same numbers.
 """
 
 import re
@@ -28,11 +26,14 @@ from torch import Tensor
 from cbqstream.config import LayerSchemes, Scheme
 from cbqstream.errors import UsageError
 from cbqstream.numerics.affine import dequantize, unsigned
-from cbqstream.packed.gguf_blocks import cannot_gguf
+from cbqstream.packed.gguf_blocks import cannot_gguf, exact_half
 from cbqstream.records import QuantizedWeight
 
 _WORD = 32
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+_AWQ_GROUPS = (16, 32, 64, 128)
+_GPTQ_GROUPS = (*_AWQ_GROUPS, 256, 512, 1024, None)
+"""Columns that share a scale, for which GPTQModel has kernels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +46,8 @@ class ExportFormat:
     """Why a scheme cannot be held exactly, or None."""
     fills: Callable[[int], tuple[int, int]]
     """Of what rows and columns must be multiples, for weights of some bits."""
-    config: Callable[[Scheme, Sequence[str]], dict[str, Any] | None]
-    """quantization_config, of the scheme and the paths of modules that are not quantized; None is no entry."""
+    config: Callable[[Scheme, Sequence[str], Sequence[str]], dict[str, Any] | None]
+    """quantization_config, of the scheme and the paths of modules that are not quantized, and of those that are; None is no entry."""
     only_blocks: bool = True
     """Whether readers look for quantized layers in the blocks alone: a quantized head would not be found."""
 
@@ -62,7 +63,7 @@ def pack_words(values: Tensor, num_bits: int, order: Sequence[int] | None = None
 
 
 def _half(scale_OG: Tensor) -> Tensor:
-    return scale_OG.T.to(torch.float16).contiguous()
+    return exact_half(scale_OG).T.contiguous()
 
 
 def _dense(weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -93,7 +94,9 @@ def _cannot_gptq(scheme: Scheme) -> str | None:
         return f"inputs of {scheme.activation_bits} bits"
     if not scheme.symmetric:
         return "zero points (readers take the middle)"
-    return None if scheme.num_bits in (4, 8) else f"{scheme.num_bits} bits (4 and 8 can)"
+    if scheme.num_bits not in (4, 8):
+        return f"{scheme.num_bits} bits (4 and 8 can)"
+    return _unknown_groups(scheme, _GPTQ_GROUPS)
 
 
 def _cannot_awq(scheme: Scheme) -> str | None:
@@ -101,15 +104,24 @@ def _cannot_awq(scheme: Scheme) -> str | None:
         return f"inputs of {scheme.activation_bits} bits"
     if scheme.group_size is None:
         return "one scale per channel"
-    return None if scheme.num_bits == 4 else f"{scheme.num_bits} bits (4 can)"
+    if scheme.num_bits != 4:
+        return f"{scheme.num_bits} bits (4 can)"
+    return _unknown_groups(scheme, _AWQ_GROUPS)
+
+
+def _unknown_groups(scheme: Scheme, known: Sequence[int | None]) -> str | None:
+    """A reader takes only some sizes of groups."""
+    if scheme.group_size in known:
+        return None
+    return f"groups of {scheme.group_size} ({', '.join(str(size) for size in known if size)} can)"
 
 
 def _whole_words(num_bits: int) -> tuple[int, int]:
     return _WORD // num_bits, _WORD // num_bits
 
 
-def _gptq_config(version: str) -> Callable[[Scheme, Sequence[str]], dict[str, Any]]:
-    def config(scheme: Scheme, not_quantized: Sequence[str]) -> dict[str, Any]:
+def _gptq_config(version: str) -> Callable[[Scheme, Sequence[str], Sequence[str]], dict[str, Any]]:
+    def config(scheme: Scheme, not_quantized: Sequence[str], quantized: Sequence[str]) -> dict[str, Any]:
         return {
             "quant_method": "gptq",
             "bits": scheme.num_bits,
@@ -118,13 +130,14 @@ def _gptq_config(version: str) -> Callable[[Scheme, Sequence[str]], dict[str, An
             "sym": True,
             "lm_head": False,
             "checkpoint_format": version,
-            "dynamic": {f"-:^{re.escape(path)}$": {} for path in not_quantized},
+            "dynamic": {f"-:^{re.escape(path)}$": {} for path in not_quantized},  # for GPTQModel and vLLM
+            "modules_in_block_to_quantize": [list(quantized)],  # for transformers, which knows nothing of `dynamic`
         }
 
     return config
 
 
-def _awq_config(scheme: Scheme, not_quantized: Sequence[str]) -> dict[str, Any]:
+def _awq_config(scheme: Scheme, not_quantized: Sequence[str], quantized: Sequence[str]) -> dict[str, Any]:
     return {
         "quant_method": "awq",
         "version": "gemm",
@@ -138,7 +151,7 @@ def _awq_config(scheme: Scheme, not_quantized: Sequence[str]) -> dict[str, Any]:
 EXPORTS: Mapping[str, ExportFormat] = MappingProxyType(
     {
         "dense": ExportFormat(
-            _dense, lambda scheme: None, lambda bits: (1, 1), lambda scheme, not_quantized: None, only_blocks=False
+            _dense, lambda scheme: None, lambda bits: (1, 1), lambda scheme, *paths: None, only_blocks=False
         ),
         "gptq": ExportFormat(lambda weight, dtype: _gptq(weight, 1), _cannot_gptq, _whole_words, _gptq_config("gptq")),
         "gptq_v2": ExportFormat(
@@ -180,7 +193,7 @@ def require_exact(name: str, schemes: LayerSchemes) -> None:
 
 
 def _why_not(name: str, schemes: LayerSchemes) -> str | None:
-    if schemes.others and name not in ("dense", GGUF):
+    if any(scheme != schemes.default for _, scheme in schemes.others) and name not in ("dense", GGUF):
         return "layers of different widths"
     reasons = [_CANNOT[name](scheme) for scheme in (schemes.default, *(scheme for _, scheme in schemes.others))]
     return next((reason for reason in reasons if reason is not None), None)

@@ -9,7 +9,8 @@ A linear layer `NAME` is stored as
     NAME.input_scale        dtype of the original weight [1]             if inputs have one step size
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32,
 from compressed_tensors.quantization import QuantizationConfig
 from torch import Tensor
 
+from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.config import ActivationStrategy, LayerSchemes, Scheme
 from cbqstream.errors import UsageError, shown
-from cbqstream.records import QuantizedWeight, TensorInfo
+from cbqstream.records import QuantizedWeight
 
 PACKED, SCALE, ZERO_POINT, SHAPE = "weight_packed", "weight_scale", "weight_zero_point", "weight_shape"
 INPUT_SCALE = "input_scale"
@@ -30,6 +32,8 @@ _ACTIVATIONS: dict[ActivationStrategy, dict[str, Any]] = {
     "token": {"type": "int", "symmetric": True, "strategy": "token", "dynamic": True},
     "tensor": {"type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False},
 }
+_FUSED = {r"\bq_proj\b": "qkv_proj", r"\bgate_proj\b": "gate_up_proj"}
+"""What vLLM calls layers that it computes as one; it looks for that name, then for `Linear`, and for the parts only then."""
 
 
 def parts_of(scheme: Scheme) -> tuple[str, ...]:
@@ -80,7 +84,16 @@ def quantization_config(schemes: LayerSchemes, not_quantized: Sequence[str]) -> 
         schemes: of the layers. Where several groups have a layer as a target, a regular expression goes before `Linear` for who reads it.
         not_quantized: module paths, or regular expressions of them after `re:`.
     """
-    targets = [([f"re:{pattern}$"], scheme) for pattern, scheme in schemes.others] + [(["Linear"], schemes.default)]
+    others = [
+        *schemes.others,
+        *(
+            (re.sub(part, fused, pattern), scheme)
+            for pattern, scheme in schemes.others
+            for part, fused in _FUSED.items()
+            if re.search(part, pattern)
+        ),
+    ]
+    targets = [([f"re:{pattern}$"], scheme) for pattern, scheme in others] + [(["Linear"], schemes.default)]
     return {
         "quant_method": METHOD,
         "format": FORMAT,
@@ -115,8 +128,10 @@ def schemes_of(config: dict[str, Any]) -> LayerSchemes:
     Raises:
         UsageError: it is of another method, or of a form that is not written here.
     """
-    groups = config.get("config_groups")
-    found = [_read_group(config, group) for group in (groups.values() if isinstance(groups, dict) else ())]
+    try:
+        found = [_read_group(config, group) for group in config["config_groups"].values()]
+    except (AttributeError, LookupError, TypeError) as error:
+        raise _not_read_here(config) from error
     default = [scheme for target, scheme in found if target == "Linear"]
     others = tuple(
         (target[3:-1], scheme) for target, scheme in found if target.startswith("re:") and target.endswith("$")
@@ -153,34 +168,46 @@ def _read_group(config: dict[str, Any], group: dict[str, Any]) -> tuple[str, Sch
     )
 
 
-def faults_of(config: dict[str, Any], infos: Mapping[str, TensorInfo]) -> Iterator[str]:
+def faults_of(config: dict[str, Any], checkpoint: Checkpoint) -> Iterator[str]:
     """What is wrong with the quantized layers of a checkpoint: parts that are missing or of another shape, and a config that is not read.
 
     Args:
         config: the quantization_config.
-        infos: all tensors.
+        checkpoint: of which only the shapes of weights are read.
     """
     try:
         QuantizationConfig.model_validate(config)
-    except ValueError as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         yield f"quantization_config is not read by compressed-tensors: {shown(str(error).splitlines()[0])}."
     schemes = schemes_of(config)
-    for name, info in infos.items():
+    infos = checkpoint.infos
+    for name in infos:
         layer, _, part = name.rpartition(".")
         if part != PACKED:
             continue
-        scheme, rows = schemes.of(layer), info.shape[0]
+        scheme = schemes.of(layer)
         missing = sorted(other for other in parts_of(scheme) if f"{layer}.{other}" not in infos)
         if missing:
             yield f"{layer}: {', '.join(missing)} missing."
             continue
-        groups = infos[f"{layer}.{SCALE}"].shape
-        columns = None if scheme.group_size is None else scheme.group_size * groups[1]
-        fits = groups[0] == rows and (columns is None or info.shape[1] == -(-columns * scheme.num_bits // _WORD))
-        if not fits:
-            yield f"{layer}: codes {list(info.shape)} and scales {list(groups)} are not those of {scheme.num_bits} bits."
+        rows, columns = checkpoint.read(f"{layer}.{SHAPE}", device=torch.device("cpu")).flatten().tolist()
+        for other, shape in _shapes(scheme, rows, columns).items():
+            found = infos[f"{layer}.{other}"].shape
+            if found != shape:
+                yield f"{layer}: {other} is {list(found)}, {list(shape)} belong to {scheme.num_bits} bits of {[rows, columns]}."
 
 
-def _not_read_here(config: dict[str, Any]) -> UsageError:
-    method = shown(str(config.get("quant_method")))
-    return UsageError(f"the model is already quantized ({method}) in a form that is not read here.")
+def _shapes(scheme: Scheme, rows: int, columns: int) -> dict[str, tuple[int, int]]:
+    """Of the parts of a weight."""
+    groups = 1 if scheme.group_size is None else columns // scheme.group_size
+    shapes = {PACKED: (rows, _words(columns, scheme)), SCALE: (rows, groups)}
+    return shapes if scheme.symmetric else {**shapes, ZERO_POINT: (_words(rows, scheme), groups)}
+
+
+def _words(codes: int, scheme: Scheme) -> int:
+    return -(-codes * scheme.num_bits // _WORD)
+
+
+def _not_read_here(config: object) -> UsageError:
+    how = config.get("quant_method") if isinstance(config, dict) else None
+    return UsageError(f"the model is already quantized ({shown(str(how))}) in a form that is not read here.")

@@ -1,6 +1,6 @@
 """Quantized weights as blocks of GGUF, code for code (ggml-quants; `gguf.quants` of the gguf package reads them the same).
 
-u are unsigned codes, s a scale, z an unsigned zero point; float16 holds s exactly. A row of a weight is a row of blocks.
+u are unsigned codes, s a scale, z an unsigned zero point. A row of a weight is a row of blocks.
 
     Q4_0   32 columns    d = s; nibbles u, columns 0-15 low, 16-31 high                         d (u - 8)
     Q8_0   32 columns    d = s; bytes q                                                         d q
@@ -16,10 +16,23 @@ import torch
 from torch import Tensor
 
 from cbqstream.config import Scheme
+from cbqstream.errors import UsageError
 from cbqstream.numerics.affine import unsigned
 from cbqstream.records import QuantizedWeight
 
 _SMALL, _LARGE = 32, 256
+
+
+def exact_half(scale: Tensor) -> Tensor:
+    """Scales as float16. Those made here hold 8 bits and are at least 2^-17 (`numerics/affine.py`), so they are the same numbers.
+
+    Raises:
+        UsageError: they are not: another program made them.
+    """
+    half = scale.to(torch.float16)
+    if not torch.equal(half.float(), scale.float()):
+        raise UsageError("float16, which this format stores scales in, does not hold them exactly. Use dense.")
+    return half
 
 
 def _parts(weight: QuantizedWeight, columns: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -29,7 +42,7 @@ def _parts(weight: QuantizedWeight, columns: int) -> tuple[Tensor, Tensor, Tenso
     repeats = blocks // weight.scale.shape[1]
     codes, zero_points = unsigned(weight)
     u = codes.to(torch.uint8).view(rows, blocks, columns)
-    d = weight.scale.half().repeat_interleave(repeats, 1).contiguous().unsqueeze(-1).view(torch.uint8)
+    d = exact_half(weight.scale).repeat_interleave(repeats, 1).contiguous().unsqueeze(-1).view(torch.uint8)
     z = zero_points.to(torch.uint8).repeat_interleave(repeats, 1).unsqueeze(-1)
     return u, d, z
 

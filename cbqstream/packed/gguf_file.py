@@ -6,6 +6,7 @@ Tensors are read one at a time. Embeddings, head and layers in full precision ke
 import json
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -30,6 +31,8 @@ _PATTERNS = {
     "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
+_NOT_WEIGHTS = (".rotary_emb.inv_freq",)
+"""What old checkpoints hold besides, and llama.cpp computes itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +74,6 @@ def write_gguf(path: Path, folder: Path, config: Mapping[str, Any], source: Pack
             raise UsageError(
                 f"gguf: {blocks} has blocks of {width} columns, {layer} has {columns}. Use another format."
             )
-    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture.name])
-    _add_settings(writer, config)
-    writer.add_name(f"{folder.name} W{source.schemes.default.num_bits}A16")
-    _add_tokenizer(writer, folder, int(config["vocab_size"]))
     names = gguf.get_tensor_name_map(architecture.name, int(config["num_hidden_layers"]))
     turns = _head_counts(config) if architecture.interleaved else {}
 
@@ -82,21 +81,24 @@ def write_gguf(path: Path, folder: Path, config: Mapping[str, Any], source: Pack
         heads = next((heads for leaf, heads in turns.items() if re.search(rf"\.{leaf}\.(weight|bias)$", name)), None)
         return rows if heads is None else neighbors(rows, heads)
 
-    order = sorted(source.tensors())
-    for name in order:
-        new = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if new is None:
-            raise UsageError(
-                f"gguf: {name} has no place in {gguf.MODEL_ARCH_NAMES[architecture.name]}. Use another format."
-            )
-        shape, kind = _stored(name, source)
-        writer.add_tensor_info(new, shape, np.dtype(np.uint8), int(np.prod(shape)), kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for name in order:
-        writer.write_tensor_data(arranged(name, _bytes(name, source)).contiguous().numpy())
-    writer.close()
+    order = sorted(name for name in source.tensors() if not name.endswith(_NOT_WEIGHTS))
+    with closing(gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture.name])) as writer:
+        _add_settings(writer, config)
+        writer.add_name(f"{folder.name} W{source.schemes.default.num_bits}A16")
+        _add_tokenizer(writer, folder, int(config["vocab_size"]))
+        for name in order:
+            new = names.get_name(name, try_suffixes=(".weight", ".bias"))
+            if new is None:
+                raise UsageError(
+                    f"gguf: {name} has no place in {gguf.MODEL_ARCH_NAMES[architecture.name]}. Use another format."
+                )
+            shape, kind = _stored(name, source)
+            writer.add_tensor_info(new, shape, np.dtype(np.uint8), int(np.prod(shape)), kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for name in order:
+            writer.write_tensor_data(arranged(name, _rows(name, source)).contiguous().view(torch.uint8).numpy())
 
 
 def neighbors(rows: Tensor, heads: int) -> Tensor:
@@ -113,6 +115,10 @@ def _architecture(config: Mapping[str, Any]) -> _Architecture:
     if kind != "default":
         raise UsageError(
             f'gguf: rotary embeddings of the type "{shown(str(kind))}" are not written. Use another format.'
+        )
+    if config.get("hidden_act", "silu") != "silu":
+        raise UsageError(
+            f"gguf: llama.cpp computes silu here, not {shown(str(config['hidden_act']))}. Use another format."
         )
     return found
 
@@ -135,12 +141,13 @@ def _stored(name: str, source: PackedSource) -> tuple[tuple[int, ...], gguf.GGML
     return (*shape[:-1], shape[-1] // block * size), kind
 
 
-def _bytes(name: str, source: PackedSource) -> Tensor:
+def _rows(name: str, source: PackedSource) -> Tensor:
+    """A tensor as it is stored: the bytes of its blocks, or its values."""
     layer = name.removesuffix(".weight")
     if layer in source.layers:
         return encode_blocks(source.packed(layer))
     value = source.read(name, device=CPU)
-    return (value if value.dim() > 1 else value.float()).contiguous().view(torch.uint8)
+    return value if value.dim() > 1 else value.float()
 
 
 def _add_settings(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
@@ -168,15 +175,21 @@ def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> No
     for token in content.get("added_tokens", []):
         kind = gguf.TokenType.CONTROL if token.get("special") else gguf.TokenType.USER_DEFINED
         words[int(token["id"])] = (token["content"], kind)
-    unused = gguf.TokenType.UNUSED
-    tokens = [
-        words.get(index, (f"[PAD{index}]", unused)) for index in range(max(vocab_size, *(index + 1 for index in words)))
-    ]
+    if max(words) >= vocab_size:
+        what = f"has a token {max(words)}, the model {vocab_size} rows of embeddings. Resize them first."
+        raise InputError(folder / "tokenizer.json", what)
+    tokens = [words.get(index, (f"[PAD{index}]", gguf.TokenType.UNUSED)) for index in range(vocab_size)]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(_splitter(folder, content))
     writer.add_token_list([text.encode() for text, _ in tokens])
     writer.add_token_types([kind for _, kind in tokens])
-    gguf.SpecialVocab(folder, load_merges=True, n_vocab=len(tokens)).add_to_gguf(writer, quiet=True)
+    try:
+        special = gguf.SpecialVocab(folder, load_merges=True, n_vocab=len(tokens))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(
+            folder, f"special tokens are not read by gguf: {shown(str(error))}. Correct its files."
+        ) from error
+    special.add_to_gguf(writer, quiet=True)
 
 
 def _byte_level_bpe(folder: Path) -> dict[str, Any]:
@@ -203,18 +216,26 @@ def _splitter(folder: Path, content: Mapping[str, Any]) -> str:
     """What llama.cpp calls the way in which text is split before BPE."""
     steps = list(_steps(content.get("pre_tokenizer") or {}))
     kinds = [step.get("type") for step in steps]
-    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
+    last = steps[-1] if steps else {}
+    plain = not last.get("add_prefix_space") and _normalizes_nothing_but_nfc(content.get("normalizer"))
+    if plain and kinds == ["ByteLevel"] and last.get("use_regex", True):
         return "gpt-2"
-    if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits"):
+    if plain and kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") and last.get("use_regex", True):
         return "smollm"
-    if kinds == ["Split", "ByteLevel"]:
+    if plain and kinds == ["Split", "ByteLevel"] and not last.get("use_regex", True):
         pattern = (steps[0].get("pattern") or {}).get("Regex")
+        isolated = steps[0].get("behavior") == "Isolated" and not steps[0].get("invert")
         for name, known in _PATTERNS.items():
-            if pattern == known:
+            if isolated and pattern == known:
                 return name
     raise InputError(
         folder / "tokenizer.json", "splits text in a way that is not known here, so llama.cpp would split it otherwise."
     )
+
+
+def _normalizes_nothing_but_nfc(normalizer: Any) -> bool:
+    """Whether text goes to llama.cpp as it is; NFC is what text is in anyway."""
+    return normalizer is None or normalizer == {"type": "NFC"}
 
 
 def _steps(pre_tokenizer: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

@@ -1,6 +1,6 @@
 """Writing a safetensors file piece by piece, so that tensors can be copied from another file without being in memory.
 
-The bytes are a function of the tensors alone: sorted by name, no metadata.
+The bytes are a function of the tensors alone: sorted by name, and metadata that older versions of transformers ask for.
 """
 
 import json
@@ -49,7 +49,8 @@ def copy_tensors(disk: Disk, path: Path, source: Checkpoint, names: list[str]) -
 
 
 def _header(entries: list[tuple[str, str, list[int], int]]) -> bytes:
-    table, offset = {}, 0
+    table: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
     for name, dtype, shape, size in entries:
         table[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
         offset += size

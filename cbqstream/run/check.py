@@ -1,5 +1,6 @@
 """Whether a run directory, or a finished model, is what was written. Nothing in them is changed, and no lock is taken."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,14 +9,16 @@ import torch
 
 from cbqstream.activations.store import StreamShape
 from cbqstream.activations.zarr_store import ZarrStore
-from cbqstream.checkpoint.folder import find_tensors, read_json
+from cbqstream.checkpoint.folder import read_json
+from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.config import QuantizeConfig
-from cbqstream.errors import CbqstreamError, InputError
+from cbqstream.errors import CbqstreamError, DeviceMemoryError, InputError
 from cbqstream.evaluation.loaded import load_beside_streamed
 from cbqstream.evaluation.model import open_model
 from cbqstream.models.families import joined_with
 from cbqstream.models.skeleton import ModelSkeleton
 from cbqstream.packed.format import faults_of
+from cbqstream.packed.output import SUMS, require_sums
 from cbqstream.packed.source import PackedSource
 from cbqstream.records import WeightSource
 from cbqstream.run.chain import Chain
@@ -35,6 +38,8 @@ class Findings:
         """Make a check; an expected error is a problem. Whether there was none."""
         try:
             check(*arguments)
+        except DeviceMemoryError:
+            raise  # says nothing about what is checked
         except (CbqstreamError, OSError) as error:
             self.problems.append(str(error))
             return False
@@ -123,17 +128,19 @@ def _require(source: RunSource, folder: Path, name: str) -> None:
 def _check_model(folder: Path, blocks_path: str | None, read_data: bool, load: bool, found: Findings) -> None:  # noqa: FBT001
     config = read_json(folder, "config.json")
     if config.get("quantization_config"):
-        faults = list(faults_of(config["quantization_config"], find_tensors(folder)))
+        faults = list(faults_of(config["quantization_config"], Checkpoint.open(folder)))
         found.problems.extend(f"{folder}: {fault}" for fault in faults)
         if faults:
             return
     skeleton, source = open_model(folder, blocks_path)
     found.problems.extend(f"{folder}: {text}" for text in _joined_otherwise(skeleton, source))
-    names = sorted(source.tensors())
+    names, sums = sorted(source.tensors()), None
     if read_data:
+        sums = require_sums(folder)
         for name in names:
             found.attempt(_require_finite, folder, name, source)
     how = ", all finite" if read_data and not found.problems else ""
+    how += "" if sums is None else f", {sums} shards with the checksums of {SUMS}"
     found.facts.append(f"model: {len(skeleton.blocks)} blocks, {len(names)} tensors{how}")
     if load and not found.problems:
         threads = torch.get_num_threads()
@@ -153,5 +160,10 @@ def _joined_otherwise(skeleton: ModelSkeleton, source: WeightSource) -> Iterator
 
 
 def _require_finite(folder: Path, name: str, source: WeightSource) -> None:
-    if not torch.isfinite(source.read(name, device=CPU)).all():
+    values = source.read(name, device=CPU)
+    if (
+        values.numel()
+        and values.is_floating_point()
+        and not all(math.isfinite(extreme) for extreme in torch.aminmax(values))
+    ):  # no copies
         raise InputError(folder, "holds values that are not finite.", tensor=name)

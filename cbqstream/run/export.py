@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cbqstream.checkpoint.folder import read_json
 from cbqstream.checkpoint.reader import Checkpoint
-from cbqstream.disk import Disk
+from cbqstream.disk import Disk, FileDigest
 from cbqstream.errors import InputError, UsageError
 from cbqstream.models.skeleton import ModelSkeleton
 from cbqstream.packed.exports import EXPORTS, GGUF, require_exact, require_whole_words
@@ -18,6 +18,9 @@ from cbqstream.packed.gguf_file import write_gguf
 from cbqstream.packed.output import complete_folder, filled_folder, require_free
 from cbqstream.packed.shard import copy_tensors, write_tensors
 from cbqstream.packed.source import CPU, PackedSource
+
+_EXPERTS = re.compile(r"(\.experts)\.\d+\.")
+"""What engines ask for as one module, and find in full precision or not at all: those of a block have one scheme."""
 
 
 def export(model: Path, out: Path, format_name: str, disk: Disk | None = None) -> Path:
@@ -40,53 +43,58 @@ def export(model: Path, out: Path, format_name: str, disk: Disk | None = None) -
             _write_gguf(disk, model, building, config, source)
             disk.publish(building, out)
         else:
-            weight_map = _write_shards(disk, building, source, format_name)
+            weight_map, sums = _write_shards(disk, building, source, format_name)
             told = _config(config, source, format_name)
-            complete_folder(disk, out, building, source_folder=model, weight_map=weight_map, config=told)
+            complete_folder(disk, out, building, source_folder=model, weight_map=weight_map, sums=sums, config=told)
     return out
 
 
 def _write_gguf(disk: Disk, model: Path, building: Path, config: dict[str, Any], source: PackedSource) -> None:
     skeleton = ModelSkeleton(model, config, source.tensors())
     file = building / f"model-W{source.schemes.default.num_bits}.gguf"
-    write_gguf(file, model, skeleton.config.to_dict(), source)
-    disk.sync_file(file)
+    with disk.written_by_a_library(file):
+        write_gguf(file, model, skeleton.config.to_dict(), source)
 
 
-def _write_shards(disk: Disk, building: Path, source: PackedSource, format_name: str) -> dict[str, str]:
-    """The files of a checkpoint in the new format; which of them holds a tensor."""
+def _write_shards(
+    disk: Disk, building: Path, source: PackedSource, format_name: str
+) -> tuple[dict[str, str], dict[str, str]]:
+    """The files of a checkpoint in the new format; which of them holds a tensor, and the SHA-256 of each."""
     for layer, shape in source.layers.items():
         if EXPORTS[format_name].only_blocks and not re.search(r"\.\d+\.", layer):
             raise UsageError(f"format {format_name} has no place for a quantized {layer}. Use gguf or dense.")
         require_whole_words(format_name, layer, shape, source.schemes.of(layer))
     weight_map: dict[str, str] = {}
+    sums: dict[str, str] = {}
     for file in sorted({info.file for info in source.checkpoint.infos.values()}):
-        names = _write_shard(disk, building / file.name, source, file, format_name)
+        names, digest = _write_shard(disk, building / file.name, source, file, format_name)
         weight_map.update(dict.fromkeys(names, file.name))
-    return weight_map
+        sums[file.name] = digest.sha256
+    return weight_map, sums
 
 
-def _write_shard(disk: Disk, path: Path, source: PackedSource, file: Path, format_name: str) -> list[str]:
-    """One shard in the new format; the names of its tensors."""
+def _write_shard(
+    disk: Disk, path: Path, source: PackedSource, file: Path, format_name: str
+) -> tuple[list[str], FileDigest]:
+    """One shard in the new format; the names of its tensors, and its digest."""
     infos = source.checkpoint.infos
     layers = [layer for layer in source.layers if infos[f"{layer}.{PACKED}"].file == file]
     others = [name for name, info in source.others.items() if info.file == file]
     if not layers:
-        copy_tensors(disk, path, source.checkpoint, others)
-        return others
+        return others, copy_tensors(disk, path, source.checkpoint, others)
     tensors: dict[str, Tensor] = {name: source.read(name, device=CPU) for name in others}
     for layer in layers:
         encoded = EXPORTS[format_name].encode(source.packed(layer), source.scale_dtype(layer))
         tensors |= {f"{layer}.{part}": value for part, value in encoded.items()}
-    write_tensors(disk, path, tensors)
-    return list(tensors)
+    return list(tensors), write_tensors(disk, path, tensors)
 
 
 def _config(config: dict[str, Any], source: PackedSource, format_name: str) -> dict[str, Any]:
     """Content of config.json with what the new format says of its quantization."""
     found = {key: value for key, value in config.items() if key != "quantization_config"}
     ignored = _modules(config["quantization_config"]["ignore"], source.checkpoint.infos)
-    said = EXPORTS[format_name].config(source.schemes.default, ignored)
+    experts = {path[: match.end(1)] for path in ignored if (match := _EXPERTS.search(path))}
+    said = EXPORTS[format_name].config(source.schemes.default, [*ignored, *sorted(experts)], sorted(source.layers))
     return found if said is None else {**found, "quantization_config": said}
 
 

@@ -15,10 +15,11 @@ from cbqstream.errors import InputError, UsageError, shown
 from cbqstream.models.compute import choose_device, compute_dtype, make_deterministic, numerics_class
 from cbqstream.models.families import joined_with
 from cbqstream.models.skeleton import ModelSkeleton
+from cbqstream.packed.output import require_replaceable
 from cbqstream.records import BlockSpec, Compute, TensorInfo, Window
 from cbqstream.run.identity import identity
 from cbqstream.run.plan import fitting_plan
-from cbqstream.run.sizes import ModelSizes
+from cbqstream.run.sizes import ModelSizes, require_original
 from cbqstream.run.source import RunSource
 from cbqstream.windows.schedule import schedule
 
@@ -65,9 +66,7 @@ def open_inputs(config: QuantizeConfig) -> RunInputs:
     """
     folder = Path(config.model)
     model = read_json(folder, "config.json")
-    if model.get("quantization_config"):
-        method = shown(str(model["quantization_config"].get("quant_method")))
-        raise InputError(folder / "config.json", f"the model is already quantized ({method}). Give the original.")
+    require_original(folder, model)
     _check_paths(config)
     source = RunSource.open(folder)
     skeleton = ModelSkeleton(folder, model, source.tensors(), config.blocks_path)
@@ -109,10 +108,7 @@ def _check_paths(config: QuantizeConfig) -> None:
     ):
         if inner == outer or outer in inner.parents:
             raise UsageError(f"{inner}: {text}. Use another place.")
-    if Path(config.out).is_symlink() or out.is_mount():
-        raise UsageError(
-            f"{config.out}: a link or a mount point, which cannot be replaced by a finished folder. Use a folder in it."
-        )
+    require_replaceable(Path(config.out))
     for parent in (out.parent, run.parent):
         if not parent.is_dir():
             raise UsageError(f"{parent}: no such folder. Create it first.")
@@ -202,12 +198,6 @@ def _require_alike(spec: BlockSpec, layers: Mapping[str, Scheme]) -> None:
 
 
 def _require_storable(info: TensorInfo, scheme: Scheme) -> None:
-    size, columns = scheme.group_size, info.shape[1]
-    if size is not None and columns % size:
-        fitting = [other for other in (128, 96, 64, 48, 32, 16, 8) if columns % other == 0 and other < size]
-        fits = f"{fitting[0]} fits; or " if fitting else ""
-        raise UsageError(
-            f"group size {size} does not divide the {columns} columns of {info.name}. {fits}use -1 (per channel)."
-        )
+    scheme.require_whole_groups(info.name, info.shape[1])
     if not info.dtype.is_floating_point:
         raise InputError(info.file, f"dtype {info.dtype}; weights must be bf16, fp16 or fp32.", tensor=info.name)

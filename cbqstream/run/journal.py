@@ -138,7 +138,7 @@ class Journal:
         needs_carry = windows > 0 and CARRY in chain.commits[windows - 1]["parts"]
         if needs_carry and not (chain.parts(windows - 1) / CARRY).exists():
             raise UsageError(
-                f"{chain.path}: what window {windows} carried over is no longer kept. Go back one window at a time, or use --to 0."
+                f"{chain.path}: what window {windows} carried over is gone. Only the newest window can be given up, or all: --to 0."
             )
         chain.shortened(windows).require_parts()
         pending = self.building / _ROLLBACK

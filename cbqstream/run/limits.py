@@ -5,12 +5,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
 from cbqstream.config import QuantizeConfig
 from cbqstream.disk import free_bytes
 from cbqstream.errors import DeviceMemoryError, InputError, StorageError, shown
-from cbqstream.memory import GIB
+from cbqstream.memory import GIB, is_out_of_memory
 from cbqstream.models.experts import tokens_by_expert
 from cbqstream.models.families import EXPERT
 from cbqstream.records import BlockSpec, Notice, WindowReport
@@ -59,10 +57,10 @@ def room_for(what: str, needed: int, folder: Path) -> Iterator[None]:
             raise
         raise StorageError(f"{error} {what} needs {needed / GIB:.3f} GiB of disk.", full=True) from error
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         said = shown(str(error).partition("\n")[0]) or "out of memory"
-        remedy = "Use a smaller --batch-size or --window-size in a new run."
+        remedy = "Run the same command with --max-vram or --max-ram below what there is, or a new run with a smaller --batch-size."
         raise DeviceMemoryError(f"{what} needs more memory than there is ({said}). {remedy}") from error
 
 
@@ -99,7 +97,7 @@ def model_notices(inputs: RunInputs) -> Iterator[Notice]:
     quantized = {_has_experts(layers) for layers in _layers_of_expert_blocks(inputs)}
     if len(quantized) > 1:
         yield Notice(
-            "the experts of some blocks are quantized and those of others are not, which transformers 5.23 does not load."
+            "the experts of some blocks are quantized and those of others are not, which transformers 5.24 does not load."
             " Leave out --keep-first and --keep-last, or use another program."
         )
     if inputs.model.get("auto_map"):

@@ -342,6 +342,10 @@ def plan(config: QuantizeConfig, *, with_time: bool = True, revision: str | None
     """
     name = config.model
     sizes = ModelSizes.of_name(name, revision) if is_name(name, revision) else ModelSizes.of(Path(name))
+    for layer, (_, columns) in sizes.layers.items():
+        path = layer.removesuffix(".weight")
+        if not config.is_ignored(path):
+            config.schemes.of(path).require_whole_groups(layer, columns)
     device, rates = choose_device(config.device), None
     if with_time:
         make_deterministic(config.threads)

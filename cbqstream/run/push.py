@@ -4,6 +4,7 @@ from pathlib import Path
 
 from cbqstream.errors import InputError
 from cbqstream.hub import push as upload
+from cbqstream.hub import require_name
 from cbqstream.run.check import check
 
 
@@ -17,9 +18,11 @@ def push(out: Path, name: str, *, private: bool = True, blocks_path: str | None 
         blocks_path: module path of the list of transformer blocks; found by default.
 
     Raises:
+        UsageError: the name is none.
         InputError: the check found something.
         StorageError: the Hub did not take it.
     """
+    require_name(name)  # before all of it is read
     if (out / "run.json").exists():
         raise InputError(out, "a run directory, which is never pushed. Give the model that the run made.")
     problems = check(out, read_data=True, blocks_path=blocks_path).problems

@@ -1,10 +1,12 @@
 """The finished model, put together from the shards of its blocks and the rest of the source."""
 
+import re
 from pathlib import Path
 
 import torch
 
-from cbqstream.config import path_pattern
+from cbqstream.config import LayerSchemes, path_pattern
+from cbqstream.disk import FileDigest
 from cbqstream.errors import IdentityError
 from cbqstream.numerics.scale_search import search_grid
 from cbqstream.numerics.scratch import Scratch
@@ -25,7 +27,8 @@ def write_result(inputs: RunInputs, journal: Journal, out: Path) -> None:
         StorageError: it cannot be written.
     """
     journal.empty_tmp()
-    config, shards = inputs.config, journal.chain.shards()
+    config, committed = inputs.config, journal.chain.expected_parts()
+    shards = {shard: committed[shard][1] for shard in journal.chain.shards()}
     journal.chain.require_intact(*shards)
     if inputs.source.fingerprint() != inputs.identity["source"]["weights"]:
         raise IdentityError(f"{config.model}: the weights changed since this run began. Restore them.")
@@ -38,20 +41,29 @@ def write_result(inputs: RunInputs, journal: Journal, out: Path) -> None:
         *(f"{spec.prefix}.{name}" for spec in kept for name in spec.linears),
         *(f"re:{path_pattern(pattern)}$" for pattern in config.ignore),
     ]
+    schemes = config.schemes
+    if head:
+        path, name = inputs.skeleton.head
+        written, digest = _write_head(inputs, journal, name)
+        shards[written] = digest.sha256
+        # a target of its own: engines do not count a head among the linear layers
+        schemes = LayerSchemes(
+            schemes.default, (*schemes.others, (re.escape(path), head_scheme(config, inputs.skeleton)))
+        )
     assemble(
         journal.disk,
         out,
         building_folder(out, journal.chain.run["self"]),
         source_folder=Path(config.model),
         source=inputs.source,
-        shards=[*shards, *(_write_head(inputs, journal, name) for _, name in head)],
+        shards=shards,
         replaced={name for spec in quantized for name in spec.tensors.values()} | {name for _, name in head},
-        config={**inputs.model, "quantization_config": quantization_config(config.schemes, not_quantized)},
+        config={**inputs.model, "quantization_config": quantization_config(schemes, not_quantized)},
         texts=_told(inputs, journal),
     )
 
 
-def _write_head(inputs: RunInputs, journal: Journal, name: str) -> Path:
+def _write_head(inputs: RunInputs, journal: Journal, name: str) -> tuple[Path, FileDigest]:
     weight = inputs.source.read(name, device=inputs.compute.device)
     scheme = head_scheme(inputs.config, inputs.skeleton)
     grid = search_grid(weight, torch.ones(weight.shape[1], device=weight.device), scheme)

@@ -8,7 +8,7 @@ from typing import Any
 
 from cbqstream.checkpoint.folder import find_tensors, is_size, read_json
 from cbqstream.checkpoint.header import described
-from cbqstream.errors import InputError
+from cbqstream.errors import InputError, shown
 from cbqstream.hub import fetch_headers
 from cbqstream.models.families import EXPERT
 from cbqstream.records import TensorInfo
@@ -78,6 +78,7 @@ class ModelSizes:
     @classmethod
     def counted(cls, folder: Path, model: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> "ModelSizes":
         """The same, of what was read from there."""
+        require_original(folder, model)
         blocks, text = _by_block(infos), model.get("text_config")
         model = {**model, **(text if isinstance(text, dict) else {})}
         largest = max(blocks.values(), key=lambda tensors: sum(info.num_bytes for info in tensors), default=[])
@@ -101,6 +102,19 @@ class ModelSizes:
             sum(info.num_bytes for info in infos.values()),
             sum(info.num_bytes for info in outside),
         )
+
+
+def require_original(folder: Path, model: Mapping[str, Any]) -> None:
+    """Refuse a model that is quantized.
+
+    Raises:
+        InputError: config.json says that it is.
+    """
+    said = model.get("quantization_config")
+    if said:
+        how = said.get("quant_method") if isinstance(said, dict) else None
+        what = f"the model is already quantized ({shown(str(how))}). Give the original"
+        raise InputError(folder / "config.json", f"{what}; where that is FP8, convert it to bf16.")
 
 
 def _share_of_experts(model: Mapping[str, Any], names: Sequence[str]) -> float:

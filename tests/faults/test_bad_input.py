@@ -315,7 +315,7 @@ CASES = {
     ),
     "48 missing": (
         lambda bad: setattr(bad, "tokens", Path("/nowhere.txt")),
-        r"/nowhere\.txt: no such calibration file\.",
+        r"/nowhere\.txt: no such file\.",
     ),
     "48 a folder": (lambda bad: setattr(bad, "tokens", bad.folder), r"{tokens}: a folder; give a file of text\."),
     "48 not UTF-8": (lambda bad: bad.calibration("c.txt", b"abc\xff"), r"{tokens}: not UTF-8 text \(byte 3\)\."),
@@ -333,7 +333,7 @@ CASES = {
     ),
     "49 too few": (
         lambda bad: bad.calibration("c.npy", np.zeros(63, dtype=np.int64)),
-        r"{tokens}: calibration has 63 tokens, needs 64 \(4 x 16\)\. .*",
+        r"{tokens}: has 63 tokens, 64 are needed \(4 x 16\)\. .*",
     ),
 }
 NAMES = {

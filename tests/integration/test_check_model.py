@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from cbqstream import quantize
 from cbqstream.config import Scheme
-from cbqstream.errors import StoppedError
+from cbqstream.errors import DeviceMemoryError, StoppedError
 from cbqstream.run.check import check
 from tiny import VOCAB
 
@@ -60,8 +62,54 @@ def test_codes_of_another_width(made):
         tensors[f"{LAYER}.weight_packed"] = tensors[f"{LAYER}.weight_packed"][:, ::2].contiguous()
 
     change(made, narrow)
-    expected = f"{made}: {LAYER}: codes [128, 4] and scales [128, 2] are not those of 4 bits."
+    expected = f"{made}: {LAYER}: weight_packed is [128, 4], [128, 8] belong to 4 bits of [128, 64]."
     assert check(made, read_data=False).problems == [expected]
+
+
+def test_codes_of_another_width_per_channel(make_config):
+    """Where no scale says how many columns there are."""
+    made = quantize(make_config(scheme=Scheme(num_bits=4, group_size=None), reconstruction={"rounding": "none"}))
+    edit_config(made, lambda config: config["config_groups"]["group_0"]["weights"].update(num_bits=2))
+    problems = check(made, read_data=False).problems
+    assert len(problems) == 28
+    assert f"{made}: {LAYER}: weight_packed is [128, 8], [128, 4] belong to 2 bits of [128, 64]." in problems
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda config: config["config_groups"].update(group_0=["Linear"]),
+        lambda config: config["config_groups"]["group_0"]["weights"].pop("num_bits"),
+        lambda config: config["config_groups"]["group_0"]["weights"].update(num_bits="4"),
+        lambda config: config.pop("config_groups"),
+    ],
+)
+def test_a_config_of_another_form(made, edit):
+    edit_config(made, edit)
+    assert (
+        "already quantized (compressed-tensors) in a form that is not read here."
+        in check(made, read_data=False).problems[-1]
+    )
+
+
+def test_every_byte_of_a_result_is_compared(made, tmp_path):
+    """One bit of one code, which is as good a code as any other."""
+    copy = Path(shutil.copytree(made, tmp_path / "copy"))
+    assert check(copy, read_data=True).facts[-1].endswith(", 5 shards with the checksums of SHA256SUMS")
+    known = subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=copy, check=False)
+    assert known.returncode == 0
+    tensors = load_file(copy / SHARD)
+    tensors[f"{LAYER}.weight_packed"][3, 2] ^= 1
+    save_file(tensors, copy / SHARD, metadata={"format": "pt"})
+    assert check(copy, read_data=False).problems == []
+    expected = f"{copy / SHARD}: is not what was written (by its SHA-256 in SHA256SUMS). Copy it again."
+    assert check(copy, read_data=True).problems == [expected]
+    (copy / "SHA256SUMS").write_text("nonsense\n")
+    assert check(copy, read_data=True).problems == [
+        f"{copy / 'SHA256SUMS'}: not a list of checksums. Remove it, or copy it again."
+    ]
+    (copy / "SHA256SUMS").unlink()
+    assert check(copy, read_data=True).problems == []
 
 
 def test_a_layer_that_its_neighbors_are_not(made):
@@ -118,6 +166,36 @@ def test_another_model_in_transformers(made, monkeypatch):
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: Strange())
     (problem,) = check(made, read_data=False, load=True).problems
     assert problem.startswith(f"{made}: is another model in transformers. transformers ")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "problems"),
+    [(Scheme(num_bits=4, group_size=32), 1), (Scheme(num_bits=4, group_size=32, activation_bits=8), 0)],
+)
+def test_how_near_transformers_must_be(make_config, monkeypatch, scheme, problems):
+    """A twentieth off is another model, unless inputs are rounded."""
+    made = quantize(make_config(scheme=scheme, reconstruction={"rounding": "none"}))
+    load = AutoModelForCausalLM.from_pretrained
+
+    def louder(*args, **options):
+        model = load(*args, **options)
+        model.lm_head.register_forward_hook(lambda module, inputs, output: output * 1.05)
+        return model
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", louder)
+    assert len(check(made, read_data=False, load=True).problems) == problems
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")]
+)
+def test_too_little_memory_says_nothing_about_the_model(made, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
+    with pytest.raises(DeviceMemoryError, match=r"does not fit in memory as a whole\. Leave out --load"):
+        check(made, read_data=False, load=True)
 
 
 def test_an_unfinished_run_is_not_loaded(make_config):

@@ -113,6 +113,11 @@ def test_plan(cbqstream, tiny_models, tmp_path):
     assert plan["seconds_total"] == pytest.approx(sum(plan["seconds"].values()))
     assert plan["smaller"]["--epochs 3"]["seconds_total"] < plan["seconds_total"]
     assert sorted(tmp_path.rglob("*")) == before
+    code, other, _ = cbqstream("plan", *flags, "--threads", 1, "--json", tiny_models["llama"], tmp_path / "out")
+    assert (code, other) == (0, text)  # in any order, and with a place for the result
+    code, _, err = cbqstream("plan", tiny_models["llama"], "--without-time", "--group-size", 24)
+    assert (code, err.count("group size 24 does not divide the 64 columns of model.layers.")) == (2, 1)
+    assert cbqstream("plan", "--without-time")[0] == 2
     assert cbqstream("plan", tiny_models["llama"], "--no-such-flag", 3)[0] == 2
     assert cbqstream("plan", tiny_models["llama"], "--bits", 3)[0] == 2
     assert cbqstream("plan", tmp_path / "nowhere", "--without-time")[0] == 65
@@ -377,9 +382,9 @@ BAD_ARGUMENTS = {
     "too little text": (
         ("--num-samples", 17),
         65,
-        "{tokens}: calibration has 256 tokens, needs 272 (17 x 16). Use more text or fewer samples.",
+        "{tokens}: has 256 tokens, 272 are needed (17 x 16). Use more text, or fewer samples.",
     ),
-    "missing text": (("--dataset", "/nowhere.txt"), 65, "/nowhere.txt: no such calibration file."),
+    "missing text": (("--dataset", "/nowhere.txt"), 65, "/nowhere.txt: no such file."),
     "nothing left": (
         ("--keep-first", 2, "--keep-last", 2),
         2,
@@ -457,7 +462,7 @@ def test_check_rollback_and_clean(cbqstream, tiny_models, tokens, tmp_path):
     code, _, err = cbqstream("clean", run)
     assert (code, err) == (
         2,
-        f"cbqstream: error: {run}: not finished (2 of 3 commits)."
+        f"cbqstream: error: {run}: 2 of 3 commits are done."
         f" Run cbqstream resume {run}, or give it up with --unfinished.\n",
     )
     code, _, err = cbqstream("rollback", run, "--to", 2)
@@ -466,14 +471,17 @@ def test_check_rollback_and_clean(cbqstream, tiny_models, tokens, tmp_path):
         f"cbqstream: error: {run}: 2 windows are done, so --to must be smaller than that.\n",
     )
     code, text, _ = cbqstream("rollback", run, "--to", 1)
-    assert (code, text) == (0, f"1 windows are left; go on with: cbqstream resume {run}\n")
+    assert (code, text) == (0, f"1 of 3 windows are kept; to go on: cbqstream resume {run}\n")
     assert cbqstream("resume", run)[0] == 0
 
     code, text, _ = cbqstream("check", run)
     assert code == 0
     assert f"result: {out}" in text.splitlines()
     code, text, _ = cbqstream("check", out, "--read-data")
-    assert (code, text) == (0, "model: 4 blocks, 39 tensors, all finite\nok\n")
+    assert (code, text) == (
+        0,
+        "model: 4 blocks, 39 tensors, all finite, 5 shards with the checksums of SHA256SUMS\nok\n",
+    )
     code, text, _ = cbqstream("clean", run)
     assert (code, text) == (0, f"deleted: {run}\n")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
@@ -487,10 +495,18 @@ def test_a_window_whose_carry_is_gone_cannot_be_the_last(cbqstream, tiny_models,
     code, _, err = cbqstream("rollback", run, "--to", 1)
     assert (code, err) == (
         2,
-        f"cbqstream: error: {run}: what window 1 carried over is no longer kept. Go back one window at a time, or use --to 0.\n",
+        f"cbqstream: error: {run}: what window 1 carried over is gone. Only the newest window can be given up, or all: --to 0.\n",
     )
-    assert cbqstream("rollback", run, "--to", 0)[0] == 0
+    code, text, _ = cbqstream("rollback", run, "--to", 0)
+    out = tmp_path / "out"
+    assert (code, text) == (
+        0,
+        f"0 of 3 windows are kept; to go on: move {out} away, then cbqstream resume {run}\n",
+    )
     assert windows_committed(run) == 0
+    assert cbqstream("resume", run)[0] == 2
+    out.rename(tmp_path / "moved")
+    assert cbqstream("resume", run)[0] == 0
 
 
 def test_everything_wrong_is_told(cbqstream, tiny_models, tokens, tmp_path):
@@ -518,6 +534,9 @@ BAD_EVALUATIONS = {
     "length": (("--seq-len", 1), "seq_len is 1. It must be 2 or more."),
     "batch": (("--batch-size", 0), "batch_size is 0. It must be at least 1."),
     "scratch": (("--scratch", "/nowhere"), "/nowhere: no such folder."),
+    "limit": (("--limit", 3), "--limit is for --tasks."),
+    "questions": (("--num-questions", 3), "--num-questions is for --choices."),
+    "revision": (("--revision", "main"), "{model} is a folder. --revision is for a name on the Hub."),
 }
 
 
@@ -525,6 +544,7 @@ BAD_EVALUATIONS = {
 def test_bad_evaluations(cbqstream, tiny_models, tokens, case):
     arguments, message = BAD_EVALUATIONS[case]
     code, out, err = cbqstream("eval", tiny_models["llama"], "--text", tokens, *arguments)
+    message = message.format(model=tiny_models["llama"])
     assert (code, out, err) == (2, "", f"cbqstream: error: {message}\n")
 
 

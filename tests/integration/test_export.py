@@ -1,6 +1,8 @@
 """Other formats, read back by code that shares nothing with the writer: plain loops over bits, after each format's own description."""
 
+import errno
 import json
+import os
 
 import gguf
 import numpy as np
@@ -12,9 +14,11 @@ from cbqstream import quantize
 from cbqstream.calibration.segments import load_segments
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.config import Scheme
-from cbqstream.errors import InputError, UsageError
+from cbqstream.errors import InputError, StorageError, UsageError
 from cbqstream.evaluation.model import open_model
+from cbqstream.interruption import Interrupted
 from cbqstream.packed.exports import EXPORTS
+from cbqstream.packed.source import PackedSource
 from cbqstream.records import Compute
 from cbqstream.run.export import export
 from perplexities import plain_perplexity, streamed_perplexity
@@ -123,6 +127,22 @@ def test_config_says_what_is_quantized(make_config, tmp_path, name, group_size):
         said_of = "-:^" + path.replace(".", r"\.") + "$" if name == "gptq" else path
         assert (said_of in patterns) == whole
     assert any("o_proj" in pattern for pattern in patterns)
+    if name == "gptq":  # what transformers and vLLM go by, which know nothing of the others
+        (modules,) = said["modules_in_block_to_quantize"]
+        stored = Checkpoint.open(out).infos
+        assert {f"{path}.qweight" for path in modules} == {name for name in stored if name.endswith(".qweight")}
+        assert len(modules) == 3 * 6
+
+
+@pytest.mark.parametrize("name", ["gptq", "awq"])
+def test_experts_in_full_precision_are_named_together(make_config, tmp_path, name):
+    config = make_config("qwen3_moe", keep_first=1, reconstruction={"rounding": "none"})
+    out = export(quantize(config), tmp_path / "exported", name)
+    said = json.loads((out / "config.json").read_text())["quantization_config"]
+    together = "-:^model\\.layers\\.0\\.mlp\\.experts$" if name == "gptq" else "model.layers.0.mlp.experts"
+    patterns = said["dynamic"] if name == "gptq" else said["modules_to_not_convert"]
+    assert together in patterns
+    assert not any("layers.1.mlp.experts" in pattern.replace("\\", "") for pattern in patterns)
 
 
 @pytest.mark.parametrize(
@@ -145,6 +165,12 @@ def test_config_says_what_is_quantized(make_config, tmp_path, name, group_size):
             r"cannot hold one scale per channel exactly\. Formats that can: gptq, gptq_v2, gguf; dense",
         ),
         ("awq", {"scheme": Scheme(num_bits=4, group_size=32, activation_bits=8)}, r"cannot hold inputs of 8 bits"),
+        (
+            "awq",
+            {"scheme": Scheme(num_bits=4, group_size=8)},
+            r"cannot hold groups of 8 \(16, 32, 64, 128 can\) exactly\. No format",
+        ),
+        ("gptq", {"scheme": Scheme(num_bits=8, group_size=8)}, r"cannot hold groups of 8 \(16, .*, 1024 can\)"),
         (
             "gptq",
             {"override": ("down_proj=W8",)},
@@ -172,6 +198,47 @@ def test_what_cannot_be_exported(make_config, tiny_models, tmp_path):
         export(made, tmp_path / "none" / "exported", "dense")
 
 
+@pytest.mark.parametrize("name", ["gptq", "awq", "gguf"])
+def test_scales_of_others_are_not_rounded(make_config, with_tokenizer, tmp_path, name):
+    """As in a checkpoint of another program, whose scales float16 cannot hold."""
+    made = quantize(make_config(model=with_tokenizer("llama"), reconstruction={"rounding": "none"}))
+    shard = made / "block-00001.safetensors"
+    tensors = load_file(shard)
+    scale = tensors["model.layers.1.mlp.up_proj.weight_scale"].float()
+    tensors["model.layers.1.mlp.up_proj.weight_scale"] = scale + 2.0**-18
+    shard.unlink()
+    save_file(tensors, shard)
+    with pytest.raises(UsageError, match=r"float16, .* does not hold them exactly\. Use dense"):
+        export(made, tmp_path / "exported", name)
+    assert not list(tmp_path.glob("exported*"))
+
+
+@pytest.mark.parametrize("name", ["gptq", "gguf"])
+def test_nothing_is_left_of_an_export_that_was_interrupted(make_config, with_tokenizer, tmp_path, monkeypatch, name):
+    made = quantize(make_config(model=with_tokenizer("llama"), reconstruction={"rounding": "none"}))
+
+    def stop(*_):
+        raise Interrupted
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PackedSource, "packed", stop)
+        with pytest.raises(Interrupted):
+            export(made, tmp_path / "exported", name)
+    assert not list(tmp_path.glob("exported*"))
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(UsageError, match=r"a link or a mount point"):
+        export(made, tmp_path / "link", name)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", full)
+    if name == "gguf":
+        with pytest.raises(StorageError, match=r"write failed: No space left on device\. Free some space"):
+            export(made, tmp_path / "exported", name)
+        assert not list(tmp_path.glob("exported*"))
+
+
 def test_formats_fill_whole_words():
     for name, (rows, columns) in {"dense": (1, 1), "gptq": (8, 8), "gptq_v2": (8, 8), "awq": (8, 1)}.items():
         assert EXPORTS[name].fills(4) == (rows, columns)
@@ -181,8 +248,8 @@ def test_formats_fill_whole_words():
 def with_tokenizer(tmp_path):
     """A function that makes a checkpoint with a byte-level tokenizer of its own."""
 
-    def make(family, vocab_size=304):
-        folder = save_model(tmp_path / family, family, vocab_size=vocab_size)
+    def make(family, vocab_size=304, **options):
+        folder = save_model(tmp_path / family, family, vocab_size=vocab_size, **options)
         text = ["the quick brown fox jumps over the lazy dog " * 20, "there then that than"]
         save_tokenizer(folder, text, special_tokens=("<s>", "</s>"))
         return folder
@@ -190,9 +257,16 @@ def with_tokenizer(tmp_path):
     return make
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-def test_gguf_is_read_by_its_own_package(make_config, with_tokenizer, tmp_path, family):
-    model = with_tokenizer(family)
+def halves(rows, heads):
+    """Rows of heads whose rotary pairs lie side by side, with the pairs as halves: even rows are the first ones."""
+    return rows if heads is None else torch.cat([torch.cat([head[0::2], head[1::2]]) for head in rows.chunk(heads)])
+
+
+@pytest.mark.parametrize(
+    ("family", "options"), [("llama", {}), ("llama", {"attention_bias": True}), ("qwen2", {}), ("qwen3", {})]
+)
+def test_gguf_is_read_by_its_own_package(make_config, with_tokenizer, tmp_path, family, options):
+    model = with_tokenizer(family, **options)
     made = quantize(make_config(model=model, scheme=SYMMETRIC, keep_last=1, override=("down_proj=W8",)))
     out = export(made, tmp_path / "gguf", "gguf")
     reader = gguf.GGUFReader(out / "model-W4.gguf")
@@ -220,10 +294,12 @@ def test_gguf_is_read_by_its_own_package(make_config, with_tokenizer, tmp_path, 
             tensor = found[f"blk.{spec.index}.{there}.weight"]
             kinds.add(tensor.tensor_type.name)
             weight = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
-            if family == "llama" and there in ("attn_q", "attn_k"):
-                heads = {"attn_q": 4, "attn_k": 2}[there]  # pairs side by side: even rows are the first halves
-                weight = torch.cat([torch.cat([head[0::2], head[1::2]]) for head in weight.chunk(heads)])
-            assert torch.equal(weight, expected.float()), tensor.name
+            heads = {"attn_q": 4, "attn_k": 2}.get(there) if family == "llama" else None
+            assert torch.equal(halves(weight, heads), expected.float()), tensor.name
+            if f"{spec.prefix}.{local}.bias" in source.tensors():
+                bias = torch.from_numpy(found[f"blk.{spec.index}.{there}.bias"].data.copy())
+                expected = source.read(f"{spec.prefix}.{local}.bias", device=CPU)
+                assert torch.equal(halves(bias, heads), expected.float()), tensor.name
     assert kinds == {"Q4_0", "Q8_0", "BF16"}
     norm = torch.from_numpy(found["output_norm.weight"].data.copy())
     assert torch.equal(norm, source.read("model.norm.weight", device=CPU).float())
@@ -241,23 +317,50 @@ def test_gguf_is_read_by_its_own_package(make_config, with_tokenizer, tmp_path, 
             r"Q2_K has blocks of 256 columns, model\.layers\.0",
         ),
         ("llama", {}, InputError, r"tokenizer\.json: missing, which GGUF needs"),
+        ("relu", {}, UsageError, r"llama\.cpp computes silu here, not relu"),
     ],
 )
 def test_what_gguf_cannot_hold(make_config, tmp_path, family, settings, error, message):
+    if family == "relu":
+        family, settings = "llama", {"model": save_model(tmp_path / "relu", hidden_act="relu")}
     made = quantize(make_config(family, reconstruction={"rounding": "none"}, **settings))
     with pytest.raises(error, match=message):
         export(made, tmp_path / "gguf", "gguf")
     assert not list(tmp_path.glob("gguf*"))
 
 
-def test_a_tokenizer_that_splits_otherwise_is_refused(make_config, with_tokenizer, tmp_path):
-    model = with_tokenizer("llama")
-    content = json.loads((model / "tokenizer.json").read_text())
-    content["pre_tokenizer"]["use_regex"] = False
-    (model / "tokenizer.json").write_text(json.dumps(content))
-    made = quantize(make_config(model=model, reconstruction={"rounding": "none"}))
-    with pytest.raises(InputError, match=r"splits text in a way that is not known here"):
+@pytest.mark.parametrize(
+    ("file", "edit", "message"),
+    [
+        ("tokenizer.json", lambda content: content["pre_tokenizer"].update(use_regex=False), "splits text in a way"),
+        (
+            "tokenizer.json",
+            lambda content: content["pre_tokenizer"].update(add_prefix_space=True),
+            "splits text in a way",
+        ),
+        ("tokenizer.json", lambda content: content.update(normalizer={"type": "Lowercase"}), "splits text in a way"),
+        (
+            "tokenizer.json",
+            lambda content: content["added_tokens"].append(
+                {**content["added_tokens"][0], "id": 304, "content": "<new>"}
+            ),
+            r"tokenizer\.json: has a token 304, the model 304 rows of embeddings\. Resize them first",
+        ),
+        (
+            "config.json",
+            lambda content: content.update(pad_token_id=-1),
+            r"special tokens are not read by gguf: invalid value for special token type pad: -1",
+        ),
+    ],
+)
+def test_tokenizers_that_gguf_would_take_for_others(make_config, with_tokenizer, tmp_path, file, edit, message):
+    made = quantize(make_config(model=with_tokenizer("llama"), reconstruction={"rounding": "none"}))
+    content = json.loads((made / file).read_text())
+    edit(content)
+    (made / file).write_text(json.dumps(content))
+    with pytest.raises(InputError, match=message):
         export(made, tmp_path / "gguf", "gguf")
+    assert not list(tmp_path.glob("gguf*"))
 
 
 def test_gguf_keeps_added_tokens_and_dtypes(make_config, with_tokenizer, tmp_path):

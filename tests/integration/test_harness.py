@@ -134,6 +134,8 @@ def test_what_lm_eval_cannot_do_here(folder, tasks):
     ):
         with pytest.raises(UsageError, match=message):
             evaluate_tasks(folder, ["own_text"], device="cpu", threads=1, **options)
+    with pytest.raises(UsageError, match=r"^own_writing want text to be generated\. .* Leave them out"):
+        evaluate_tasks(folder, ["own_text", "own_writing"], include_path=tasks, device="cpu", threads=1)
     with pytest.raises(UsageError, match=r"lm-eval has no task nonsense\. `lm-eval ls tasks` lists them"):
         evaluate_tasks(folder, ["own_text", "nonsense"], include_path=tasks, device="cpu", threads=1)
     assert lm_eval.api.registry.get_model("cbqstream") is StreamedLM

@@ -83,7 +83,7 @@ def write(path, content):
 
 def test_too_little_text_says_how_much_is_needed(tmp_path):
     np.save(tmp_path / "ids.npy", np.zeros(63, dtype=np.int64))
-    with pytest.raises(InputError, match="63 tokens, needs 64"):
+    with pytest.raises(InputError, match="63 tokens, 64 are needed"):
         load(tmp_path / "ids.npy")
 
 
@@ -122,7 +122,7 @@ def test_damaged_parquet(tmp_path):
 
 
 def test_missing_file_and_folder(tmp_path):
-    with pytest.raises(InputError, match="no such calibration file"):
+    with pytest.raises(InputError, match="no such file"):
         list(documents(tmp_path / "none.txt"))
     with pytest.raises(InputError, match="a folder"):
         list(documents(tmp_path))

@@ -87,13 +87,14 @@ def test_publish_takes_an_empty_folder_and_no_other(tmp_path):
     assert (tmp_path / "full" / "mine").read_text() == "y"
 
 
-def test_copies_where_links_are_not_to_be_had(tmp_path, monkeypatch):
+@pytest.mark.parametrize("why", [errno.EXDEV, errno.EPERM, errno.ENOSYS, errno.EMLINK])
+def test_copies_where_links_are_not_to_be_had(tmp_path, monkeypatch, why):
     (tmp_path / "f").write_bytes(b"content")
     Disk().link_or_copy(tmp_path / "f", tmp_path / "linked")
     assert (tmp_path / "linked").samefile(tmp_path / "f")
 
     def other_file_system(source, target):
-        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        raise OSError(why, os.strerror(why))
 
     monkeypatch.setattr(disk_module.os, "link", other_file_system)
     Disk().link_or_copy(tmp_path / "f", tmp_path / "copied")
