@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
 from hypothesis import settings
 
 from cbqstream.config import CalibrationConfig, QuantizeConfig, ReconstructionConfig, Scheme
-from tiny import FAMILIES, SEQ_LEN, make_model, save_model, save_tokens
+from tiny import SEQ_LEN, make_model, save_model, save_tokens
 
 settings.register_profile("default", max_examples=25, deadline=None, derandomize=True)
 settings.load_profile("default")
@@ -36,11 +36,22 @@ def small_collections() -> None:
     gc.freeze()
 
 
+class TinyModels(dict[str, Path]):
+    """A checkpoint folder of each family, made when it is asked for; read only."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._folder = folder
+
+    def __missing__(self, family: str) -> Path:
+        self[family] = save_model(self._folder / family, family)
+        return self[family]
+
+
 @pytest.fixture(scope="session")
-def tiny_models(tmp_path_factory) -> dict[str, Path]:
+def tiny_models(tmp_path_factory) -> TinyModels:
     """A checkpoint folder of every family; read only."""
-    folder = tmp_path_factory.mktemp("models")
-    return {family: save_model(folder / family, family) for family in FAMILIES}
+    return TinyModels(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="session")

@@ -68,8 +68,11 @@ def encode_in_slabs(weight: QuantizedWeight, *, scale_dtype: torch.dtype) -> dic
 
 def decode(tensors: dict[str, Tensor], scheme: Scheme) -> QuantizedWeight:
     """The inverse of `encode`."""
-    shape = torch.Size(tensors[SHAPE].tolist())
-    codes = unpack_from_int32(tensors[PACKED], scheme.num_bits, shape)
+    rows, columns = tensors[SHAPE].tolist()
+    codes = torch.empty(rows, columns, dtype=torch.int8)
+    for start in range(0, rows, _SLAB_ROWS):  # unpacking at once takes up to eight times the size of the codes
+        slab = codes[start : start + _SLAB_ROWS]
+        slab.copy_(unpack_from_int32(tensors[PACKED][start : start + _SLAB_ROWS], scheme.num_bits, slab.shape))
     scale = tensors[SCALE].float()
     zero_point = None
     if not scheme.symmetric:
@@ -191,14 +194,14 @@ def faults_of(config: dict[str, Any], checkpoint: Checkpoint) -> Iterator[str]:
             yield f"{layer}: {', '.join(missing)} missing."
             continue
         rows, columns = checkpoint.read(f"{layer}.{SHAPE}", device=torch.device("cpu")).flatten().tolist()
-        for other, shape in _shapes(scheme, rows, columns).items():
+        for other, shape in shapes_of(scheme, rows, columns).items():
             found = infos[f"{layer}.{other}"].shape
             if found != shape:
                 yield f"{layer}: {other} is {list(found)}, {list(shape)} belong to {scheme.num_bits} bits of {[rows, columns]}."
 
 
-def _shapes(scheme: Scheme, rows: int, columns: int) -> dict[str, tuple[int, int]]:
-    """Of the parts of a weight."""
+def shapes_of(scheme: Scheme, rows: int, columns: int) -> dict[str, tuple[int, int]]:
+    """Of the parts of a weight [rows, columns]."""
     groups = 1 if scheme.group_size is None else columns // scheme.group_size
     shapes = {PACKED: (rows, _words(columns, scheme)), SCALE: (rows, groups)}
     return shapes if scheme.symmetric else {**shapes, ZERO_POINT: (_words(rows, scheme), groups)}

@@ -11,7 +11,7 @@ from cbqstream.config import LayerSchemes, Scheme
 from cbqstream.errors import InputError
 from cbqstream.numerics.activation_quant import quantize_per_tensor, quantize_per_token
 from cbqstream.numerics.affine import dequantize
-from cbqstream.packed.format import INPUT_SCALE, PACKED, SCALE, SHAPE, ZERO_POINT, decode, parts_of
+from cbqstream.packed.format import INPUT_SCALE, PACKED, SCALE, SHAPE, ZERO_POINT, decode, parts_of, shapes_of
 from cbqstream.records import QuantizedWeight, TensorInfo
 
 CPU = torch.device("cpu")
@@ -56,10 +56,15 @@ class PackedSource:
         """A quantized layer as it is stored, on the CPU.
 
         Raises:
-            InputError: a part of it is missing.
+            InputError: a part of it is missing, or of another shape.
         """
         scheme = self.schemes.of(layer)
-        return decode({part: self._part(layer, part) for part in parts_of(scheme)}, scheme)
+        parts = {part: self._part(layer, part) for part in parts_of(scheme)}
+        for part, shape in shapes_of(scheme, *self.layers[layer]).items():
+            if parts[part].shape != shape:
+                file = self.checkpoint.infos[f"{layer}.{part}"].file
+                raise InputError(file, f"{part} is {list(parts[part].shape)}, not {list(shape)}.", tensor=layer)
+        return decode(parts, scheme)
 
     def scale_dtype(self, layer: str) -> torch.dtype:
         """What the scales of a quantized layer are stored in: the dtype that its weight had."""

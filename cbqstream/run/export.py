@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from cbqstream.checkpoint.folder import read_json
+from cbqstream.checkpoint.offload import Page
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.disk import Disk, FileDigest
 from cbqstream.errors import InputError, UsageError
@@ -24,7 +25,7 @@ _EXPERTS = re.compile(r"(\.experts)\.\d+\.")
 
 
 def export(model: Path, out: Path, format_name: str, disk: Disk | None = None) -> Path:
-    """Write `model`, a result of `quantize`, into `out` in another format. At most one shard of the result is in memory.
+    """Write `model`, a result of `quantize`, into `out` in another format. One layer is in memory at a time.
 
     Raises:
         UsageError: the format cannot hold it exactly, or `out` is occupied.
@@ -82,11 +83,14 @@ def _write_shard(
     others = [name for name, info in source.others.items() if info.file == file]
     if not layers:
         return others, copy_tensors(disk, path, source.checkpoint, others)
-    tensors: dict[str, Tensor] = {name: source.read(name, device=CPU) for name in others}
-    for layer in layers:
-        encoded = EXPORTS[format_name].encode(source.packed(layer), source.scale_dtype(layer))
-        tensors |= {f"{layer}.{part}": value for part, value in encoded.items()}
-    return list(tensors), write_tensors(disk, path, tensors)
+    tensors: dict[str, Tensor | Page] = {name: source.read(name, device=CPU) for name in others}
+    with disk.scratch(
+        path.with_suffix(".pages")
+    ) as pages:  # a header comes first: layers wait where they take no memory
+        for layer in layers:
+            encoded = EXPORTS[format_name].encode(source.packed(layer), source.scale_dtype(layer))
+            tensors |= {f"{layer}.{part}": Page.of(value, pages) for part, value in encoded.items()}
+        return list(tensors), write_tensors(disk, path, tensors)
 
 
 def _config(config: dict[str, Any], source: PackedSource, format_name: str) -> dict[str, Any]:

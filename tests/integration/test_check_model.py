@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from cbqstream import quantize
 from cbqstream.config import Scheme
-from cbqstream.errors import DeviceMemoryError, StoppedError
+from cbqstream.errors import DeviceMemoryError, InputError, StoppedError
+from cbqstream.evaluation.model import open_model
 from cbqstream.run.check import check
 from tiny import VOCAB
 
@@ -73,6 +74,8 @@ def test_codes_of_another_width_per_channel(make_config):
     problems = check(made, read_data=False).problems
     assert len(problems) == 28
     assert f"{made}: {LAYER}: weight_packed is [128, 8], [128, 4] belong to 2 bits of [128, 64]." in problems
+    with pytest.raises(InputError, match=r"up_proj\": weight_packed is \[128, 8\], not \[128, 4\]\."):
+        open_model(made)[1].read(f"{LAYER}.weight", device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

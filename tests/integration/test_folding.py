@@ -1,5 +1,7 @@
 """Rescaling outlier channels changes nothing that a block computes, and what is exported knows of it."""
 
+from functools import cache
+
 import pytest
 import torch
 from hypothesis import given
@@ -26,6 +28,7 @@ def resident(skeleton, source, arguments, index=1, scheme=SCHEME):
     return ResidentBlock(index, module, arguments[index], layers, skeleton.folds(index))
 
 
+@cache
 def opened(folder):
     skeleton, source = open_model(folder)
     ids = torch.randint(0, VOCAB, (SEQ_LEN,), generator=torch.Generator().manual_seed(0))
@@ -33,15 +36,10 @@ def opened(folder):
         return skeleton, source, ends.block_arguments(ids)
 
 
-@pytest.fixture(scope="session")
-def opened_models(tiny_models):
-    return {family: opened(folder) for family, folder in tiny_models.items()}
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @given(seed=st.integers(0, 2**31))
-def test_a_folded_block_computes_the_same(opened_models, family, seed):
-    skeleton, source, arguments = opened_models[family]
+def test_a_folded_block_computes_the_same(tiny_models, family, seed):
+    skeleton, source, arguments = opened(tiny_models[family])
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(2, SEQ_LEN, skeleton.hidden_size, generator=generator)
     plain = run_blocks([resident(skeleton, source, arguments)], x, Phase.ORIGINAL)
@@ -64,9 +62,9 @@ def test_norms_that_the_residual_reads_are_not_folded(tmp_path):
 
 
 @pytest.mark.parametrize("family", SOME_FAMILIES)
-def test_outliers_are_found_and_folded(opened_models, family):
+def test_outliers_are_found_and_folded(tiny_models, family):
     """A channel of the first norm is made 64 times as large; the scale of its input is the root of what stands out."""
-    skeleton, source, arguments = opened_models[family]
+    skeleton, source, arguments = opened(tiny_models[family])
     block = resident(skeleton, source, arguments)
     writer = skeleton.folds(1)[0].writer
     for value in parameters_of(block.module.get_submodule(writer)).values():
@@ -90,9 +88,9 @@ def test_outliers_are_found_and_folded(opened_models, family):
 
 
 @pytest.mark.parametrize("family", SOME_FAMILIES)
-def test_searched_scales_make_four_bit_inputs_cheaper(opened_models, family):
+def test_searched_scales_make_four_bit_inputs_cheaper(tiny_models, family):
     """The block still computes the same in full precision, and with 4-bit weights and inputs its error is less than half."""
-    skeleton, source, arguments = opened_models[family]
+    skeleton, source, arguments = opened(tiny_models[family])
     scheme = Scheme(num_bits=4, group_size=8, activation_bits=4)
     x = torch.randn(4, SEQ_LEN, skeleton.hidden_size, generator=torch.Generator().manual_seed(0))
     errors = {}
