@@ -34,8 +34,11 @@ from cbqstream.recipe import read_recipe
 def _take_recipe(context: typer.Context, recipe: Path | None) -> None:
     """What a recipe says is the default of the flag of that name."""
     if recipe is not None:
-        flags = [parameter.name or "" for parameter in context.command.params if parameter.param_type_name == "option"]
-        context.default_map = {**(context.default_map or {}), **read_recipe(recipe, flags)}
+        flags = {parameter.name or "": parameter for parameter in context.command.params}
+        said = read_recipe(recipe, [name for name, flag in flags.items() if flag.param_type_name == "option"])
+        repeated = [name for name in said if getattr(flags[name], "multiple", False)]
+        lists = {name: [value] for name in repeated if isinstance(value := said[name], str)}
+        context.default_map = {**(context.default_map or {}), **said, **lists}
 
 
 @app.command()

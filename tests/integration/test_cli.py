@@ -136,7 +136,7 @@ def test_recipe(cbqstream, tiny_models, tokens, tmp_path):
     assert (code, err) == (0, "")
     group = json.loads((out / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]["weights"]
     assert (group["num_bits"], group["group_size"], group["symmetric"]) == (3, 32, False)
-    recipe.write_text("window-size = 1\noverlap = 0\ngroup-size = 32")
+    recipe.write_text('window-size = 1\noverlap = 0\ngroup-size = 32\nignore = "down_proj"\noverride = ["o_proj=W8"]')
     code, text, err = cbqstream("plan", tiny_models["llama"], "--without-time", "--recipe", recipe)
     assert (code, err, text.splitlines()[0]) == (0, "", "windows: 4")
 
