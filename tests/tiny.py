@@ -1,5 +1,7 @@
 """Tiny random models of every family, and calibration tokens for them."""
 
+import io
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +137,9 @@ def make_model(family: str, seed: int = 0, *, like: str | None = None, **overrid
 def save_model(folder: Path, family: str = "llama", *, dtype: torch.dtype = torch.bfloat16, **options: Any) -> Path:
     """Save a tiny model as a checkpoint in several shards, and return its folder."""
     shard_size = options.pop("max_shard_size", "60KB")
-    make_model(family, **options).to(dtype).save_pretrained(folder, max_shard_size=shard_size)
+    model = make_model(family, **options).to(dtype)
+    with redirect_stderr(io.StringIO()):  # a bar of progress, in the middle of a test that looks at what is printed
+        model.save_pretrained(folder, max_shard_size=shard_size)
     return folder
 
 
