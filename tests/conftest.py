@@ -2,6 +2,7 @@
 
 import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -34,6 +35,13 @@ def small_collections() -> None:
     """A window ends with a collection of garbage, which need not look at all of torch and transformers: half of a tiny run otherwise."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def whole_collection_at_the_end() -> Iterator[None]:
+    """What is not collected then is taken for a leak by the libraries that made it."""
+    yield
+    gc.unfreeze()
 
 
 class TinyModels(dict[str, Path]):

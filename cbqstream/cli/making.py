@@ -225,6 +225,8 @@ def _run(
             )
     except (Interrupted, StoppedError) as stop:
         raise StoppedError(f"{stop} To go on: {how_to_go_on or _how_to_go_on(config)}") from stop
+    finally:
+        gc.unfreeze()  # what is not collected at the end is taken for a leak, aloud
     say(f"done: {out}")
 
 
