@@ -32,7 +32,7 @@ def require_replaceable(out: Path) -> None:
     Raises:
         UsageError: it is a link or a mount point.
     """
-    if out.is_symlink() or out.is_mount():
+    if out.is_symlink() or out.absolute().is_mount():  # of "." the parent is "."
         raise UsageError(
             f"{out}: a link or a mount point, which cannot be replaced by a finished folder. Use a folder in it."
         )

@@ -286,7 +286,7 @@ CASES = {
     ),
     "42 quantized": (
         lambda bad: bad.config(quantization_config={"quant_method": "gptq"}),
-        r"{model}/config\.json: the model is already quantized \(gptq\)\. Give the original\.",
+        r"{model}/config\.json: the model is already quantized \(gptq\)\. Give the original; where that is FP8, convert it to bf16\.",
     ),
     "43 NaN": (
         lambda bad: bad.tensors(

@@ -334,7 +334,11 @@ BAD_MODELS = {
     ),
     "already quantized": (
         edit_config(quantization_config={"quant_method": "gptq"}),
-        "{model}/config.json: the model is already quantized (gptq). Give the original.",
+        "{model}/config.json: the model is already quantized (gptq). Give the original; where that is FP8, convert it to bf16.",
+    ),
+    "quantized in no known way": (
+        edit_config(quantization_config="x"),
+        "{model}/config.json: the model is already quantized (None). Give the original",
     ),
 }
 
