@@ -73,11 +73,8 @@ def fetch_headers(model: str, revision: str | None = None) -> tuple[Path, dict[s
         config = Path(hf_hub_download(model, "config.json", revision=revision))
         try:
             shards = HfApi().get_safetensors_metadata(model, revision=revision).files_metadata
-        except (
-            TypeError,
-            AttributeError,
-            LookupError,
-        ) as error:  # what a header that is JSON, and no header, does to it
+        # what a header that is JSON, and no header, does to it
+        except (TypeError, AttributeError, LookupError) as error:
             raise InputError(model, f"the header of a shard is not plausible ({_told(error)}).") from error
     return config.parent, {
         file: {name: {**asdict(info), "data_offsets": [*info.data_offsets]} for name, info in held.tensors.items()}

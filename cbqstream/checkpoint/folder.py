@@ -44,6 +44,12 @@ def is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 1 << 20
 
 
+def method_of(quantization_config: object) -> str:
+    """What a quantization_config of config.json says that it is, to be shown."""
+    found = quantization_config.get("quant_method") if isinstance(quantization_config, dict) else None
+    return shown(str(found))
+
+
 def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object, of which programs differ in what they read when a key is there twice."""
     value = dict(pairs)

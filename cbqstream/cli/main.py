@@ -7,7 +7,6 @@ from cbqstream.cli import making, results, runs  # noqa: F401  # their commands
 from cbqstream.cli.app import app, dashed, fail
 from cbqstream.errors import CbqstreamError, DeviceMemoryError, StoppedError, StorageError
 from cbqstream.interruption import Interrupted, interrupt_on_signals
-from cbqstream.memory import is_out_of_memory
 
 
 def main() -> NoReturn:
@@ -26,6 +25,8 @@ def _answer(arguments: list[str]) -> None:
     except CbqstreamError as error:
         fail(str(error), error.exit_code)
     except (MemoryError, RuntimeError) as error:
+        from cbqstream.memory import is_out_of_memory  # here: it would slow every start down
+
         if not is_out_of_memory(error):
             raise
         fail("out of memory. Close other programs, or use a smaller --batch-size.", DeviceMemoryError.exit_code)

@@ -18,6 +18,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32,
 from compressed_tensors.quantization import QuantizationConfig
 from torch import Tensor
 
+from cbqstream.checkpoint.folder import method_of
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.config import ActivationStrategy, LayerSchemes, Scheme
 from cbqstream.errors import UsageError, shown
@@ -212,5 +213,4 @@ def _words(codes: int, scheme: Scheme) -> int:
 
 
 def _not_read_here(config: object) -> UsageError:
-    how = config.get("quant_method") if isinstance(config, dict) else None
-    return UsageError(f"the model is already quantized ({shown(str(how))}) in a form that is not read here.")
+    return UsageError(f"the model is already quantized ({method_of(config)}) in a form that is not read here.")

@@ -161,9 +161,7 @@ def _joined_otherwise(skeleton: ModelSkeleton, source: WeightSource) -> Iterator
 
 def _require_finite(folder: Path, name: str, source: WeightSource) -> None:
     values = source.read(name, device=CPU)
-    if (
-        values.numel()
-        and values.is_floating_point()
-        and not all(math.isfinite(extreme) for extreme in torch.aminmax(values))
-    ):  # no copies
+    if not values.is_floating_point() or not values.numel():
+        return
+    if not all(math.isfinite(extreme) for extreme in torch.aminmax(values)):  # isfinite would copy them
         raise InputError(folder, "holds values that are not finite.", tensor=name)

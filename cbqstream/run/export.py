@@ -12,6 +12,7 @@ from cbqstream.checkpoint.offload import Page
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.disk import Disk, FileDigest
 from cbqstream.errors import InputError, UsageError
+from cbqstream.models.families import EXPERT, joined_with
 from cbqstream.models.skeleton import ModelSkeleton
 from cbqstream.packed.exports import EXPORTS, GGUF, require_exact, require_whole_words
 from cbqstream.packed.format import PACKED, schemes_of
@@ -19,9 +20,6 @@ from cbqstream.packed.gguf_file import write_gguf
 from cbqstream.packed.output import complete_folder, filled_folder, require_free
 from cbqstream.packed.shard import copy_tensors, write_tensors
 from cbqstream.packed.source import CPU, PackedSource
-
-_EXPERTS = re.compile(r"(\.experts)\.\d+\.")
-"""What engines ask for as one module, and find in full precision or not at all: those of a block have one scheme."""
 
 
 def export(model: Path, out: Path, format_name: str, disk: Disk | None = None) -> Path:
@@ -84,9 +82,8 @@ def _write_shard(
     if not layers:
         return others, copy_tensors(disk, path, source.checkpoint, others)
     tensors: dict[str, Tensor | Page] = {name: source.read(name, device=CPU) for name in others}
-    with disk.scratch(
-        path.with_suffix(".pages")
-    ) as pages:  # a header comes first: layers wait where they take no memory
+    # the header comes first, so layers wait where they take no memory
+    with disk.scratch(path.with_suffix(".pages")) as pages:
         for layer in layers:
             encoded = EXPORTS[format_name].encode(source.packed(layer), source.scale_dtype(layer))
             tensors |= {f"{layer}.{part}": Page.of(value, pages) for part, value in encoded.items()}
@@ -97,8 +94,8 @@ def _config(config: dict[str, Any], source: PackedSource, format_name: str) -> d
     """Content of config.json with what the new format says of its quantization."""
     found = {key: value for key, value in config.items() if key != "quantization_config"}
     ignored = _modules(config["quantization_config"]["ignore"], source.checkpoint.infos)
-    experts = {path[: match.end(1)] for path in ignored if (match := _EXPERTS.search(path))}
-    said = EXPORTS[format_name].config(source.schemes.default, [*ignored, *sorted(experts)], sorted(source.layers))
+    experts = sorted({joined_with(path) for path in ignored if EXPERT.search(path)})  # engines ask for them as one
+    said = EXPORTS[format_name].config(source.schemes.default, [*ignored, *experts], sorted(source.layers))
     return found if said is None else {**found, "quantization_config": said}
 
 

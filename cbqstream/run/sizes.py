@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cbqstream.checkpoint.folder import find_tensors, is_size, read_json
+from cbqstream.checkpoint.folder import find_tensors, is_size, method_of, read_json
 from cbqstream.checkpoint.header import described
-from cbqstream.errors import InputError, shown
+from cbqstream.errors import InputError
 from cbqstream.hub import fetch_headers
 from cbqstream.models.families import EXPERT
 from cbqstream.records import TensorInfo
@@ -112,8 +112,7 @@ def require_original(folder: Path, model: Mapping[str, Any]) -> None:
     """
     said = model.get("quantization_config")
     if said:
-        how = said.get("quant_method") if isinstance(said, dict) else None
-        what = f"the model is already quantized ({shown(str(how))}). Give the original"
+        what = f"the model is already quantized ({method_of(said)}). Give the original"
         raise InputError(folder / "config.json", f"{what}; where that is FP8, convert it to bf16.")
 
 
