@@ -16,7 +16,8 @@ def status(run: Annotated[Path, typer.Argument(help="The run directory.")]) -> N
     from cbqstream.run.chain import Chain
 
     chain = Chain.read(run)
-    for line in status_lines(run, chain.run, chain.commits):
+    has_result = chain.is_complete and chain.is_result(Path(chain.run["config"]["out"]))
+    for line in status_lines(run, chain.run, chain.commits, has_result=has_result):
         say(line)
 
 

@@ -154,11 +154,14 @@ FAMILIES: Mapping[str, tuple[Fold, ...]] = MappingProxyType(
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
 """In the path of a layer, the number of the expert that it belongs to."""
 
-_JOINED = (
-    {"q_proj", "k_proj", "v_proj"},
-    {"gate_proj", "up_proj"},
-    {"q_a_proj", "kv_a_proj_with_mqa"},
+JOINED: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+        "gate_up_proj": ("gate_proj", "up_proj"),
+        "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
+    }
 )
+"""Layers of a block that inference engines compute as one, by the name that vLLM has for the one."""
 
 
 def folds_of(model_type: str, config: Any, modules: Collection[str]) -> tuple[Fold, ...]:
@@ -173,4 +176,4 @@ def joined_with(layer: str) -> str:
     if expert is not None:
         return f"{layer[: expert.start()]}.experts"
     owner, _, leaf = layer.rpartition(".")
-    return next((f"{owner}.{min(leaves)}" for leaves in _JOINED if leaf in leaves), layer)
+    return next((f"{owner}.{leaves[0]}" for leaves in JOINED.values() if leaf in leaves), layer)

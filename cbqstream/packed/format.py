@@ -22,6 +22,7 @@ from cbqstream.checkpoint.folder import method_of
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.config import ActivationStrategy, LayerSchemes, Scheme
 from cbqstream.errors import UsageError, shown
+from cbqstream.models.families import JOINED
 from cbqstream.records import QuantizedWeight
 
 PACKED, SCALE, ZERO_POINT, SHAPE = "weight_packed", "weight_scale", "weight_zero_point", "weight_shape"
@@ -33,8 +34,6 @@ _ACTIVATIONS: dict[ActivationStrategy, dict[str, Any]] = {
     "token": {"type": "int", "symmetric": True, "strategy": "token", "dynamic": True},
     "tensor": {"type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False},
 }
-_FUSED = {r"\bq_proj\b": "qkv_proj", r"\bgate_proj\b": "gate_up_proj"}
-"""What vLLM calls layers that it computes as one; it looks for that name, then for `Linear`, and for the parts only then."""
 
 
 def parts_of(scheme: Scheme) -> tuple[str, ...]:
@@ -88,15 +87,14 @@ def quantization_config(schemes: LayerSchemes, not_quantized: Sequence[str]) -> 
         schemes: of the layers. Where several groups have a layer as a target, a regular expression goes before `Linear` for who reads it.
         not_quantized: module paths, or regular expressions of them after `re:`.
     """
-    others = [
-        *schemes.others,
-        *(
-            (re.sub(part, fused, pattern), scheme)
-            for pattern, scheme in schemes.others
-            for part, fused in _FUSED.items()
-            if re.search(part, pattern)
-        ),
+    # of layers that it computes as one, vLLM looks for its own name, then for `Linear`, and for the parts only then
+    joined = [
+        (re.sub(rf"\b{leaves[0]}\b", name, pattern), scheme)
+        for pattern, scheme in schemes.others
+        for name, leaves in JOINED.items()
+        if re.search(rf"\b{leaves[0]}\b", pattern)
     ]
+    others = [*schemes.others, *joined]
     targets = [([f"re:{pattern}$"], scheme) for pattern, scheme in others] + [(["Linear"], schemes.default)]
     return {
         "quant_method": METHOD,
@@ -194,7 +192,10 @@ def faults_of(config: dict[str, Any], checkpoint: Checkpoint) -> Iterator[str]:
         if missing:
             yield f"{layer}: {', '.join(missing)} missing."
             continue
-        rows, columns = checkpoint.read(f"{layer}.{SHAPE}", device=torch.device("cpu")).flatten().tolist()
+        if infos[f"{layer}.{SHAPE}"].shape != (2,):
+            yield f"{layer}: {SHAPE} is not two numbers."
+            continue
+        rows, columns = checkpoint.read(f"{layer}.{SHAPE}", device=torch.device("cpu")).tolist()
         for other, shape in shapes_of(scheme, rows, columns).items():
             found = infos[f"{layer}.{other}"].shape
             if found != shape:

@@ -22,7 +22,7 @@ class PackedSource:
     """A `pack-quantized` checkpoint whose weights are dequantized one at a time as they are read.
 
     Raises:
-        InputError: the shape of a layer is missing.
+        InputError: the shape of a layer is missing, or not two numbers.
     """
 
     def __init__(self, checkpoint: Checkpoint, schemes: LayerSchemes) -> None:
@@ -35,7 +35,10 @@ class PackedSource:
         for name, info in checkpoint.infos.items():
             layer, _, part = name.rpartition(".")
             if part == PACKED:
-                rows, columns = self._part(layer, SHAPE).tolist()
+                shape = self._part(layer, SHAPE)
+                if shape.shape != (2,):
+                    raise InputError(info.file, f"{SHAPE} is not two numbers.", tensor=layer)
+                rows, columns = shape.tolist()
                 self.layers[layer] = (int(rows), int(columns))
             elif part not in _PARTS:
                 self.others[name] = info

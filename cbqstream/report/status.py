@@ -7,13 +7,16 @@ from typing import Any
 from cbqstream.report.progress import duration
 
 
-def status_lines(run: Path, content: Mapping[str, Any], commits: Sequence[Mapping[str, Any]]) -> list[str]:
+def status_lines(
+    run: Path, content: Mapping[str, Any], commits: Sequence[Mapping[str, Any]], *, has_result: bool = False
+) -> list[str]:
     """The lines of `cbqstream status`.
 
     Args:
         run: the run directory.
         content: of its run.json.
         commits: records of what is done, in order.
+        has_result: whether the model is put together.
     """
     config, windows, epochs = content["config"], content["windows"], content["epochs"]
     reports = [commit["report"] for commit in commits]
@@ -38,7 +41,7 @@ def status_lines(run: Path, content: Mapping[str, Any], commits: Sequence[Mappin
         lines.append(
             f"a process that was stopped in a window does that window again; go on with: cbqstream resume {run}"
         )
-    elif (Path(config["out"]) / "config.json").exists():
+    elif has_result:
         lines.append("finished")
     else:
         lines.append(f"all windows are done, the model is not put together yet: cbqstream resume {run}")

@@ -67,7 +67,7 @@ def check(path: Path, *, read_data: bool, blocks_path: str | None = None, load: 
                 return found  # else a process went on meanwhile
     if (path / "config.json").exists():
         found = Findings()
-        found.attempt(_check_model, path, blocks_path, read_data, load, found)
+        found.attempt(_check_model, path, blocks_path, read_data, load, {}, found)
         return found
     raise InputError(path, "neither a run directory (run.json is missing) nor a model (config.json is missing).")
 
@@ -75,10 +75,11 @@ def check(path: Path, *, read_data: bool, blocks_path: str | None = None, load: 
 def _check_run(chain: Chain, *, read_data: bool, load: bool) -> Findings:
     found = Findings()
     found.facts.append(f"records: {chain.next_window} of {chain.num_commits} commits, an unbroken chain")
+    intact: list[Path] = []
     if found.attempt(chain.require_parts):
         files = list(chain.expected_parts())
-        intact = [found.attempt(chain.require_intact, file) for file in files if read_data]
-        found.facts.append(f"parts: {len(files)} files, {_how(sum(intact), read_data=read_data)}")
+        intact = [file for file in files if read_data and found.attempt(chain.require_intact, file)]
+        found.facts.append(f"parts: {len(files)} files, {_how(len(intact), read_data=read_data)}")
     if not chain.is_complete and chain.commits:
         found.facts.append(_streams(chain, read_data=read_data))
     config = QuantizeConfig.from_dict(dict(chain.run["config"]))
@@ -87,7 +88,8 @@ def _check_run(chain: Chain, *, read_data: bool, load: bool) -> Findings:
     out = Path(config.out)
     if chain.is_complete and chain.is_result(out):
         found.facts.append(f"result: {out}")
-        found.attempt(_check_model, out, config.blocks_path, read_data, load, found)
+        sums = {file.name: chain.expected_parts()[file][1] for file in intact if _is_one_file(out / file.name, file)}
+        found.attempt(_check_model, out, config.blocks_path, read_data, load, sums, found)
     elif load:
         found.facts.append("result: there is none yet, so nothing was loaded")
     return found
@@ -125,7 +127,18 @@ def _require(source: RunSource, folder: Path, name: str) -> None:
     source.read(name, device=CPU)
 
 
-def _check_model(folder: Path, blocks_path: str | None, read_data: bool, load: bool, found: Findings) -> None:  # noqa: FBT001
+def _is_one_file(link: Path, file: Path) -> bool:
+    return link.exists() and link.samefile(file)
+
+
+def _check_model(
+    folder: Path,
+    blocks_path: str | None,
+    read_data: bool,  # noqa: FBT001
+    load: bool,  # noqa: FBT001
+    intact: dict[str, str],
+    found: Findings,
+) -> None:
     config = read_json(folder, "config.json")
     if config.get("quantization_config"):
         faults = list(faults_of(config["quantization_config"], Checkpoint.open(folder)))
@@ -136,7 +149,7 @@ def _check_model(folder: Path, blocks_path: str | None, read_data: bool, load: b
     found.problems.extend(f"{folder}: {text}" for text in _joined_otherwise(skeleton, source))
     names, sums = sorted(source.tensors()), None
     if read_data:
-        sums = require_sums(folder)
+        sums = require_sums(folder, intact)
         for name in names:
             found.attempt(_require_finite, folder, name, source)
     how = ", all finite" if read_data and not found.problems else ""

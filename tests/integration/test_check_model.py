@@ -58,6 +58,13 @@ def test_a_part_is_missing(made, part):
     assert check(made, read_data=False).problems == [f"{made}: {LAYER}: {part} missing."]
 
 
+def test_a_shape_that_is_none(made):
+    change(made, lambda tensors: tensors.update({f"{LAYER}.weight_shape": torch.tensor([128, 64, 1])}))
+    assert check(made, read_data=False).problems == [f"{made}: {LAYER}: weight_shape is not two numbers."]
+    with pytest.raises(InputError, match=r"up_proj\": weight_shape is not two numbers\."):
+        open_model(made)
+
+
 def test_codes_of_another_width(made):
     def narrow(tensors):
         tensors[f"{LAYER}.weight_packed"] = tensors[f"{LAYER}.weight_packed"][:, ::2].contiguous()
@@ -113,6 +120,18 @@ def test_every_byte_of_a_result_is_compared(made, tmp_path):
     ]
     (copy / "SHA256SUMS").unlink()
     assert check(copy, read_data=True).problems == []
+
+
+def test_checksums_of_a_result_beside_its_run(made):
+    """Shards that are those of the run were read as parts of it; their checksums are still compared."""
+    sums = made / "SHA256SUMS"
+    text = sums.read_text()
+    shard = next(line for line in text.splitlines() if line.endswith(SHARD))
+    run = made.with_name(f"{made.name}.run")
+    assert check(run, read_data=True).problems == []
+    sums.write_text(text.replace(shard, f"{64 * '0'}  {SHARD}"))
+    expected = f"{made / SHARD}: is not what was written (by its SHA-256 in SHA256SUMS). Copy it again."
+    assert check(run, read_data=True).problems == [expected]
 
 
 def test_a_layer_that_its_neighbors_are_not(made):

@@ -74,6 +74,13 @@ def test_quantize_status_resume_eval(cbqstream, tiny_models, tokens, tmp_path):
     assert "windows done: 3 of 3" in text
     assert text.splitlines()[-1] == "finished"
 
+    out.rename(tmp_path / "away")
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    _, text, _ = cbqstream("status", f"{out}.run")
+    assert "the model is not put together yet" in text.splitlines()[-1]
+    (out / "config.json").unlink()
+
     assert cbqstream("resume", f"{out}.run")[0] == 0
 
     for model in (tiny_models["llama"], out):

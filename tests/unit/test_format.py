@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from cbqstream.config import Scheme
+from cbqstream.config import LayerSchemes, Scheme
 from cbqstream.numerics.scale_search import minmax_grid
 from cbqstream.numerics.scratch import Scratch
-from cbqstream.packed.format import decode, encode, encode_in_slabs, parts_of
+from cbqstream.packed.format import decode, encode, encode_in_slabs, parts_of, quantization_config, schemes_of
 from cbqstream.windows.rounding import Rounding
 
 SCHEMES = [
@@ -30,3 +30,19 @@ def test_slabs_make_what_encoding_at_once_makes(scheme, rows):
     assert torch.equal(back.scale, weight.scale)
     assert (back.zero_point is None) == scheme.symmetric
     assert scheme.symmetric or torch.equal(back.zero_point, weight.zero_point)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        (r"(?:.*\.)?q_proj", {r"(?:.*\.)?q_proj", r"(?:.*\.)?qkv_proj"}),
+        (r"(?:.*\.)?gate_proj", {r"(?:.*\.)?gate_proj", r"(?:.*\.)?gate_up_proj"}),
+        (r"(?:.*\.)?q_a_proj", {r"(?:.*\.)?q_a_proj", r"(?:.*\.)?fused_qkv_a_proj"}),
+        (r"(?:.*\.)?down_proj", {r"(?:.*\.)?down_proj"}),
+    ],
+)
+def test_targets_have_the_names_of_layers_that_are_computed_as_one(pattern, names):
+    schemes = LayerSchemes(Scheme(num_bits=4), ((pattern, Scheme(num_bits=8)),))
+    groups = quantization_config(schemes, [])["config_groups"].values()
+    assert {target for group in groups for target in group["targets"]} == {f"re:{name}$" for name in names} | {"Linear"}
+    assert schemes_of(quantization_config(schemes, [])).of(f"layers.0.{pattern[9:]}").num_bits == 8

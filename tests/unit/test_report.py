@@ -75,6 +75,7 @@ def test_status_of_a_finished_window_less_run(tmp_path):
     assert lines[2] == "time left: unknown"
     done = [commit(report(index)) for index in range(2)]
     assert "not put together" in status_lines(tmp_path, content, done)[-1]
+    assert status_lines(tmp_path, content, done, has_result=True)[-1] == "finished"
     half = status_lines(tmp_path, content, done[:1])
     assert half[2] == "  window 1  blocks 0-1  loss 0.5 -> 0.125  30 s"
     assert half[3] == "time left: 30s"
