@@ -74,6 +74,7 @@ OURS = {
     ],
     "cbqstream fast": ["--profile", "fast"],
     "cbqstream": ["--profile", "default"],
+    "cbqstream, seed 1": ["--profile", "default", "--seed", "1"],
     "cbqstream accurate": ["--profile", "accurate"],
 }
 """Round-to-nearest looks at the weights alone, so any text will do."""
