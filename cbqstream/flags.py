@@ -7,7 +7,7 @@ from typing import Any
 
 from cbqstream.config import CalibrationConfig, QuantizeConfig, Scheme, parse_bytes
 from cbqstream.errors import UsageError
-from cbqstream.profiles import PROFILES
+from cbqstream.profiles import PROFILES, Profile
 
 _PER_CHANNEL = -1
 _AS_THEY_ARE = ("blocks_path", "quantize_lm_head", "keep_first", "keep_last", "seed")
@@ -47,7 +47,7 @@ def config_of(said: dict[str, Any]) -> QuantizeConfig:
 
 def recipe_of(config: QuantizeConfig) -> str:
     """A recipe, as `recipe.py` reads it, with every setting that results depend on but threads and device: the inverse of `config_of`."""
-    scheme, calibration, window = config.scheme, config.calibration, config.window
+    scheme, calibration = config.scheme, config.calibration
     said = {
         "scheme": scheme.name,
         "group_size": scheme.group_size or _PER_CHANNEL,
@@ -56,14 +56,21 @@ def recipe_of(config: QuantizeConfig) -> str:
         "num_samples": calibration.num_samples,
         "seq_len": calibration.seq_len,
         "calibrate_all_experts": calibration.all_experts,
-        "window_size": window.size,
-        "overlap": window.overlap,
-        **{f"cfp_{name}": value for name, value in asdict(config.outliers).items()},
-        **asdict(config.reconstruction),
+        **flags_of(config),
         **{name: getattr(config, name) for name in (*_AS_THEY_ARE, "ignore", "override")},
     }
     lines = [(name.replace("_", "-"), value) for name, value in said.items() if value not in (None, ())]
     return "".join(f"{flag} = {json.dumps(value)}\n" for flag, value in lines)  # such JSON is TOML too
+
+
+def flags_of(parts: Profile | QuantizeConfig) -> dict[str, Any]:
+    """What a profile sets, by flag."""
+    return {
+        "window_size": parts.window.size,
+        "overlap": parts.window.overlap,
+        **{f"cfp_{name}": value for name, value in asdict(parts.outliers).items()},
+        **asdict(parts.reconstruction),
+    }
 
 
 def _absolute(path: str) -> str:

@@ -4,10 +4,11 @@ import gc
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperCommand, TyperOption
 
 from cbqstream.cli.app import (
     AllowNumericsChange,
@@ -26,8 +27,9 @@ from cbqstream.cli.app import (
 )
 from cbqstream.config import QuantizeConfig
 from cbqstream.errors import CbqstreamError, StoppedError
-from cbqstream.flags import config_of
+from cbqstream.flags import config_of, flags_of
 from cbqstream.interruption import Interrupted
+from cbqstream.profiles import PROFILES
 from cbqstream.recipe import read_recipe
 
 
@@ -41,7 +43,18 @@ def _take_recipe(context: typer.Context, recipe: Path | None) -> None:
         context.default_map = {**(context.default_map or {}), **said, **lists}
 
 
-@app.command()
+class _OfProfile(TyperCommand):
+    """A command whose help shows what the default profile sets."""
+
+    def get_help(self, ctx: Any) -> str:
+        told = flags_of(PROFILES["default"])
+        for option in self.params:
+            if isinstance(option, TyperOption) and option.name in told:
+                option.show_default = str(told[option.name])
+        return super().get_help(ctx)
+
+
+@app.command(cls=_OfProfile)
 def quantize(
     model: Annotated[str, typer.Argument(help="Folder with config.json and safetensors, or a name on the Hub.")],
     out: Annotated[str, typer.Argument(help="Folder to write.")],
@@ -74,7 +87,10 @@ def quantize(
     seq_len: SeqLen = 2048,
     run_dir: Annotated[str | None, typer.Option(help="Where the run keeps its state; OUT.run by default.")] = None,
     profile: Annotated[
-        str, typer.Option(help="paper, fast, default or accurate; the flags after it change parts of it.")
+        str,
+        typer.Option(
+            help="paper, fast, default or accurate. Flags change parts of it; their defaults in () are of `default`."
+        ),
     ] = "default",
     window_size: Annotated[int | None, typer.Option(help="Blocks optimised together.")] = None,
     overlap: Annotated[int | None, typer.Option(help="Blocks that a window shares with the next.")] = None,

@@ -583,6 +583,9 @@ def test_unknown_flag_and_help(cbqstream):
     code, out, _ = cbqstream("--help")
     assert code == 0
     assert "cbqstream quantize MODEL OUT" in out
+    code, out, _ = cbqstream("quantize", "--help")
+    assert code == 0
+    assert re.search(r"--window-size <int> +Blocks optimised together. +\[default: \(2\)\]", out)
 
 
 def test_module_entry_point(tmp_path):
