@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:  # so that what only passes records on starts without torch
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     import torch
@@ -61,6 +61,10 @@ class BlockSpec:
     """Name in the checkpoint of each parameter, by its name within the block."""
     linears: tuple[str, ...]
     """Names within the block of the linear layers, in module order."""
+
+    def stored(self, layer: str) -> str:
+        """Path in the checkpoint of one of them."""
+        return self.tensors[f"{layer}.weight"].removesuffix(".weight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,23 +180,30 @@ class WindowReport:
     """Signal to noise of the weights of the blocks that leave, decibels, by the path of the layer."""
     scales: Mapping[str, tuple[int, float]]
     """How many channels of a new block were rescaled for their outliers, and the largest scale, by the path of what writes them."""
+    starved: Sequence[str] = ()
+    """Layers of a new block, by path, that saw too few tokens to learn from."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a commit or a log."""
         experts = {"experts": dict(self.experts)} if self.experts else {}
         scales = {"scales": {path: list(found) for path, found in self.scales.items()}} if self.scales else {}
-        return experts | {
-            "window": self.window.index,
-            "windows": self.num_windows,
-            "blocks": [self.window.start, self.window.stop],
-            "loss_before": self.loss_before,
-            "loss_after": self.loss_after,
-            "fallback": self.fallback,
-            "changed": self.changed,
-            "noise": dict(self.noise),
-            **scales,
-            "seconds": self.seconds,
-            "reading": self.reading,
-            "writing": self.writing,
-            "peak_rss": self.peak_rss,
-        }
+        starved = {"starved": list(self.starved)} if self.starved else {}
+        return (
+            experts
+            | starved
+            | {
+                "window": self.window.index,
+                "windows": self.num_windows,
+                "blocks": [self.window.start, self.window.stop],
+                "loss_before": self.loss_before,
+                "loss_after": self.loss_after,
+                "fallback": self.fallback,
+                "changed": self.changed,
+                "noise": dict(self.noise),
+                **scales,
+                "seconds": self.seconds,
+                "reading": self.reading,
+                "writing": self.writing,
+                "peak_rss": self.peak_rss,
+            }
+        )

@@ -165,8 +165,7 @@ def _joined_otherwise(skeleton: ModelSkeleton, source: WeightSource) -> Iterator
     for spec in skeleton.blocks:
         first: dict[str, tuple[str, object]] = {}
         for name in spec.linears:
-            layer = spec.tensors[f"{name}.weight"].removesuffix(".weight")
-            how = source.layer_scheme(layer) if isinstance(source, PackedSource) else None
+            how = source.layer_scheme(spec.stored(name)) if isinstance(source, PackedSource) else None
             other, known = first.setdefault(joined_with(name), (name, how))
             if known != how:
                 yield f"{spec.prefix}: {other} and {name} are computed as one by inference engines and have other schemes."

@@ -84,18 +84,22 @@ def _epoch(inputs: RunInputs, model: StreamedModel, data: EndToEndData, epoch: i
 
 
 def _starting_steps(inputs: RunInputs, journal: Journal, blocks: FinishedBlocks) -> list[dict[str, StepSizes]]:
-    """The step sizes of every block, with what the epochs before learned."""
+    """The step sizes of every block that learn, with what the epochs before learned: not those of experts that saw too little."""
     carry = Checkpoint({})
+    starved = {path for commit in journal.chain.commits for path in commit["report"].get("starved", ())}
     if journal.chain.next_window > len(inputs.windows):
         carry = read_carry(journal.chain)
     device, all_steps = inputs.compute.device, []
     for spec in inputs.skeleton.blocks:
         shard, steps = blocks.shard(spec.index), {}
-        for layer, scale_OG in read_scales(shard, device=device).items() if shard is not None else ():
-            of_layer = StepSizes.at(scale_OG)
-            if layer in carry.infos:
-                of_layer = StepSizes(scale_OG, nn.Parameter(carry.read(layer, device=device)))
-            steps[layer.removeprefix(f"{spec.prefix}.")] = of_layer
+        scales = {} if shard is None else read_scales(shard, device=device)
+        for name in spec.linears:
+            stored = spec.stored(name)
+            if stored not in scales or f"{spec.prefix}.{name}" in starved:
+                continue
+            steps[name] = StepSizes.at(scales[stored])
+            if stored in carry.infos:
+                steps[name] = StepSizes(scales[stored], nn.Parameter(carry.read(stored, device=device)))
         all_steps.append(steps)
     return all_steps
 
@@ -104,7 +108,7 @@ def _write_carry(inputs: RunInputs, journal: Journal, all_steps: list[dict[str, 
     """What was learned, for the next epoch."""
     carry: dict[str, Tensor] = {}
     for spec, steps in zip(inputs.skeleton.blocks, all_steps, strict=True):
-        carry |= {f"{spec.prefix}.{name}": of_layer.theta for name, of_layer in steps.items()}
+        carry |= {spec.stored(name): of_layer.theta for name, of_layer in steps.items()}
     return {CARRY: write_tensors(journal.disk, journal.building / "parts" / CARRY, carry)}
 
 
@@ -116,6 +120,6 @@ def _write_shards(
     for spec, steps in zip(inputs.skeleton.blocks, all_steps, strict=True):
         shard = blocks.shard(spec.index)
         if shard is not None:
-            scales = {f"{spec.prefix}.{name}": of_layer.stored() for name, of_layer in steps.items()}
+            scales = {spec.stored(name): of_layer.stored() for name, of_layer in steps.items()}
             parts[shard.name] = rewrite_scales(journal.disk, journal.building / "parts", shard, scales)
     return parts

@@ -348,4 +348,5 @@ class _Job:
                 for block in new
                 for writer, scale in block.scales.items()
             },
+            starved=[f"{prefix[block.index]}.{name}" for block in new for name in sorted(block.starved)],
         )

@@ -16,7 +16,7 @@ from cbqstream.evaluation.model import open_model
 from cbqstream.models.block import build_block
 from cbqstream.models.ends import model_ends
 from cbqstream.numerics.losses import head_divergence
-from cbqstream.records import Compute, EpochReport
+from cbqstream.records import Compute, EpochReport, WindowReport
 from cbqstream.windows.end_to_end import StepSizes, StreamedModel
 from killing import quantize_until, windows_committed
 from tiny import SEQ_LEN, SOME_FAMILIES, VOCAB
@@ -116,6 +116,27 @@ def test_an_epoch_that_makes_it_worse_is_taken_back(make_config):
     )
     assert reports[0].loss_after == reports[0].loss_before
     assert shards(plain) == shards(worse)
+
+
+@pytest.mark.parametrize("family", ["bloom", "deepseek_v3", "gemma3", "mixtral", "qwen2_5_vl", "qwen3_moe"])
+def test_layers_that_the_checkpoint_calls_otherwise(make_config, family):
+    """Step sizes are learned by module and stored by name; those of experts that saw too few tokens stay as they are."""
+    settings = {"epochs": 0, "end_to_end_lr": 1e-2}
+    before, _ = learn(make_config(family, name="before", scheme=SCHEME, reconstruction=settings, num_samples=4))
+    config = make_config(family, scheme=SCHEME, reconstruction={"end_to_end_epochs": 1, **settings}, num_samples=4)
+    windows = []
+    after = quantize(config, lambda event: windows.append(event) if isinstance(event, WindowReport) else None)
+    starved = {path for report in windows for path in report.starved}
+    skeleton, source = open_model(after)
+    original = open_model(before)[1]
+    moved = {
+        f"{spec.prefix}.{name}": not torch.equal(*(of.packed(spec.stored(name)).scale for of in (original, source)))
+        for spec in skeleton.blocks
+        for name in spec.linears
+    }
+    assert any(moved.values())
+    assert not any(moved[path] for path in starved)
+    assert starved or family != "qwen3_moe"
 
 
 def test_stopped_in_any_epoch(make_config):
