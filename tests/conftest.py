@@ -104,13 +104,13 @@ def make_config(tiny_models, tokens, tmp_path):
 def with_outliers(tmp_path):
     """A function that makes a checkpoint whose norms have a large channel, as trained models do."""
 
-    def make(family: str) -> Path:
+    def make(family: str, dtype: torch.dtype = torch.bfloat16) -> Path:
         model = make_model(family)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "layers." in name and ("layernorm" in name or "layer_norm" in name):
                     parameter[7] *= 50
-        model.to(torch.bfloat16).save_pretrained(tmp_path / "with-outliers")
+        model.to(dtype).save_pretrained(tmp_path / "with-outliers")
         return tmp_path / "with-outliers"
 
     return make

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cbqstream.numerics.affine import SMALLEST_SCALE
+
 _EPSILON = torch.finfo(torch.float32).eps  # the scale of a token that is all zero
 
 
@@ -72,4 +74,5 @@ def quantize_per_tensor(x: Tensor, theta: Tensor, scale0: Tensor, num_bits: int)
 def starting_step(second_moment_I: Tensor, largest: Tensor, num_bits: int) -> Tensor:
     """Where a learned step size starts, float32 [1]: 2 sqrt(E[x^2] / qmax) (Esser et al. 2020), or what reaches the largest input."""
     low, high = code_range(num_bits)
-    return torch.minimum(2 * (second_moment_I.mean() / high).sqrt(), largest / ((high - low) / 2)).view(1)
+    step = torch.minimum(2 * (second_moment_I.mean() / high).sqrt(), largest / ((high - low) / 2))
+    return step.clamp(min=SMALLEST_SCALE).view(1)  # inputs may be all zero

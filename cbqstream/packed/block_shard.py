@@ -38,7 +38,7 @@ def write_block(
         folder: must exist.
         spec: the block.
         weights: names of layers within the block, and their quantized weights; one at a time is enough.
-        rescaled: other tensors of the block that changed, by their name within it; stored in the dtype they had.
+        rescaled: what other tensors of the block are divided by, powers of two, by their name within it; stored in the dtype they had.
         source: the original checkpoint; the rest of the block is copied from it unchanged.
         file: where packed weights wait until all are; None is memory.
 
@@ -52,10 +52,8 @@ def write_block(
         for part, value in encode(weight, scale_dtype=source.infos[name].dtype).items():
             tensors[f"{name.removesuffix('.weight')}.{part}"] = value if file is None else Page.of(value, file)
     for local, name in left.items():
-        if local in rescaled:
-            tensors[name] = rescaled[local].to(source.infos[name].dtype)
-        else:
-            tensors[name] = source.read(name, device=torch.device("cpu"))
+        value = source.read(name, device=torch.device("cpu"))
+        tensors[name] = (value.float() / rescaled[local].cpu()).to(value.dtype) if local in rescaled else value
     return shard_name(spec.index), write_tensors(disk, folder / shard_name(spec.index), tensors)
 
 

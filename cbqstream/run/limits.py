@@ -15,6 +15,7 @@ from cbqstream.records import BlockSpec, Notice, WindowReport
 from cbqstream.run.chain import Chain
 from cbqstream.run.inputs import RunInputs
 from cbqstream.windows.resident import ResidentBlock
+from cbqstream.windows.schedule import split_guard
 
 _BYTES_A_VALUE = 2
 """Of a stream; and, from above, of a weight in a shard or in what is carried over."""
@@ -99,6 +100,11 @@ def model_notices(inputs: RunInputs) -> Iterator[Notice]:
         yield Notice(
             "the experts of some blocks are quantized and those of others are not, which transformers 5.24 does not load."
             " Leave out --keep-first and --keep-last, or use another program."
+        )
+    training, guard = split_guard(len(inputs.tokens))
+    if training == guard and inputs.config.reconstruction.rounding != "none":
+        yield Notice(
+            f"of {len(guard)} segments none can be held out: windows are judged by what they learn from. Use --num-samples 8 or more."
         )
     if inputs.model.get("auto_map"):
         yield Notice(f"{inputs.config.model}: brings its own code (auto_map), which is not run.")

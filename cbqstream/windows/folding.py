@@ -4,7 +4,7 @@ Scales are powers of two: what is divided and multiplied by them keeps every dig
 same to the last bit, weights stay in the dtype they are stored in, and exported norms need no other one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cbqstream.config import OutlierConfig, Scheme
 from cbqstream.models.families import Fold
 from cbqstream.numerics.activation_quant import quantize_per_token
-from cbqstream.numerics.affine import nearest_levels
+from cbqstream.numerics.affine import SMALLEST_SCALE, grouped, nearest_levels, num_groups
 from cbqstream.numerics.outliers import OutlierRule, channel_scales, power_of_two
 from cbqstream.numerics.scale_search import minmax_grid
 from cbqstream.windows.quantized_linear import InputStatistics
@@ -20,52 +20,81 @@ from cbqstream.windows.quantized_linear import InputStatistics
 _EXPONENTS = (0.25, 0.5, 0.75, 1.0)
 _SMALLEST = 1e-6
 _MOST_DOUBLINGS = 8
+_FEWEST_SAMPLED = 128  # tokens: from 16 the search takes scales that do harm, from 64 it takes none that do much (W4A4)
 
 
 def fold_scale(
-    block: nn.Module, fold: Fold, statistics: InputStatistics, scheme: Scheme, config: OutlierConfig
+    block: nn.Module, fold: Fold, statistics: InputStatistics, schemes: Mapping[str, Scheme], config: OutlierConfig
 ) -> Tensor:
     """Scale of every channel that the writer of a fold has, float32 [C], from the inputs of its readers.
 
-    Where several heads read one (grouped-query attention), the largest of their scales is taken.
+    Where several heads read one (grouped-query attention), the largest of their scales is taken. A linear writer is divided no further
+    than to the smallest step size that is stored.
+
+    Args:
+        block: of which the writer and the readers are in memory.
+        fold: the place.
+        statistics: of the readers' inputs.
+        schemes: of the block's quantized layers, by name.
+        config: which rule. Where fewer than 128 tokens were sampled, `search` leaves the channels as they are.
     """
+    most_C = _most_divided(block, fold, schemes)
     if config.variant == "search":
-        return _searched_scale(block, fold, statistics, scheme)
-    rule = OutlierRule.of(config)
-    return _of_writer(block, fold, power_of_two(channel_scales(statistics.low, statistics.high, rule)))
+        readers = [schemes[name] for name in fold.readers]
+        return _searched_scale(block, fold, statistics, readers, most_C)
+    scale_I = channel_scales(statistics.low, statistics.high, OutlierRule.of(config))
+    return torch.minimum(_of_writer(block, fold, power_of_two(scale_I)), most_C)
+
+
+def _most_divided(block: nn.Module, fold: Fold, schemes: Mapping[str, Scheme]) -> Tensor:
+    """The largest scales, powers of two of at least 1, with which the step sizes of a linear writer can be stored; float32 [C]."""
+    w = parameters_of(block.get_submodule(fold.writer))["weight"]
+    scheme = schemes.get(fold.writer)
+    if scheme is None:
+        return torch.full(w.shape[:1], torch.inf, device=w.device)
+    largest_CG = grouped(w, num_groups(w.shape[1], scheme.group_size)).abs().amax(-1).float()
+    step_C = largest_CG.mean(1) * 2 / (scheme.qmax - scheme.qmin)
+    return torch.exp2((step_C / SMALLEST_SCALE).log2().floor()).clamp(min=1)
 
 
 @torch.no_grad()
-def _searched_scale(block: nn.Module, fold: Fold, statistics: InputStatistics, scheme: Scheme) -> Tensor:
+def _searched_scale(
+    block: nn.Module, fold: Fold, statistics: InputStatistics, schemes: Sequence[Scheme], most_C: Tensor
+) -> Tensor:
     """Of the scales m_c^e, with m_c the size of channel c, those with the smallest error of the readers' outputs on the sampled tokens.
 
     SmoothQuant (Xiao et al. 2023) and AWQ (Lin et al. 2023) search so; here m is the root mean square of the channel relative to the
     token's largest, or its largest magnitude.
     """
     x_TI = statistics.sample
+    if len(x_TI) < _FEWEST_SAMPLED:
+        return torch.ones_like(most_C)
     share_I = (x_TI / x_TI.abs().amax(-1, keepdim=True).clamp(min=_SMALLEST)).square().mean(0).sqrt()
     largest_I = torch.maximum(statistics.high.abs(), statistics.low.abs())
     weights = [parameters_of(block.get_submodule(name))["weight"].float() for name in fold.readers]
     outputs = [x_TI @ w_OI.T for w_OI in weights]
-    best_C = torch.ones_like(_of_writer(block, fold, share_I))
-    least = _output_error(x_TI, weights, outputs, scheme)
+    share_I = share_I.where(share_I > 0, share_I.mean())  # that no sampled token reached says little
+    best_C = torch.ones_like(most_C)
+    least = _output_error(x_TI, weights, outputs, schemes)
     for size_I in (share_I, largest_I):
         for exponent in _EXPONENTS:
             logs_C = _of_writer(block, fold, size_I.clamp(min=_SMALLEST)).log2() * exponent
             scale_C = power_of_two(torch.exp2((logs_C - logs_C.mean()).clamp(-_MOST_DOUBLINGS, _MOST_DOUBLINGS)))
+            scale_C = torch.minimum(scale_C, most_C)
             scale_I = reader_scale(block, fold, scale_C)
-            error = _output_error(x_TI / scale_I, [w_OI * scale_I for w_OI in weights], outputs, scheme)
+            error = _output_error(x_TI / scale_I, [w_OI * scale_I for w_OI in weights], outputs, schemes)
             if error < least:
                 best_C, least = scale_C, error
     return best_C
 
 
-def _output_error(x_TI: Tensor, weights: list[Tensor], outputs: list[Tensor], scheme: Scheme) -> float:
+def _output_error(x_TI: Tensor, weights: list[Tensor], outputs: list[Tensor], schemes: Sequence[Scheme]) -> float:
     """Power of the error of quantized products in that of the outputs, summed over readers."""
-    if scheme.activation_bits is not None:
-        x_TI = quantize_per_token(x_TI, scheme.activation_bits)
+    bits = schemes[0].activation_bits  # the same in all of them
+    if bits is not None:
+        x_TI = quantize_per_token(x_TI, bits)
     total = 0.0
-    for w_OI, y_TO in zip(weights, outputs, strict=True):
+    for w_OI, y_TO, scheme in zip(weights, outputs, schemes, strict=True):
         grid = minmax_grid(w_OI, scheme)
         levels = nearest_levels(w_OI, *grid, scheme)
         w_hat = levels.mul_(grid[0].unsqueeze(-1)).flatten(1)

@@ -125,19 +125,26 @@ class QuantizedLinear(Offloadable):
         self.input_step: InputStep | None = None
         self._watching = False
         self._sample_stride: int | None = None
+        self._most_sampled: int | None = None
         self._watched: InputStatistics | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if self._watching:
-            before = 0 if self._watched is None else self._watched.tokens
-            seen = InputStatistics.of(x, self._sample_stride, before)
-            self._watched = seen if self._watched is None else self._watched + seen
+            self._watch(x)
         if self.phase is not Phase.ORIGINAL:
             x = self._quantized_input(x)
         if self.phase is Phase.SOFT and self.rounding is not None:
             return self.rounding.product(x, self.bias)
         with self._rows() as make:
             return self._product(x, make)
+
+    def _watch(self, x: Tensor) -> None:
+        before = self._watched
+        if before is None:
+            self._watched = InputStatistics.of(x, self._sample_stride)
+            return
+        enough = self._most_sampled is not None and len(before.sample) >= self._most_sampled
+        self._watched = before + InputStatistics.of(x, None if enough else self._sample_stride, before.tokens)
 
     @contextmanager
     def _rows(self) -> Iterator[Callable[[slice, Tensor], Tensor]]:
@@ -168,9 +175,10 @@ class QuantizedLinear(Offloadable):
 
         return linear_in_slabs(x, self.weight.shape, rows_of, self.bias)
 
-    def watch_inputs(self, stride: int | None) -> None:
-        """Start to gather statistics of the inputs, and every `stride`-th token; None is no tokens."""
-        self._watching, self._sample_stride, self._watched = True, stride, None
+    def watch_inputs(self, stride: int | None, most: int | None = None) -> None:
+        """Start to gather statistics of the inputs, and every `stride`-th token (None is no tokens) until there are `most`."""
+        self._watching, self._watched = True, None
+        self._sample_stride, self._most_sampled = stride, most
 
     def take_statistics(self) -> InputStatistics:
         """What was seen since `watch_inputs`; gathering ends. A layer that never ran, as an expert may, has seen no token."""

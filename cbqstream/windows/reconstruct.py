@@ -181,7 +181,8 @@ def _loss(
     shape = LossShape(config.kl_weight, config.token_balance, config.channel_balance, config.robust_tokens)
     loss = reconstruction_loss(h_BSD, batch.target, shape)
     if predictions is not None and batch.reference is not None:
-        seen = slice(step % config.head_stride, None, config.head_stride)
+        stride = min(config.head_stride, h_BSD.shape[1])
+        seen = slice(step % stride, None, stride)
         h_TD, reference_TD = (states[:, seen].flatten(0, 1) for states in (h_BSD, batch.reference))
         loss = loss + config.head_weight * head_divergence(h_TD, reference_TD, predictions.head)
     return loss

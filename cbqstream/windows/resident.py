@@ -34,6 +34,7 @@ from cbqstream.windows.quantized_linear import (
 from cbqstream.windows.rounding import Rounding, make_rounding
 
 _SAMPLED_TOKENS = 1024
+_SAMPLED_OF_EXPERT, _DENSER = 256, 16  # it sees one token in 8 to 32
 _FEWEST_TOKENS = 32
 _FOLD, _INPUT, _STARVED = "fold.", "input.", "starved"
 
@@ -67,14 +68,21 @@ class ResidentBlock:
     """Layers of experts that saw too few of them to learn from; they are rounded to nearest."""
 
     def watch_inputs(self, num_tokens: int, settings: BlockSettings, *, all_experts: bool = False) -> None:
-        """Gather the statistics that `start` needs from the next `num_tokens` tokens; to rescale channels, a sample of about 1024 too.
+        """Gather the statistics that `start` needs from the next `num_tokens` tokens; to rescale channels, a sample of about 1024 too, of
+        an expert the first 256 of a denser one.
 
         With `all_experts` experts see the tokens too that the router does not send to them.
         """
         self._show_experts(all_tokens=all_experts)
-        sampled = _SAMPLED_TOKENS if settings.outliers.folds(settings.scheme) else 0
-        for layer in self.layers.values():
-            layer.watch_inputs(max(1, num_tokens // sampled) if sampled else None)
+        stride = max(1, num_tokens // _SAMPLED_TOKENS)
+        sampled = {fold.readers[0] for fold in self.folds} if settings.outliers.folds(settings.scheme) else ()
+        for name, layer in self.layers.items():
+            if name not in sampled:
+                layer.watch_inputs(None)
+            elif EXPERT.search(name):
+                layer.watch_inputs(max(1, stride // _DENSER), _SAMPLED_OF_EXPERT)
+            else:
+                layer.watch_inputs(stride)
 
     def _show_experts(self, *, all_tokens: bool) -> None:
         for module in self.module.modules():
@@ -86,10 +94,11 @@ class ResidentBlock:
         self._show_experts(all_tokens=False)
         statistics = self._take_statistics()
         if settings.outliers.folds(settings.scheme):
+            schemes = {name: layer.scheme for name, layer in self.layers.items()}
             for fold in self.folds:
                 seen = statistics[fold.readers[0]]
                 with self._placed(fold):
-                    scale_C = fold_scale(self.module, fold, seen, settings.scheme, settings.outliers)
+                    scale_C = fold_scale(self.module, fold, seen, schemes, settings.outliers)
                     self._fold(fold, scale_C)
                 scale_I = reader_scale(self.module, fold, scale_C)
                 statistics |= {name: statistics[name].divided(scale_I) for name in fold.readers}
@@ -119,7 +128,9 @@ class ResidentBlock:
         for name in self.starved:
             alike = EXPERT.sub(".*.", name)
             if alike not in pooled:
-                pooled[alike] = sum_of([found for other, found in seen.items() if EXPERT.sub(".*.", other) == alike])
+                whole = sum_of([found for other, found in seen.items() if EXPERT.sub(".*.", other) == alike])
+                stride = max(1, len(whole.sample) // _SAMPLED_TOKENS)
+                pooled[alike] = replace(whole, sample=whole.sample[::stride].clone())
             seen[name] = pooled[alike]
         for name, found in seen.items():
             if not found.tokens:
@@ -204,13 +215,13 @@ class ResidentBlock:
                 layer.rounding.load({key: value for key, value in state.items() if not key.startswith(_INPUT)})
 
     def rescaled(self) -> dict[str, Tensor]:
-        """What folding changed besides the weights of layers: norms and biases, by their name in the block."""
+        """What folding changed besides the weights of layers, norms and biases, by their name in the block: what they were divided by."""
         changed = {
-            f"{writer}.{name}": value
-            for writer in self.scales
-            for name, value in parameters_of(self.module.get_submodule(writer)).items()
+            f"{writer}.{name}": scale_C
+            for writer, scale_C in self.scales.items()
+            for name in parameters_of(self.module.get_submodule(writer))
         }
-        return {name: value for name, value in changed.items() if name.removesuffix(".weight") not in self.layers}
+        return {name: scale_C for name, scale_C in changed.items() if name.removesuffix(".weight") not in self.layers}
 
     def _fold(self, fold: Fold, scale_C: Tensor) -> None:
         if bool((scale_C != 1).any()):

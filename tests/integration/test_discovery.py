@@ -120,11 +120,20 @@ def test_experts_that_saw_too_few_tokens_are_rounded_to_nearest_and_named(make_c
 
 
 def test_every_expert_can_be_shown_every_token(make_config):
-    config = make_config("qwen3_moe", num_samples=3, all_experts=True)
+    config = make_config("qwen3_moe", num_samples=8, all_experts=True)
     _, events = events_of(config)
     assert not [event for event in events if isinstance(event, Notice)]
     for report in (event for event in events if isinstance(event, WindowReport)):
-        assert all(tokens == 3 * SEQ_LEN for seen in report.experts.values() for tokens in seen)
+        assert all(tokens == 8 * SEQ_LEN for seen in report.experts.values() for tokens in seen)
+
+
+def test_too_few_segments_to_hold_some_out(make_config):
+    """And a next-token loss whose stride is longer than a segment."""
+    events = []
+    quantize(make_config(num_samples=7, reconstruction={"head_stride": 64}), events.append)
+    (notice,) = [event.text for event in events if isinstance(event, Notice)]
+    assert notice.startswith("of 7 segments none can be held out")
+    assert len([event for event in events if isinstance(event, WindowReport)]) == 3
 
 
 def test_a_layer_that_is_only_used_as_a_weight_is_named(make_config, monkeypatch):

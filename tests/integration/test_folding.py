@@ -1,5 +1,6 @@
 """Rescaling outlier channels changes nothing that a block computes, and what is exported knows of it."""
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -7,13 +8,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cbqstream import quantize
 from cbqstream.config import OutlierConfig, ReconstructionConfig, Scheme
 from cbqstream.evaluation.model import open_model
 from cbqstream.models.block import build_block
 from cbqstream.models.ends import model_ends
+from cbqstream.numerics.affine import SMALLEST_SCALE, grouped, num_groups
 from cbqstream.numerics.scratch import Scratch
 from cbqstream.records import Compute
-from cbqstream.windows.folding import apply_fold, parameters_of
+from cbqstream.windows.folding import apply_fold, fold_scale, parameters_of
 from cbqstream.windows.quantized_linear import Phase, replace_linears
 from cbqstream.windows.resident import BlockSettings, ResidentBlock, run_blocks
 from tiny import FAMILIES, SEQ_LEN, SOME_FAMILIES, VOCAB, save_model
@@ -92,7 +95,7 @@ def test_searched_scales_make_four_bit_inputs_cheaper(tiny_models, family):
     """The block still computes the same in full precision, and with 4-bit weights and inputs its error is less than half."""
     skeleton, source, arguments = opened(tiny_models[family])
     scheme = Scheme(num_bits=4, group_size=8, activation_bits=4)
-    x = torch.randn(4, SEQ_LEN, skeleton.hidden_size, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(8, SEQ_LEN, skeleton.hidden_size, generator=torch.Generator().manual_seed(0))
     errors = {}
     for when in ("never", "always"):
         block = resident(skeleton, source, arguments, scheme=scheme)
@@ -109,3 +112,62 @@ def test_searched_scales_make_four_bit_inputs_cheaper(tiny_models, family):
         assert torch.equal(run_blocks([block], x, Phase.ORIGINAL), plain)
         errors[when] = (run_blocks([block], x, Phase.HARD) - plain).square().mean()
     assert errors["always"] < 0.5 * errors["never"]
+
+
+def watched(block, x, settings):
+    """The statistics of the inputs of every layer."""
+    block.watch_inputs(x.shape[0] * x.shape[1], settings)
+    run_blocks([block], x, Phase.ORIGINAL)
+    return {name: layer.take_statistics() for name, layer in block.layers.items()}
+
+
+@pytest.mark.parametrize("group_size", [8, None])
+def test_a_writer_is_divided_no_further_than_its_step_sizes_can_be_stored(tiny_models, group_size):
+    """At 8 bits a division by 2^8 would leave small rows a step below 2^-17, and so with fewer codes."""
+    skeleton, source, arguments = opened(tiny_models["llama"])
+    scheme = Scheme(num_bits=8, group_size=group_size, activation_bits=8)
+    block = resident(skeleton, source, arguments, scheme=scheme)
+    fold = next(fold for fold in skeleton.folds(1) if fold.writer == "mlp.up_proj")
+    weight = block.layers[fold.writer].weight
+    weight.mul_(2.0 ** -(torch.arange(len(weight)) % 12).view(-1, 1))
+    x = torch.randn(8, SEQ_LEN, skeleton.hidden_size, generator=torch.Generator().manual_seed(0))
+    settings = BlockSettings(scheme, ReconstructionConfig(), OutlierConfig(activations="always"))
+    seen = watched(block, x, settings)[fold.readers[0]]
+    seen = seen.divided(torch.exp2(-20.0 * (torch.arange(len(weight)) % 12 == 11)))
+    step = grouped(weight, num_groups(weight.shape[1], group_size)).abs().amax(-1).float().mean(1) * 2 / 255
+    readers = dict.fromkeys(fold.readers, scheme)
+    for variant in ("paper", "huawei", "search"):
+        config = OutlierConfig(activations="always", variant=variant)
+        free = fold_scale(block.module, fold, seen, readers, config)
+        scale = fold_scale(block.module, fold, seen, {**readers, fold.writer: scheme}, config)
+        assert ((free > 1) & (step / free < SMALLEST_SCALE)).any()
+        assert ((scale <= 1) | (step / scale >= SMALLEST_SCALE)).all()
+
+
+def test_few_tokens_rescale_nothing(tiny_models):
+    skeleton, source, arguments = opened(tiny_models["llama"])
+    scheme = Scheme(num_bits=4, group_size=8, activation_bits=4)
+    block = resident(skeleton, source, arguments, scheme=scheme)
+    x = torch.randn(8, SEQ_LEN, skeleton.hidden_size, generator=torch.Generator().manual_seed(0))
+    x[..., 3] *= 100
+    settings = BlockSettings(scheme, ReconstructionConfig(), OutlierConfig(activations="always"))
+    statistics = watched(block, x, settings)
+    fold = next(fold for fold in skeleton.folds(1) if fold.writer == "mlp.up_proj")
+    schemes, seen = dict.fromkeys(block.layers, scheme), statistics[fold.readers[0]]
+    assert len(seen.sample) == 128
+    assert (fold_scale(block.module, fold, seen, schemes, settings.outliers) != 1).any()
+    few = replace(seen, sample=seen.sample[:100])
+    assert (fold_scale(block.module, fold, few, schemes, settings.outliers) == 1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_folded_norms_keep_every_digit_whatever_computes(make_config, with_outliers, monkeypatch, dtype):
+    """As on CUDA, where blocks compute in bf16: what is stored is the original divided by a power of two."""
+    monkeypatch.setattr("cbqstream.run.inputs.compute_dtype", lambda device: torch.bfloat16)
+    folder, rule = with_outliers("llama", dtype), OutlierConfig(activations="always", variant="paper")
+    out = quantize(make_config(model=folder, outliers=rule, reconstruction={"rounding": "none"}))
+    (_, before), (_, after) = open_model(folder), open_model(out)
+    name = "model.layers.1.input_layernorm.weight"
+    divided = before.read(name, device=CPU.device).float() / after.read(name, device=CPU.device).float()
+    assert (divided != 1).any()
+    assert torch.equal(divided.log2(), divided.log2().round())

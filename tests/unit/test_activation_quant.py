@@ -47,3 +47,9 @@ def test_per_tensor_by_hand():
 def test_starting_step_reaches_the_largest_input_at_most():
     assert starting_step(torch.tensor([7.0, 7.0]), torch.tensor(1000.0), 4).item() == 2
     assert starting_step(torch.tensor([7.0, 7.0]), torch.tensor(7.5), 4).item() == 1
+
+
+def test_a_learned_step_of_inputs_that_are_all_zero():
+    step = starting_step(torch.zeros(8), torch.zeros(()), 8)
+    assert step.tolist() == [2.0**-17]
+    assert quantize_per_tensor(torch.zeros(2, 8), torch.zeros(1), step, 8).tolist() == [[0.0] * 8] * 2
