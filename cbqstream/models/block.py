@@ -10,9 +10,19 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from cbqstream.models.skeleton import ModelSkeleton
+from cbqstream.numerics.product import in_slabs, linear_in_slabs
 from cbqstream.records import WeightSource
 
 BlockArguments = Mapping[str, Any]
+
+
+class _LinearInSlabs(nn.Linear):
+    """A layer so large that windows multiply it in slabs of rows: a product of another shape has other last bits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear_in_slabs(x, self.weight.shape, self.weight.__getitem__, self.bias)
+
+
 _BY_SEGMENT = ("alibi",)
 """Arguments whose first dimension goes through the segments of a batch, and then through something else."""
 
@@ -56,9 +66,11 @@ def build_block(
         owner, _, leaf = buffer_name.rpartition(".")
         setattr(block.get_submodule(owner), leaf, buffer.to(device))
     for name in spec.linears:
-        quantizer = source.input_quantizer(spec.tensors[f"{name}.weight"])
+        linear, quantizer = block.get_submodule(name), source.input_quantizer(spec.tensors[f"{name}.weight"])
         if quantizer is not None:
-            block.get_submodule(name).register_forward_pre_hook(partial(_quantize_input, quantizer))
+            linear.register_forward_pre_hook(partial(_quantize_input, quantizer))
+        if isinstance(linear, nn.Linear) and in_slabs(linear.weight.shape):
+            linear.__class__ = _LinearInSlabs  # a forward of its own would keep the layer in a cycle
     return block.requires_grad_(requires_grad=False).eval()
 
 

@@ -29,6 +29,11 @@ def slabs(shape: Sequence[int]) -> Iterator[slice]:
         yield slice(start, min(start + rows, shape[0]))
 
 
+def in_slabs(shape: Sequence[int]) -> bool:
+    """Whether a weight [O, I] is more than one."""
+    return max(1, SLAB_WEIGHTS // shape[1]) < shape[0]
+
+
 def linear_in_slabs(x: Tensor, shape: Sequence[int], make: Callable[[slice], Tensor], bias: Tensor | None) -> Tensor:
     """`x @ w^T + bias`, [..., O], where `make` gives some rows of w [O, I], each time in the same memory if it likes."""
     parts = list(slabs(shape))

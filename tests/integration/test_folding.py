@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from cbqstream import quantize
 from cbqstream.config import OutlierConfig, ReconstructionConfig, Scheme
 from cbqstream.evaluation.model import open_model
-from cbqstream.models.block import build_block
+from cbqstream.models.block import build_block, run_block
 from cbqstream.models.ends import model_ends
 from cbqstream.numerics.affine import SMALLEST_SCALE, grouped, num_groups
 from cbqstream.numerics.scratch import Scratch
@@ -55,6 +55,18 @@ def test_a_folded_block_computes_the_same(tiny_models, family, seed):
         apply_fold(block.module, fold, scale)
         assert not torch.equal(before, parameters_of(block.module.get_submodule(fold.writer))["weight"])
     assert torch.equal(run_blocks([block], x, Phase.ORIGINAL), plain)
+
+
+@pytest.mark.parametrize("family", SOME_FAMILIES)
+def test_a_block_that_only_computes_has_the_bits_of_one_in_a_window(tiny_models, family, monkeypatch):
+    """Else streams that were lost could not be made again. Layers are cut into slabs of rows, as windows cut large ones."""
+    monkeypatch.setattr("cbqstream.numerics.product.SLAB_WEIGHTS", 700)
+    skeleton, source, arguments = opened(tiny_models[family])
+    x = torch.randn(8, SEQ_LEN, skeleton.hidden_size, generator=torch.Generator().manual_seed(0))
+    expected = run_blocks([resident(skeleton, source, arguments)], x, Phase.ORIGINAL)
+    module = build_block(skeleton, 1, source, device=CPU.device, dtype=CPU.dtype, linear_dtype=CPU.dtype)
+    assert {type(module.get_submodule(name)).__name__ for name in skeleton.blocks[1].linears} == {"_LinearInSlabs"}
+    assert torch.equal(run_block(module, x, arguments[1]), expected)
 
 
 def test_norms_that_the_residual_reads_are_not_folded(tmp_path):
