@@ -147,7 +147,7 @@ class EvaluatedModel:
         for store, called in zip(stores, arguments, strict=True):
             batches = in_batches(range(store.shape.num_segments), self.compute.batch_size)
             with write_behind(store) as write:
-                for batch, (x_BSD,) in zip(batches, read_batches([store], batches), strict=True):
-                    y_BSD = run_block(block, x_BSD.to(device), called)
+                for batch, (x_BSD,) in zip(batches, read_batches([store], batches, device), strict=True):
+                    y_BSD = run_block(block, x_BSD, called)
                     for segment, y_SD in zip(batch, y_BSD, strict=True):
                         write(segment, y_SD)

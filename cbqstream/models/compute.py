@@ -15,7 +15,8 @@ _OVERRIDES = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of a setting: `auto` is the first CUDA device, or the CPU where there is none.
+    """The device of a setting: `auto` is the first CUDA device, or the CPU where there is none. A CUDA device becomes the current one,
+    on which Triton launches.
 
     Raises:
         UsageError: no such kind of device, or a CUDA device that is not there.
@@ -23,11 +24,12 @@ def choose_device(name: str) -> torch.device:
     if re.fullmatch(r"auto|cpu|cuda(:\d+)?", name) is None:
         raise UsageError(f"device {name!r} is not auto, cpu or cuda.")
     available = torch.cuda.is_available()
-    if name == "auto":
-        return torch.device("cuda:0" if available else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and (not available or (device.index or 0) >= torch.cuda.device_count()):
-        raise UsageError(f"device {name} is not available. Use --device cpu.")
+    device = torch.device(("cuda:0" if available else "cpu") if name == "auto" else name)
+    if device.type == "cuda":
+        if not available or (device.index or 0) >= torch.cuda.device_count():
+            raise UsageError(f"device {name} is not available. Use --device cpu.")
+        device = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device)
     return device
 
 
@@ -45,7 +47,7 @@ def make_deterministic(threads: int | None) -> int:
     for variable in _OVERRIDES:
         if variable in os.environ:
             raise UsageError(f"{variable} is set, which changes results behind our back. Unset it.")
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when it starts
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read by cuBLAS when it starts
     count = threads or physical_cores()
     torch.set_num_threads(count)
     torch.use_deterministic_algorithms(mode=True)

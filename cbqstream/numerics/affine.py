@@ -20,7 +20,7 @@ from cbqstream.records import QuantizedWeight
 
 SMALLEST_SCALE = 2.0**-17
 _NOTHING_LOST = 200.0
-_TILE, _DEVICE_TILE = 1 << 16, 1 << 26  # weights
+_TILE, _DEVICE_TILE = 1 << 16, 1 << 23  # weights; up to ten float32 values of each are in memory at once
 LARGEST_SCALE = 65280.0  # the largest bf16 value that fp16 holds
 
 

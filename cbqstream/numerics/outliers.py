@@ -59,8 +59,8 @@ def largest_reserved(magnitudes: Tensor, rule: OutlierRule) -> float | None:
     candidates = flat[flat > threshold].sort().values.double()
     if not len(candidates):
         return None
-    below = flat[flat <= threshold]
-    floor = below.max().double().view(1) if len(below) else candidates.new_zeros(1)
+    # magnitudes are not negative: 0 is also what there is to keep where all are candidates
+    floor = flat.masked_fill(flat > threshold, 0).max().double().view(1)
     reserved_max = torch.cat([floor, candidates[:-1]])
     gaps = (candidates - reserved_max) ** rule.gap_power
     split = int((gaps - rule.lambda2 * _variances_of_prefixes(candidates)).argmax())

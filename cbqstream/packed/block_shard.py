@@ -10,7 +10,7 @@ from cbqstream.checkpoint.header import read_header
 from cbqstream.checkpoint.offload import Page
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.disk import Disk, FileDigest, ScratchFile
-from cbqstream.packed.format import SCALE, encode, encode_in_slabs
+from cbqstream.packed.format import SCALE, encode_in_slabs
 from cbqstream.packed.shard import write_tensors
 from cbqstream.records import BlockSpec, QuantizedWeight
 
@@ -49,7 +49,7 @@ def write_block(
     left = dict(spec.tensors)
     for layer, weight in weights:
         name = left.pop(f"{layer}.weight")
-        for part, value in encode(weight, scale_dtype=source.infos[name].dtype).items():
+        for part, value in encode_in_slabs(weight, scale_dtype=source.infos[name].dtype).items():
             tensors[f"{name.removesuffix('.weight')}.{part}"] = value if file is None else Page.of(value, file)
     for local, name in left.items():
         value = source.read(name, device=torch.device("cpu"))

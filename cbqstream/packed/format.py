@@ -62,14 +62,14 @@ def encode_in_slabs(weight: QuantizedWeight, *, scale_dtype: torch.dtype) -> dic
         encode(weight.rows(slice(start, start + _SLAB_ROWS)), scale_dtype=scale_dtype)
         for start in range(0, weight.codes.shape[0], _SLAB_ROWS)
     ]
-    tensors = {part: torch.cat([slab[part] for slab in slabs]) for part in slabs[0] if part != SHAPE}
-    return {**tensors, SHAPE: torch.tensor(weight.codes.shape, dtype=torch.int64)}
+    rows = {part: torch.cat([slab[part] for slab in slabs]) for part in slabs[0] if part not in (SHAPE, INPUT_SCALE)}
+    return {**slabs[0], **rows, SHAPE: torch.tensor(weight.codes.shape, dtype=torch.int64)}
 
 
 def decode(tensors: dict[str, Tensor], scheme: Scheme) -> QuantizedWeight:
     """The inverse of `encode`."""
     rows, columns = tensors[SHAPE].tolist()
-    codes = torch.empty(rows, columns, dtype=torch.int8)
+    codes = torch.empty(rows, columns, dtype=torch.int8, device=tensors[PACKED].device)
     for start in range(0, rows, _SLAB_ROWS):  # unpacking at once takes up to eight times the size of the codes
         slab = codes[start : start + _SLAB_ROWS]
         slab.copy_(unpack_from_int32(tensors[PACKED][start : start + _SLAB_ROWS], scheme.num_bits, slab.shape))

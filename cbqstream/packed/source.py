@@ -52,17 +52,16 @@ class PackedSource:
         """One dense tensor; a quantized weight is exact in float32 before it is converted to `dtype`."""
         if name in self.others:
             return self.checkpoint.read(name, device=device, dtype=dtype)
-        weight = dequantize(self.packed(name.removesuffix(".weight")))
-        return weight.to(device=device, dtype=dtype or torch.float32)
+        return dequantize(self.packed(name.removesuffix(".weight"), device)).to(dtype or torch.float32)
 
-    def packed(self, layer: str) -> QuantizedWeight:
-        """A quantized layer as it is stored, on the CPU.
+    def packed(self, layer: str, device: torch.device = CPU) -> QuantizedWeight:
+        """A quantized layer as it is stored.
 
         Raises:
             InputError: a part of it is missing, or of another shape.
         """
         scheme = self.schemes.of(layer)
-        parts = {part: self._part(layer, part) for part in parts_of(scheme)}
+        parts = {part: self._part(layer, part, device) for part in parts_of(scheme)}
         for part, shape in shapes_of(scheme, *self.layers[layer]).items():
             if parts[part].shape != shape:
                 file = self.checkpoint.infos[f"{layer}.{part}"].file
@@ -89,7 +88,7 @@ class PackedSource:
         scale = self._part(layer, INPUT_SCALE).float()
         return lambda x: quantize_per_tensor(x, torch.zeros_like(scale).to(x.device), scale.to(x.device), bits)
 
-    def _part(self, layer: str, part: str) -> Tensor:
+    def _part(self, layer: str, part: str, device: torch.device = CPU) -> Tensor:
         if f"{layer}.{part}" not in self.checkpoint.infos:
             raise InputError(self.checkpoint.infos[f"{layer}.{PACKED}"].file, f"{part} is missing.", tensor=layer)
-        return self.checkpoint.read(f"{layer}.{part}", device=CPU)
+        return self.checkpoint.read(f"{layer}.{part}", device=device)

@@ -26,7 +26,7 @@ from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.config import QuantizeConfig
 from cbqstream.disk import Disk, FileDigest, ScratchFile
 from cbqstream.errors import StoppedError, UsageError
-from cbqstream.memory import peak_resident_bytes, release_free_memory, return_large_blocks
+from cbqstream.memory import is_out_of_memory, peak_resident_bytes, release_free_memory, return_large_blocks
 from cbqstream.models.compute import installed_version
 from cbqstream.models.ends import model_ends
 from cbqstream.models.experts import tokens_by_expert
@@ -150,8 +150,10 @@ def _twice(job: "_Job", window: Window) -> WindowReport:
     """A window; once more when device memory ran out, which may only have been in pieces."""
     try:
         return job.quantize_window(window)
-    except torch.OutOfMemoryError:
-        pass  # as long as it is handled it holds what the window had
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        # as long as it is handled it holds what the window had
     release_free_memory()
     torch.cuda.empty_cache()
     return job.quantize_window(window)

@@ -111,9 +111,10 @@ class EndToEndData:
 
     def read(self, batches: Sequence[Sequence[int]], compute: Compute) -> Iterator[tuple[Tensor, Tensor]]:
         """Both for each batch, [B, S, D], on the device."""
-        for batch, (reference_BSD,) in zip(batches, read_batches([self.reference], batches), strict=True):
+        read = read_batches([self.reference], batches, compute.device)
+        for batch, (reference_BSD,) in zip(batches, read, strict=True):
             x_BSD = torch.stack([self.embed(segment) for segment in batch])
-            yield x_BSD, reference_BSD.to(compute.device, compute.dtype)
+            yield x_BSD, reference_BSD.to(compute.dtype)
 
 
 @torch.no_grad()

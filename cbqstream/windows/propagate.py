@@ -31,8 +31,8 @@ def propagate(
     finite = []
     batches = in_batches(range(source.shape.num_segments), compute.batch_size)
     with write_behind(destination) as write:
-        for batch, (x_BSD,) in zip(batches, read_batches([source], batches), strict=True):
-            y_BSD = run_blocks(blocks, x_BSD.to(compute.device, compute.dtype), phase)
+        for batch, (x_BSD,) in zip(batches, read_batches([source], batches, compute.device), strict=True):
+            y_BSD = run_blocks(blocks, x_BSD.to(compute.dtype), phase)
             finite.append(torch.isfinite(y_BSD).all(dim=2).all(dim=1))
             for segment, y_SD in zip(batch, y_BSD, strict=True):
                 write(segment, y_SD)
@@ -65,8 +65,9 @@ def mix_targets(
     """
     batches = in_batches(range(quantized.shape.num_segments), compute.batch_size)
     with write_behind(targets) as write:
-        for batch, (x_BSD, t1_BSD) in zip(batches, read_batches([quantized, reference_out], batches), strict=True):
-            t2_BSD = run_blocks(blocks, x_BSD.to(compute.device, compute.dtype), Phase.ORIGINAL)
-            mixed_BSD = mixed_target(t1_BSD.to(compute.device, compute.dtype), t2_BSD, a)
+        read = read_batches([quantized, reference_out], batches, compute.device)
+        for batch, (x_BSD, t1_BSD) in zip(batches, read, strict=True):
+            t2_BSD = run_blocks(blocks, x_BSD.to(compute.dtype), Phase.ORIGINAL)
+            mixed_BSD = mixed_target(t1_BSD.to(compute.dtype), t2_BSD, a)
             for segment, t_SD in zip(batch, mixed_BSD, strict=True):
                 write(segment, t_SD)

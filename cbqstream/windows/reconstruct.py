@@ -61,10 +61,9 @@ class WindowData:
     def read(self, batches: Sequence[Sequence[int]]) -> Iterator[Batch]:
         """Each batch of segments, read ahead."""
         stores = [self.inputs, self.targets, *([] if self.predictions is None else [self.predictions.reference])]
-        device = self.compute.device
-        for x_BSD, target_BSD, *more in read_batches(stores, batches):
-            reference = more[0].to(device, self.compute.dtype) if more else None
-            yield Batch(x_BSD.to(device, self.compute.dtype), target_BSD.to(device, torch.float32), reference)
+        dtype = self.compute.dtype
+        for x_BSD, target_BSD, *more in read_batches(stores, batches, self.compute.device):
+            yield Batch(x_BSD.to(dtype), target_BSD.float(), more[0].to(dtype) if more else None)
 
 
 def reconstruct(

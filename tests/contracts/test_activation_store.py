@@ -91,14 +91,14 @@ class ActivationStoreContract:
             first.write(segment, torch.full((6, 8), float(segment)))
             second.write(segment, torch.full((6, 8), float(10 * segment)))
         batches = in_batches([4, 2, 0, 1, 3], 2)
-        got = list(read_batches([first, second], batches))
+        got = list(read_batches([first, second], batches, torch.device("cpu")))
         assert [x[:, 0, 0].tolist() for x, _ in got] == [[4, 2], [0, 1], [3]]
         assert [y[:, 0, 0].tolist() for _, y in got] == [[40, 20], [0, 10], [30]]
 
     def test_read_ahead_raises_where_the_segment_is_missing(self, tmp_path):
         store = self.make(tmp_path, SHAPE)
         store.write(0, torch.ones(6, 8))
-        reader = read_batches([store], [[0], [1]])
+        reader = read_batches([store], [[0], [1]], torch.device("cpu"))
         assert next(reader)[0].shape == (1, 6, 8)
         with pytest.raises(InputError):
             next(reader)

@@ -1,5 +1,7 @@
 """The stored form of a weight."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -46,3 +48,11 @@ def test_targets_have_the_names_of_layers_that_are_computed_as_one(pattern, name
     groups = quantization_config(schemes, [])["config_groups"].values()
     assert {target for group in groups for target in group["targets"]} == {f"re:{name}$" for name in names} | {"Linear"}
     assert schemes_of(quantization_config(schemes, [])).of(f"layers.0.{pattern[9:]}").num_bits == 8
+
+
+def test_slabs_have_one_step_size_of_inputs():
+    w_OI = torch.randn(9001, 8, generator=torch.Generator().manual_seed(0))
+    scheme = Scheme(num_bits=4, group_size=8, activation_bits=8, activation_strategy="tensor")
+    weight = Rounding(w_OI, *minmax_grid(w_OI, scheme), scheme, Scratch()).harden()
+    stored = encode_in_slabs(replace(weight, input_scale=torch.full((1,), 0.5)), scale_dtype=torch.bfloat16)
+    assert stored["input_scale"].tolist() == [0.5]
