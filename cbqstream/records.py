@@ -182,28 +182,28 @@ class WindowReport:
     """How many channels of a new block were rescaled for their outliers, and the largest scale, by the path of what writes them."""
     starved: Sequence[str] = ()
     """Layers of a new block, by path, that saw too few tokens to learn from."""
+    peak_vram: int = 0
+    """Highest memory that was reserved on the CUDA device in the window, bytes, without its context; 0 on the CPU."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a commit or a log."""
-        experts = {"experts": dict(self.experts)} if self.experts else {}
-        scales = {"scales": {path: list(found) for path, found in self.scales.items()}} if self.scales else {}
-        starved = {"starved": list(self.starved)} if self.starved else {}
-        return (
-            experts
-            | starved
-            | {
-                "window": self.window.index,
-                "windows": self.num_windows,
-                "blocks": [self.window.start, self.window.stop],
-                "loss_before": self.loss_before,
-                "loss_after": self.loss_after,
-                "fallback": self.fallback,
-                "changed": self.changed,
-                "noise": dict(self.noise),
-                **scales,
-                "seconds": self.seconds,
-                "reading": self.reading,
-                "writing": self.writing,
-                "peak_rss": self.peak_rss,
-            }
-        )
+        seldom = {
+            "experts": dict(self.experts),
+            "scales": {path: list(found) for path, found in self.scales.items()},
+            "starved": list(self.starved),
+            "peak_vram": self.peak_vram,
+        }
+        return {key: value for key, value in seldom.items() if value} | {
+            "window": self.window.index,
+            "windows": self.num_windows,
+            "blocks": [self.window.start, self.window.stop],
+            "loss_before": self.loss_before,
+            "loss_after": self.loss_after,
+            "fallback": self.fallback,
+            "changed": self.changed,
+            "noise": dict(self.noise),
+            "seconds": self.seconds,
+            "reading": self.reading,
+            "writing": self.writing,
+            "peak_rss": self.peak_rss,
+        }

@@ -38,6 +38,15 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
+def peak_device_bytes(device: torch.device) -> int:
+    """Highest memory that was reserved on a CUDA device since the last call, bytes, without its context; 0 on the CPU."""
+    if device.type == "cpu":
+        return 0
+    peak = torch.cuda.max_memory_reserved(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak
+
+
 def make_deterministic(threads: int | None) -> int:
     """Fix the thread count, and everything else that lets the same numbers come out otherwise; returns the threads.
 

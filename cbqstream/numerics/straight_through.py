@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from cbqstream.config import Kernels
-from cbqstream.errors import UsageError
+from cbqstream.errors import UsageError, shown
 from cbqstream.numerics.affine import Bound, clamp_levels, grouped, row_tiles, rows_of
 from cbqstream.numerics.scratch import Scratch
 
@@ -89,6 +89,25 @@ def passes_for(kernels: Kernels, device: torch.device) -> Passes:
         return cast("Passes", importlib.import_module("cbqstream.numerics.straight_through_triton"))
     except ImportError as error:
         raise UsageError(f"triton cannot be loaded ({error}). Install it, or use --kernels plain.") from error
+
+
+def require_kernels(kernels: Kernels, device: torch.device) -> None:
+    """Launch those of `passes_for` once: Triton compiles at the first launch, which needs a C compiler.
+
+    Raises:
+        UsageError: they do not run.
+    """
+    passes = passes_for(kernels, device)
+    if isinstance(passes, Plain):
+        return
+    w_OI, scale_OG = torch.zeros(1, 16, device=device), torch.ones(1, 1, device=device)
+    try:
+        passes.soft(w_OI, scale_OG, w_OI.half(), -8.0, 7.0, torch.empty_like(w_OI))
+    except Exception as error:  # whatever a compiler may say
+        said = shown(str(error).partition("\n")[0])
+        raise UsageError(
+            f"Triton's kernels do not run ({said}). Install a C compiler and Python's headers, or use --kernels plain."
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from cbqstream.flags import recipe_of
 from cbqstream.report.facts import grid_in_words
 
 CARD, METRICS = "README.md", "metrics.jsonl"
-_COSTS = ("seconds", "reading", "writing", "peak_rss")
+_COSTS = ("seconds", "reading", "writing", "peak_rss", "peak_vram")
 
 
 def metrics_lines(reports: Sequence[Mapping[str, Any]]) -> str:

@@ -32,7 +32,8 @@ def window_line(report: WindowReport, remaining: float) -> str:
     return (
         f"window {window.index + 1}/{report.num_windows}  blocks {window.start}-{window.stop - 1}"
         f"  loss {report.loss_before:.3g} -> {report.loss_after:.3g}  changed {report.changed:.1%}"
-        f"  {report.seconds:.0f} s, {_bound(report)}  RAM {report.peak_rss / GIB:.2f} GiB  ETA {duration(remaining)}"
+        f"  {report.seconds:.0f} s, {_bound(report)}  RAM {report.peak_rss / GIB:.2f} GiB"
+        f"{f'  VRAM {report.peak_vram / GIB:.2f} GiB' if report.peak_vram else ''}  ETA {duration(remaining)}"
         f"{f'  taken back: {report.fallback}' if report.fallback else ''}"
     )
 

@@ -15,6 +15,7 @@ from cbqstream.errors import InputError, UsageError, shown
 from cbqstream.models.compute import choose_device, compute_dtype, make_deterministic, numerics_class
 from cbqstream.models.families import joined_with
 from cbqstream.models.skeleton import ModelSkeleton
+from cbqstream.numerics.straight_through import require_kernels
 from cbqstream.packed.output import require_replaceable
 from cbqstream.records import BlockSpec, Compute, TensorInfo, Window
 from cbqstream.run.identity import identity
@@ -73,6 +74,8 @@ def open_inputs(config: QuantizeConfig) -> RunInputs:
     _check_scheme(config, skeleton, source)
     device = choose_device(config.device)
     threads = make_deterministic(config.threads)
+    if config.reconstruction.rounding == "full":
+        require_kernels(config.reconstruction.kernels, device)
     skeleton.check_length(config.calibration.seq_len)
     if config.reconstruction.robust_tokens >= config.calibration.seq_len:
         raise UsageError(

@@ -67,10 +67,14 @@ def room_for(what: str, needed: int, folder: Path) -> Iterator[None]:
 
 def over_limit(config: QuantizeConfig, report: WindowReport) -> list[Notice]:
     """Says so where a window took more memory than the plan, and with it the user, allowed."""
-    if config.max_ram is None or report.peak_rss <= config.max_ram:
-        return []
-    taken, limit = report.peak_rss / GIB, config.max_ram / GIB
-    return [Notice(f"memory: {taken:.2f} GiB were taken, --max-ram is {limit:.2f}; the plan was too low.")]
+    return [
+        Notice(f"{what}: {taken / GIB:.2f} GiB were taken, {flag} is {limit / GIB:.2f}; the plan was too low.")
+        for what, flag, limit, taken in (
+            ("memory", "--max-ram", config.max_ram, report.peak_rss),
+            ("device memory", "--max-vram", config.max_vram, report.peak_vram),
+        )
+        if limit is not None and taken > limit
+    ]
 
 
 def require_finite_windows(chain: Chain) -> None:

@@ -27,7 +27,7 @@ from cbqstream.config import QuantizeConfig
 from cbqstream.disk import Disk, FileDigest, ScratchFile
 from cbqstream.errors import StoppedError, UsageError
 from cbqstream.memory import is_out_of_memory, peak_resident_bytes, release_free_memory, return_large_blocks
-from cbqstream.models.compute import installed_version
+from cbqstream.models.compute import installed_version, peak_device_bytes
 from cbqstream.models.ends import model_ends
 from cbqstream.models.experts import tokens_by_expert
 from cbqstream.packed.block_shard import write_block
@@ -350,5 +350,6 @@ class _Job:
                 for block in new
                 for writer, scale in block.scales.items()
             },
+            peak_vram=peak_device_bytes(self.inputs.compute.device),
             starved=[f"{prefix[block.index]}.{name}" for block in new for name in sorted(block.starved)],
         )

@@ -10,6 +10,7 @@ from rich.console import Console
 from cbqstream.records import EpochReport, Window, WindowReport
 from cbqstream.report.progress import Progress, duration
 from cbqstream.report.status import status_lines
+from cbqstream.run.limits import over_limit
 
 NUMERICS = {"device": "cpu", "threads": 1}
 IDENTITY = {"identity": {"numerics": NUMERICS}}
@@ -114,3 +115,14 @@ def test_status_and_progress_of_epochs_end_to_end(tmp_path):
         f"a process that was stopped in a window does that window again; go on with: cbqstream resume {tmp_path}",
     ]
     assert status_lines(tmp_path, content, done[:1])[-2] == "time left: 0s, and for the epochs unknown"
+
+
+def test_device_memory_is_told_and_held_against_the_limit(make_config):
+    text, taken = io.StringIO(), replace(report(), peak_vram=3 << 30)
+    with Progress(Console(file=text, width=200)) as progress:
+        progress(taken)
+    assert "  RAM 1.50 GiB  VRAM 3.00 GiB  ETA " in text.getvalue()
+    assert taken.to_dict()["peak_vram"] == 3 << 30
+    assert not list(over_limit(replace(make_config(), max_vram=3 << 30), taken))
+    (notice,) = over_limit(replace(make_config(), max_vram=2 << 30), taken)
+    assert notice.text == "device memory: 3.00 GiB were taken, --max-vram is 2.00; the plan was too low."

@@ -10,7 +10,7 @@ from cbqstream.config import Scheme
 from cbqstream.errors import UsageError
 from cbqstream.numerics.affine import grouped, level_range
 from cbqstream.numerics.scale_search import minmax_grid
-from cbqstream.numerics.straight_through import Plain, passes_for
+from cbqstream.numerics.straight_through import Plain, passes_for, require_kernels
 
 pytest.importorskip("triton")
 MODULE = "cbqstream.numerics.straight_through_triton"
@@ -74,6 +74,20 @@ def theta_gradient(w, scale, v, bounds, gradient, *, absolute=False):
     terms = levels.clamp(low, high).double() - w_over_s.double() * inside
     terms = terms * grouped(gradient.double(), groups) * scale.double()
     return (terms.abs() if absolute else terms).sum(-1)
+
+
+def test_kernels_that_do_not_run_are_found_before_a_run(monkeypatch):
+    """As where there is no C compiler; here in the interpreter they run."""
+    kernels = importlib.import_module(MODULE)
+    monkeypatch.setattr("cbqstream.numerics.straight_through.passes_for", lambda *_: kernels)
+    require_kernels("auto", torch.device("cpu"))
+
+    def fail(*_):
+        raise RuntimeError("Failed to find C compiler.\nSet CC.")
+
+    monkeypatch.setattr(kernels, "soft", fail)
+    with pytest.raises(UsageError, match=r"do not run \(Failed to find C compiler\.\)\. .* use --kernels plain\."):
+        require_kernels("auto", torch.device("cpu"))
 
 
 def test_the_kernels_of_a_device(monkeypatch):
