@@ -11,7 +11,7 @@ from cbqstream.errors import IdentityError
 
 FORMAT = 3
 """Of the run directory."""
-ALGORITHM = 4
+ALGORITHM = 5
 """Raised when the same settings give other numbers."""
 
 _NOT_IDENTITY = ("model", "out", "run_dir", "device", "threads", "max_ram", "max_vram")

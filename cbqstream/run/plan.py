@@ -22,12 +22,13 @@ from cbqstream.numerics.product import SLAB_WEIGHTS
 from cbqstream.records import Frugal
 from cbqstream.run.rates import Rates, measure_rates
 from cbqstream.run.sizes import ModelSizes
+from cbqstream.windows.end_to_end import SEGMENTS_A_STEP
 from cbqstream.windows.schedule import schedule, split_guard
 
 _PROCESS = {"cpu": 385 << 20, "cuda": 2 << 30}
 """Resident memory of a process that has imported everything and done a little; on CUDA an estimate."""
-_CONTEXT = 700 << 20
-"""Device memory of a CUDA context and its workspaces; an estimate."""
+_CONTEXT = 1 << 30
+"""Device memory of a CUDA context, its workspaces, and what is computed of a tile (`affine.row_tiles`); an estimate."""
 _HEAP = 1.25
 """What glibc keeps between allocations, as fitted to runs (benchmarks/plan_check.py)."""
 _START = 4.0
@@ -98,6 +99,9 @@ def make_plan(
     staying = max(window.stop - window.next_start for window in windows)
     on_device = _device_bytes(config, sizes, frugal, in_window, 2 if device == "cuda" else 4)
     host = {"process": _PROCESS[device]}
+    if device == "cuda":  # a layer in slabs beside its block while that is packed, or the embeddings as they are read
+        packing = _packed_bytes(config, sizes) + 9 * min(sizes.largest, SLAB_WEIGHTS)
+        host["packing"] = max(packing, sizes.stored * sizes.vocabulary * sizes.hidden)
     tokens = config.calibration.num_samples * config.calibration.seq_len
     stream, settings = tokens * sizes.hidden * _STREAM_BYTES, config.reconstruction
     packed = _packed_bytes(config, sizes)
@@ -135,7 +139,7 @@ def make_plan(
 
 
 def _device_bytes(config: QuantizeConfig, sizes: ModelSizes, frugal: Frugal, blocks: int, width: int) -> dict[str, int]:
-    """The largest moment of a window that learns, or of the embeddings, where that is larger."""
+    """The largest moment of a window that learns, of the embeddings, or of the stage after the windows."""
     settings, calibration = config.reconstruction, config.calibration
     batch = settings.batch_size * calibration.seq_len
     saved = 2 * sizes.outputs + (4 * sizes.hidden if config.scheme.activation_bits else 0)
@@ -143,7 +147,8 @@ def _device_bytes(config: QuantizeConfig, sizes: ModelSizes, frugal: Frugal, blo
     layers = sizes.largest if frugal.offload else blocks * sizes.weights
     rest = sizes.block_bytes - sizes.weights * sizes.stored
     window = {
-        "weights": blocks * rest + layers * sizes.stored,
+        "weights": blocks * rest
+        + layers * sizes.stored * (2 if config.outliers.weights else 1),  # truncated ones beside them
         "rounding": layers * _VALUE_BYTES if settings.rounding == "full" else 0,
         "step sizes": blocks * _scale_bytes(config, sizes, 24),
         "scratch": 2 * width * min(sizes.largest, SLAB_WEIGHTS),
@@ -153,6 +158,19 @@ def _device_bytes(config: QuantizeConfig, sizes: ModelSizes, frugal: Frugal, blo
     head = {"head and logits": width * matrix + _LOGIT_COPIES * 4 * HEAD_TOKENS * sizes.vocabulary}
     last = window | (head if settings.head_weight and settings.rounding != "none" else {})
     moments = [last, {"embeddings": (width + sizes.stored) * matrix}]
+    if settings.end_to_end_epochs and settings.rounding != "none":
+        together = min(SEGMENTS_A_STEP, settings.batch_size) * calibration.seq_len
+        of_block = (
+            2 * saved + (9 + sizes.num_blocks) * sizes.hidden
+        )  # states between all blocks, and one block with gradients
+        moments.append(
+            head
+            | {
+                "weights": rest + width * 2 * sizes.weights + 8 * sizes.largest,
+                "step sizes": sizes.num_blocks * _scale_bytes(config, sizes, 20),
+                "activations": int(_HEAP * width * together * of_block),
+            }
+        )
     if frugal.offload and config.outliers.folds(config.scheme):  # looks at the layers of a fold together
         moments.append({"step sizes": window["step sizes"], "rescaling": 2 * _FOLD_BYTES * sizes.largest})
     return max(moments, key=lambda parts: sum(parts.values()))
@@ -279,6 +297,8 @@ def smaller_settings(config: QuantizeConfig) -> dict[str, QuantizeConfig]:
     if calibration.num_samples > 32:
         half = calibration.num_samples // 2
         others[f"--num-samples {half}"] = replace(config, calibration=replace(calibration, num_samples=half))
+    if settings.end_to_end_epochs and settings.rounding != "none":
+        others["--end-to-end-epochs 0"] = replace(config, reconstruction=replace(settings, end_to_end_epochs=0))
     if config.window.size > 1:
         one = replace(config.window, size=1, overlap=0)
         others["--window-size 1 --overlap 0"] = replace(config, window=one)

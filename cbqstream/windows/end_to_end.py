@@ -21,7 +21,7 @@ from cbqstream.numerics.affine import grouped, storable_scale
 from cbqstream.numerics.losses import Head, head_divergence
 from cbqstream.records import Compute
 
-_SEGMENTS_A_STEP = 2
+SEGMENTS_A_STEP = 2
 """At most: an epoch of a few dozen segments is few steps as it is."""
 
 
@@ -147,7 +147,7 @@ def train_epoch(
     """
     learned = [steps.theta for block in model.steps for steps in block.values()]
     optimizer = Adam(learned, lr=rates[0], foreach=False)
-    batches = in_shuffled_batches(segments, min(_SEGMENTS_A_STEP, model.compute.batch_size), generator)
+    batches = in_shuffled_batches(segments, min(SEGMENTS_A_STEP, model.compute.batch_size), generator)
     for step, (x_BSD, reference_BSD) in enumerate(data.read(batches, model.compute)):
         optimizer.param_groups[0]["lr"] = rates[0] + (rates[1] - rates[0]) * step / len(batches)
         states = model.forward(x_BSD)
