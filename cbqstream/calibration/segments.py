@@ -24,7 +24,14 @@ _UNSURE_TOKENS = 32
 
 
 def load_segments(
-    data: Path, model: Path, *, num_samples: int, seq_len: int, vocab_size: int, choice: Choice = "first"
+    data: Path,
+    model: Path,
+    *,
+    num_samples: int,
+    seq_len: int,
+    vocab_size: int,
+    choice: Choice = "first",
+    begun: bool = False,
 ) -> Tensor:
     """Token ids, int64 [N, S]: the text joined with blank lines, tokenized whole and cut without overlap.
 
@@ -35,25 +42,31 @@ def load_segments(
         seq_len: S.
         vocab_size: ids must be below.
         choice: `first` N segments, or `spread` evenly over the file, both ends included (all of them if there are fewer).
+        begun: whether every segment of a text begins as the tokenizer begins a text, as with BOS; else only the first does.
 
     Raises:
         InputError: the file cannot be read, or has too few tokens, or a token is outside the vocabulary.
     """
-    wanted = num_samples * seq_len
     token_file = {".npy": _npy, ".safetensors": _safetensors}.get(data.suffix.lower())
-    ids = token_file(data) if token_file is not None else _tokenize(data, model, wanted if choice == "first" else None)
-    rows = len(ids) // seq_len
-    needed = wanted if choice == "first" else seq_len
+    tokenizer = None if token_file is not None else load_tokenizer(model)
+    start = _beginning(tokenizer) if tokenizer is not None and begun else []
+    length = seq_len - len(start)
+    wanted = num_samples * length
+    ids = token_file(data) if token_file else _tokenize(data, tokenizer, wanted if choice == "first" else None)
+    ids = ids[len(start) :]  # it is put before every segment
+    rows = len(ids) // length
+    needed = wanted if choice == "first" else length
     if len(ids) < needed:
         raise InputError(
             data,
-            f"has {len(ids):,} tokens, {needed:,} are needed ({needed // seq_len} x {seq_len}). Use more text, or fewer samples.",
+            f"has {len(ids):,} tokens, {needed:,} are needed ({needed // length} x {length}). Use more text, or fewer samples.",
         )
-    segments = ids[: rows * seq_len].view(rows, seq_len)
+    segments = ids[: rows * length].view(rows, length)
     if choice == "first":
         segments = segments[:num_samples]
     elif rows > num_samples:
         segments = segments[torch.linspace(0, rows - 1, num_samples).long()]
+    segments = torch.cat([torch.tensor(start, dtype=torch.int64).expand(len(segments), -1), segments], dim=1)
     smallest, largest = int(segments.min()), int(segments.max())
     if smallest < 0 or largest >= vocab_size:
         raise InputError(
@@ -68,17 +81,22 @@ def segments_digest(ids_NS: Tensor) -> str:
     return hashlib.sha256(header + ids_NS.to(torch.int64).numpy().astype("<i8").tobytes()).hexdigest()
 
 
-def _tokenize(data: Path, model: Path, wanted: int | None) -> Tensor:
-    """Token ids of the file: all of them, or at least `wanted` if there are so many. No more text is held than that needs."""
+def _beginning(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts before a text: BOS, or nothing."""
+    bos = tokenizer.bos_token_id
+    return [bos] if tokenizer("a")["input_ids"][:1] == [bos] else []
+
+
+def _tokenize(data: Path, tokenizer: Any, wanted: int | None) -> Tensor:
+    """Token ids of the file: all of them, or more than `wanted` if there are so many. No more text is held than that needs."""
     limit = None if wanted is None else wanted * _CHARACTERS_A_TOKEN
     text, complete = _text(data, limit)
-    tokenizer: Any = load_tokenizer(model)
     while True:
         ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
         if complete or limit is None:
             return ids
         ids = ids[:-_UNSURE_TOKENS]  # the cut may have changed how the last words were split
-        if wanted is not None and len(ids) >= wanted:
+        if wanted is not None and len(ids) > wanted:  # one may be BOS
             return ids
         limit *= 2
         text, complete = _text(data, limit)

@@ -88,6 +88,9 @@ def evaluate(
     include_path: Annotated[Path | None, typer.Option(help="Folder with tasks of your own.")] = None,
     num_samples: NumSamples = 64,
     seq_len: SeqLen = 512,
+    bos: Annotated[
+        bool, typer.Option("--bos", help="Begin every segment of a text with BOS, which Gemma needs; else the first.")
+    ] = False,
     num_questions: Annotated[int | None, typer.Option(help="The first so many questions; all by default.")] = None,
     batch_size: Annotated[int, typer.Option(help="Segments at once.")] = 4,
     scratch: Annotated[
@@ -108,6 +111,7 @@ def evaluate(
         ("--num-fewshot", num_fewshot, "--tasks", tasks),
         ("--include-path", include_path, "--tasks", tasks),
         ("--num-questions", num_questions, "--choices", choices),
+        ("--bos", bos or None, "--text", text),
     ):
         if value is not None and other is None:
             raise UsageError(f"{flag} is for {mode}.")
@@ -122,7 +126,9 @@ def evaluate(
             "listener": progress,
         }
         if text is not None:
-            answer = _of_text(folder, text, reference, num_samples, seq_len, how)
+            answer = _of_text(
+                folder, text, reference, {"num_samples": num_samples, "seq_len": seq_len, "bos": bos}, how
+            )
         elif choices is not None:
             answer = _of_choices(folder, choices, num_questions, how)
         elif tasks is not None:
@@ -134,15 +140,15 @@ def evaluate(
     say(answer)
 
 
-def _of_text(folder: Path, text: Path, against: Path | None, num_samples: int, seq_len: int, how: "Running") -> str:
+def _of_text(folder: Path, text: Path, against: Path | None, segments: dict[str, Any], how: "Running") -> str:
     from cbqstream.evaluation.against import compare
     from cbqstream.evaluation.perplexity import evaluate as measure
 
     if against is None:
-        found = measure(folder, text, num_samples=num_samples, seq_len=seq_len, **how)
-        return f"{text.name}: perplexity {found.perplexity:.4f} ({found.num_segments} x {seq_len} tokens)"
-    distance = compare(folder, against, text, num_samples=num_samples, seq_len=seq_len, **how)
-    same = f"same next token {distance.top1:.2%} ({distance.num_segments} x {seq_len} tokens)"
+        found = measure(folder, text, **segments, **how)
+        return f"{text.name}: perplexity {found.perplexity:.4f} ({found.num_segments} x {segments['seq_len']} tokens)"
+    distance = compare(folder, against, text, **segments, **how)
+    same = f"same next token {distance.top1:.2%} ({distance.num_segments} x {segments['seq_len']} tokens)"
     return f"{text.name}: divergence {distance.divergence:.5f}, {same}"
 
 

@@ -25,7 +25,14 @@ class Comparison:
 
 @torch.no_grad()
 def compare(
-    model: Path, reference: Path, text: Path, *, num_samples: int = 64, seq_len: int = 512, **how: Unpack[Running]
+    model: Path,
+    reference: Path,
+    text: Path,
+    *,
+    num_samples: int = 64,
+    seq_len: int = 512,
+    bos: bool = False,
+    **how: Unpack[Running],
 ) -> Comparison:
     """Compare a model with `reference`; the other arguments as of `evaluate`. Both heads are in memory at the end.
 
@@ -38,7 +45,7 @@ def compare(
     sizes = second.skeleton.vocab_size, first.skeleton.vocab_size
     if sizes[0] != sizes[1]:
         raise UsageError(f"{model} has {sizes[0]:,} tokens, {reference} {sizes[1]:,}. Compare like with like.")
-    tokens_NS = segments(second, model, text, num_samples, seq_len)
+    tokens_NS = segments(second, model, text, num_samples, seq_len, bos=bos)
     with (
         first.hidden_states([tokens_NS]) as (goal,),
         second.hidden_states([tokens_NS]) as (found,),

@@ -25,7 +25,13 @@ class Perplexity:
 
 
 def evaluate(
-    model: Path | str, text: Path | str, *, num_samples: int = 64, seq_len: int = 512, **how: Unpack[Running]
+    model: Path | str,
+    text: Path | str,
+    *,
+    num_samples: int = 64,
+    seq_len: int = 512,
+    bos: bool = False,
+    **how: Unpack[Running],
 ) -> Perplexity:
     """Perplexity of a model on `num_samples` segments spread evenly over a text, in bounded memory.
 
@@ -34,6 +40,7 @@ def evaluate(
         text: text or token ids.
         num_samples: segments; all of them if the text has fewer.
         seq_len: tokens in a segment.
+        bos: begin every segment as the tokenizer begins a text; by the usual convention only the first of a text does.
         how: see `Running`.
 
     Raises:
@@ -43,15 +50,18 @@ def evaluate(
     require_counts(num_samples=num_samples)
     folder = Path(model)
     streamed = EvaluatedModel.open(folder, **how)
-    tokens_NS = segments(streamed, folder, Path(text), num_samples, seq_len)
+    tokens_NS = segments(streamed, folder, Path(text), num_samples, seq_len, bos=bos)
     return Perplexity(perplexity(streamed, tokens_NS), len(tokens_NS))
 
 
-def segments(streamed: EvaluatedModel, folder: Path, text: Path, num_samples: int, seq_len: int) -> Tensor:
+def segments(
+    streamed: EvaluatedModel, folder: Path, text: Path, num_samples: int, seq_len: int, *, bos: bool
+) -> Tensor:
     """Token ids int64 [N, S] of segments spread evenly over a text."""
     streamed.skeleton.check_length(seq_len)
     size = streamed.skeleton.vocab_size
-    return load_segments(text, folder, num_samples=num_samples, seq_len=seq_len, vocab_size=size, choice="spread")
+    sizes = {"num_samples": num_samples, "seq_len": seq_len, "vocab_size": size}
+    return load_segments(text, folder, **sizes, choice="spread", begun=bos)
 
 
 @torch.no_grad()

@@ -87,6 +87,7 @@ def open_inputs(config: QuantizeConfig) -> RunInputs:
         num_samples=config.calibration.num_samples,
         seq_len=config.calibration.seq_len,
         vocab_size=skeleton.vocab_size,
+        begun=True,
     )
     who = identity(
         config,

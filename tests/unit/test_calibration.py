@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from cbqstream.calibration.segments import load_segments, segments_digest
@@ -51,6 +51,29 @@ def test_a_long_file_is_not_tokenized_whole_and_gives_the_same(tmp_path, tokeniz
     (tmp_path / "long.txt").write_text("\n\n".join(DOCUMENTS * 50))
     (tmp_path / "short.txt").write_text("\n\n".join(DOCUMENTS))
     assert torch.equal(load(tmp_path / "long.txt", tokenizer_folder), load(tmp_path / "short.txt", tokenizer_folder))
+
+
+@pytest.mark.parametrize("choice", ["first", "spread"])
+def test_every_segment_begins_as_the_tokenizer_begins_a_text(tmp_path, tokenizer_folder, choice):
+    """Where it puts BOS before a text; else a segment is as before."""
+    (tmp_path / "a.txt").write_text("\n\n".join(DOCUMENTS))
+    plain = load(tmp_path / "a.txt", tokenizer_folder, 20, choice=choice, begun=True)
+    assert torch.equal(plain, load(tmp_path / "a.txt", tokenizer_folder, 20, choice=choice))
+    words = load(tmp_path / "a.txt", tokenizer_folder, 20 * 15, 1).flatten()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_folder, bos_token=WORDS[0])
+    bos = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{WORDS[0]} $A", special_tokens=[(WORDS[0], bos)]
+    )
+    tokenizer.save_pretrained(tmp_path / "bos")
+    begun = load(tmp_path / "a.txt", tmp_path / "bos", 20, choice=choice, begun=True)
+    assert begun.shape == (20, 16)
+    assert (begun[:, 0] == bos).all()
+    if choice == "first":
+        assert torch.equal(begun[:, 1:].flatten(), words)
+    usual = load(tmp_path / "a.txt", tmp_path / "bos", 20, choice=choice)
+    assert usual[0, 0] == bos
+    assert not (usual[1:, 0] == bos).all()
 
 
 def test_token_files(tmp_path):
