@@ -51,8 +51,10 @@ class Experts(nn.ModuleList):
         if x_TD.device.type == "cpu":
             trim_heap()  # experts see now more and now fewer tokens: every pass through them leaves hundreds of megabytes of holes
         total_TD = torch.zeros_like(x_TD)
-        for index, expert in enumerate(self):
-            tokens, places = torch.where(chosen_TK == index)
+        by_expert = chosen_TK.flatten().argsort(stable=True)
+        counts = chosen_TK.flatten().bincount(minlength=len(self))[: len(self)].tolist()  # the device is asked once
+        for expert, chosen in zip(self, torch.split(by_expert[: sum(counts)], counts), strict=True):
+            tokens, places = chosen // chosen_TK.shape[1], chosen % chosen_TK.shape[1]
             if self.see_all or len(tokens):
                 y = expert(x_TD)[tokens] if self.see_all else expert(x_TD[tokens])
                 y = y * weights_TK[tokens, places, None]
