@@ -23,6 +23,8 @@ _OFFLOADED_BYTES = 8
 """From above, of a weight that lies on disk while it is not used: itself, its rounding value, its code, alone and packed."""
 _MARGIN = 1.05
 _FALLBACKS = 0.1
+_MOST_STEPS = 2500
+"""Of a window; with 2,688 they move 1 % less than they should in a first and 5 % in a second window, with 4,480 a quarter and a half."""
 _NAMED = 8
 """Experts, of those that have something to say in common."""
 
@@ -109,6 +111,12 @@ def model_notices(inputs: RunInputs) -> Iterator[Notice]:
     if training == guard and inputs.config.reconstruction.rounding != "none":
         yield Notice(
             f"of {len(guard)} segments none can be held out: windows are judged by what they learn from. Use --num-samples 8 or more."
+        )
+    settings = inputs.config.reconstruction
+    steps = settings.epochs * math.ceil(len(training) / settings.batch_size)
+    if settings.rounding == "full" and steps > _MOST_STEPS:
+        yield Notice(
+            f"{steps:,} steps a window: rounding values have 16 bits and do not move by so little. Use a larger --batch-size."
         )
     if inputs.model.get("auto_map"):
         yield Notice(f"{inputs.config.model}: brings its own code (auto_map), which is not run.")

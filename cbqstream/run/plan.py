@@ -144,6 +144,7 @@ def _device_bytes(config: QuantizeConfig, sizes: ModelSizes, frugal: Frugal, blo
     batch = settings.batch_size * calibration.seq_len
     saved = 2 * sizes.outputs + (4 * sizes.hidden if config.scheme.activation_bits else 0)
     kept = 1 if frugal.recompute else blocks
+    attention = 8 * sizes.eager_heads * batch * calibration.seq_len  # scores and their softmax, of all heads
     layers = sizes.largest if frugal.offload else blocks * sizes.weights
     rest = sizes.block_bytes - sizes.weights * sizes.stored
     window = {
@@ -152,7 +153,8 @@ def _device_bytes(config: QuantizeConfig, sizes: ModelSizes, frugal: Frugal, blo
         "rounding": layers * _VALUE_BYTES if settings.rounding == "full" else 0,
         "step sizes": blocks * _scale_bytes(config, sizes, 24),
         "scratch": 2 * width * min(sizes.largest, SLAB_WEIGHTS),
-        "activations": int(_HEAP * width * batch * ((kept + 1) * saved + (8 + blocks) * sizes.hidden)),
+        "activations": int(_HEAP * width * batch * ((kept + 1) * saved + (8 + blocks) * sizes.hidden))
+        + (kept + 1) * attention,
     }
     matrix = sizes.vocabulary * sizes.hidden
     head = {"head and logits": width * matrix + _LOGIT_COPIES * 4 * HEAD_TOKENS * sizes.vocabulary}

@@ -13,6 +13,9 @@ from cbqstream.hub import fetch_headers
 from cbqstream.models.families import EXPERT
 from cbqstream.records import TensorInfo
 
+_EAGER = ("bloom", "gemma2")
+"""Families for which transformers has no attention but the eager one."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelSizes:
@@ -31,6 +34,8 @@ class ModelSizes:
     source_bytes: int
     ends_bytes: int
     """Of what lies outside the blocks."""
+    eager_heads: int = 0
+    """Heads whose attention is computed as whole matrices [S, S], in families that have no other way."""
 
     @property
     def weights(self) -> int:
@@ -101,6 +106,7 @@ class ModelSizes:
             sum(info.num_bytes for info in largest),
             sum(info.num_bytes for info in infos.values()),
             sum(info.num_bytes for info in outside),
+            _eager_heads(model),
         )
 
 
@@ -120,6 +126,11 @@ def _share_of_experts(model: Mapping[str, Any], names: Sequence[str]) -> float:
     number = len({match[1] for name in names if (match := EXPERT.search(name))})
     chosen = next((model[key] for key in ("num_experts_per_tok", "moe_k", "moe_topk") if model.get(key)), number)
     return min(1.0, chosen / number) if number else 1.0
+
+
+def _eager_heads(model: Mapping[str, Any]) -> int:
+    heads = next((model[name] for name in ("num_attention_heads", "n_head") if is_size(model.get(name))), 0)
+    return heads if model.get("model_type") in _EAGER else 0
 
 
 def _by_block(infos: Mapping[str, TensorInfo]) -> dict[int, list[TensorInfo]]:

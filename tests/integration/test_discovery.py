@@ -1,6 +1,7 @@
 """Architectures without a row of their own, experts, and what is said where something is not found."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,11 +12,14 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from cbqstream import evaluate, quantize
 from cbqstream.calibration.segments import load_segments
 from cbqstream.checkpoint.reader import Checkpoint
+from cbqstream.config import ReconstructionConfig
 from cbqstream.errors import InputError
 from cbqstream.evaluation.model import open_model
 from cbqstream.models.experts import separate_experts
 from cbqstream.records import Compute, Notice, WindowReport
 from cbqstream.run.check import check
+from cbqstream.run.inputs import open_inputs
+from cbqstream.run.limits import model_notices
 from cbqstream.run.sizes import ModelSizes
 from cbqstream.windows.quantized_linear import InputStatistics
 from perplexities import plain_perplexity, streamed_perplexity
@@ -191,3 +195,10 @@ def test_batches_of_an_expert_that_are_short_are_sampled_too():
         seen = InputStatistics.of(x, 100, 0 if watched is None else watched.tokens)
         watched = seen if watched is None else watched + seen
     assert watched.sample[:, 0].tolist() == [5.0, 15.0, 25.0, 35.0]  # the 50th of every hundred
+
+
+def test_more_steps_than_rounding_values_can_follow(make_config):
+    config = make_config(num_samples=16, reconstruction={"batch_size": 1, "epochs": 180})
+    (notice,) = model_notices(open_inputs(config))
+    assert notice.text.startswith("2,520 steps a window: rounding values have 16 bits")
+    assert not list(model_notices(open_inputs(replace(config, reconstruction=ReconstructionConfig(epochs=180)))))

@@ -172,6 +172,28 @@ def test_rates_are_measured():
     assert 0 < rates.value < 1e-6
 
 
+def test_attention_that_is_computed_whole(tiny_models):
+    """BLOOM and Gemma 2 keep the scores of every head."""
+    of = {family: ModelSizes.of(tiny_models[family]) for family in ("bloom", "gemma2", "llama")}
+    assert {family: sizes.eager_heads for family, sizes in of.items()} == {"bloom": 4, "gemma2": 4, "llama": 0}
+    config = settings(num_samples=8, seq_len=64)
+    with_it, without = (make_plan(config, sizes, "cpu") for sizes in (of["bloom"], replace(of["bloom"], eager_heads=0)))
+    batch = config.reconstruction.batch_size
+    assert with_it.ram["activations"] - without.ram["activations"] == 3 * 8 * 4 * batch * 64 * 64
+
+
+def test_what_the_stage_end_to_end_holds(sizes_405b):
+    """The step sizes of the whole model, five times in float32: no smaller step of a window makes room for them."""
+    sizes, _ = sizes_405b
+    config = settings(num_samples=128)
+    whole = replace(config, reconstruction=replace(config.reconstruction, end_to_end_epochs=2))
+    plans = [make_plan(whole, sizes, "cuda", frugal=step) for step in (Frugal(), Frugal(recompute=True, offload=True))]
+    scales = sum(rows * columns // 32 for rows, columns in sizes.layers.values())
+    assert plans[0].vram["step sizes"] == plans[1].vram["step sizes"] == 126 * 20 * scales
+    with pytest.raises(DeviceMemoryError, match=r"These fit: .*--end-to-end-epochs 0"):
+        fitting_plan(replace(whole, max_vram=48 << 30), sizes, "cuda")
+
+
 def test_what_cannot_be_planned(tmp_path, tiny_models):
     with pytest.raises(InputError, match="no such folder"):
         ModelSizes.of(tmp_path / "nowhere")
