@@ -10,7 +10,7 @@ import psutil
 
 GIB = 1 << 30
 _M_MMAP_THRESHOLD = -3  # of malloc.h
-_TOO_LITTLE = ("can't allocate memory", "out of memory", "_ALLOC_FAILED")
+_TOO_LITTLE = ("out of memory", "_ALLOC_FAILED")
 
 
 def resident_bytes() -> int:
@@ -55,11 +55,15 @@ def trim_heap() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def is_out_of_device_memory(error: BaseException) -> bool:
+    """Whether an error says that a device has too little memory: those of CUDA, its libraries and Triton are plain RuntimeErrors."""
+    named = any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
+    return named or (isinstance(error, RuntimeError) and any(text in str(error) for text in _TOO_LITTLE))
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there is too little memory: of torch, CUDA, its libraries and Triton some are plain RuntimeErrors."""
-    of_device = any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
-    told = isinstance(error, RuntimeError) and any(text in str(error) for text in _TOO_LITTLE)
-    return isinstance(error, MemoryError) or of_device or told
+    """Whether an error says that there is too little memory: of torch's own, that on the CPU is a plain RuntimeError."""
+    return isinstance(error, MemoryError) or is_out_of_device_memory(error) or "can't allocate memory" in str(error)
 
 
 def physical_cores() -> int:

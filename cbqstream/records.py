@@ -133,10 +133,12 @@ class EpochReport:
     seconds: float
     peak_rss: int
     """Highest resident memory of the process so far, bytes."""
+    peak_vram: int = 0
+    """Highest memory that tensors had on the CUDA device in the epoch, bytes; 0 on the CPU."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a commit or a log."""
-        return {
+        return ({"peak_vram": self.peak_vram} if self.peak_vram else {}) | {
             "epoch": self.epoch,
             "epochs": self.num_epochs,
             "loss_before": self.loss_before,
@@ -183,7 +185,7 @@ class WindowReport:
     starved: Sequence[str] = ()
     """Layers of a new block, by path, that saw too few tokens to learn from."""
     peak_vram: int = 0
-    """Highest memory that was reserved on the CUDA device in the window, bytes, without its context; 0 on the CPU."""
+    """Highest memory that tensors had on the CUDA device in the window, bytes; 0 on the CPU."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a commit or a log."""

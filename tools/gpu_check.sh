@@ -5,8 +5,9 @@
 # PYTHON is an interpreter with torch for CUDA. Where it lacks packages and the machine has no network, WHEELS is a folder that was filled with
 #   pip download --dest WHEELS --no-deps --python-version 3.12 --only-binary :all: zarr numcodecs google-crc32c donfig typing-extensions \
 #       compressed-tensors pydantic pydantic-core annotated-types typing-inspection loguru safetensors accelerate transformers tokenizers \
-#       huggingface-hub psutil filelock typer annotated-doc shellingham rich hypothesis sortedcontainers pytest gguf
-# for the version of PYTHON.
+#       huggingface-hub psutil filelock typer annotated-doc shellingham rich markdown-it-py mdurl pygments hypothesis sortedcontainers \
+#       pytest iniconfig pluggy packaging gguf numpy pyyaml regex tqdm click requests httpx2 hf-xet
+# for the version of PYTHON. Anything else that is missing names itself.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}

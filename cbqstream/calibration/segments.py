@@ -17,10 +17,14 @@ from cbqstream.errors import InputError
 
 Choice = Literal["first", "spread"]
 
+TOKEN_FILES = (".npy", ".safetensors")
+"""Endings of files that hold token ids; others hold text."""
 _TOKENIZER = "tokenizer.json"
 _SEPARATOR = "\n\n"
 _CHARACTERS_A_TOKEN = 8
 _UNSURE_TOKENS = 32
+_BEGINNING = 4
+"""Tokens before a text, at most."""
 
 
 def load_segments(
@@ -47,7 +51,7 @@ def load_segments(
     Raises:
         InputError: the file cannot be read, or has too few tokens, or a token is outside the vocabulary.
     """
-    token_file = {".npy": _npy, ".safetensors": _safetensors}.get(data.suffix.lower())
+    token_file = dict(zip(TOKEN_FILES, (_npy, _safetensors), strict=True)).get(data.suffix.lower())
     tokenizer = None if token_file is not None else load_tokenizer(model)
     start = _beginning(tokenizer) if tokenizer is not None and begun else []
     length = seq_len - len(start)
@@ -82,13 +86,14 @@ def segments_digest(ids_NS: Tensor) -> str:
 
 
 def _beginning(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts before a text: BOS, or nothing."""
-    bos = tokenizer.bos_token_id
-    return [bos] if tokenizer("a")["input_ids"][:1] == [bos] else []
+    """What the tokenizer puts before a text: BOS, more, or nothing."""
+    bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+    ids: list[int] = tokenizer("a")["input_ids"]
+    return next((ids[:at] for at in range(len(ids)) if ids[at : at + len(bare)] == bare), [])
 
 
 def _tokenize(data: Path, tokenizer: Any, wanted: int | None) -> Tensor:
-    """Token ids of the file: all of them, or more than `wanted` if there are so many. No more text is held than that needs."""
+    """Token ids of the file: all of them, or `wanted` besides the beginning if there are so many. No more text is held than that needs."""
     limit = None if wanted is None else wanted * _CHARACTERS_A_TOKEN
     text, complete = _text(data, limit)
     while True:
@@ -96,7 +101,7 @@ def _tokenize(data: Path, tokenizer: Any, wanted: int | None) -> Tensor:
         if complete or limit is None:
             return ids
         ids = ids[:-_UNSURE_TOKENS]  # the cut may have changed how the last words were split
-        if wanted is not None and len(ids) > wanted:  # one may be BOS
+        if wanted is not None and len(ids) >= wanted + _BEGINNING:
             return ids
         limit *= 2
         text, complete = _text(data, limit)

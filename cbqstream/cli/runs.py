@@ -16,7 +16,7 @@ def status(run: Annotated[Path, typer.Argument(help="The run directory.")]) -> N
     from cbqstream.run.chain import Chain
 
     chain = Chain.read(run)
-    has_result = chain.is_complete and chain.is_result(Path(chain.run["config"]["out"]))
+    has_result = chain.is_complete and chain.is_result(Path(chain.run["config"]["out"]), read=False)
     for line in status_lines(run, chain.run, chain.commits, has_result=has_result):
         say(line)
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cbqstream.calibration.segments import load_segments
+from cbqstream.calibration.segments import TOKEN_FILES, load_segments
+from cbqstream.errors import UsageError
 from cbqstream.evaluation.model import EvaluatedModel, Running, require_counts
 
 _LARGEST = 700.0
@@ -57,7 +58,13 @@ def evaluate(
 def segments(
     streamed: EvaluatedModel, folder: Path, text: Path, num_samples: int, seq_len: int, *, bos: bool
 ) -> Tensor:
-    """Token ids int64 [N, S] of segments spread evenly over a text."""
+    """Token ids int64 [N, S] of segments spread evenly over a text.
+
+    Raises:
+        UsageError: token ids cannot be begun.
+    """
+    if bos and text.suffix.lower() in TOKEN_FILES:
+        raise UsageError(f"{text}: token ids are taken as they are. Leave out --bos, or give text.")
     streamed.skeleton.check_length(seq_len)
     size = streamed.skeleton.vocab_size
     sizes = {"num_samples": num_samples, "seq_len": seq_len, "vocab_size": size}

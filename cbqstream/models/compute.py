@@ -39,10 +39,10 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 
 
 def peak_device_bytes(device: torch.device) -> int:
-    """Highest memory that was reserved on a CUDA device since the last call, bytes, without its context; 0 on the CPU."""
+    """Highest memory that tensors had on a CUDA device since the last call, bytes; 0 on the CPU."""
     if device.type == "cpu":
         return 0
-    peak = torch.cuda.max_memory_reserved(device)
+    peak = torch.cuda.max_memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     return peak
 

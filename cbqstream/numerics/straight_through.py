@@ -103,6 +103,7 @@ def require_kernels(kernels: Kernels, device: torch.device) -> None:
     w_OI, scale_OG = torch.zeros(1, 16, device=device), torch.ones(1, 1, device=device)
     try:
         passes.soft(w_OI, scale_OG, w_OI.half(), -8.0, 7.0, torch.empty_like(w_OI))
+        passes.move(w_OI, scale_OG, w_OI.half(), -8.0, 7.0, w_OI, 0.0)
     except Exception as error:  # whatever a compiler may say
         said = shown(str(error).partition("\n")[0])
         raise UsageError(

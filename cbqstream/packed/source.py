@@ -52,7 +52,8 @@ class PackedSource:
         """One dense tensor; a quantized weight is exact in float32 before it is converted to `dtype`."""
         if name in self.others:
             return self.checkpoint.read(name, device=device, dtype=dtype)
-        return dequantize(self.packed(name.removesuffix(".weight"), device)).to(dtype or torch.float32)
+        weight = self.packed(name.removesuffix(".weight"), device)
+        return dequantize(weight, torch.empty(weight.codes.shape, device=device, dtype=dtype or torch.float32))
 
     def packed(self, layer: str, device: torch.device = CPU) -> QuantizedWeight:
         """A quantized layer as it is stored.

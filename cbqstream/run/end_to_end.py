@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.disk import FileDigest
 from cbqstream.memory import peak_resident_bytes, release_free_memory
+from cbqstream.models.compute import peak_device_bytes
 from cbqstream.models.ends import model_ends
 from cbqstream.packed.block_shard import read_scales, rewrite_scales
 from cbqstream.packed.shard import write_tensors
@@ -59,7 +60,8 @@ def learn_end_to_end(
             last = epoch + 1 == num_epochs
             parts = _write_shards(inputs, journal, blocks, steps) if last else _write_carry(inputs, journal, steps)
             seconds = time.monotonic() - began
-            report = EpochReport(epoch, num_epochs, before, after, seconds, peak_resident_bytes())
+            peaks = peak_resident_bytes(), peak_device_bytes(compute.device)
+            report = EpochReport(epoch, num_epochs, before, after, seconds, *peaks)
             journal.commit(inputs, parts=parts, acts=None, report=report.to_dict())
             yield report
 
@@ -69,7 +71,7 @@ def _epoch(inputs: RunInputs, model: StreamedModel, data: EndToEndData, epoch: i
     settings = inputs.config.reconstruction
     training, guard = split_guard(len(inputs.tokens))
     learned = [steps.theta for block in model.steps for steps in block.values()]
-    start = [theta.detach().clone() for theta in learned]
+    start = [theta.detach().to("cpu", copy=True) for theta in learned]
     before = stored_divergence(model, data, guard)
     first, last = (settings.end_to_end_lr * (1 - at / inputs.num_epochs) for at in (epoch, epoch + 1))
     order = generator_for(inputs.config.seed, len(inputs.windows) + epoch, "order")

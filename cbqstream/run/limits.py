@@ -11,9 +11,10 @@ from cbqstream.errors import DeviceMemoryError, InputError, StorageError, shown
 from cbqstream.memory import GIB, is_out_of_memory
 from cbqstream.models.experts import tokens_by_expert
 from cbqstream.models.families import EXPERT
-from cbqstream.records import BlockSpec, Notice, WindowReport
+from cbqstream.records import BlockSpec, EpochReport, Notice, WindowReport
 from cbqstream.run.chain import Chain
 from cbqstream.run.inputs import RunInputs
+from cbqstream.run.plan import CONTEXT
 from cbqstream.windows.resident import ResidentBlock
 from cbqstream.windows.schedule import split_guard
 
@@ -23,8 +24,9 @@ _OFFLOADED_BYTES = 8
 """From above, of a weight that lies on disk while it is not used: itself, its rounding value, its code, alone and packed."""
 _MARGIN = 1.05
 _FALLBACKS = 0.1
-_MOST_STEPS = 2500
-"""Of a window; with 2,688 they move 1 % less than they should in a first and 5 % in a second window, with 4,480 a quarter and a half."""
+_SMALLEST_MOVE = 1e-4
+"""Of a rounding value, in the mean of the steps. With 0.25 in 2,688 steps they travel 1 % less than they should in a first window and 5 %
+in a second; in 4,480 steps a quarter and a half."""
 _NAMED = 8
 """Experts, of those that have something to say in common."""
 
@@ -67,13 +69,13 @@ def room_for(what: str, needed: int, folder: Path) -> Iterator[None]:
         raise DeviceMemoryError(f"{what} needs more memory than there is ({said}). {remedy}") from error
 
 
-def over_limit(config: QuantizeConfig, report: WindowReport) -> list[Notice]:
-    """Says so where a window took more memory than the plan, and with it the user, allowed."""
+def over_limit(config: QuantizeConfig, report: WindowReport | EpochReport) -> list[Notice]:
+    """Says so where a window, or an epoch, took more memory than the plan, and with it the user, allowed."""
     return [
         Notice(f"{what}: {taken / GIB:.2f} GiB were taken, {flag} is {limit / GIB:.2f}; the plan was too low.")
         for what, flag, limit, taken in (
             ("memory", "--max-ram", config.max_ram, report.peak_rss),
-            ("device memory", "--max-vram", config.max_vram, report.peak_vram),
+            ("device memory", "--max-vram", config.max_vram, report.peak_vram and report.peak_vram + CONTEXT),
         )
         if limit is not None and taken > limit
     ]
@@ -114,7 +116,7 @@ def model_notices(inputs: RunInputs) -> Iterator[Notice]:
         )
     settings = inputs.config.reconstruction
     steps = settings.epochs * math.ceil(len(training) / settings.batch_size)
-    if settings.rounding == "full" and steps > _MOST_STEPS:
+    if settings.rounding == "full" and settings.rounding_travel < _SMALLEST_MOVE * steps:
         yield Notice(
             f"{steps:,} steps a window: rounding values have 16 bits and do not move by so little. Use a larger --batch-size."
         )

@@ -26,7 +26,7 @@ from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.config import QuantizeConfig
 from cbqstream.disk import Disk, FileDigest, ScratchFile
 from cbqstream.errors import StoppedError, UsageError
-from cbqstream.memory import is_out_of_memory, peak_resident_bytes, release_free_memory, return_large_blocks
+from cbqstream.memory import is_out_of_device_memory, peak_resident_bytes, release_free_memory, return_large_blocks
 from cbqstream.models.compute import installed_version, peak_device_bytes
 from cbqstream.models.ends import model_ends
 from cbqstream.models.experts import tokens_by_expert
@@ -56,7 +56,8 @@ from cbqstream.windows.quantized_linear import Phase
 from cbqstream.windows.reconstruct import Predictions, Reconstruction, WindowData, reconstruct
 from cbqstream.windows.resident import BlockSettings, ResidentBlock, read_block
 
-Listener = Callable[[str | WindowReport | EpochReport | Notice], None]
+Event = str | WindowReport | EpochReport | Notice
+Listener = Callable[[Event], None]
 """Is told what is being done, what happened in each window and in each epoch after them, and what is odd about the inputs."""
 
 
@@ -118,9 +119,7 @@ def quantize(
             needed = disk_bytes(inputs, streams=3, blocks=blocks, in_a_window=True)
             with room_for(f"window {window.index + 1}", needed, run), _reading_ahead(inputs, window.index + 1):
                 report = _twice(job, window)
-            listener(report)
-            for notice in [*inputs.source.take_notices(), *over_limit(config, report)]:
-                listener(notice)
+            _tell(listener, report, *inputs.source.take_notices(), *over_limit(config, report))
             release_free_memory()
         require_finite_windows(journal.chain)
         if stop_after_window is not None and stop_after_window < journal.chain.num_commits:
@@ -128,10 +127,15 @@ def quantize(
         needed = 0 if journal.chain.is_complete else disk_bytes(inputs, streams=1, blocks=inputs.skeleton.blocks)
         with room_for("learning end to end", needed, run):
             for epoch in learn_end_to_end(inputs, journal, job.streams, listener):
-                listener(epoch)
+                _tell(listener, epoch, *over_limit(config, epoch))
         listener("writing the model")
         write_result(inputs, journal, out)
     return out
+
+
+def _tell(listener: Listener, *events: Event) -> None:
+    for event in events:
+        listener(event)
 
 
 def _missing_streams(chain: Chain) -> int:
@@ -151,7 +155,7 @@ def _twice(job: "_Job", window: Window) -> WindowReport:
     try:
         return job.quantize_window(window)
     except RuntimeError as error:
-        if not is_out_of_memory(error):
+        if not is_out_of_device_memory(error):
             raise
         # as long as it is handled it holds what the window had
     release_free_memory()

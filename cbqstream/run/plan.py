@@ -27,8 +27,10 @@ from cbqstream.windows.schedule import schedule, split_guard
 
 _PROCESS = {"cpu": 385 << 20, "cuda": 2 << 30}
 """Resident memory of a process that has imported everything and done a little; on CUDA an estimate."""
-_CONTEXT = 1 << 30
-"""Device memory of a CUDA context, its workspaces, and what is computed of a tile (`affine.row_tiles`); an estimate."""
+CONTEXT = 700 << 20
+"""Device memory of a CUDA context and its workspaces; an estimate."""
+_TILES = 320 << 20
+"""What is computed of a tile on CUDA (`affine.row_tiles`): ten values in float32 for each weight of it."""
 _HEAP = 1.25
 """What glibc keeps between allocations, as fitted to runs (benchmarks/plan_check.py)."""
 _START = 4.0
@@ -102,6 +104,8 @@ def make_plan(
     if device == "cuda":  # a layer in slabs beside its block while that is packed, or the embeddings as they are read
         packing = _packed_bytes(config, sizes) + 9 * min(sizes.largest, SLAB_WEIGHTS)
         host["packing"] = max(packing, sizes.stored * sizes.vocabulary * sizes.hidden)
+    if config.reconstruction.end_to_end_epochs:
+        host["step sizes before an epoch"] = sizes.num_blocks * _scale_bytes(config, sizes, 4)
     tokens = config.calibration.num_samples * config.calibration.seq_len
     stream, settings = tokens * sizes.hidden * _STREAM_BYTES, config.reconstruction
     packed = _packed_bytes(config, sizes)
@@ -119,7 +123,7 @@ def make_plan(
     return Plan(
         windows=len(windows),
         ram=host | ({} if device == "cuda" else on_device) | _queues(config, sizes),
-        vram={"context": _CONTEXT} | on_device if device == "cuda" else {},
+        vram={"context": CONTEXT, "tiles": _TILES} | on_device if device == "cuda" else {},
         disk={
             "streams": 5 * stream,
             "blocks": quantized * packed * (2 if whole_model else 1),  # the last epoch writes all of them again
@@ -165,12 +169,15 @@ def _device_bytes(config: QuantizeConfig, sizes: ModelSizes, frugal: Frugal, blo
         of_block = (
             2 * saved + (9 + sizes.num_blocks) * sizes.hidden
         )  # states between all blocks, and one block with gradients
+        seen = 2 * 8 * sizes.eager_heads * together * calibration.seq_len
         moments.append(
-            head
-            | {
+            {
                 "weights": rest + width * 2 * sizes.weights + 8 * sizes.largest,
-                "step sizes": sizes.num_blocks * _scale_bytes(config, sizes, 20),
-                "activations": int(_HEAP * width * together * of_block),
+                "step sizes": sizes.num_blocks * _scale_bytes(config, sizes, 20),  # s0, theta, gradient, two moments
+                "activations": int(_HEAP * width * together * of_block) + seen,
+                "ends and logits": width * (sizes.ends_bytes // sizes.stored)
+                + head["head and logits"]
+                - width * matrix,
             }
         )
     if frugal.offload and config.outliers.folds(config.scheme):  # looks at the layers of a fold together

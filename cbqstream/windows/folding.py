@@ -47,14 +47,16 @@ def fold_scale(
 
 
 def _most_divided(block: nn.Module, fold: Fold, schemes: Mapping[str, Scheme]) -> Tensor:
-    """The largest scales, powers of two of at least 1, with which the step sizes of a linear writer can be stored; float32 [C]."""
+    """The largest scales, powers of two of at least 1, with which the step sizes of a linear writer can be stored, those too that are
+    half of what reaches the largest weight of their group; float32 [C]."""
     w = parameters_of(block.get_submodule(fold.writer))["weight"]
     scheme = schemes.get(fold.writer)
     if scheme is None:
         return torch.full(w.shape[:1], torch.inf, device=w.device)
     largest_CG = grouped(w, num_groups(w.shape[1], scheme.group_size)).abs().amax(-1).float()
-    step_C = largest_CG.mean(1) * 2 / (scheme.qmax - scheme.qmin)
-    return torch.exp2((step_C / SMALLEST_SCALE).log2().floor()).clamp(min=1)
+    least_C = largest_CG.where(largest_CG > 0, torch.inf).amin(1)
+    half_C = least_C / (scheme.qmax - scheme.qmin)
+    return torch.exp2((half_C / SMALLEST_SCALE).log2().floor()).clamp(min=1)
 
 
 @torch.no_grad()

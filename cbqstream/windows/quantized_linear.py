@@ -71,7 +71,8 @@ class InputStatistics:
 
 def sum_of(statistics: Sequence[InputStatistics]) -> InputStatistics:
     """Of several layers that read the same kind of inputs."""
-    return reduce(add, statistics)
+    total = reduce(add, (replace(found, sample=found.sample[:0]) for found in statistics))
+    return replace(total, sample=torch.cat([found.sample for found in statistics]))
 
 
 class InputStep(nn.Module):
@@ -140,11 +141,11 @@ class QuantizedLinear(Offloadable):
 
     def _watch(self, x: Tensor) -> None:
         before = self._watched
-        if before is None:
-            self._watched = InputStatistics.of(x, self._sample_stride)
-            return
-        enough = self._most_sampled is not None and len(before.sample) >= self._most_sampled
-        self._watched = before + InputStatistics.of(x, None if enough else self._sample_stride, before.tokens)
+        if before is not None and len(before.sample) == self._most_sampled:
+            self._sample_stride = None
+        seen = InputStatistics.of(x, self._sample_stride, 0 if before is None else before.tokens)
+        seen = seen if before is None else before + seen
+        self._watched = replace(seen, sample=seen.sample[: self._most_sampled])
 
     @contextmanager
     def _rows(self) -> Iterator[Callable[[slice, Tensor], Tensor]]:

@@ -79,7 +79,7 @@ class ResidentBlock:
         for name, layer in self.layers.items():
             if name not in sampled:
                 layer.watch_inputs(None)
-            elif EXPERT.search(name):
+            elif EXPERT.search(name) and not all_experts:
                 layer.watch_inputs(max(1, stride // _DENSER), _SAMPLED_OF_EXPERT)
             else:
                 layer.watch_inputs(stride)

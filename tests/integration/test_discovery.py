@@ -6,22 +6,24 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from cbqstream import evaluate, quantize
 from cbqstream.calibration.segments import load_segments
 from cbqstream.checkpoint.reader import Checkpoint
-from cbqstream.config import ReconstructionConfig
+from cbqstream.config import ReconstructionConfig, Scheme
 from cbqstream.errors import InputError
 from cbqstream.evaluation.model import open_model
 from cbqstream.models.experts import separate_experts
+from cbqstream.numerics.scratch import Scratch
 from cbqstream.records import Compute, Notice, WindowReport
 from cbqstream.run.check import check
 from cbqstream.run.inputs import open_inputs
 from cbqstream.run.limits import model_notices
 from cbqstream.run.sizes import ModelSizes
-from cbqstream.windows.quantized_linear import InputStatistics
+from cbqstream.windows.quantized_linear import InputStatistics, QuantizedLinear
 from perplexities import plain_perplexity, streamed_perplexity
 from tiny import SEQ_LEN, VOCAB, make_model, save_model
 
@@ -195,6 +197,16 @@ def test_batches_of_an_expert_that_are_short_are_sampled_too():
         seen = InputStatistics.of(x, 100, 0 if watched is None else watched.tokens)
         watched = seen if watched is None else watched + seen
     assert watched.sample[:, 0].tolist() == [5.0, 15.0, 25.0, 35.0]  # the 50th of every hundred
+
+
+@pytest.mark.parametrize("sizes", [[2000], [3] * 200], ids=["one batch", "short batches"])
+def test_the_sample_of_an_expert_is_no_larger_than_asked_for(sizes):
+    layer = QuantizedLinear(nn.Linear(4, 4), Scheme(num_bits=4, group_size=8), Scratch())
+    layer.watch_inputs(2, 64)
+    for size in sizes:
+        layer(torch.randn(size, 4))
+    seen = layer.take_statistics()
+    assert (len(seen.sample), seen.tokens) == (64, sum(sizes))
 
 
 def test_more_steps_than_rounding_values_can_follow(make_config):

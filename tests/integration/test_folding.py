@@ -146,7 +146,7 @@ def test_a_writer_is_divided_no_further_than_its_step_sizes_can_be_stored(tiny_m
     settings = BlockSettings(scheme, ReconstructionConfig(), OutlierConfig(activations="always"))
     seen = watched(block, x, settings)[fold.readers[0]]
     seen = seen.divided(torch.exp2(-20.0 * (torch.arange(len(weight)) % 12 == 11)))
-    step = grouped(weight, num_groups(weight.shape[1], group_size)).abs().amax(-1).float().mean(1) * 2 / 255
+    step = grouped(weight, num_groups(weight.shape[1], group_size)).abs().amax(-1).float().amin(1) * 2 / 255
     readers = dict.fromkeys(fold.readers, scheme)
     for variant in ("paper", "huawei", "search"):
         config = OutlierConfig(activations="always", variant=variant)

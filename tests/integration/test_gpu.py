@@ -57,4 +57,5 @@ def test_as_good_as_on_the_cpu(make_config, tokens, family):
         out = quantize(replace(config, device=device))
         measured = evaluate(out, tokens, num_samples=8, seq_len=SEQ_LEN, batch_size=4, device="cpu", threads=1)
         found.append(measured.perplexity)
+    # bf16 computed on the CPU: within 0.4 %, but for Mistral with 1.5
     assert found == pytest.approx([found[0]] * 3, rel=0.04)

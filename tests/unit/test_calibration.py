@@ -54,26 +54,28 @@ def test_a_long_file_is_not_tokenized_whole_and_gives_the_same(tmp_path, tokeniz
 
 
 @pytest.mark.parametrize("choice", ["first", "spread"])
-def test_every_segment_begins_as_the_tokenizer_begins_a_text(tmp_path, tokenizer_folder, choice):
-    """Where it puts BOS before a text; else a segment is as before."""
+@pytest.mark.parametrize("beginning", [WORDS[:1], WORDS[1:3]], ids=["BOS", "two tokens"])
+def test_every_segment_begins_as_the_tokenizer_begins_a_text(tmp_path, tokenizer_folder, choice, beginning):
+    """Where it puts something before a text; else a segment is as before."""
     (tmp_path / "a.txt").write_text("\n\n".join(DOCUMENTS))
     plain = load(tmp_path / "a.txt", tokenizer_folder, 20, choice=choice, begun=True)
     assert torch.equal(plain, load(tmp_path / "a.txt", tokenizer_folder, 20, choice=choice))
-    words = load(tmp_path / "a.txt", tokenizer_folder, 20 * 15, 1).flatten()
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_folder, bos_token=WORDS[0])
-    bos = tokenizer.bos_token_id
+    size = len(beginning)
+    words = load(tmp_path / "a.txt", tokenizer_folder, 20 * (16 - size), 1).flatten()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_folder)
+    ids = [WORDS.index(word) + 1 for word in beginning]
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{WORDS[0]} $A", special_tokens=[(WORDS[0], bos)]
+        single=f"{' '.join(beginning)} $A", special_tokens=list(zip(beginning, ids, strict=True))
     )
     tokenizer.save_pretrained(tmp_path / "bos")
     begun = load(tmp_path / "a.txt", tmp_path / "bos", 20, choice=choice, begun=True)
     assert begun.shape == (20, 16)
-    assert (begun[:, 0] == bos).all()
+    assert (begun[:, :size] == torch.tensor(ids)).all()
     if choice == "first":
-        assert torch.equal(begun[:, 1:].flatten(), words)
+        assert torch.equal(begun[:, size:].flatten(), words)
     usual = load(tmp_path / "a.txt", tmp_path / "bos", 20, choice=choice)
-    assert usual[0, 0] == bos
-    assert not (usual[1:, 0] == bos).all()
+    assert usual[0, :size].tolist() == ids
+    assert not (usual[1:, :size] == torch.tensor(ids)).all()
 
 
 def test_token_files(tmp_path):

@@ -123,6 +123,7 @@ def test_device_memory_is_told_and_held_against_the_limit(make_config):
         progress(taken)
     assert "  RAM 1.50 GiB  VRAM 3.00 GiB  ETA " in text.getvalue()
     assert taken.to_dict()["peak_vram"] == 3 << 30
-    assert not list(over_limit(replace(make_config(), max_vram=3 << 30), taken))
-    (notice,) = over_limit(replace(make_config(), max_vram=2 << 30), taken)
-    assert notice.text == "device memory: 3.00 GiB were taken, --max-vram is 2.00; the plan was too low."
+    assert not over_limit(replace(make_config(), max_vram=4 << 30), taken)
+    (notice,) = over_limit(replace(make_config(), max_vram=3 << 30), taken)  # the context counts
+    assert notice.text == "device memory: 3.68 GiB were taken, --max-vram is 3.00; the plan was too low."
+    assert over_limit(replace(make_config(), max_vram=3 << 30), EpochReport(0, 1, 1.0, 1.0, 1.0, 1, 3 << 30))

@@ -80,14 +80,14 @@ def test_kernels_that_do_not_run_are_found_before_a_run(monkeypatch):
     """As where there is no C compiler; here in the interpreter they run."""
     kernels = importlib.import_module(MODULE)
     monkeypatch.setattr("cbqstream.numerics.straight_through.passes_for", lambda *_: kernels)
-    require_kernels("auto", torch.device("cpu"))
+    require_kernels("auto", torch.device(DEVICE))
 
     def fail(*_):
         raise RuntimeError("Failed to find C compiler.\nSet CC.")
 
-    monkeypatch.setattr(kernels, "soft", fail)
+    monkeypatch.setattr(kernels, "move", fail)
     with pytest.raises(UsageError, match=r"do not run \(Failed to find C compiler\.\)\. .* use --kernels plain\."):
-        require_kernels("auto", torch.device("cpu"))
+        require_kernels("auto", torch.device(DEVICE))
 
 
 def test_the_kernels_of_a_device(monkeypatch):
