@@ -52,7 +52,7 @@ def load_segments(
         InputError: the file cannot be read, or has too few tokens, or a token is outside the vocabulary.
     """
     token_file = dict(zip(TOKEN_FILES, (_npy, _safetensors), strict=True)).get(data.suffix.lower())
-    tokenizer = None if token_file is not None else load_tokenizer(model)
+    tokenizer = None if token_file is not None else _tokenizer_for(data, model)
     start = _beginning(tokenizer) if tokenizer is not None and begun else []
     length = seq_len - len(start)
     wanted = num_samples * length
@@ -83,6 +83,12 @@ def segments_digest(ids_NS: Tensor) -> str:
     """SHA-256 over the shape and the ids, in hex."""
     header = f"{list(ids_NS.shape)}".encode()
     return hashlib.sha256(header + ids_NS.to(torch.int64).numpy().astype("<i8").tobytes()).hexdigest()
+
+
+def _tokenizer_for(data: Path, model: Path) -> Any:
+    """The tokenizer of a model folder; a file of text that cannot be read is said first."""
+    next(documents(data), None)
+    return load_tokenizer(model)
 
 
 def _beginning(tokenizer: Any) -> list[int]:
