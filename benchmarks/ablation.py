@@ -129,7 +129,7 @@ def draw(rows: dict[str, dict], path: Path) -> None:
         low, high = ((100 * (value / centre - 1)) for value in (min(seeds), max(seeds)))
         axis.axvspan(low, high, color="#888888", alpha=0.4, label="seeds")
         axis.axvline(0, color="black", linewidth=0.8)
-        axis.set_xlim(min([*shown, low]) - 8, max([*shown, high]) + 8)
+        axis.set_xlim(min([*shown, low]) - 8, max([*shown, high]) + 12)
         axis.set_title(f"{grid}\ndefault {centre:.2f}", fontsize=10)
         axis.set_xlabel("held-out perplexity against default, % (bars end at 40)")
         axis.invert_yaxis()

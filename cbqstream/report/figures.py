@@ -20,6 +20,8 @@ except ImportError as missing:
 _INK = "#010203"
 """Stands for the colour of text, which is that of the page."""
 _BEFORE, _AFTER, _THIRD = "#c2703d", "#2f8f6b", "#5b7fb8"  # seen on white and on near black
+_FEW_DECADES = 20
+"""Of the largest and the smallest loss: up to there the ticks between powers of ten have numbers too."""
 _STYLE: dict[Any, Any] = {
     "font.size": 9,
     "svg.fonttype": "none",
@@ -37,6 +39,9 @@ def _loss(facts: Facts, axes: Axes) -> bool:
     for key, label, color in (("loss_before", "before", _BEFORE), ("loss_after", "after", _AFTER)):
         axes.plot(facts.places, [window[key] for window in facts.windows], ".-", label=label, color=color, linewidth=1)
     axes.set(xlabel="window", ylabel="loss", yscale="log")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_formatter("{x:g}")  # by default powers are written in mathematics, which names must not be
+    axes.yaxis.set_minor_formatter("{x:g}" if high < _FEW_DECADES * low else "")
     axes.legend()
     return bool(facts.windows)
 

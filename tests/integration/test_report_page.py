@@ -118,6 +118,7 @@ def test_report_of_a_run_and_of_its_result(make_config, with_card, tokens, tmp_p
     assert shown.tags.count("svg") == len(pictures)
     assert all(reference.startswith(("#", "data:")) for reference in shown.references)
     assert "#010203" not in made.read_text()
+    assert "mathdefault" not in made.read_text()  # powers of ten in mathematics that nothing reads
     for name, folder in (("source", with_card), ("result", out)):
         assert f"perplexity, {name}{evaluate(folder, tokens, **options).perplexity:.3f}" in shown.text
     # a scale for 32 codes is stored in the dtype of the source, 32 bits
