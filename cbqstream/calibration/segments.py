@@ -1,7 +1,9 @@
 """Segments of token ids: which ones are taken is a function of the file and the numbers alone. N segments, S tokens."""
 
 import hashlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -17,14 +19,10 @@ from cbqstream.errors import InputError
 
 Choice = Literal["first", "spread"]
 
-TOKEN_FILES = (".npy", ".safetensors")
-"""Endings of files that hold token ids; others hold text."""
 _TOKENIZER = "tokenizer.json"
 _SEPARATOR = "\n\n"
 _CHARACTERS_A_TOKEN = 8
 _UNSURE_TOKENS = 32
-_BEGINNING = 4
-"""Tokens before a text, at most."""
 
 
 def load_segments(
@@ -51,15 +49,16 @@ def load_segments(
     Raises:
         InputError: the file cannot be read, or has too few tokens, or a token is outside the vocabulary.
     """
-    token_file = dict(zip(TOKEN_FILES, (_npy, _safetensors), strict=True)).get(data.suffix.lower())
-    tokenizer = None if token_file is not None else _tokenizer_for(data, model)
-    start = _beginning(tokenizer) if tokenizer is not None and begun else []
-    length = seq_len - len(start)
-    wanted = num_samples * length
-    ids = token_file(data) if token_file else _tokenize(data, tokenizer, wanted if choice == "first" else None)
+    token_file, beginning = TOKEN_FILES.get(data.suffix.lower()), list[int]()
+    if token_file is not None:
+        ids = token_file(data)
+    else:
+        ids, beginning = _tokenize(data, model, num_samples * seq_len if choice == "first" else None)
+    start = beginning if begun else []
     ids = ids[len(start) :]  # it is put before every segment
+    length = seq_len - len(start)
     rows = len(ids) // length
-    needed = wanted if choice == "first" else length
+    needed = num_samples * length if choice == "first" else length
     if len(ids) < needed:
         raise InputError(
             data,
@@ -85,12 +84,6 @@ def segments_digest(ids_NS: Tensor) -> str:
     return hashlib.sha256(header + ids_NS.to(torch.int64).numpy().astype("<i8").tobytes()).hexdigest()
 
 
-def _tokenizer_for(data: Path, model: Path) -> Any:
-    """The tokenizer of a model folder; a file of text that cannot be read is said first."""
-    next(documents(data), None)
-    return load_tokenizer(model)
-
-
 def _beginning(tokenizer: Any) -> list[int]:
     """What the tokenizer puts before a text: BOS, more, or nothing."""
     bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
@@ -98,17 +91,19 @@ def _beginning(tokenizer: Any) -> list[int]:
     return next((ids[:at] for at in range(len(ids)) if ids[at : at + len(bare)] == bare), [])
 
 
-def _tokenize(data: Path, tokenizer: Any, wanted: int | None) -> Tensor:
-    """Token ids of the file: all of them, or `wanted` besides the beginning if there are so many. No more text is held than that needs."""
+def _tokenize(data: Path, model: Path, wanted: int | None) -> tuple[Tensor, list[int]]:
+    """Token ids of the file, all of them or at least `wanted` if there are so many, and those before a text. No more text is held than
+    that needs."""
     limit = None if wanted is None else wanted * _CHARACTERS_A_TOKEN
     text, complete = _text(data, limit)
+    tokenizer: Any = load_tokenizer(model)
     while True:
         ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
         if complete or limit is None:
-            return ids
+            return ids, _beginning(tokenizer)
         ids = ids[:-_UNSURE_TOKENS]  # the cut may have changed how the last words were split
-        if wanted is not None and len(ids) >= wanted + _BEGINNING:
-            return ids
+        if wanted is not None and len(ids) >= wanted:
+            return ids, _beginning(tokenizer)
         limit *= 2
         text, complete = _text(data, limit)
 
@@ -161,3 +156,7 @@ def _safetensors(path: Path) -> Tensor:
     if values.is_floating_point() or values.dtype == torch.bool:
         raise InputError(path, f"holds {values.dtype}, token ids are integers.", tensor=name)
     return values.to(torch.int64).flatten()
+
+
+TOKEN_FILES: Mapping[str, Callable[[Path], Tensor]] = MappingProxyType({".npy": _npy, ".safetensors": _safetensors})
+"""What reads files of token ids, by their ending; others hold text."""

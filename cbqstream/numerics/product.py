@@ -31,7 +31,7 @@ def slabs(shape: Sequence[int]) -> Iterator[slice]:
 
 def in_slabs(shape: Sequence[int]) -> bool:
     """Whether a weight [O, I] is more than one."""
-    return max(1, SLAB_WEIGHTS // shape[1]) < shape[0]
+    return len(list(slabs(shape))) > 1
 
 
 def linear_in_slabs(x: Tensor, shape: Sequence[int], make: Callable[[slice], Tensor], bias: Tensor | None) -> Tensor:

@@ -109,12 +109,11 @@ def model_notices(inputs: RunInputs) -> Iterator[Notice]:
             "the experts of some blocks are quantized and those of others are not, which transformers 5.24 does not load."
             " Leave out --keep-first and --keep-last, or use another program."
         )
-    training, guard = split_guard(len(inputs.tokens))
-    if training == guard and inputs.config.reconstruction.rounding != "none":
+    settings, (training, guard) = inputs.config.reconstruction, split_guard(len(inputs.tokens))
+    if training == guard and settings.rounding != "none":
         yield Notice(
             f"of {len(guard)} segments none can be held out: windows are judged by what they learn from. Use --num-samples 8 or more."
         )
-    settings = inputs.config.reconstruction
     steps = settings.epochs * math.ceil(len(training) / settings.batch_size)
     if settings.rounding == "full" and settings.rounding_travel < _SMALLEST_MOVE * steps:
         yield Notice(
