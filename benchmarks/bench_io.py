@@ -23,8 +23,8 @@ from cbqstream.activations.store import StreamShape
 from cbqstream.activations.zarr_store import ZarrStore
 from cbqstream.checkpoint.header import read_header
 from cbqstream.checkpoint.reader import Checkpoint
+from cbqstream.checkpoint.verified import RunSource
 from cbqstream.disk import Disk
-from cbqstream.run.source import RunSource
 
 RESULTS = Path(__file__).resolve().parent / "results" / "io.json"
 CPU = torch.device("cpu")

@@ -29,11 +29,11 @@ from cbqstream.activations.memory_store import MemoryStore
 from cbqstream.activations.store import StreamShape
 from cbqstream.config import OutlierConfig, ReconstructionConfig, Scheme
 from cbqstream.disk import Disk, ScratchFile
-from cbqstream.memory import GIB, peak_resident_bytes, return_large_blocks
-from cbqstream.models.compute import compute_dtype, make_deterministic
-from cbqstream.models.ends import model_ends
-from cbqstream.models.skeleton import ModelSkeleton
+from cbqstream.models.embedding_and_head import model_ends
+from cbqstream.models.meta_model import ModelSkeleton
 from cbqstream.records import Compute, Frugal
+from cbqstream.runtime.device import compute_dtype, make_deterministic
+from cbqstream.runtime.memory import GIB, peak_resident_bytes, return_large_blocks
 from cbqstream.windows.propagate import propagate
 from cbqstream.windows.quantized_linear import Phase
 from cbqstream.windows.reconstruct import WindowData, reconstruct

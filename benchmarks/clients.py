@@ -21,8 +21,8 @@ from measure import save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cbqstream.calibration.segments import load_segments
+from cbqstream.commands.export import export
 from cbqstream.evaluation.model import EvaluatedModel
-from cbqstream.run.export import export
 
 HERE = Path(__file__).resolve().parent
 PROMPT = "The capital of France is"

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Peak resident memory does not grow with the number of blocks, and not with the number of samples.
 
-Usage: memory.py WORK [--rows HIDDEN,BLOCKS,SAMPLES ...] [--results FILE]
+Usage: runtime/memory.py WORK [--rows HIDDEN,BLOCKS,SAMPLES ...] [--results FILE]
 
 Random checkpoints (`random_model.py`), each quantized in a process of its own: W4A16 group 64,
 learned rounding from min-max scales, windows of two blocks without overlap (both save time, not memory), 64 random tokens a sample.

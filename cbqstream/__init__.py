@@ -19,8 +19,8 @@ from cbqstream.profiles import PROFILES
 
 if TYPE_CHECKING:
     from cbqstream.evaluation.perplexity import evaluate
+    from cbqstream.planning.plan import plan
     from cbqstream.run.pipeline import quantize
-    from cbqstream.run.plan import plan
 
 __version__ = "0.1.0"
 
@@ -41,7 +41,7 @@ __all__ = [
 
 _NEED_TORCH = {
     "evaluate": "cbqstream.evaluation.perplexity",
-    "plan": "cbqstream.run.plan",
+    "plan": "cbqstream.planning.plan",
     "quantize": "cbqstream.run.pipeline",
 }
 

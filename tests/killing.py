@@ -8,7 +8,7 @@ import pytest
 from cbqstream import quantize
 from cbqstream.config import QuantizeConfig
 from cbqstream.disk import Disk
-from cbqstream.run.chain import Chain
+from cbqstream.rundir.chain import Chain
 
 
 class KilledError(BaseException):

@@ -22,6 +22,6 @@ def test_unknown_name_is_an_attribute_error():
 
 
 def test_settings_and_command_line_start_without_torch():
-    code = "import sys, cbqstream, cbqstream.cli.main, cbqstream.run.journal, cbqstream.report.status; print('torch' in sys.modules)"
+    code = "import sys, cbqstream, cbqstream.cli.main, cbqstream.rundir.journal, cbqstream.report.status; print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"

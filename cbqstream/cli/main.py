@@ -6,7 +6,7 @@ from typing import NoReturn
 from cbqstream.cli import making, results, runs  # noqa: F401  # their commands
 from cbqstream.cli.app import app, dashed, fail
 from cbqstream.errors import CbqstreamError, DeviceMemoryError, StoppedError, StorageError
-from cbqstream.interruption import Interrupted, interrupt_on_signals
+from cbqstream.runtime.interruption import Interrupted, interrupt_on_signals
 
 
 def main() -> NoReturn:
@@ -25,7 +25,7 @@ def _answer(arguments: list[str]) -> None:
     except CbqstreamError as error:
         fail(str(error), error.exit_code)
     except (MemoryError, RuntimeError) as error:
-        from cbqstream.memory import is_out_of_memory  # here: it would slow every start down
+        from cbqstream.runtime.memory import is_out_of_memory  # here: it would slow every start down
 
         if not is_out_of_memory(error):
             raise

@@ -27,10 +27,10 @@ from cbqstream.cli.app import (
 )
 from cbqstream.config import QuantizeConfig
 from cbqstream.errors import CbqstreamError, StoppedError
-from cbqstream.flags import config_of, flags_of
-from cbqstream.interruption import Interrupted
+from cbqstream.options import config_of, flags_of
 from cbqstream.profiles import PROFILES
 from cbqstream.recipe import read_recipe
+from cbqstream.runtime.interruption import Interrupted
 
 
 def _take_recipe(context: typer.Context, recipe: Path | None) -> None:
@@ -167,7 +167,7 @@ def quantize(
     how_to_go_on = "the same command" if push_to is not None else None
     _run(config, log_json, stop_after_window, allow_numerics_change, allow_shared_run_dir, how_to_go_on)
     if push_to is not None:
-        from cbqstream.run.push import push as upload
+        from cbqstream.commands.push import push as upload
 
         say(f"pushed: {upload(Path(out), push_to, blocks_path=blocks_path)}")
 
@@ -187,8 +187,8 @@ def plan(
 
     MODEL is a folder or a name on the Hub, OUT may be left out; the flags are those of `cbqstream quantize --help`.
     """
-    from cbqstream.report.plan import plan_lines
-    from cbqstream.run.plan import plan as make_plan
+    from cbqstream.planning.plan import plan as make_plan
+    from cbqstream.report.plan_lines import plan_lines
 
     command = typer.main.get_command(app).commands["quantize"]  # type: ignore[attr-defined]
     flags = [dashed(argument) for argument in context.args]
@@ -210,7 +210,7 @@ def resume(
     log_json: LogJson = None,
 ) -> None:
     """Go on with a run; all settings come from its directory."""
-    from cbqstream.run.chain import Chain
+    from cbqstream.rundir.chain import Chain
 
     chain = Chain.read(run)
     same = {"run_dir": str(run.absolute()), "threads": chain.numerics["threads"]}
@@ -248,7 +248,7 @@ def _run(
 
 def _how_to_go_on(config: QuantizeConfig) -> str:
     """`resume` where it would do the same as the command that was given."""
-    from cbqstream.run.chain import Chain
+    from cbqstream.rundir.chain import Chain
 
     try:
         begun = Chain.read(config.run_path).run["config"]

@@ -20,7 +20,7 @@ def export(
     format_name: Annotated[str, typer.Option("--format", help="gptq, gptq_v2, awq, gguf or dense.")],
 ) -> None:
     """Write a finished model in another format, code for code."""
-    from cbqstream.run.export import export as write
+    from cbqstream.commands.export import export as write
 
     say(f"done: {write(model, out, format_name)}")
     if format_name == "dense":
@@ -35,7 +35,7 @@ def push(
     blocks_path: BlocksPath = None,
 ) -> None:
     """Upload a result to the Hugging Face Hub, once `check --read-data` found nothing."""
-    from cbqstream.run.push import push as upload
+    from cbqstream.commands.push import push as upload
 
     say(f"pushed: {upload(out, name, private=not public, blocks_path=blocks_path)}")
 
@@ -54,8 +54,8 @@ def report(
     threads: Threads = None,
 ) -> None:
     """A page to look at: losses, noise, outliers, bits, time and memory. One HTML file that needs nothing else, and PNGs."""
+    from cbqstream.commands.report import report as write
     from cbqstream.report.progress import Progress
-    from cbqstream.run.report import report as write
 
     with Progress(Console(stderr=True)) as progress:
         how: Running = {"blocks_path": blocks_path, "device": device, "threads": threads, "listener": progress}

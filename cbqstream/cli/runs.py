@@ -13,7 +13,7 @@ from cbqstream.errors import InputError, UsageError
 def status(run: Annotated[Path, typer.Argument(help="The run directory.")]) -> None:
     """Say how far a run is. Reads only."""
     from cbqstream.report.status import status_lines
-    from cbqstream.run.chain import Chain
+    from cbqstream.rundir.chain import Chain
 
     chain = Chain.read(run)
     has_result = chain.is_complete and chain.is_result(Path(chain.run["config"]["out"]), read=False)
@@ -32,7 +32,7 @@ def check(
     blocks_path: BlocksPath = None,
 ) -> None:
     """Verify a run or a finished model, and change nothing in it; says what is wrong, and then leaves with exit code 65."""
-    from cbqstream.run.check import check as look
+    from cbqstream.commands.check import check as look
 
     found = look(path, read_data=read_data, blocks_path=blocks_path, load=load)
     for line in found.facts:
@@ -53,7 +53,7 @@ def rollback(
     """Give up the newest windows of a run: the last one, or all."""
     from cbqstream.disk import Disk
     from cbqstream.packed.output import is_occupied
-    from cbqstream.run.journal import open_journal
+    from cbqstream.rundir.journal import open_journal
 
     with open_journal(run, Disk(), shared=allow_shared_run_dir, whole=False) as journal:
         journal.roll_back(to)
@@ -70,8 +70,8 @@ def clean(
 ) -> None:
     """Delete a run directory whose model is finished. The model stays."""
     from cbqstream.disk import Disk
-    from cbqstream.run.chain import Chain
-    from cbqstream.run.journal import discard
+    from cbqstream.rundir.chain import Chain
+    from cbqstream.rundir.journal import discard
 
     chain = Chain.read(run)
     if not unfinished and not (chain.is_complete and chain.is_result(Path(chain.run["config"]["out"]))):

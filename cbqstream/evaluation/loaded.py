@@ -22,8 +22,8 @@ from transformers.utils import logging
 
 from cbqstream.errors import DeviceMemoryError, InputError, shown
 from cbqstream.evaluation.model import EvaluatedModel, Running
-from cbqstream.memory import is_out_of_memory, release_free_memory
-from cbqstream.packed.source import PackedSource
+from cbqstream.packed.packed_checkpoint import PackedSource
+from cbqstream.runtime.memory import is_out_of_memory, release_free_memory
 
 _TOKENS = 16
 _NEAR, _FAR = 0.02, 0.2

@@ -19,12 +19,12 @@ from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.disk import Disk
 from cbqstream.errors import UsageError
 from cbqstream.models.block import BlockArguments, build_block, run_block
-from cbqstream.models.compute import choose_device, compute_dtype, make_deterministic
-from cbqstream.models.ends import End, ModelEnds, model_ends
-from cbqstream.models.skeleton import ModelSkeleton
+from cbqstream.models.embedding_and_head import End, ModelEnds, model_ends
+from cbqstream.models.meta_model import ModelSkeleton
 from cbqstream.packed.format import schemes_of
-from cbqstream.packed.source import PackedSource
+from cbqstream.packed.packed_checkpoint import PackedSource
 from cbqstream.records import Compute, WeightSource
+from cbqstream.runtime.device import choose_device, compute_dtype, make_deterministic
 
 Listener = Callable[[str], None]
 

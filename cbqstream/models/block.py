@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from cbqstream.models.skeleton import ModelSkeleton
-from cbqstream.numerics.product import in_slabs, linear_in_slabs
+from cbqstream.models.meta_model import ModelSkeleton
+from cbqstream.numerics.slabs import in_slabs, linear_in_slabs
 from cbqstream.records import WeightSource
 
 BlockArguments = Mapping[str, Any]

@@ -10,8 +10,8 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
-from cbqstream.memory import trim_heap
 from cbqstream.models.families import EXPERT, joined_with
+from cbqstream.runtime.memory import trim_heap
 
 _FUSED = ("gate_up_proj", "down_proj")
 _LAYOUTS = {

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from cbqstream.checkpoint.header import read_header
-from cbqstream.checkpoint.offload import Page
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.disk import Disk, FileDigest, ScratchFile
 from cbqstream.packed.format import SCALE, encode_in_slabs
 from cbqstream.packed.shard import write_tensors
 from cbqstream.records import BlockSpec, QuantizedWeight
+from cbqstream.runtime.offload import Page
 
 HEAD = "head.safetensors"
 

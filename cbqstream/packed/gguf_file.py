@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cbqstream.errors import InputError, UsageError, shown
 from cbqstream.packed.gguf_blocks import block_kind, encode_blocks
-from cbqstream.packed.source import CPU, PackedSource
+from cbqstream.packed.packed_checkpoint import CPU, PackedSource
 
 _DTYPES = {
     torch.bfloat16: gguf.GGMLQuantizationType.BF16,

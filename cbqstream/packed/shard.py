@@ -11,9 +11,9 @@ from torch import Tensor
 from torch import uint8 as torch_uint8
 
 from cbqstream.checkpoint.header import DTYPES
-from cbqstream.checkpoint.offload import Page
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.disk import Disk, FileDigest
+from cbqstream.runtime.offload import Page
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ALIGNMENT = 8

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cbqstream.config import QuantizeConfig
-from cbqstream.flags import recipe_of
+from cbqstream.options import recipe_of
 from cbqstream.report.facts import grid_in_words
 
 CARD, METRICS = "README.md", "metrics.jsonl"

@@ -7,9 +7,9 @@ from statistics import mean
 from typing import Any
 
 from cbqstream.config import Scheme
-from cbqstream.memory import GIB
 from cbqstream.models.families import EXPERT
 from cbqstream.report.progress import duration
+from cbqstream.runtime.memory import GIB
 
 _NAMED = 8
 _IN_BLOCK = re.compile(r".*?\.(\d+)\.(.+)")

@@ -7,8 +7,8 @@ from types import MappingProxyType
 from typing import Any
 
 from cbqstream.errors import UsageError
-from cbqstream.memory import GIB
 from cbqstream.report.facts import Facts
+from cbqstream.runtime.memory import GIB
 
 try:
     import matplotlib as mpl

@@ -14,8 +14,8 @@ from rich.text import Text
 
 from cbqstream.disk import open_log
 from cbqstream.errors import StorageError
-from cbqstream.memory import GIB, resident_bytes
 from cbqstream.records import EpochReport, Notice, WindowReport
+from cbqstream.runtime.memory import GIB, resident_bytes
 
 
 def duration(seconds: float) -> str:

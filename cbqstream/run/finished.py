@@ -8,10 +8,10 @@ from cbqstream.checkpoint.header import read_header
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.models.block import build_block
 from cbqstream.packed.block_shard import shard_name
-from cbqstream.packed.source import PackedSource
+from cbqstream.packed.packed_checkpoint import PackedSource
 from cbqstream.records import WeightSource
-from cbqstream.run.chain import CARRY, Chain
 from cbqstream.run.inputs import RunInputs
+from cbqstream.rundir.chain import CARRY, Chain
 
 
 def computing_block(inputs: RunInputs, index: int, source: WeightSource) -> nn.Module:

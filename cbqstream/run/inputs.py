@@ -10,18 +10,20 @@ from torch import Tensor
 
 from cbqstream.calibration.segments import load_segments, segments_digest
 from cbqstream.checkpoint.folder import read_json
+from cbqstream.checkpoint.verified import RunSource
 from cbqstream.config import LayerSchemes, QuantizeConfig, Scheme, path_pattern
+from cbqstream.disk import FileDigest
 from cbqstream.errors import InputError, UsageError, shown
-from cbqstream.models.compute import choose_device, compute_dtype, make_deterministic, numerics_class
 from cbqstream.models.families import joined_with
-from cbqstream.models.skeleton import ModelSkeleton
-from cbqstream.numerics.straight_through import require_kernels
+from cbqstream.models.meta_model import ModelSkeleton
 from cbqstream.packed.output import require_replaceable
-from cbqstream.records import BlockSpec, Compute, TensorInfo, Window
-from cbqstream.run.identity import identity
-from cbqstream.run.plan import fitting_plan
-from cbqstream.run.sizes import ModelSizes, require_original
-from cbqstream.run.source import RunSource
+from cbqstream.planning.plan import fitting_plan
+from cbqstream.planning.sizes import ModelSizes, require_original
+from cbqstream.records import BlockSpec, Compute, EpochReport, TensorInfo, Window, WindowReport
+from cbqstream.rounding.straight_through import require_kernels
+from cbqstream.rundir.identity import identity
+from cbqstream.rundir.journal import Journal
+from cbqstream.runtime.device import choose_device, compute_dtype, make_deterministic, numerics_class
 from cbqstream.windows.schedule import schedule
 
 
@@ -55,6 +57,19 @@ class RunInputs:
         """Of learning end to end, after the last window."""
         settings = self.config.reconstruction
         return settings.end_to_end_epochs if settings.rounding != "none" else 0
+
+    def commit(
+        self,
+        journal: Journal,
+        *,
+        parts: dict[str, FileDigest],
+        acts: dict[str, list[list[int]]] | None,
+        report: WindowReport | EpochReport,
+    ) -> None:
+        """Commit what was built in tmp/, with the digests of the source tensors that were read for it. See `Journal.commit`."""
+        read, numerics = self.source.uncommitted(), self.identity["numerics"]
+        journal.commit(parts=parts, acts=acts, source=read, numerics=numerics, report=report.to_dict())
+        self.source.remember(read)
 
 
 def open_inputs(config: QuantizeConfig) -> RunInputs:

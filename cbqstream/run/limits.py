@@ -8,13 +8,13 @@ from pathlib import Path
 from cbqstream.config import QuantizeConfig
 from cbqstream.disk import free_bytes
 from cbqstream.errors import DeviceMemoryError, InputError, StorageError, shown
-from cbqstream.memory import GIB, is_out_of_memory
 from cbqstream.models.experts import tokens_by_expert
 from cbqstream.models.families import EXPERT
+from cbqstream.planning.plan import CONTEXT
 from cbqstream.records import BlockSpec, EpochReport, Notice, WindowReport
-from cbqstream.run.chain import Chain
 from cbqstream.run.inputs import RunInputs
-from cbqstream.run.plan import CONTEXT
+from cbqstream.rundir.chain import Chain
+from cbqstream.runtime.memory import GIB, is_out_of_memory
 from cbqstream.windows.resident import ResidentBlock
 from cbqstream.windows.schedule import split_guard
 

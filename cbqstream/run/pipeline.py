@@ -10,7 +10,7 @@ For each window of transformer blocks:
     6. move the quantized stream past the blocks that leave
     7. commit
 
-After the last window the step sizes of all blocks may learn together (`run/end_to_end.py`); then the model is put together.
+After the last window the step sizes of all blocks may learn together (`run/end_to_end_stage.py`); then the model is put together.
 """
 
 import time
@@ -26,20 +26,15 @@ from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.config import QuantizeConfig
 from cbqstream.disk import Disk, FileDigest, ScratchFile
 from cbqstream.errors import StoppedError, UsageError
-from cbqstream.memory import is_out_of_device_memory, peak_resident_bytes, release_free_memory, return_large_blocks
-from cbqstream.models.compute import installed_version, peak_device_bytes
-from cbqstream.models.ends import model_ends
+from cbqstream.models.embedding_and_head import model_ends
 from cbqstream.models.experts import tokens_by_expert
 from cbqstream.packed.block_shard import write_block
 from cbqstream.packed.output import is_occupied
 from cbqstream.packed.shard import write_tensors
 from cbqstream.records import EpochReport, Notice, Window, WindowReport
-from cbqstream.run.chain import CARRY, QUANTIZED, REFERENCE, Chain
-from cbqstream.run.end_to_end import learn_end_to_end
+from cbqstream.run.end_to_end_stage import learn_end_to_end
 from cbqstream.run.finished import read_carry
-from cbqstream.run.identity import require_same
 from cbqstream.run.inputs import RunInputs, open_inputs
-from cbqstream.run.journal import Journal, open_journal
 from cbqstream.run.limits import (
     disk_bytes,
     model_notices,
@@ -49,8 +44,18 @@ from cbqstream.run.limits import (
     starved_experts,
 )
 from cbqstream.run.result import write_result
-from cbqstream.run.seeds import generator_for
 from cbqstream.run.streams import Streams
+from cbqstream.rundir.chain import CARRY, QUANTIZED, REFERENCE, Chain
+from cbqstream.rundir.identity import require_same
+from cbqstream.rundir.journal import Journal, open_journal
+from cbqstream.runtime.device import installed_version, peak_device_bytes
+from cbqstream.runtime.memory import (
+    is_out_of_device_memory,
+    peak_resident_bytes,
+    release_free_memory,
+    return_large_blocks,
+)
+from cbqstream.runtime.seeds import generator_for
 from cbqstream.windows.propagate import mix_targets, propagate
 from cbqstream.windows.quantized_linear import Phase
 from cbqstream.windows.reconstruct import Predictions, Reconstruction, WindowData, reconstruct
@@ -246,7 +251,7 @@ class _Job:
         # 7. commit
         spent = [now - then for now, then in zip(self._clocks(), began, strict=True)]
         report = self._report(window, result, new, leaving, *spent)
-        self.journal.commit(self.inputs, parts=parts, acts=acts, report=report.to_dict())
+        self.inputs.commit(self.journal, parts=parts, acts=acts, report=report)
         return report
 
     def _read_block(self, index: int, file: ScratchFile | None) -> ResidentBlock:

@@ -9,14 +9,14 @@ from cbqstream.config import LayerSchemes, path_pattern
 from cbqstream.disk import FileDigest
 from cbqstream.errors import IdentityError
 from cbqstream.numerics.scale_search import search_grid
-from cbqstream.numerics.scratch import Scratch
 from cbqstream.packed.block_shard import write_head
 from cbqstream.packed.format import quantization_config
 from cbqstream.packed.output import assemble, building_folder
 from cbqstream.report.card import CARD, METRICS, metrics_lines, model_card
+from cbqstream.rounding.rounding import Rounding
 from cbqstream.run.inputs import RunInputs, head_scheme
-from cbqstream.run.journal import Journal
-from cbqstream.windows.rounding import Rounding
+from cbqstream.rundir.journal import Journal
+from cbqstream.runtime.scratch import Scratch
 
 
 def write_result(inputs: RunInputs, journal: Journal, out: Path) -> None:

@@ -13,11 +13,11 @@ from cbqstream.activations.store import StreamShape
 from cbqstream.activations.zarr_store import ZarrStore
 from cbqstream.errors import InputError
 from cbqstream.models.block import BlockArguments
-from cbqstream.models.ends import ModelEnds
-from cbqstream.run.chain import QUANTIZED, REFERENCE
+from cbqstream.models.embedding_and_head import ModelEnds
 from cbqstream.run.finished import FinishedBlocks, computing_block
 from cbqstream.run.inputs import RunInputs
-from cbqstream.run.journal import Journal
+from cbqstream.rundir.chain import QUANTIZED, REFERENCE
+from cbqstream.rundir.journal import Journal
 from cbqstream.windows.propagate import propagate
 from cbqstream.windows.quantized_linear import Phase
 from cbqstream.windows.resident import ResidentBlock

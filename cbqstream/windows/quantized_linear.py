@@ -1,23 +1,22 @@
 """A linear layer that can compute with its original, its soft or its hard weight, and can watch its inputs."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import Enum, auto
-from functools import reduce
-from operator import add
 
 import torch
 from torch import Tensor, nn
 
-from cbqstream.checkpoint.offload import Offloadable
 from cbqstream.config import Scheme
 from cbqstream.numerics.activation_quant import quantize_per_tensor, quantize_per_token, starting_step
 from cbqstream.numerics.affine import dequantize, storable_scale
-from cbqstream.numerics.product import linear_in_slabs
-from cbqstream.numerics.scratch import Scratch
+from cbqstream.numerics.input_statistics import InputStatistics
+from cbqstream.numerics.slabs import linear_in_slabs
 from cbqstream.records import QuantizedWeight
-from cbqstream.windows.rounding import Rounding
+from cbqstream.rounding.rounding import Rounding
+from cbqstream.runtime.offload import Offloadable
+from cbqstream.runtime.scratch import Scratch
 
 
 class Phase(Enum):
@@ -26,53 +25,6 @@ class Phase(Enum):
     ORIGINAL = auto()
     SOFT = auto()
     HARD = auto()
-
-
-@dataclass(frozen=True, slots=True)
-class InputStatistics:
-    """Of the inputs of a layer, per column: sum of squares (float64), smallest and largest value (float32) [I], and some tokens [T, I]."""
-
-    squares: Tensor
-    low: Tensor
-    high: Tensor
-    sample: Tensor
-    tokens: int
-
-    @classmethod
-    def of(cls, x: Tensor, stride: int | None, before: int = 0) -> "InputStatistics":
-        """Of a batch [B, S, I] or [T, I]; every `stride`-th token is sampled, not the first, which is special in many models.
-
-        Where batches are so short that they would have none, as those of an expert may be, `before` tokens count that came before.
-        """
-        rows = x.detach().flatten(0, -2).float()
-        first = 0 if stride is None else stride // 2 if len(rows) > stride // 2 else (stride // 2 - before) % stride
-        sample = rows.new_empty(0, rows.shape[1]) if stride is None else rows[first::stride].clone()
-        return cls(rows.square().sum(0, dtype=torch.float64), rows.amin(0), rows.amax(0), sample, len(rows))
-
-    def __add__(self, other: "InputStatistics") -> "InputStatistics":
-        return InputStatistics(
-            self.squares + other.squares,
-            torch.minimum(self.low, other.low),
-            torch.maximum(self.high, other.high),
-            torch.cat([self.sample, other.sample]),
-            self.tokens + other.tokens,
-        )
-
-    def divided(self, scale_I: Tensor) -> "InputStatistics":
-        """What they would be had the inputs been divided by a scale per column."""
-        squares = self.squares / scale_I.double().square()
-        return InputStatistics(squares, self.low / scale_I, self.high / scale_I, self.sample / scale_I, self.tokens)
-
-    @property
-    def second_moment(self) -> Tensor:
-        """E[x^2], float32 [I]."""
-        return (self.squares / self.tokens).float()
-
-
-def sum_of(statistics: Sequence[InputStatistics]) -> InputStatistics:
-    """Of several layers that read the same kind of inputs."""
-    total = reduce(add, (replace(found, sample=found.sample[:0]) for found in statistics))
-    return replace(total, sample=torch.cat([found.sample for found in statistics]))
 
 
 class InputStep(nn.Module):

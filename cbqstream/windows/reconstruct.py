@@ -15,9 +15,9 @@ from cbqstream.config import ReconstructionConfig, Schedule
 from cbqstream.errors import InputError
 from cbqstream.numerics.losses import Head, LossShape, head_divergence, reconstruction_loss
 from cbqstream.records import Compute
+from cbqstream.rounding.rounding import Rounding, TrainingStep
 from cbqstream.windows.quantized_linear import InputStep, Phase
 from cbqstream.windows.resident import ResidentBlock, all_layers, run_blocks
-from cbqstream.windows.rounding import Rounding, TrainingStep
 from cbqstream.windows.schedule import split_guard
 
 

@@ -9,29 +9,28 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cbqstream.checkpoint.offload import Page
 from cbqstream.config import OutlierConfig, ReconstructionConfig, Scheme
 from cbqstream.disk import ScratchFile
 from cbqstream.errors import InputError
 from cbqstream.models.block import BlockArguments, build_block, run_block
 from cbqstream.models.experts import Experts
 from cbqstream.models.families import EXPERT, Fold
-from cbqstream.models.skeleton import ModelSkeleton
+from cbqstream.models.meta_model import ModelSkeleton
 from cbqstream.numerics.affine import signal_to_noise
+from cbqstream.numerics.input_statistics import InputStatistics, sum_of
 from cbqstream.numerics.outliers import OutlierRule, truncated
 from cbqstream.numerics.scale_search import minmax_grid, search_grid
-from cbqstream.numerics.scratch import Scratch
 from cbqstream.records import Compute, QuantizedWeight, WeightSource
-from cbqstream.windows.folding import apply_fold, fold_scale, parameters_of, reader_scale
+from cbqstream.rounding.rounding import Rounding, make_rounding
+from cbqstream.runtime.offload import Page
+from cbqstream.runtime.scratch import Scratch
+from cbqstream.transforms.smoothing import apply_fold, fold_scale, parameters_of, reader_scale
 from cbqstream.windows.quantized_linear import (
-    InputStatistics,
     InputStep,
     Phase,
     QuantizedLinear,
     replace_linears,
-    sum_of,
 )
-from cbqstream.windows.rounding import Rounding, make_rounding
 
 _SAMPLED_TOKENS = 1024
 _SAMPLED_OF_EXPERT, _DENSER = 256, 16  # it sees one token in 8 to 32

@@ -12,7 +12,7 @@ from cbqstream.calibration.segments import load_segments
 from cbqstream.config import Scheme
 from cbqstream.errors import StoppedError
 from cbqstream.evaluation.model import open_model
-from cbqstream.packed.source import PackedSource
+from cbqstream.packed.packed_checkpoint import PackedSource
 from perplexities import plain_perplexity, streamed_perplexity
 from tiny import FAMILIES, SEQ_LEN, SOME_FAMILIES, VOCAB
 

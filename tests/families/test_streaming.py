@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from cbqstream.evaluation.model import open_model
 from cbqstream.models.block import build_block, run_block
-from cbqstream.models.ends import model_ends
+from cbqstream.models.embedding_and_head import model_ends
 from cbqstream.records import Compute
 from perplexities import streamed_perplexity
 from tiny import FAMILIES, VOCAB, make_model, save_model

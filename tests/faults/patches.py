@@ -10,7 +10,8 @@ import weakref
 import torch
 from toy import STEPS
 
-from cbqstream.run import journal, pipeline, result
+from cbqstream.run import pipeline, result
+from cbqstream.rundir import journal
 from cbqstream.windows import reconstruct
 
 real_reconstruct = pipeline.reconstruct

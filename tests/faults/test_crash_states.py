@@ -14,8 +14,8 @@ from cbqstream.config import CalibrationConfig, QuantizeConfig, ReconstructionCo
 from cbqstream.disk import Disk
 from cbqstream.errors import CbqstreamError
 from cbqstream.records import WindowReport
-from cbqstream.run.chain import Chain
-from cbqstream.run.journal import open_journal
+from cbqstream.rundir.chain import Chain
+from cbqstream.rundir.journal import open_journal
 from tiny import SEQ_LEN, files_of
 
 MEMORY = Path("/dev/shm")

@@ -10,9 +10,9 @@ import pytest
 from toy import NIGHTLY, WINDOWS, one_line
 
 from cbqstream.checkpoint.folder import find_tensors
+from cbqstream.commands.check import check
 from cbqstream.errors import CbqstreamError, IdentityError, InputError
-from cbqstream.run.chain import Chain
-from cbqstream.run.check import check
+from cbqstream.rundir.chain import Chain
 from tiny import files_of
 
 OLD_CARRY = "parts/00000/carry.safetensors"

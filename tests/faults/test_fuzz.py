@@ -15,9 +15,9 @@ from cbqstream.checkpoint.folder import find_tensors, read_json
 from cbqstream.checkpoint.header import read_header
 from cbqstream.config import QuantizeConfig
 from cbqstream.errors import CbqstreamError
-from cbqstream.models.skeleton import ModelSkeleton
-from cbqstream.run.chain import Chain
-from cbqstream.run.identity import canonical, digest_of
+from cbqstream.models.meta_model import ModelSkeleton
+from cbqstream.rundir.chain import Chain
+from cbqstream.rundir.identity import canonical, digest_of
 
 FUZZ = settings(
     max_examples=2000 if NIGHTLY else 60,

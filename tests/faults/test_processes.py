@@ -13,7 +13,7 @@ from pathlib import Path
 
 from toy import NIGHTLY, WINDOWS, one_line, sleep_until
 
-from cbqstream.run.chain import Chain
+from cbqstream.rundir.chain import Chain
 from tiny import files_of
 
 

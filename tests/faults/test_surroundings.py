@@ -13,8 +13,8 @@ import pytest
 from toy import NIGHTLY, one_line
 
 from cbqstream.errors import IdentityError
-from cbqstream.run.chain import Chain, sealed
-from cbqstream.run.identity import FORMAT, canonical, require_same
+from cbqstream.rundir.chain import Chain, sealed
+from cbqstream.rundir.identity import FORMAT, canonical, require_same
 from tiny import files_of
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from cbqstream import quantize
+from cbqstream.commands.check import check
 from cbqstream.config import Scheme
 from cbqstream.errors import DeviceMemoryError, InputError, StoppedError
 from cbqstream.evaluation.model import open_model
-from cbqstream.run.check import check
 from tiny import VOCAB
 
 SHARD = "block-00001.safetensors"

@@ -7,12 +7,12 @@ import torch
 
 from cbqstream import quantize
 from cbqstream.activations import read_ahead
-from cbqstream.checkpoint.offload import Page
 from cbqstream.config import OutlierConfig, Scheme, WindowConfig
 from cbqstream.errors import StoppedError, UsageError
-from cbqstream.models.compute import make_deterministic
 from cbqstream.records import Frugal
 from cbqstream.run import inputs
+from cbqstream.runtime.device import make_deterministic
+from cbqstream.runtime.offload import Page
 from cbqstream.windows import resident
 from tiny import files_of
 

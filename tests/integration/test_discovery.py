@@ -13,17 +13,18 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from cbqstream import evaluate, quantize
 from cbqstream.calibration.segments import load_segments
 from cbqstream.checkpoint.reader import Checkpoint
+from cbqstream.commands.check import check
 from cbqstream.config import ReconstructionConfig, Scheme
 from cbqstream.errors import InputError
 from cbqstream.evaluation.model import open_model
 from cbqstream.models.experts import separate_experts
-from cbqstream.numerics.scratch import Scratch
+from cbqstream.numerics.input_statistics import InputStatistics
+from cbqstream.planning.sizes import ModelSizes
 from cbqstream.records import Compute, Notice, WindowReport
-from cbqstream.run.check import check
 from cbqstream.run.inputs import open_inputs
 from cbqstream.run.limits import model_notices
-from cbqstream.run.sizes import ModelSizes
-from cbqstream.windows.quantized_linear import InputStatistics, QuantizedLinear
+from cbqstream.runtime.scratch import Scratch
+from cbqstream.windows.quantized_linear import QuantizedLinear
 from perplexities import plain_perplexity, streamed_perplexity
 from tiny import SEQ_LEN, VOCAB, make_model, save_model
 

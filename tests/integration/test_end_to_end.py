@@ -14,10 +14,10 @@ from cbqstream.config import Scheme
 from cbqstream.disk import Disk
 from cbqstream.evaluation.model import open_model
 from cbqstream.models.block import build_block
-from cbqstream.models.ends import model_ends
+from cbqstream.models.embedding_and_head import model_ends
 from cbqstream.numerics.losses import head_divergence
 from cbqstream.records import Compute, EpochReport, WindowReport
-from cbqstream.windows.end_to_end import StepSizes, StreamedModel
+from cbqstream.windows.step_sizes import StepSizes, StreamedModel
 from killing import quantize_until, windows_committed
 from tiny import SEQ_LEN, SOME_FAMILIES, VOCAB
 

@@ -13,14 +13,14 @@ from safetensors.torch import load_file, save_file
 from cbqstream import quantize
 from cbqstream.calibration.segments import load_segments
 from cbqstream.checkpoint.reader import Checkpoint
+from cbqstream.commands.export import export
 from cbqstream.config import Scheme
 from cbqstream.errors import InputError, StorageError, UsageError
 from cbqstream.evaluation.model import open_model
-from cbqstream.interruption import Interrupted
 from cbqstream.packed.exports import EXPORTS
-from cbqstream.packed.source import PackedSource
+from cbqstream.packed.packed_checkpoint import PackedSource
 from cbqstream.records import Compute
-from cbqstream.run.export import export
+from cbqstream.runtime.interruption import Interrupted
 from perplexities import plain_perplexity, streamed_perplexity
 from tiny import SEQ_LEN, VOCAB, save_model, save_tokenizer
 

@@ -12,11 +12,11 @@ from cbqstream import quantize
 from cbqstream.config import OutlierConfig, ReconstructionConfig, Scheme
 from cbqstream.evaluation.model import open_model
 from cbqstream.models.block import build_block, run_block
-from cbqstream.models.ends import model_ends
+from cbqstream.models.embedding_and_head import model_ends
 from cbqstream.numerics.affine import SMALLEST_SCALE, grouped, num_groups
-from cbqstream.numerics.scratch import Scratch
 from cbqstream.records import Compute
-from cbqstream.windows.folding import apply_fold, fold_scale, parameters_of
+from cbqstream.runtime.scratch import Scratch
+from cbqstream.transforms.smoothing import apply_fold, fold_scale, parameters_of
 from cbqstream.windows.quantized_linear import Phase, replace_linears
 from cbqstream.windows.resident import BlockSettings, ResidentBlock, run_blocks
 from tiny import FAMILIES, SEQ_LEN, SOME_FAMILIES, VOCAB, save_model
@@ -60,7 +60,7 @@ def test_a_folded_block_computes_the_same(tiny_models, family, seed):
 @pytest.mark.parametrize("family", SOME_FAMILIES)
 def test_a_block_that_only_computes_has_the_bits_of_one_in_a_window(tiny_models, family, monkeypatch):
     """Else streams that were lost could not be made again. Layers are cut into slabs of rows, as windows cut large ones."""
-    monkeypatch.setattr("cbqstream.numerics.product.SLAB_WEIGHTS", 700)
+    monkeypatch.setattr("cbqstream.numerics.slabs.SLAB_WEIGHTS", 700)
     skeleton, source, arguments = opened(tiny_models[family])
     x = torch.randn(8, SEQ_LEN, skeleton.hidden_size, generator=torch.Generator().manual_seed(0))
     expected = run_blocks([resident(skeleton, source, arguments)], x, Phase.ORIGINAL)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARK = Path(__file__).parent.parent.parent / "benchmarks" / "memory.py"
+BENCHMARK = Path(__file__).parent.parent.parent / "benchmarks" / "runtime/memory.py"
 
 
 @pytest.mark.memory

@@ -10,12 +10,12 @@ import torch
 from cbqstream import quantize
 from cbqstream.calibration.segments import load_segments
 from cbqstream.checkpoint.reader import Checkpoint
+from cbqstream.commands.check import check
+from cbqstream.commands.export import export
 from cbqstream.config import OutlierConfig, Scheme, path_pattern
 from cbqstream.errors import StoppedError, UsageError
 from cbqstream.evaluation.model import open_model
 from cbqstream.records import Notice
-from cbqstream.run.check import check
-from cbqstream.run.export import export
 from perplexities import plain_perplexity, streamed_perplexity
 from tiny import SEQ_LEN, VOCAB, save_model
 

@@ -18,10 +18,10 @@ from cbqstream.calibration.segments import load_segments
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.config import OutlierConfig, Scheme, WindowConfig
 from cbqstream.evaluation.model import open_model
+from cbqstream.planning.plan import fitting_plan
 from cbqstream.profiles import PROFILES
 from cbqstream.records import Notice, WindowReport
 from cbqstream.run import inputs, pipeline
-from cbqstream.run.plan import fitting_plan
 from cbqstream.windows import reconstruct
 from perplexities import plain_perplexity, streamed_perplexity
 from tiny import SEQ_LEN, SOME_FAMILIES, VOCAB, save_tokens

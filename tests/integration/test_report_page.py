@@ -12,12 +12,12 @@ import torch
 
 from cbqstream import quantize
 from cbqstream.checkpoint.reader import Checkpoint
+from cbqstream.commands.report import report
 from cbqstream.config import OutlierConfig, Scheme
 from cbqstream.errors import InputError, StoppedError, UsageError
 from cbqstream.evaluation.model import open_model
 from cbqstream.evaluation.perplexity import evaluate
-from cbqstream.run.chain import Chain
-from cbqstream.run.report import report
+from cbqstream.rundir.chain import Chain
 from tiny import SEQ_LEN, files_of, save_model
 
 CPU = torch.device("cpu")

@@ -18,7 +18,7 @@ from cbqstream.config import OutlierConfig, QuantizeConfig, Scheme
 from cbqstream.disk import Disk
 from cbqstream.errors import IdentityError, InputError, StoppedError, UsageError
 from cbqstream.records import WindowReport
-from cbqstream.run.journal import open_journal
+from cbqstream.rundir.journal import open_journal
 from killing import KilledError, quantize_until, windows_committed
 from tiny import files_of, save_model
 

@@ -7,9 +7,9 @@ import torch
 
 from cbqstream.config import LayerSchemes, Scheme
 from cbqstream.numerics.scale_search import minmax_grid
-from cbqstream.numerics.scratch import Scratch
 from cbqstream.packed.format import decode, encode, encode_in_slabs, parts_of, quantization_config, schemes_of
-from cbqstream.windows.rounding import Rounding
+from cbqstream.rounding.rounding import Rounding
+from cbqstream.runtime.scratch import Scratch
 
 SCHEMES = [
     Scheme(num_bits=bits, group_size=size, symmetric=symmetric)

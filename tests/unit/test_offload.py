@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from cbqstream.checkpoint.offload import Offloadable, Page
 from cbqstream.disk import Disk
+from cbqstream.runtime.offload import Offloadable, Page
 
 
 class Two(Offloadable):

@@ -12,11 +12,11 @@ from safetensors.torch import save_file
 from cbqstream import quantize
 from cbqstream.config import CalibrationConfig, QuantizeConfig, ReconstructionConfig, Scheme, parse_bytes
 from cbqstream.errors import DeviceMemoryError, InputError, UsageError
+from cbqstream.planning.plan import fitting_plan, make_plan, smaller_settings
+from cbqstream.planning.rates import Rates, measure_rates
+from cbqstream.planning.sizes import ModelSizes
 from cbqstream.records import Frugal
-from cbqstream.report.plan import plan_lines
-from cbqstream.run.plan import fitting_plan, make_plan, smaller_settings
-from cbqstream.run.rates import Rates, measure_rates
-from cbqstream.run.sizes import ModelSizes
+from cbqstream.report.plan_lines import plan_lines
 from tiny import SEQ_LEN, save_tokens
 
 RATES = Rates(product=1e-11, weight=1e-8, value=1e-9)

@@ -9,15 +9,15 @@ from torch import nn
 from torch.nn import functional
 
 from cbqstream.config import ReconstructionConfig, Scheme
-from cbqstream.numerics import product
+from cbqstream.numerics import slabs
 from cbqstream.numerics.affine import dequantize, grouped, level_range
-from cbqstream.numerics.low_rank import LowRank, inverse_rectified_sigmoid, rectified_sigmoid, rounding_penalty
-from cbqstream.numerics.product import learned_product
 from cbqstream.numerics.scale_search import minmax_grid
-from cbqstream.numerics.scratch import Scratch
-from cbqstream.numerics.straight_through import Plain, StraightThrough
+from cbqstream.rounding.low_rank import LowRank, inverse_rectified_sigmoid, rectified_sigmoid, rounding_penalty
+from cbqstream.rounding.product import learned_product
+from cbqstream.rounding.rounding import FullRounding, LowRankRounding, TrainingStep, make_rounding
+from cbqstream.rounding.straight_through import Plain, StraightThrough
+from cbqstream.runtime.scratch import Scratch
 from cbqstream.windows.quantized_linear import Phase, QuantizedLinear
-from cbqstream.windows.rounding import FullRounding, LowRankRounding, TrainingStep, make_rounding
 
 SCHEMES = [
     Scheme(num_bits=2, group_size=8, symmetric=False),
@@ -220,7 +220,7 @@ def test_a_large_weight_in_slabs_of_rows(monkeypatch, mode, phase):
     """Output, gradients, and where the values went, with five rows at a time and all at once."""
     found = []
     for slab in (5 * 32, 1 << 20):
-        monkeypatch.setattr(product, "SLAB_WEIGHTS", slab)
+        monkeypatch.setattr(slabs, "SLAB_WEIGHTS", slab)
         rounding, generator = make(SCHEMES[0], mode), torch.Generator().manual_seed(5)
         x = torch.randn(2, 7, 32, generator=generator)
         linear = nn.Linear(32, 12)

@@ -10,10 +10,10 @@ from cbqstream.config import Scheme
 from cbqstream.errors import UsageError
 from cbqstream.numerics.affine import grouped, level_range
 from cbqstream.numerics.scale_search import minmax_grid
-from cbqstream.numerics.straight_through import Plain, passes_for, require_kernels
+from cbqstream.rounding.straight_through import Plain, passes_for, require_kernels
 
 pytest.importorskip("triton")
-MODULE = "cbqstream.numerics.straight_through_triton"
+MODULE = "cbqstream.rounding.straight_through_triton"
 
 
 kernels = importlib.import_module(MODULE)
@@ -79,7 +79,7 @@ def theta_gradient(w, scale, v, bounds, gradient, *, absolute=False):
 def test_kernels_that_do_not_run_are_found_before_a_run(monkeypatch):
     """As where there is no C compiler; here in the interpreter they run."""
     kernels = importlib.import_module(MODULE)
-    monkeypatch.setattr("cbqstream.numerics.straight_through.passes_for", lambda *_: kernels)
+    monkeypatch.setattr("cbqstream.rounding.straight_through.passes_for", lambda *_: kernels)
     require_kernels("auto", torch.device(DEVICE))
 
     def fail(*_):

@@ -11,20 +11,20 @@ from torch import Tensor, nn
 
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.disk import FileDigest
-from cbqstream.memory import peak_resident_bytes, release_free_memory
-from cbqstream.models.compute import peak_device_bytes
-from cbqstream.models.ends import model_ends
+from cbqstream.models.embedding_and_head import model_ends
 from cbqstream.packed.block_shard import read_scales, rewrite_scales
 from cbqstream.packed.shard import write_tensors
 from cbqstream.records import EpochReport
-from cbqstream.run.chain import CARRY, REFERENCE
 from cbqstream.run.finished import FinishedBlocks, read_carry
 from cbqstream.run.inputs import RunInputs
-from cbqstream.run.journal import Journal
-from cbqstream.run.seeds import generator_for
 from cbqstream.run.streams import Streams
-from cbqstream.windows.end_to_end import EndToEndData, StepSizes, StreamedModel, stored_divergence, train_epoch
+from cbqstream.rundir.chain import CARRY, REFERENCE
+from cbqstream.rundir.journal import Journal
+from cbqstream.runtime.device import peak_device_bytes
+from cbqstream.runtime.memory import peak_resident_bytes, release_free_memory
+from cbqstream.runtime.seeds import generator_for
 from cbqstream.windows.schedule import split_guard
+from cbqstream.windows.step_sizes import EndToEndData, StepSizes, StreamedModel, stored_divergence, train_epoch
 
 
 def learn_end_to_end(
@@ -62,7 +62,7 @@ def learn_end_to_end(
             seconds = time.monotonic() - began
             peaks = peak_resident_bytes(), peak_device_bytes(compute.device)
             report = EpochReport(epoch, num_epochs, before, after, seconds, *peaks)
-            journal.commit(inputs, parts=parts, acts=None, report=report.to_dict())
+            inputs.commit(journal, parts=parts, acts=None, report=report)
             yield report
 
 

@@ -8,18 +8,18 @@ from typing import Any
 from torch import Tensor
 
 from cbqstream.checkpoint.folder import read_json
-from cbqstream.checkpoint.offload import Page
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.disk import Disk, FileDigest
 from cbqstream.errors import InputError, UsageError
 from cbqstream.models.families import EXPERT, joined_with
-from cbqstream.models.skeleton import ModelSkeleton
+from cbqstream.models.meta_model import ModelSkeleton
 from cbqstream.packed.exports import EXPORTS, GGUF, require_exact, require_whole_words
 from cbqstream.packed.format import PACKED, schemes_of
 from cbqstream.packed.gguf_file import write_gguf
 from cbqstream.packed.output import complete_folder, filled_folder, require_free
+from cbqstream.packed.packed_checkpoint import CPU, PackedSource
 from cbqstream.packed.shard import copy_tensors, write_tensors
-from cbqstream.packed.source import CPU, PackedSource
+from cbqstream.runtime.offload import Page
 
 
 def export(model: Path, out: Path, format_name: str, disk: Disk | None = None) -> Path:

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
+from cbqstream.commands.check import check
 from cbqstream.errors import InputError
 from cbqstream.hub import push as upload
 from cbqstream.hub import require_name
-from cbqstream.run.check import check
 
 
 def push(out: Path, name: str, *, private: bool = True, blocks_path: str | None = None) -> str:

@@ -10,9 +10,9 @@ import torch
 from torch.nn import functional
 
 from cbqstream.config import QuantizeConfig
-from cbqstream.numerics.product import LearnedWeight, learned_product
-from cbqstream.numerics.scratch import Scratch
-from cbqstream.numerics.straight_through import StraightThrough, passes_for
+from cbqstream.rounding.product import LearnedWeight, learned_product
+from cbqstream.rounding.straight_through import StraightThrough, passes_for
+from cbqstream.runtime.scratch import Scratch
 
 _MEASURED = {"cpu": (4 << 20, 1024), "cuda": (64 << 20, 8192)}
 """Weights and tokens at most: on CUDA a smaller product takes less time than its launches."""

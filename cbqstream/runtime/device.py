@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from cbqstream.errors import UsageError
-from cbqstream.memory import physical_cores
+from cbqstream.runtime.memory import physical_cores
 
 _OVERRIDES = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cbqstream.models.block import BlockArguments
-from cbqstream.models.skeleton import ModelSkeleton, path_of
+from cbqstream.models.meta_model import ModelSkeleton, path_of
 from cbqstream.records import WeightSource
 
 _LOGIT_TOKENS = 256

@@ -1,4 +1,4 @@
-"""The two ways to learn rounding, and rounding to nearest, behind one interface. Formulas: `numerics/low_rank.py`, `straight_through.py`.
+"""The two ways to learn rounding, and rounding to nearest, behind one interface. Formulas: `rounding/low_rank.py`, `straight_through.py`.
 
 A rounding belongs to one linear layer, knows its weight and its starting grid, and computes the layer's products while it trains; when
 that is done it gives the hard weight. What it remembers between windows is its `state`.
@@ -12,14 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from cbqstream.checkpoint.offload import Offloadable, Page
 from cbqstream.config import ReconstructionConfig, Scheme
 from cbqstream.numerics.affine import codes_of_levels, level_range, row_tiles, storable_scale
-from cbqstream.numerics.low_rank import LowRank
-from cbqstream.numerics.product import LearnedWeight, Nearest, learned_product, parameters_of
-from cbqstream.numerics.scratch import Scratch
-from cbqstream.numerics.straight_through import Passes, StraightThrough, passes_for
 from cbqstream.records import QuantizedWeight
+from cbqstream.rounding.low_rank import LowRank
+from cbqstream.rounding.product import LearnedWeight, Nearest, learned_product, parameters_of
+from cbqstream.rounding.straight_through import Passes, StraightThrough, passes_for
+from cbqstream.runtime.offload import Offloadable, Page
+from cbqstream.runtime.scratch import Scratch
 
 _BETA_START, _BETA_END, _WARM_UP = 20.0, 2.0, 0.2
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cbqstream.disk import ScratchFile
-from cbqstream.memory import trim_heap
+from cbqstream.runtime.memory import trim_heap
 
 _META = torch.device("meta")
 _READS_A_TRIM = 16

@@ -10,20 +10,17 @@ leaves the state before the window or the state after it, and what is left lying
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from cbqstream.disk import Disk, FileDigest
 from cbqstream.errors import IdentityError, InputError, StoppedError, StorageError, UsageError
-from cbqstream.run.chain import CARRIES_KEPT, CARRY, RESTORE, Chain, numbered, sealed
-from cbqstream.run.identity import FORMAT, canonical
-
-if TYPE_CHECKING:
-    from cbqstream.run.inputs import RunInputs  # imports torch, which deleting a run does not need
+from cbqstream.rundir.chain import CARRIES_KEPT, CARRY, RESTORE, Chain, numbered, sealed
+from cbqstream.rundir.identity import FORMAT, canonical
 
 _FOLDERS = ("commits", "parts", "acts", "tmp")
 _ROLLBACK = "ROLLBACK"
@@ -84,19 +81,21 @@ class Journal:
 
     def commit(
         self,
-        inputs: "RunInputs",
         *,
         parts: dict[str, FileDigest],
         acts: dict[str, list[list[int]]] | None,
+        source: dict[str, str],
+        numerics: Mapping[str, Any],
         report: dict[str, Any],
     ) -> None:
         """Make what was built in tmp/ part of the run, as its next window.
 
         Args:
-            inputs: what it was made from; the commit names the tensors that were read for the first time, and the numerics.
             parts: digest of each file in tmp/parts.
-            acts: size and crc32c of each chunk in tmp/acts by stream; None where nothing follows that needs other ones.
-            report: what is told about it.
+            acts: size and crc32c of each chunk in tmp/acts by stream; None if the next window reads the streams that are there.
+            source: SHA-256 of each tensor of the source that was read for the first time, by name.
+            numerics: what the results depend on besides inputs and settings.
+            report: losses, time and memory of the window.
         """
         window, before = self.chain.next_window, self.chain
         body = {
@@ -105,8 +104,8 @@ class Journal:
             "prev": before.last,
             "parts": {name: [digest.size, digest.sha256] for name, digest in parts.items()},
             "acts": acts,
-            "source": inputs.source.uncommitted(),
-            "numerics": inputs.identity["numerics"],
+            "source": source,
+            "numerics": dict(numerics),
             "report": report,
         }
         record = sealed(body)
@@ -121,7 +120,6 @@ class Journal:
         self.disk.rename(pending, before.path / "commits" / numbered(window))
         self.disk.sync_folder(before.path / "commits")
         self.chain = before.extended(record)
-        inputs.source.remember(record["source"])
         if before.acts(window).name not in self.chain.acts_to_keep():
             self.disk.remove_tree(before.acts(window))
         self._drop_old_carries()

@@ -13,9 +13,9 @@ from cbqstream.config import OutlierConfig, Scheme
 from cbqstream.models.families import Fold
 from cbqstream.numerics.activation_quant import quantize_per_token
 from cbqstream.numerics.affine import SMALLEST_SCALE, grouped, nearest_levels, num_groups
+from cbqstream.numerics.input_statistics import InputStatistics
 from cbqstream.numerics.outliers import OutlierRule, channel_scales, power_of_two
 from cbqstream.numerics.scale_search import minmax_grid
-from cbqstream.windows.quantized_linear import InputStatistics
 
 _EXPONENTS = (0.25, 0.5, 0.75, 1.0)
 _SMALLEST = 1e-6

@@ -14,15 +14,15 @@ from cbqstream.disk import Disk
 from cbqstream.errors import InputError
 from cbqstream.evaluation.model import Running
 from cbqstream.evaluation.perplexity import evaluate
-from cbqstream.flags import recipe_of
+from cbqstream.options import recipe_of
 from cbqstream.packed.format import SHAPE, schemes_of
 from cbqstream.packed.output import filled_folder, require_free
-from cbqstream.packed.source import PackedSource
+from cbqstream.packed.packed_checkpoint import PackedSource
 from cbqstream.report.card import METRICS
 from cbqstream.report.facts import Facts, require_report
 from cbqstream.report.figures import as_png, as_svg, figures
 from cbqstream.report.page import page
-from cbqstream.run.chain import Chain
+from cbqstream.rundir.chain import Chain
 
 
 def report(

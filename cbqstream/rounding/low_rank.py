@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from cbqstream.numerics.affine import Bound, clamp_levels, grouped, row_tiles, rows_of
-from cbqstream.numerics.scratch import Scratch
+from cbqstream.runtime.scratch import Scratch
 
 ZETA, GAMMA = 1.1, -0.1
 

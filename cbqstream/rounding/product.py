@@ -5,44 +5,18 @@ not change in between, so both times give the same bits. Its gradient is used up
 in slabs of rows, so that memory for it does not grow with the layer.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from cbqstream.config import Scheme
 from cbqstream.numerics.affine import grouped, nearest_levels, row_tiles
-from cbqstream.numerics.scratch import Scratch
-
-SLAB_WEIGHTS = 1 << 26
-"""At most, in a slab; the layers of most models up to 7B are one."""
-
-
-def slabs(shape: Sequence[int]) -> Iterator[slice]:
-    """Slices of rows of a weight [O, I]."""
-    rows = max(1, SLAB_WEIGHTS // shape[1])
-    for start in range(0, shape[0], rows):
-        yield slice(start, min(start + rows, shape[0]))
-
-
-def in_slabs(shape: Sequence[int]) -> bool:
-    """Whether a weight [O, I] is more than one."""
-    return len(list(slabs(shape))) > 1
-
-
-def linear_in_slabs(x: Tensor, shape: Sequence[int], make: Callable[[slice], Tensor], bias: Tensor | None) -> Tensor:
-    """`x @ w^T + bias`, [..., O], where `make` gives some rows of w [O, I], each time in the same memory if it likes."""
-    parts = list(slabs(shape))
-    if len(parts) == 1:
-        return functional.linear(x, make(parts[0]), bias)
-    y = x.new_empty(*x.shape[:-1], shape[0])
-    for rows in parts:
-        y[..., rows] = functional.linear(x, make(rows), None if bias is None else bias[rows])
-    return y
+from cbqstream.numerics.slabs import linear_in_slabs, slabs
+from cbqstream.runtime.scratch import Scratch
 
 
 class LearnedWeight(Protocol):

@@ -24,7 +24,7 @@ from torch import Tensor
 from cbqstream.config import Kernels
 from cbqstream.errors import UsageError, shown
 from cbqstream.numerics.affine import Bound, clamp_levels, grouped, row_tiles, rows_of
-from cbqstream.numerics.scratch import Scratch
+from cbqstream.runtime.scratch import Scratch
 
 
 class Passes(Protocol):
@@ -86,7 +86,7 @@ def passes_for(kernels: Kernels, device: torch.device) -> Passes:
     if kernels == "plain" or device.type == "cpu":
         return Plain()
     try:
-        return cast("Passes", importlib.import_module("cbqstream.numerics.straight_through_triton"))
+        return cast("Passes", importlib.import_module("cbqstream.rounding.straight_through_triton"))
     except ImportError as error:
         raise UsageError(f"triton cannot be loaded ({error}). Install it, or use --kernels plain.") from error
 

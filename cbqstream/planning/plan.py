@@ -15,15 +15,15 @@ from cbqstream.activations.write_behind import WRITE_DEPTH
 from cbqstream.config import QuantizeConfig
 from cbqstream.errors import DeviceMemoryError, UsageError
 from cbqstream.hub import is_name
-from cbqstream.memory import GIB
-from cbqstream.models.compute import choose_device, compute_dtype, make_deterministic
 from cbqstream.numerics.losses import HEAD_TOKENS
-from cbqstream.numerics.product import SLAB_WEIGHTS
+from cbqstream.numerics.slabs import SLAB_WEIGHTS
+from cbqstream.planning.rates import Rates, measure_rates
+from cbqstream.planning.sizes import ModelSizes
 from cbqstream.records import Frugal
-from cbqstream.run.rates import Rates, measure_rates
-from cbqstream.run.sizes import ModelSizes
-from cbqstream.windows.end_to_end import SEGMENTS_A_STEP
+from cbqstream.runtime.device import choose_device, compute_dtype, make_deterministic
+from cbqstream.runtime.memory import GIB
 from cbqstream.windows.schedule import schedule, split_guard
+from cbqstream.windows.step_sizes import SEGMENTS_A_STEP
 
 _PROCESS = {"cpu": 385 << 20, "cuda": 2 << 30}
 """Resident memory of a process that has imported everything and done a little; on CUDA an estimate."""

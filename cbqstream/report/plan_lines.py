@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from cbqstream.memory import GIB
 from cbqstream.report.progress import duration
+from cbqstream.runtime.memory import GIB
 
 _SPREAD = 0.3
 """Of the time: what was measured in a few seconds is not what a machine does for hours."""

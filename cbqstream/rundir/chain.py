@@ -12,7 +12,7 @@ from typing import Any
 
 from cbqstream.disk import digest_of_file
 from cbqstream.errors import IdentityError, InputError
-from cbqstream.run.identity import FORMAT, digest_of
+from cbqstream.rundir.identity import FORMAT, digest_of
 
 CARRY = "carry.safetensors"
 """What the blocks that stay in the next window carry over; beside the shards of those that left."""

@@ -11,18 +11,18 @@ from cbqstream.activations.store import StreamShape
 from cbqstream.activations.zarr_store import ZarrStore
 from cbqstream.checkpoint.folder import read_json
 from cbqstream.checkpoint.reader import Checkpoint
+from cbqstream.checkpoint.verified import RunSource
 from cbqstream.config import QuantizeConfig
 from cbqstream.errors import CbqstreamError, DeviceMemoryError, InputError
 from cbqstream.evaluation.loaded import load_beside_streamed
 from cbqstream.evaluation.model import open_model
 from cbqstream.models.families import joined_with
-from cbqstream.models.skeleton import ModelSkeleton
+from cbqstream.models.meta_model import ModelSkeleton
 from cbqstream.packed.format import faults_of
 from cbqstream.packed.output import SUMS, require_sums
-from cbqstream.packed.source import PackedSource
+from cbqstream.packed.packed_checkpoint import PackedSource
 from cbqstream.records import WeightSource
-from cbqstream.run.chain import Chain
-from cbqstream.run.source import RunSource
+from cbqstream.rundir.chain import Chain
 
 CPU = torch.device("cpu")
 

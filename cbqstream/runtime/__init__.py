@@ -1,0 +1,1 @@
+"""The machine: device, memory, offloaded tensors, scratch buffers, random seeds, signals."""

@@ -1,0 +1,1 @@
+"""Changes of a block that make it easier to quantize."""
