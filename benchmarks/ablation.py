@@ -29,16 +29,16 @@ GRIDS = {
 }
 SEEDS = {"seed 1": "--seed 1", "seed 2": "--seed 2"}
 SWITCHES = {
-    "rounding none": "--rounding none",
-    "rounding none, init minmax": "--rounding none --init minmax",
-    "rounding lora": "--rounding lora",
+    "rounding none": "--rounding nearest",
+    "rounding none, init minmax": "--rounding nearest --init minmax",
+    "rounding lora": "--rounding lora_rounding",
     "init minmax": "--init minmax",
     "CFP weights": "--cfp-weights",
     "CFP activations, the paper's": "--cfp-activations always --cfp-variant paper",
     "CFP activations, Huawei's": "--cfp-activations always --cfp-variant huawei",
     "CFP activations, searched": "--cfp-activations always --cfp-variant search",
     "no CFP activations": "--cfp-activations never",
-    "no CFP activations, rounding none": "--cfp-activations never --rounding none",
+    "no CFP activations, rounding none": "--cfp-activations never --rounding nearest",
     "window 1": "--window-size 1 --overlap 0",
     "window 2, overlap 0": "--window-size 2 --overlap 0",
     "window 3, overlap 2": "--window-size 3 --overlap 2",

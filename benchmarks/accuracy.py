@@ -22,7 +22,7 @@ TEXT = HERE / "data" / "wikitext2-test.txt"
 CALIBRATION = ("--dataset", str(HERE / "data" / "c4-calibration.jsonl"), "--num-samples", "32", "--seq-len", "512")
 NEAREST = (
     "--rounding",
-    "none",
+    "nearest",
     "--init",
     "minmax",
     "--dataset",

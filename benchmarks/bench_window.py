@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """A training step of one window beside its matrix products alone, with random weights: seconds, ratio, peak memory.
 
-Usage: bench_window.py SHAPE [--blocks 2] [--batch 4] [--seq-len 512] [--scheme W4A16] [--group-size 64] [--rounding full|lora]
+Usage: bench_window.py SHAPE [--blocks 2] [--batch 4] [--seq-len 512] [--scheme W4A16] [--group-size 64] [--rounding signround|lora]
                        [--device cpu] [--threads 1] [--steps 5] [--repeats 3] [--name LABEL] [--results FILE]
-                       [--kernels plain] [--recompute] [--offload FILE] [--cap GIB]
+                       [--kernels plain] [--checkpointing] [--offload FILE] [--cap GIB]
 
 SHAPE is a Llama block: smollm2, 1b, 7b, 65b or 405b. The step is that of `reconstruct`: soft weights, forward, loss, backward, Adam; it is
 timed as the difference between training for 1 and for 1 + STEPS steps. The products are those of the step and nothing else: for each
@@ -29,9 +29,9 @@ from cbqstream.activations.memory_store import MemoryStore
 from cbqstream.activations.store import StreamShape
 from cbqstream.config import OutlierConfig, ReconstructionConfig, Scheme
 from cbqstream.disk import Disk, ScratchFile
-from cbqstream.models.embedding_and_head import model_ends
-from cbqstream.models.meta_model import ModelSkeleton
-from cbqstream.records import Compute, Frugal
+from cbqstream.models.embedding_and_head import load_embedding_and_head
+from cbqstream.models.meta_model import MetaModel
+from cbqstream.records import Compute, MemoryMode
 from cbqstream.runtime.device import compute_dtype, make_deterministic
 from cbqstream.runtime.memory import GIB, peak_resident_bytes, return_large_blocks
 from cbqstream.windows.propagate import propagate
@@ -122,14 +122,14 @@ def window(
 ) -> tuple[list[ResidentBlock], WindowData]:
     """Blocks that are ready to be trained, and data for one batch."""
     source = RandomWeights(shape, blocks)
-    skeleton = ModelSkeleton(Path("random"), shape.config(blocks), source.tensors())
+    meta_model = MetaModel(Path("random"), shape.config(blocks), source.tensors())
     tokens = torch.arange(seq_len) % VOCABULARY
-    with model_ends(skeleton, source, device=compute.device, dtype=compute.dtype) as ends:
-        arguments = ends.block_arguments(tokens)
+    with load_embedding_and_head(meta_model, source, device=compute.device, dtype=compute.dtype) as outer:
+        arguments = outer.block_arguments(tokens)
     made = []
     for index in range(blocks):
-        schemes = dict.fromkeys(skeleton.blocks[index].linears, settings.scheme)
-        made.append(read_block(skeleton, index, source, schemes, arguments[index], compute, settings.scratch, file))
+        schemes = dict.fromkeys(meta_model.blocks[index].linears, settings.scheme)
+        made.append(read_block(meta_model, index, source, schemes, arguments[index], compute, settings.scratch, file))
     stream = StreamShape(compute.batch_size, seq_len, shape.hidden)
     inputs, targets = MemoryStore(stream), MemoryStore(stream)
     generator = torch.Generator().manual_seed(0)
@@ -178,9 +178,9 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--scheme", default="W4A16")
     parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--rounding", default="full")
+    parser.add_argument("--rounding", default="signround")
     parser.add_argument("--kernels", default="auto")
-    parser.add_argument("--recompute", action="store_true", help="keep the activations of one block only")
+    parser.add_argument("--checkpointing", action="store_true", help="keep the activations of one block only")
     parser.add_argument("--offload", type=Path, help="keep one layer in memory, and the others in a file of this name")
     parser.add_argument("--cap", type=float, help="GiB of device memory that may be used")
     parser.add_argument("--device", default="cpu")
@@ -191,10 +191,13 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     device, shape = torch.device(args.device), SHAPES[args.shape]
-    return_large_blocks(frugal=bool(args.offload))
+    return_large_blocks(memory_mode=bool(args.offload))
     make_deterministic(args.threads)
     compute = Compute(
-        device, compute_dtype(device), args.batch, Frugal(recompute=args.recompute, offload=bool(args.offload))
+        device,
+        compute_dtype(device),
+        args.batch,
+        MemoryMode(activation_checkpointing=args.activation_checkpointing, offload=bool(args.offload)),
     )
     if args.cap is not None:
         torch.cuda.set_per_process_memory_fraction(
@@ -251,7 +254,7 @@ def main() -> None:
     memory = row.get("peak_vram", row["peak_rss"]) / GIB
     name = f"{args.shape}, {args.blocks} blocks, {args.batch} x {args.seq_len}, {args.scheme} group {args.group_size}, {args.rounding}"
     options = [f"{args.kernels} kernels"] if args.kernels != "auto" else []
-    options += (["recomputed"] if args.recompute else []) + (["layers on disk"] if args.offload else [])
+    options += (["recomputed"] if args.activation_checkpointing else []) + (["layers on disk"] if args.offload else [])
     options += [f"cap {args.cap:g} GiB"] if args.cap else []
     name = ", ".join([name, args.device, *options, *([args.name] if args.name else [])])
     print(

@@ -59,9 +59,9 @@ class LlamaCpp:
 def streamed_log_probabilities(model: Path, ids_NS: torch.Tensor) -> list[list[float]]:
     """Of tokens 2 to S of each segment, by the streamed evaluation."""
     streamed, found = EvaluatedModel.open(model, device="cpu"), []
-    with streamed.hidden_states([ids_NS]) as (stream,), streamed.head() as ends:
+    with streamed.hidden_states([ids_NS]) as (stream,), streamed.head() as outer:
         for segment, ids_S in enumerate(ids_NS):
-            logs_SV = torch.cat([logits.log_softmax(-1) for logits in ends.logits(stream.read(segment))])
+            logs_SV = torch.cat([logits.log_softmax(-1) for logits in outer.logits(stream.read(segment))])
             found.append(logs_SV[:-1].gather(1, ids_S[1:].unsqueeze(1)).flatten().tolist())
     return found
 

@@ -62,7 +62,7 @@ PEERS = {
 OURS = {
     "round-to-nearest": [
         "--rounding",
-        "none",
+        "nearest",
         "--init",
         "minmax",
         "--cfp-activations",

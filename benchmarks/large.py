@@ -19,7 +19,7 @@ from random_model import random_tokens, written
 
 HERE = Path(__file__).resolve().parent
 SHAPES = {
-    "llama-65b": ({"hidden": 8192, "inner": 22016, "blocks": 80, "vocabulary": 32000}, "lora", 6, 32),
+    "llama-65b": ({"hidden": 8192, "inner": 22016, "blocks": 80, "vocabulary": 32000}, "lora_rounding", 6, 32),
     "qwen3-30b-a3b": (
         {
             "hidden": 2048,
@@ -30,7 +30,7 @@ SHAPES = {
             "blocks": 48,
             "vocabulary": 151936,
         },
-        "full",
+        "signround",
         16,
         256,
     ),

@@ -1,4 +1,4 @@
-"""Running a command as a process of its own, with its wall time and its peak resident memory; results that grow row by row."""
+"""EvaluationOptions a command as a process of its own, with its wall time and its peak resident memory; results that grow row by row."""
 
 import json
 import os

@@ -3,7 +3,7 @@
 
 Usage: plan_check.py WORK [--only PART ...] [--plan-again] [--threads 1] [--results FILE]
 
-Random Llama-shaped checkpoints, quantized whole; roundings travel little, or every window of such a model would be taken back and nothing
+Random Llama-shaped checkpoints, quantized whole; roundings max_shift little, or every window of such a model would be reverted and nothing
 would be carried over. The space of the run directory and of the output is looked at every 20 ms, links counted
 once. Time is that of the process on its cores (user and system), and so is the plan's where nothing else runs; the plan is made first.
 """
@@ -90,7 +90,7 @@ def measured(work: Path, model: dict, flags: list[str], threads: int, before: di
     shutil.rmtree(out, ignore_errors=True)
     shutil.rmtree(f"{out}.run", ignore_errors=True)
     grid = [] if "--group-size" in flags else ["--group-size", "64"]
-    common = [*flags, *grid, "--rounding-travel", "0.05", "--threads", str(threads), "--device", "cpu"]
+    common = [*flags, *grid, "--max-shift", "0.05", "--threads", str(threads), "--device", "cpu"]
     plan = json.loads(cbqstream("plan", str(folder), "--json", *common).output)
     totals = {"ram": plan["ram_total"], "disk": plan["disk_total"], "seconds": plan["seconds_total"]}
     if before is not None:

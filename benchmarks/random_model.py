@@ -103,13 +103,13 @@ def write_checkpoint(folder: Path, args: argparse.Namespace) -> int:
     shapes = block_shapes(hidden, inner, heads * HEAD_DIM, config["num_key_value_heads"] * HEAD_DIM, args.experts)
     block = {name: values(shape) for name, shape in shapes.items()}
     matrix = (args.vocabulary, hidden)
-    ends = {
+    outer = {
         "model.embed_tokens.weight": values(matrix),
         "model.norm.weight": values((hidden,)),
         "lm_head.weight": values(matrix),
     }
-    save_file(ends, folder / "ends.safetensors")
-    weight_map = dict.fromkeys(ends, "ends.safetensors")
+    save_file(outer, folder / "outer.safetensors")
+    weight_map = dict.fromkeys(outer, "outer.safetensors")
     real = args.blocks if args.real is None else args.real
     for index in range(args.blocks):
         shard, prefix = f"block-{index}.safetensors", f"model.layers.{index}."
@@ -118,7 +118,7 @@ def write_checkpoint(folder: Path, args: argparse.Namespace) -> int:
         else:
             write_zeros(folder / shard, {f"{prefix}{name}": shape for name, shape in shapes.items()})
         weight_map |= {f"{prefix}{name}": shard for name in shapes}
-    size = sum(value.nbytes for value in ends.values()) + args.blocks * sum(value.nbytes for value in block.values())
+    size = sum(value.nbytes for value in outer.values()) + args.blocks * sum(value.nbytes for value in block.values())
     index_file = {"metadata": {"total_size": size}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index_file))
     return size

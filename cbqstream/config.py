@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from cbqstream.errors import UsageError
 
-RoundingMode = Literal["none", "lora", "full"]
+RoundingMode = Literal["nearest", "lora_rounding", "signround"]
 ScaleInit = Literal["minmax", "search"]
 Schedule = Literal["linear", "cosine"]
 ActivationStrategy = Literal["token", "tensor"]
@@ -150,7 +150,7 @@ class WindowConfig:
     """How the transformer blocks are cut into windows."""
 
     size: int = 2
-    """Blocks that are optimised together."""
+    """Blocks that are optimized together."""
     overlap: int = 1
     """Blocks that a window shares with the next one."""
 
@@ -164,7 +164,7 @@ class WindowConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OutlierConfig:
-    """What is done about outliers before a window is optimised (formulas in `numerics/outliers.py`)."""
+    """What is done about outliers before a window is optimized (formulas in `numerics/outliers.py`)."""
 
     weights: bool = False
     """Truncate the outliers of every weight to its largest reserved magnitude."""
@@ -195,9 +195,9 @@ class OutlierConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReconstructionConfig:
-    """How a window is optimised (design: method; formulas in `numerics/`)."""
+    """How a window is optimized (design: method; formulas in `numerics/`)."""
 
-    rounding: RoundingMode = "full"
+    rounding: RoundingMode = "signround"
     """`full`: one value per weight, sign-SGD; `lora`: low-rank AdaRound; `none`: round to nearest, nothing is learned."""
     init: ScaleInit = "search"
     """Where scales start: `minmax` of the weights, or `search` for the smallest second-moment-weighted error."""
@@ -207,7 +207,7 @@ class ReconstructionConfig:
     """Passes over the calibration segments, per window."""
     batch_size: int = 4
     """Segments in one step."""
-    rounding_travel: float = 0.25
+    max_shift: float = 0.25
     """`full`: how far a value can move in one window, in units of the step size; its rate falls linearly to zero."""
     rounding_lr: float = 1e-2
     """`lora`: Adam's learning rate of the two factors."""
@@ -241,7 +241,10 @@ class ReconstructionConfig:
     """Tokens of a segment, those with the largest target norm, that the loss leaves out."""
 
     def __post_init__(self) -> None:
-        _require(self.rounding in get_args(RoundingMode), f"rounding {self.rounding!r} is not none, lora or full.")
+        _require(
+            self.rounding in get_args(RoundingMode),
+            f"rounding {self.rounding!r} is not nearest, lora_rounding or signround.",
+        )
         _require(self.init in get_args(ScaleInit), f"init {self.init!r} is not minmax or search.")
         _require(self.kernels in get_args(Kernels), f"kernels {self.kernels!r} is not auto or plain.")
         _require(self.schedule in get_args(Schedule), f"schedule {self.schedule!r} is not linear or cosine.")
@@ -254,7 +257,7 @@ class ReconstructionConfig:
             _require(0 <= getattr(self, name) <= 1, f"{name} is {getattr(self, name)}. It must be 0 to 1.")
         _require(self.robust_tokens >= 0, f"robust_tokens is {self.robust_tokens}. It must be at least 0.")
         for name in (
-            "rounding_travel",
+            "max_shift",
             "rounding_lr",
             "scale_lr",
             "activation_scale_lr",

@@ -21,7 +21,7 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
         "paper": Profile(
             outliers=OutlierConfig(weights=True, activations="always", variant="paper"),
             reconstruction=ReconstructionConfig(
-                rounding="lora",
+                rounding="lora_rounding",
                 init="minmax",
                 schedule="cosine",
                 epochs=3,

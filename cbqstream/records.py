@@ -69,7 +69,7 @@ class BlockSpec:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Blocks `start` to `stop - 1`, optimised together."""
+    """Blocks `start` to `stop - 1`, optimized together."""
 
     index: int
     start: int
@@ -101,10 +101,10 @@ class QuantizedWeight:
 
 
 @dataclass(frozen=True, slots=True)
-class Frugal:
+class MemoryMode:
     """What takes less memory and more time, and gives the same bits."""
 
-    recompute: bool = False
+    activation_checkpointing: bool = False
     """In training, keep the activations of one block and compute those of the others again."""
     offload: bool = False
     """Keep one layer of a window in memory, and the others on disk."""
@@ -117,7 +117,7 @@ class Compute:
     device: torch.device
     dtype: torch.dtype
     batch_size: int
-    frugal: Frugal = Frugal()
+    memory_mode: MemoryMode = MemoryMode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +127,7 @@ class EpochReport:
     epoch: int
     num_epochs: int
     loss_before: float
-    """Divergence of the predictions from the original model's on the guard segments, with the step sizes as they would be stored."""
+    """Divergence of the predictions from the original model's on the held_out segments, with the step sizes as they would be stored."""
     loss_after: float
     """The same after the epoch; never above `loss_before`."""
     seconds: float
@@ -149,7 +149,7 @@ class EpochReport:
 
 
 @dataclass(frozen=True, slots=True)
-class Notice:
+class RunWarning:
     """Something about the inputs that a user should know, and that stops nothing."""
 
     text: str
@@ -162,11 +162,11 @@ class WindowReport:
     window: Window
     num_windows: int
     loss_before: float
-    """Loss of the hard window on the guard segments before training."""
+    """Loss of the hard window on the held_out segments before training."""
     loss_after: float
     """The same after training; never above `loss_before`."""
-    fallback: str | None
-    """Why what was learned was taken back, if it was: `worse`, or `not finite`."""
+    reverted: str | None
+    """Why what was learned was reverted, if it was: `held-out loss increased`, or `not finite`."""
     changed: float
     """Share of codes that differ from rounding the weights to nearest with the same scales."""
     seconds: float
@@ -178,11 +178,11 @@ class WindowReport:
     """Highest resident memory of the process so far, bytes."""
     experts: Mapping[str, list[int]]
     """How many calibration tokens each expert of a new block saw, by the path of the experts' module."""
-    noise: Mapping[str, float]
+    sqnr_db: Mapping[str, float]
     """Signal to noise of the weights of the blocks that leave, decibels, by the path of the layer."""
     scales: Mapping[str, tuple[int, float]]
     """How many channels of a new block were rescaled for their outliers, and the largest scale, by the path of what writes them."""
-    starved: Sequence[str] = ()
+    undersampled: Sequence[str] = ()
     """Layers of a new block, by path, that saw too few tokens to learn from."""
     peak_vram: int = 0
     """Highest memory that tensors had on the CUDA device in the window, bytes; 0 on the CPU."""
@@ -192,7 +192,7 @@ class WindowReport:
         seldom = {
             "experts": dict(self.experts),
             "scales": {path: list(found) for path, found in self.scales.items()},
-            "starved": list(self.starved),
+            "undersampled": list(self.undersampled),
             "peak_vram": self.peak_vram,
         }
         return {key: value for key, value in seldom.items() if value} | {
@@ -201,9 +201,9 @@ class WindowReport:
             "blocks": [self.window.start, self.window.stop],
             "loss_before": self.loss_before,
             "loss_after": self.loss_after,
-            "fallback": self.fallback,
+            "reverted": self.reverted,
             "changed": self.changed,
-            "noise": dict(self.noise),
+            "sqnr_db": dict(self.sqnr_db),
             "seconds": self.seconds,
             "reading": self.reading,
             "writing": self.writing,

@@ -227,7 +227,7 @@ PURE = {
     "options.py": {"replace"},
     "models/families.py": {"replace"},
     "config.py": {"replace"},
-    "planning/plan.py": {"replace"},
+    "planning/alternatives.py": {"replace"},
     "rounding/low_rank.py": {"replace"},
     "rounding/product.py": {"replace"},
     "rounding/straight_through.py": {"replace"},

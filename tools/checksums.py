@@ -18,7 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 from cbqstream import PROFILES, CalibrationConfig, QuantizeConfig, ReconstructionConfig, Scheme, quantize
-from cbqstream.records import Frugal
+from cbqstream.records import MemoryMode
 from cbqstream.run import inputs
 from tiny import SEQ_LEN, save_model, save_tokens
 
@@ -31,8 +31,8 @@ CASES: dict[str, dict[str, Any]] = {
         "keep_first": 1,
         "override": ("down_proj=W4",),
     },
-    "lora-rounding": {"reconstruction": {"rounding": "lora"}},
-    "nearest": {"reconstruction": {"rounding": "none"}, "quantize_lm_head": True},
+    "lora-rounding": {"reconstruction": {"rounding": "lora_rounding"}},
+    "nearest": {"reconstruction": {"rounding": "nearest"}, "quantize_lm_head": True},
     "paper-w4a4": {
         "scheme": Scheme(num_bits=4, group_size=32, activation_bits=4),
         "profile": "paper",
@@ -103,8 +103,8 @@ def main() -> None:
                 continue
             case = CASES[name]
             if case.get("offload"):
-                modes = Frugal(recompute=True, offload=True)
-                inputs.fitting_plan = lambda *given, modes=modes: replace(plan(*given), frugal=modes)
+                modes = MemoryMode(activation_checkpointing=True, offload=True)
+                inputs.fitting_plan = lambda *given, modes=modes: replace(plan(*given), memory_mode=modes)
             out = quantize(config_of(folder, name, case, models))
             inputs.fitting_plan = plan
             print(*lines(name, out), sep="\n")

@@ -35,8 +35,8 @@ window 65b --batch 1 --seq-len 2048 --kernels plain --steps 3 --repeats 1
 window 65b --batch 1 --seq-len 2048
 window 65b --batch 4 --seq-len 2048
 for cap in 24 12; do
-    window 65b --batch 1 --seq-len 2048 --cap "$cap" --recompute
+    window 65b --batch 1 --seq-len 2048 --cap "$cap" --checkpointing
 done
-window 65b --batch 1 --seq-len 2048 --steps 1 --repeats 1 --cap 6 --recompute --offload "$(mktemp -u)"
-window 405b --batch 1 --seq-len 2048 --steps 2 --repeats 1 --cap 60 --recompute
+window 65b --batch 1 --seq-len 2048 --steps 1 --repeats 1 --cap 6 --checkpointing --offload "$(mktemp -u)"
+window 405b --batch 1 --seq-len 2048 --steps 2 --repeats 1 --cap 60 --checkpointing
 exit $failed

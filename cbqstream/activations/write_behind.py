@@ -15,7 +15,7 @@ WRITE_DEPTH = 4
 
 @contextmanager
 def write_behind(store: ActivationStore) -> Iterator[Callable[[int, Tensor], None]]:
-    """Gives a function that takes what `store.write` takes: written soon, in the order of the calls, and all of it when the `with` ends.
+    """Gives a function that takes what `store.write` takes: written soon, in the order of the calls, and all of it when the `with` outer.
 
     At most four segments wait. An error in writing is raised at a later call or at the end, and nothing is written after it.
     """

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.errors import IdentityError, InputError, shown
-from cbqstream.records import Notice, TensorInfo
+from cbqstream.records import RunWarning, TensorInfo
 
 
 class RunSource(Checkpoint):
@@ -19,7 +19,7 @@ class RunSource(Checkpoint):
         super().__init__(infos)
         self._committed: dict[str, str] = {}
         self._seen: dict[str, str] = {}
-        self._notices: list[Notice] = []
+        self._warnings: list[RunWarning] = []
         self.seconds = 0.0
         """Spent on reading and hashing so far."""
 
@@ -31,9 +31,9 @@ class RunSource(Checkpoint):
         """Digests, by tensor, of what was read and is not in a commit yet."""
         return {name: sha256 for name, sha256 in sorted(self._seen.items()) if name not in self._committed}
 
-    def take_notices(self) -> list[Notice]:
+    def take_warnings(self) -> list[RunWarning]:
         """What was noticed since this was asked last."""
-        taken, self._notices = self._notices, []
+        taken, self._warnings = self._warnings, []
         return taken
 
     def read(self, name: str, *, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
@@ -55,7 +55,7 @@ class RunSource(Checkpoint):
                 raise _not_finite(info, tensor)
             self._seen[name] = sha256
             if low == high == 0:
-                self._notices.append(Notice(f'{info.file}: tensor "{shown(name)}" is zero throughout.'))
+                self._warnings.append(RunWarning(f'{info.file}: tensor "{shown(name)}" is zero throughout.'))
         return tensor.to(device=device, dtype=dtype or info.dtype)
 
     def raw(self, name: str) -> Iterator[bytes]:

@@ -92,7 +92,7 @@ def quantize(
             help="paper, fast, default or accurate. Flags change parts of it; their defaults in () are of `default`."
         ),
     ] = "default",
-    window_size: Annotated[int | None, typer.Option(help="Blocks optimised together.")] = None,
+    window_size: Annotated[int | None, typer.Option(help="Blocks optimized together.")] = None,
     overlap: Annotated[int | None, typer.Option(help="Blocks that a window shares with the next.")] = None,
     cfp_weights: Annotated[bool | None, typer.Option(help="Truncate outliers of weights.")] = None,
     cfp_activations: Annotated[
@@ -106,7 +106,7 @@ def quantize(
     schedule: Annotated[str | None, typer.Option(help="How rates fall: linear or cosine.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the calibration segments, per window.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Segments in a step.")] = None,
-    rounding_travel: Annotated[float | None, typer.Option(help="full: how far a rounding value can move.")] = None,
+    max_shift: Annotated[float | None, typer.Option(help="full: how far a rounding value can move.")] = None,
     rounding_lr: Annotated[float | None, typer.Option(help="lora: learning rate.")] = None,
     rounding_rank: Annotated[int | None, typer.Option(help="lora: rank.")] = None,
     scale_lr: Annotated[float | None, typer.Option(help="Relative learning rate of the step sizes.")] = None,

@@ -10,7 +10,7 @@ from cbqstream.cli.app import BlocksPath, Device, NumSamples, Revision, SeqLen, 
 from cbqstream.errors import UsageError
 
 if TYPE_CHECKING:
-    from cbqstream.evaluation.model import Running
+    from cbqstream.evaluation.model import EvaluationOptions
 
 
 @app.command()
@@ -58,7 +58,12 @@ def report(
     from cbqstream.report.progress import Progress
 
     with Progress(Console(stderr=True)) as progress:
-        how: Running = {"blocks_path": blocks_path, "device": device, "threads": threads, "listener": progress}
+        how: EvaluationOptions = {
+            "blocks_path": blocks_path,
+            "device": device,
+            "threads": threads,
+            "listener": progress,
+        }
         page = write(path, out, text, num_samples=num_samples, seq_len=seq_len, **how)
     say(f"done: {page}")
 
@@ -117,7 +122,7 @@ def evaluate(
             raise UsageError(f"{flag} is for {mode}.")
     folder, reference = folder_of(model, revision), None if against is None else folder_of(against, None)
     with Progress(Console(stderr=True)) as progress:
-        how: Running = {
+        how: EvaluationOptions = {
             "batch_size": batch_size,
             "scratch": scratch,
             "device": device,
@@ -140,7 +145,7 @@ def evaluate(
     say(answer)
 
 
-def _of_text(folder: Path, text: Path, against: Path | None, segments: dict[str, Any], how: "Running") -> str:
+def _of_text(folder: Path, text: Path, against: Path | None, segments: dict[str, Any], how: "EvaluationOptions") -> str:
     from cbqstream.evaluation.against import compare
     from cbqstream.evaluation.perplexity import evaluate as measure
 
@@ -152,7 +157,7 @@ def _of_text(folder: Path, text: Path, against: Path | None, segments: dict[str,
     return f"{text.name}: divergence {distance.divergence:.5f}, {same}"
 
 
-def _of_choices(folder: Path, choices: Path, num_questions: int | None, how: "Running") -> str:
+def _of_choices(folder: Path, choices: Path, num_questions: int | None, how: "EvaluationOptions") -> str:
     from cbqstream.evaluation.choices import evaluate_choices
 
     found = evaluate_choices(folder, choices, num_questions=num_questions, **how)
@@ -160,13 +165,13 @@ def _of_choices(folder: Path, choices: Path, num_questions: int | None, how: "Ru
     return f"{choices.name}: {both} ({len(found.answers)} questions)"
 
 
-def _of_tasks(folder: Path, tasks: str, options: dict[str, Any], how: "Running") -> str:
+def _of_tasks(folder: Path, tasks: str, options: dict[str, Any], how: "EvaluationOptions") -> str:
     from cbqstream.evaluation.harness import evaluate_tasks, table
 
     return table(evaluate_tasks(folder, tasks.split(","), **options, **how))
 
 
-def _of_sample(folder: Path, prompt: str, num_tokens: int, how: "Running") -> str:
+def _of_sample(folder: Path, prompt: str, num_tokens: int, how: "EvaluationOptions") -> str:
     from cbqstream.evaluation.sample import sample as write
 
     written = write(folder, prompt, num_tokens=num_tokens, **how)

@@ -17,7 +17,7 @@ from cbqstream.errors import CbqstreamError, DeviceMemoryError, InputError
 from cbqstream.evaluation.loaded import load_beside_streamed
 from cbqstream.evaluation.model import open_model
 from cbqstream.models.families import joined_with
-from cbqstream.models.meta_model import ModelSkeleton
+from cbqstream.models.meta_model import MetaModel
 from cbqstream.packed.format import faults_of
 from cbqstream.packed.output import SUMS, require_sums
 from cbqstream.packed.packed_checkpoint import PackedSource
@@ -145,8 +145,8 @@ def _check_model(
         found.problems.extend(f"{folder}: {fault}" for fault in faults)
         if faults:
             return
-    skeleton, source = open_model(folder, blocks_path)
-    found.problems.extend(f"{folder}: {text}" for text in _joined_otherwise(skeleton, source))
+    meta_model, source = open_model(folder, blocks_path)
+    found.problems.extend(f"{folder}: {text}" for text in _joined_otherwise(meta_model, source))
     names, sums = sorted(source.tensors()), None
     if read_data:
         sums = require_sums(folder, intact)
@@ -154,15 +154,15 @@ def _check_model(
             found.attempt(_require_finite, folder, name, source)
     how = ", all finite" if read_data and not found.problems else ""
     how += "" if sums is None else f", {sums} shards with the checksums of {SUMS}"
-    found.facts.append(f"model: {len(skeleton.blocks)} blocks, {len(names)} tensors{how}")
+    found.facts.append(f"model: {len(meta_model.blocks)} blocks, {len(names)} tensors{how}")
     if load and not found.problems:
         threads = torch.get_num_threads()
         found.facts.append(str(load_beside_streamed(folder, blocks_path=blocks_path, device="cpu", threads=threads)))
 
 
-def _joined_otherwise(skeleton: ModelSkeleton, source: WeightSource) -> Iterator[str]:
+def _joined_otherwise(meta_model: MetaModel, source: WeightSource) -> Iterator[str]:
     """Layers that inference engines compute as one, and that are not stored as one."""
-    for spec in skeleton.blocks:
+    for spec in meta_model.blocks:
         first: dict[str, tuple[str, object]] = {}
         for name in spec.linears:
             how = source.layer_scheme(spec.stored(name)) if isinstance(source, PackedSource) else None

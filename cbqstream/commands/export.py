@@ -12,14 +12,14 @@ from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.disk import Disk, FileDigest
 from cbqstream.errors import InputError, UsageError
 from cbqstream.models.families import EXPERT, joined_with
-from cbqstream.models.meta_model import ModelSkeleton
+from cbqstream.models.meta_model import MetaModel
 from cbqstream.packed.exports import EXPORTS, GGUF, require_exact, require_whole_words
 from cbqstream.packed.format import PACKED, schemes_of
 from cbqstream.packed.gguf_file import write_gguf
 from cbqstream.packed.output import complete_folder, filled_folder, require_free
 from cbqstream.packed.packed_checkpoint import CPU, PackedSource
 from cbqstream.packed.shard import copy_tensors, write_tensors
-from cbqstream.runtime.offload import Page
+from cbqstream.runtime.offload import OffloadedTensor
 
 
 def export(model: Path, out: Path, format_name: str, disk: Disk | None = None) -> Path:
@@ -49,10 +49,10 @@ def export(model: Path, out: Path, format_name: str, disk: Disk | None = None) -
 
 
 def _write_gguf(disk: Disk, model: Path, building: Path, config: dict[str, Any], source: PackedSource) -> None:
-    skeleton = ModelSkeleton(model, config, source.tensors())
+    meta_model = MetaModel(model, config, source.tensors())
     file = building / f"model-W{source.schemes.default.num_bits}.gguf"
     with disk.written_by_a_library(file):
-        write_gguf(file, model, skeleton.config.to_dict(), source)
+        write_gguf(file, model, meta_model.config.to_dict(), source)
 
 
 def _write_shards(
@@ -81,12 +81,12 @@ def _write_shard(
     others = [name for name, info in source.others.items() if info.file == file]
     if not layers:
         return others, copy_tensors(disk, path, source.checkpoint, others)
-    tensors: dict[str, Tensor | Page] = {name: source.read(name, device=CPU) for name in others}
+    tensors: dict[str, Tensor | OffloadedTensor] = {name: source.read(name, device=CPU) for name in others}
     # the header comes first, so layers wait where they take no memory
     with disk.scratch(path.with_suffix(".pages")) as pages:
         for layer in layers:
             encoded = EXPORTS[format_name].encode(source.packed(layer), source.scale_dtype(layer))
-            tensors |= {f"{layer}.{part}": Page.of(value, pages) for part, value in encoded.items()}
+            tensors |= {f"{layer}.{part}": OffloadedTensor.of(value, pages) for part, value in encoded.items()}
         return list(tensors), write_tensors(disk, path, tensors)
 
 

@@ -12,7 +12,7 @@ from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.config import QuantizeConfig
 from cbqstream.disk import Disk
 from cbqstream.errors import InputError
-from cbqstream.evaluation.model import Running
+from cbqstream.evaluation.model import EvaluationOptions
 from cbqstream.evaluation.perplexity import evaluate
 from cbqstream.options import recipe_of
 from cbqstream.packed.format import SHAPE, schemes_of
@@ -32,7 +32,7 @@ def report(
     *,
     num_samples: int = 64,
     seq_len: int = 512,
-    **how: Unpack[Running],
+    **how: Unpack[EvaluationOptions],
 ) -> Path:
     """Write `report.html`, and a PNG of each picture, into a new folder.
 
@@ -42,7 +42,7 @@ def report(
         text: what to measure the perplexity of the source and of the result on, if at all.
         num_samples: see `evaluate`.
         seq_len: see `evaluate`.
-        how: see `Running`.
+        how: see `EvaluationOptions`.
 
     Returns:
         The page.

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 from cbqstream.errors import UsageError
-from cbqstream.evaluation.model import EvaluatedModel, Running, require_counts
+from cbqstream.evaluation.model import EvaluatedModel, EvaluationOptions, require_counts
 from cbqstream.evaluation.perplexity import segments
 
 
@@ -32,7 +32,7 @@ def compare(
     num_samples: int = 64,
     seq_len: int = 512,
     bos: bool = False,
-    **how: Unpack[Running],
+    **how: Unpack[EvaluationOptions],
 ) -> Comparison:
     """Compare a model with `reference`; the other arguments as of `evaluate`. Both heads are in memory at the end.
 
@@ -42,19 +42,19 @@ def compare(
     """
     require_counts(num_samples=num_samples)
     first, second = EvaluatedModel.open(reference, **how), EvaluatedModel.open(model, **how)
-    sizes = second.skeleton.vocab_size, first.skeleton.vocab_size
+    sizes = second.meta_model.vocab_size, first.meta_model.vocab_size
     if sizes[0] != sizes[1]:
         raise UsageError(f"{model} has {sizes[0]:,} tokens, {reference} {sizes[1]:,}. Compare like with like.")
     tokens_NS = segments(second, model, text, num_samples, seq_len, bos=bos)
     with (
         first.hidden_states([tokens_NS]) as (goal,),
         second.hidden_states([tokens_NS]) as (found,),
-        first.head() as first_ends,
-        second.head() as ends,
+        first.head() as reference_outer,
+        second.head() as outer,
     ):
         divergence, same = 0.0, 0
         for segment in range(len(tokens_NS)):
-            pairs = zip(first_ends.logits(goal.read(segment)), ends.logits(found.read(segment)), strict=True)
+            pairs = zip(reference_outer.logits(goal.read(segment)), outer.logits(found.read(segment)), strict=True)
             for goal_TV, found_TV in pairs:
                 logs = functional.kl_div(
                     found_TV.log_softmax(-1), goal_TV.log_softmax(-1), log_target=True, reduction="sum"

@@ -9,7 +9,7 @@ from typing import Any, Unpack
 from cbqstream.calibration.segments import load_tokenizer
 from cbqstream.errors import InputError, UsageError
 from cbqstream.evaluation.likelihood import Request, log_likelihoods
-from cbqstream.evaluation.model import EvaluatedModel, Running, require_counts
+from cbqstream.evaluation.model import EvaluatedModel, EvaluationOptions, require_counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ def _question(path: Path, place: int, line: str) -> Question:
 
 
 def evaluate_choices(
-    model: Path, questions: Path, *, num_questions: int | None = None, **how: Unpack[Running]
+    model: Path, questions: Path, *, num_questions: int | None = None, **how: Unpack[EvaluationOptions]
 ) -> Accuracy:
     """Accuracy of a model on the questions of a jsonl file, in bounded memory: every block is read once.
 
@@ -77,7 +77,7 @@ def evaluate_choices(
         model: folder of a model, quantized by this project or not.
         questions: see `read_questions`.
         num_questions: the first so many; all by default.
-        how: see `Running`.
+        how: see `EvaluationOptions`.
 
     Raises:
         InputError: the model or the questions cannot be read.

@@ -38,7 +38,7 @@ class StreamedLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         batch_size: requests at once.
         device: auto, cpu, cuda or cuda:N.
         max_batch_size: of no use here; lm-eval always gives it.
-        how: the rest of `Running`.
+        how: the rest of `EvaluationOptions`.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class StreamedLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             how["scratch"] = Path(how["scratch"])
         self._streamed = EvaluatedModel.open(folder, **how)
         self.tokenizer = load_tokenizer(folder)
-        self.max_length = self._streamed.skeleton.max_length
+        self.max_length = self._streamed.meta_model.max_length
 
     @property
     def eot_token_id(self) -> int:
@@ -131,7 +131,7 @@ def evaluate_tasks(
         num_fewshot: examples before each question; what the task says by default.
         limit: the first so many documents of each task; all by default.
         include_path: folder with tasks of your own.
-        how: see `Running`; its listener is told of progress.
+        how: see `EvaluationOptions`; its listener is told of progress.
 
     Returns:
         What `lm_eval.simple_evaluate` returns.

@@ -42,20 +42,20 @@ def log_likelihoods(model: EvaluatedModel, requests: Sequence[Request]) -> list[
     """
     if not requests:
         return []
-    model.skeleton.check_length(max(2, *(len(request.ids) - 1 for request in requests)))
+    model.meta_model.check_length(max(2, *(len(request.ids) - 1 for request in requests)))
     members: dict[int, list[int]] = {}
     for index, request in enumerate(requests):
         members.setdefault(-(-(len(request.ids) - 1) // _LENGTHS) * _LENGTHS, []).append(index)
     groups = [torch.tensor([_seen(requests[index], length) for index in held]) for length, held in members.items()]
     scores = [Scored(0.0, greedy=True)] * len(requests)
-    with model.hidden_states(groups) as stores, model.head() as ends:
+    with model.hidden_states(groups) as stores, model.head() as outer:
         for store, held in zip(stores, members.values(), strict=True):
             for segment, index in enumerate(held):
                 request = requests[index]
                 first, stop = len(request.ids) - request.scored, len(request.ids)
                 wanted_T = torch.tensor(request.ids[first:stop], device=model.compute.device)
                 total, greedy, start = 0.0, True, 0
-                for logits_TV in ends.logits(store.read(segment)[first - 1 : stop - 1]):
+                for logits_TV in outer.logits(store.read(segment)[first - 1 : stop - 1]):
                     next_T = wanted_T[start : start + len(logits_TV)]
                     start += len(logits_TV)
                     chosen = logits_TV.log_softmax(-1).gather(1, next_T.unsqueeze(1))

@@ -21,7 +21,7 @@ from transformers import (
 from transformers.utils import logging
 
 from cbqstream.errors import DeviceMemoryError, InputError, shown
-from cbqstream.evaluation.model import EvaluatedModel, Running
+from cbqstream.evaluation.model import EvaluatedModel, EvaluationOptions
 from cbqstream.packed.packed_checkpoint import PackedSource
 from cbqstream.runtime.memory import is_out_of_memory, release_free_memory
 
@@ -49,7 +49,7 @@ class Loaded:
 
 
 @torch.no_grad()
-def load_beside_streamed(folder: Path, **how: Unpack[Running]) -> Loaded:
+def load_beside_streamed(folder: Path, **how: Unpack[EvaluationOptions]) -> Loaded:
     """Load a model with transformers, plainly or else dequantized, and compare its logits on a few tokens.
 
     Raises:
@@ -57,16 +57,16 @@ def load_beside_streamed(folder: Path, **how: Unpack[Running]) -> Loaded:
         DeviceMemoryError: it does not fit in memory.
     """
     streamed = EvaluatedModel.open(folder, **how)
-    ids_1S = torch.arange(1, _TOKENS + 1).unsqueeze(0) * 7 % streamed.skeleton.vocab_size
-    with streamed.hidden_states([ids_1S]) as (stream,), streamed.head() as ends:
-        expected_SV = torch.cat([logits.cpu() for logits in ends.logits(stream.read(0))])
+    ids_1S = torch.arange(1, _TOKENS + 1).unsqueeze(0) * 7 % streamed.meta_model.vocab_size
+    with streamed.hidden_states([ids_1S]) as (stream,), streamed.head() as outer:
+        expected_SV = torch.cat([logits.cpu() for logits in outer.logits(stream.read(0))])
     found_SV, dequantized = None, False
     with suppress(InputError):
-        found_SV = _logits(streamed.skeleton.config, folder, ids_1S)
+        found_SV = _logits(streamed.meta_model.config, folder, ids_1S)
     if found_SV is None:  # out of reach of the error, which would keep the first model in memory
         release_free_memory()
         options = {"quantization_config": CompressedTensorsConfig(dequantize=True)}
-        found_SV, dequantized = _logits(streamed.skeleton.config, folder, ids_1S, **options), True
+        found_SV, dequantized = _logits(streamed.meta_model.config, folder, ids_1S, **options), True
     difference = ((found_SV - expected_SV).abs().max() / expected_SV.abs().max()).item()
     same = int((found_SV.argmax(-1) == expected_SV.argmax(-1)).sum())
     loaded = Loaded(dequantized, difference, same, len(expected_SV))

@@ -19,8 +19,8 @@ from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.disk import Disk
 from cbqstream.errors import UsageError
 from cbqstream.models.block import BlockArguments, build_block, run_block
-from cbqstream.models.embedding_and_head import End, ModelEnds, model_ends
-from cbqstream.models.meta_model import ModelSkeleton
+from cbqstream.models.embedding_and_head import EmbeddingAndHead, End, load_embedding_and_head
+from cbqstream.models.meta_model import MetaModel
 from cbqstream.packed.format import schemes_of
 from cbqstream.packed.packed_checkpoint import PackedSource
 from cbqstream.records import Compute, WeightSource
@@ -29,7 +29,7 @@ from cbqstream.runtime.device import choose_device, compute_dtype, make_determin
 Listener = Callable[[str], None]
 
 
-class Running(TypedDict, total=False):
+class EvaluationOptions(TypedDict, total=False):
     """How a model is run."""
 
     batch_size: int
@@ -46,7 +46,7 @@ class Running(TypedDict, total=False):
     """Told of progress."""
 
 
-def open_model(folder: Path, blocks_path: str | None = None) -> tuple[ModelSkeleton, WeightSource]:
+def open_model(folder: Path, blocks_path: str | None = None) -> tuple[MetaModel, WeightSource]:
     """What a model folder is, quantized by this project or not.
 
     Args:
@@ -61,7 +61,7 @@ def open_model(folder: Path, blocks_path: str | None = None) -> tuple[ModelSkele
     source: WeightSource = Checkpoint.open(folder)
     if isinstance(source, Checkpoint) and config.get("quantization_config"):
         source = PackedSource(source, schemes_of(config["quantization_config"]))
-    return ModelSkeleton(folder, config, source.tensors(), blocks_path), source
+    return MetaModel(folder, config, source.tensors(), blocks_path), source
 
 
 def require_counts(**counts: int | None) -> None:
@@ -79,7 +79,7 @@ def require_counts(**counts: int | None) -> None:
 class EvaluatedModel:
     """A model that is run block by block."""
 
-    skeleton: ModelSkeleton
+    meta_model: MetaModel
     source: WeightSource
     compute: Compute
     """Hidden states are kept on disk in its dtype."""
@@ -87,7 +87,7 @@ class EvaluatedModel:
     listener: Listener = lambda text: None
 
     @classmethod
-    def open(cls, folder: Path, **how: Unpack[Running]) -> "EvaluatedModel":
+    def open(cls, folder: Path, **how: Unpack[EvaluationOptions]) -> "EvaluatedModel":
         """The model of a folder.
 
         Raises:
@@ -112,38 +112,40 @@ class EvaluatedModel:
         Args:
             groups: token ids int64 [N, S], of one length each; a causal model does not see what lies to the right of a token.
         """
-        blocks = len(self.skeleton.blocks)
+        blocks = len(self.meta_model.blocks)
         with tempfile.TemporaryDirectory(prefix="cbqstream-eval-", dir=self.scratch) as work:
             self.listener("embedding")
             stores: list[ActivationStore] = []
-            with self._ends("embed") as ends:
-                arguments = [ends.block_arguments(tokens_NS[0]) for tokens_NS in groups]
+            with self._outer("embed") as outer:
+                arguments = [outer.block_arguments(tokens_NS[0]) for tokens_NS in groups]
                 for number, tokens_NS in enumerate(groups):
                     shape = StreamShape(
-                        len(tokens_NS), tokens_NS.shape[1], self.skeleton.hidden_size, self.compute.dtype
+                        len(tokens_NS), tokens_NS.shape[1], self.meta_model.hidden_size, self.compute.dtype
                     )
                     store = ZarrStore.create(Path(work) / f"stream-{number}", shape, Disk(), durable=False)
                     for segment, ids_S in enumerate(tokens_NS):
-                        store.write(segment, ends.embed(ids_S))
+                        store.write(segment, outer.embed(ids_S))
                     stores.append(store)
             for index in range(blocks):
                 self.listener(f"block {index + 1}/{blocks}")
                 self._advance(index, [found[index] for found in arguments], stores)
             yield stores
 
-    def head(self) -> AbstractContextManager[ModelEnds]:
+    def head(self) -> AbstractContextManager[EmbeddingAndHead]:
         """The last norm and the head, for the length of a `with`."""
         self.listener("head")
-        return self._ends("head")
+        return self._outer("head")
 
-    def _ends(self, only: End) -> AbstractContextManager[ModelEnds]:
-        return model_ends(self.skeleton, self.source, device=self.compute.device, dtype=self.compute.dtype, only=only)
+    def _outer(self, only: End) -> AbstractContextManager[EmbeddingAndHead]:
+        return load_embedding_and_head(
+            self.meta_model, self.source, device=self.compute.device, dtype=self.compute.dtype, only=only
+        )
 
     @torch.no_grad()
     def _advance(self, index: int, arguments: Sequence[BlockArguments], stores: Sequence[ActivationStore]) -> None:
         """Replace every segment by what block `index` makes of it."""
         device, dtype = self.compute.device, self.compute.dtype
-        block = build_block(self.skeleton, index, self.source, device=device, dtype=dtype, linear_dtype=dtype)
+        block = build_block(self.meta_model, index, self.source, device=device, dtype=dtype, linear_dtype=dtype)
         for store, called in zip(stores, arguments, strict=True):
             batches = in_batches(range(store.shape.num_segments), self.compute.batch_size)
             with write_behind(store) as write:

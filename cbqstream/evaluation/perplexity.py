@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from cbqstream.calibration.segments import TOKEN_FILES, load_segments
 from cbqstream.errors import UsageError
-from cbqstream.evaluation.model import EvaluatedModel, Running, require_counts
+from cbqstream.evaluation.model import EvaluatedModel, EvaluationOptions, require_counts
 
 _LARGEST = 700.0
 """Nats; exp of more is not a number that floats hold."""
@@ -32,7 +32,7 @@ def evaluate(
     num_samples: int = 64,
     seq_len: int = 512,
     bos: bool = False,
-    **how: Unpack[Running],
+    **how: Unpack[EvaluationOptions],
 ) -> Perplexity:
     """Perplexity of a model on `num_samples` segments spread evenly over a text, in bounded memory.
 
@@ -42,7 +42,7 @@ def evaluate(
         num_samples: segments; all of them if the text has fewer.
         seq_len: tokens in a segment.
         bos: begin every segment as the tokenizer begins a text; by the usual convention only the first of a text does.
-        how: see `Running`.
+        how: see `EvaluationOptions`.
 
     Raises:
         InputError: the model or the text cannot be read.
@@ -65,8 +65,8 @@ def segments(
     """
     if bos and text.suffix.lower() in TOKEN_FILES:
         raise UsageError(f"{text}: token ids are taken as they are. Leave out --bos, or give text.")
-    streamed.skeleton.check_length(seq_len)
-    size = streamed.skeleton.vocab_size
+    streamed.meta_model.check_length(seq_len)
+    size = streamed.meta_model.vocab_size
     sizes = {"num_samples": num_samples, "seq_len": seq_len, "vocab_size": size}
     return load_segments(text, folder, **sizes, choice="spread", begun=bos)
 
@@ -74,11 +74,11 @@ def segments(
 @torch.no_grad()
 def perplexity(model: EvaluatedModel, tokens_NS: Tensor) -> float:
     """exp of the mean negative log-likelihood of tokens 2..S of every segment."""
-    with model.hidden_states([tokens_NS]) as (stream,), model.head() as ends:
+    with model.hidden_states([tokens_NS]) as (stream,), model.head() as outer:
         total = 0.0
         for segment, ids_S in enumerate(tokens_NS):
             start = 0
-            for logits_TV in ends.logits(stream.read(segment)):
+            for logits_TV in outer.logits(stream.read(segment)):
                 next_T = ids_S[start + 1 : start + 1 + len(logits_TV)].to(model.compute.device)
                 start += len(logits_TV)
                 total += functional.cross_entropy(logits_TV[: len(next_T)], next_T, reduction="sum").double().item()

@@ -7,18 +7,18 @@ import torch
 
 from cbqstream.calibration.segments import load_tokenizer
 from cbqstream.errors import UsageError
-from cbqstream.evaluation.model import EvaluatedModel, Running, require_counts
+from cbqstream.evaluation.model import EvaluatedModel, EvaluationOptions, require_counts
 
 
 @torch.no_grad()
-def sample(model: Path, prompt: str, *, num_tokens: int = 16, **how: Unpack[Running]) -> str:
+def sample(model: Path, prompt: str, *, num_tokens: int = 16, **how: Unpack[EvaluationOptions]) -> str:
     """What a model writes after a prompt: the likeliest token each time, until it ends the text or `num_tokens` are there.
 
     Args:
         model: folder of a model, quantized by this project or not.
         prompt: how the text begins.
         num_tokens: how many to write at most.
-        how: see `Running`.
+        how: see `EvaluationOptions`.
 
     Returns:
         What follows the prompt.
@@ -32,11 +32,11 @@ def sample(model: Path, prompt: str, *, num_tokens: int = 16, **how: Unpack[Runn
     ids: list[int] = tokenizer(prompt)["input_ids"]
     if not ids:
         raise UsageError("the prompt has no tokens. Give some words.")
-    streamed.skeleton.check_length(len(ids) + num_tokens)
+    streamed.meta_model.check_length(len(ids) + num_tokens)
     first = len(ids)
     while len(ids) < first + num_tokens:
-        with streamed.hidden_states([torch.tensor([ids])]) as (stream,), streamed.head() as ends:
-            (logits_TV,) = ends.logits(stream.read(0)[-1:])
+        with streamed.hidden_states([torch.tensor([ids])]) as (stream,), streamed.head() as outer:
+            (logits_TV,) = outer.logits(stream.read(0)[-1:])
         ids.append(int(logits_TV.argmax()))
         if ids[-1] == tokenizer.eos_token_id:
             break

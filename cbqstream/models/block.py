@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from cbqstream.models.meta_model import ModelSkeleton
+from cbqstream.models.meta_model import MetaModel
 from cbqstream.numerics.slabs import in_slabs, linear_in_slabs
 from cbqstream.records import WeightSource
 
@@ -28,7 +28,7 @@ _BY_SEGMENT = ("alibi",)
 
 
 def build_block(
-    skeleton: ModelSkeleton,
+    meta_model: MetaModel,
     index: int,
     source: WeightSource,
     *,
@@ -40,7 +40,7 @@ def build_block(
     """Block `index` with its weights, frozen, on `device`; layers whose inputs the source wants quantized do that.
 
     Args:
-        skeleton: the model it belongs to.
+        meta_model: the model it belongs to.
         index: which block.
         source: where its tensors come from.
         device: where it goes.
@@ -51,8 +51,8 @@ def build_block(
     Raises:
         InputError: a tensor cannot be read.
     """
-    spec = skeleton.blocks[index]
-    block = copy.deepcopy(skeleton.templates[index])
+    spec = meta_model.blocks[index]
+    block = copy.deepcopy(meta_model.templates[index])
     dtypes = {f"{name}.weight": linear_dtype for name in spec.linears}
     dtypes |= {name: buffer.dtype for name, buffer in block.named_buffers()}
     absent = {f"{name}.weight" for name in without}

@@ -1,6 +1,6 @@
 """What lies before the first block and after the last: embeddings, final norm and head, in the model's own forward pass.
 
-The blocks of the skeleton are stand-ins here. On the way in they record what the model hands to each block; on the way out the last
+The blocks of the meta_model are stand-ins here. On the way in they record what the model hands to each block; on the way out the last
 one puts the finished hidden states in. So masks, rotary embeddings, scalings and the head are the model's, for every family.
 """
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cbqstream.models.block import BlockArguments
-from cbqstream.models.meta_model import ModelSkeleton, path_of
+from cbqstream.models.meta_model import MetaModel, path_of
 from cbqstream.records import WeightSource
 
 _LOGIT_TOKENS = 256
@@ -46,11 +46,11 @@ class _StandIn(nn.Module):
         return (output,) if self.gives_tuple else output
 
 
-class ModelEnds:
-    """The materialised ends of a model. Made by `model_ends`."""
+class EmbeddingAndHead:
+    """The materialised ends of a model. Made by `load_embedding_and_head`."""
 
-    def __init__(self, shell: Any, stand_ins: list[_StandIn], device: torch.device, dtype: torch.dtype) -> None:
-        self._shell = shell
+    def __init__(self, hf_model: Any, stand_ins: list[_StandIn], device: torch.device, dtype: torch.dtype) -> None:
+        self._shell = hf_model
         self._stand_ins = stand_ins
         self._device = device
         self._dtype = dtype
@@ -111,38 +111,38 @@ class ModelEnds:
 
 
 @contextmanager
-def model_ends(
-    skeleton: ModelSkeleton, source: WeightSource, *, device: torch.device, dtype: torch.dtype, only: End | None = None
-) -> Iterator[ModelEnds]:
+def load_embedding_and_head(
+    meta_model: MetaModel, source: WeightSource, *, device: torch.device, dtype: torch.dtype, only: End | None = None
+) -> Iterator[EmbeddingAndHead]:
     """Embeddings, final norm and head in memory, for the length of a `with`; with `only`, one of the two large matrices.
 
     Raises:
         InputError: a tensor cannot be read.
     """
-    shell = skeleton.shell
-    layers = shell.get_submodule(skeleton.blocks_path)
-    stand_ins = [_StandIn(block) for block in skeleton.templates]
-    empty = dict(shell.named_parameters(remove_duplicate=False))
+    hf_model = meta_model.hf_model
+    layers = hf_model.get_submodule(meta_model.blocks_path)
+    stand_ins = [_StandIn(block) for block in meta_model.templates]
+    empty = dict(hf_model.named_parameters(remove_duplicate=False))
     read: dict[str, Tensor] = {}
-    unused = {"embed": shell.get_output_embeddings(), "head": shell.get_input_embeddings()}.get(only or "")
+    unused = {"embed": hf_model.get_output_embeddings(), "head": hf_model.get_input_embeddings()}.get(only or "")
     try:
-        for name, stored in skeleton.outer.items():
-            if unused is not None and name == f"{path_of(shell, unused)}.weight":
+        for name, stored in meta_model.outer.items():
+            if unused is not None and name == f"{path_of(hf_model, unused)}.weight":
                 continue  # where it is tied to the other one, the other one is read
             if stored not in read:
                 read[stored] = source.read(stored, device=device, dtype=dtype)
-            _set_parameter(shell, name, nn.Parameter(read[stored], requires_grad=False))
-        for name, buffer in list(shell.named_buffers()):
+            _set_parameter(hf_model, name, nn.Parameter(read[stored], requires_grad=False))
+        for name, buffer in list(hf_model.named_buffers()):
             owner, _, leaf = name.rpartition(".")
-            setattr(shell.get_submodule(owner), leaf, buffer.to(device))
+            setattr(hf_model.get_submodule(owner), leaf, buffer.to(device))
         for index, stand_in in enumerate(stand_ins):
             layers[index] = stand_in
-        yield ModelEnds(shell, stand_ins, device, dtype)
+        yield EmbeddingAndHead(hf_model, stand_ins, device, dtype)
     finally:
         for index in range(len(stand_ins)):
             layers[index] = nn.Identity()
         for name, parameter in empty.items():
-            _set_parameter(shell, name, parameter)
+            _set_parameter(hf_model, name, parameter)
 
 
 def _set_parameter(module: nn.Module, name: str, value: nn.Parameter) -> None:

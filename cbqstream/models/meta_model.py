@@ -50,7 +50,7 @@ _NEVER = ("gate", "router", "router_gate", "shared_expert_gate", "dt_proj")
 """Last parts of the names of layers that are never quantized: routers, and what state space models multiply with as a weight."""
 
 
-class ModelSkeleton:
+class MetaModel:
     """Names, shapes and modules of a model, without weights.
 
     Args:
@@ -95,7 +95,7 @@ class ModelSkeleton:
             causal = type(self.config) in MODEL_FOR_CAUSAL_LM_MAPPING
             auto: Any = AutoModelForCausalLM if causal else AutoModelForImageTextToText
             with init_empty_weights(include_buffers=False):
-                self.shell: Any = auto.from_config(self.config).eval()
+                self.hf_model: Any = auto.from_config(self.config).eval()
             self.blocks_path: str = blocks_path or self._find_blocks()
             layers = self._blocks()
             for block in layers:
@@ -105,13 +105,13 @@ class ModelSkeleton:
         except Exception as error:
             path = folder / "config.json"
             raise InputError(path, f"does not describe a {model_type} model: {shown(str(error))}") from error
-        self._stored = stored_names(self.shell, tensors)
+        self._stored = stored_names(self.hf_model, tensors)
         self.templates: list[nn.Module] = list(layers)
         self.blocks = tuple(self._block_spec(index, block) for index, block in enumerate(self.templates))
         if not any(spec.linears for spec in self.blocks):
             raise InputError(
                 folder / "config.json",
-                f"the blocks of {type(self.shell).__name__} have no linear layers (GPT-2 has its own kind, which no format here holds).",
+                f"the blocks of {type(self.hf_model).__name__} have no linear layers (GPT-2 has its own kind, which no format here holds).",
             )
         self._refuse_extra_blocks()
         for index in range(len(layers)):
@@ -132,7 +132,7 @@ class ModelSkeleton:
     @property
     def never_quantized(self) -> tuple[str, ...]:
         """Modules with a matrix that no window quantizes: linear layers outside the blocks, the head among them, and routers in them."""
-        outside = (name for name, module in self.shell.named_modules() if isinstance(module, nn.Linear))
+        outside = (name for name, module in self.hf_model.named_modules() if isinstance(module, nn.Linear))
         inside = (
             f"{spec.prefix}.{name}"
             for spec, block in zip(self.blocks, self.templates, strict=True)
@@ -144,13 +144,13 @@ class ModelSkeleton:
     @property
     def head(self) -> tuple[str, str]:
         """Module path of the head, and the name of its weight in the checkpoint; where it is tied, that of the embeddings."""
-        path = path_of(self.shell, self.shell.get_output_embeddings())
+        path = path_of(self.hf_model, self.hf_model.get_output_embeddings())
         return path, self.outer[f"{path}.weight"]
 
     @property
     def is_head_tied(self) -> bool:
         """Whether the head is the embeddings."""
-        return self.outer[f"{path_of(self.shell, self.shell.get_input_embeddings())}.weight"] == self.head[1]
+        return self.outer[f"{path_of(self.hf_model, self.hf_model.get_input_embeddings())}.weight"] == self.head[1]
 
     @property
     def vocab_size(self) -> int:
@@ -169,8 +169,8 @@ class ModelSkeleton:
         Raises:
             UsageError: the segment is too long, or too short to predict anything.
         """
-        tokens = self.shell.get_input_embeddings()
-        decoder = self.shell.get_submodule(self._decoder_path)
+        tokens = self.hf_model.get_input_embeddings()
+        decoder = self.hf_model.get_submodule(self._decoder_path)
         learned = any(isinstance(module, nn.Embedding) and module is not tokens for module in decoder.modules())
         if seq_len < 2 or (learned and seq_len > self._text.max_position_embeddings):
             most = f" to {self._text.max_position_embeddings}, the model's positions" if learned else " or more"
@@ -205,13 +205,13 @@ class ModelSkeleton:
         """Module path of the largest list that has as many modules as the model has blocks."""
         lists = {
             name: sum(value.numel() for value in module.parameters())
-            for name, module in self.shell.named_modules()
+            for name, module in self.hf_model.named_modules()
             if isinstance(module, nn.ModuleList) and len(module) == self._text.num_hidden_layers
         }
         if not lists:
             raise InputError(
                 self.folder / "config.json",
-                f"no list of {self._text.num_hidden_layers} blocks in {type(self.shell).__name__}. Name it with --blocks-path.",
+                f"no list of {self._text.num_hidden_layers} blocks in {type(self.hf_model).__name__}. Name it with --blocks-path.",
             )
         return str(max(lists.items(), key=itemgetter(1))[0])
 
@@ -222,11 +222,11 @@ class ModelSkeleton:
             InputError: there is none at that path.
         """
         try:
-            layers = self.shell.get_submodule(self.blocks_path)
+            layers = self.hf_model.get_submodule(self.blocks_path)
         except AttributeError:
             layers = None
         if not isinstance(layers, nn.ModuleList) or not len(layers):
-            lists = [name for name, module in self.shell.named_modules() if isinstance(module, nn.ModuleList)]
+            lists = [name for name, module in self.hf_model.named_modules() if isinstance(module, nn.ModuleList)]
             text = f'--blocks-path "{shown(self.blocks_path)}" is not a list of blocks. Lists: {", ".join(lists[:5]) or "none"}.'
             raise InputError(self.folder / "config.json", text)
         return layers
@@ -247,10 +247,10 @@ class ModelSkeleton:
 
     def _outer_tensors(self) -> dict[str, str]:
         """Name in the checkpoint of every parameter outside the blocks, by its name in the model; tied ones by what they are tied to."""
-        tied: Mapping[str, str] = getattr(self.shell, "_tied_weights_keys", None) or {}
-        head = {id(value) for value in self.shell.get_output_embeddings().parameters()}
+        tied: Mapping[str, str] = getattr(self.hf_model, "_tied_weights_keys", None) or {}
+        head = {id(value) for value in self.hf_model.get_output_embeddings().parameters()}
         names = {}
-        for name, value in self.shell.named_parameters(remove_duplicate=False):
+        for name, value in self.hf_model.named_parameters(remove_duplicate=False):
             if not name.startswith(f"{self._decoder_path}.") and id(value) not in head:
                 continue  # of what a model sees with
             twin = tied.get(name) if self.config.tie_word_embeddings else None
@@ -259,7 +259,7 @@ class ModelSkeleton:
 
     def _stored_name(self, name: str, shape: tuple[int, ...]) -> str:
         """`name` as the checkpoint has it; some leave out the prefix of the base model."""
-        stored = self._stored.get(name) or self._stored.get(name.removeprefix(f"{self.shell.base_model_prefix}."))
+        stored = self._stored.get(name) or self._stored.get(name.removeprefix(f"{self.hf_model.base_model_prefix}."))
         if stored is None:
             raise InputError(self.folder, "missing from the weights, config.json needs it.", tensor=name)
         if self._tensors[stored] != shape:
@@ -269,7 +269,7 @@ class ModelSkeleton:
 
     def _refuse_extra_blocks(self) -> None:
         ignored = (
-            getattr(self.shell, "_keys_to_ignore_on_load_unexpected", None) or ()
+            getattr(self.hf_model, "_keys_to_ignore_on_load_unexpected", None) or ()
         )  # as layers that predict further tokens
         prefix = self.blocks[0].prefix.removesuffix("0")
         held = {
@@ -283,7 +283,7 @@ class ModelSkeleton:
             raise InputError(self.folder, f"config.json says {len(self.blocks)} blocks, weights hold {len(held)}.")
 
 
-def path_of(shell: nn.Module, wanted: nn.Module) -> str:
-    """Module path of a module of the shell."""
-    path: str = next(name for name, module in shell.named_modules() if module is wanted)
+def path_of(hf_model: nn.Module, wanted: nn.Module) -> str:
+    """Module path of a module of the hf_model."""
+    path: str = next(name for name, module in hf_model.named_modules() if module is wanted)
     return path

@@ -96,7 +96,7 @@ def unsigned(weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
     return weight.codes.to(torch.int32) + middle, zero_point.to(torch.int32) + middle
 
 
-def signal_to_noise(w_OI: Tensor, weight: QuantizedWeight) -> float:
+def sqnr_db(w_OI: Tensor, weight: QuantizedWeight) -> float:
     """`10 log10(sum w^2 / sum (w - w_hat)^2)`, decibels, within -200 and 200; a weight that lost nothing has 200."""
     signal, noise = (torch.zeros((), dtype=torch.float64, device=w_OI.device) for _ in range(2))
     for rows in row_tiles(w_OI):

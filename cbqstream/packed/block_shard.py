@@ -12,7 +12,7 @@ from cbqstream.disk import Disk, FileDigest, ScratchFile
 from cbqstream.packed.format import SCALE, encode_in_slabs
 from cbqstream.packed.shard import write_tensors
 from cbqstream.records import BlockSpec, QuantizedWeight
-from cbqstream.runtime.offload import Page
+from cbqstream.runtime.offload import OffloadedTensor
 
 HEAD = "head.safetensors"
 
@@ -45,12 +45,14 @@ def write_block(
     Returns:
         The file's name and digest.
     """
-    tensors: dict[str, Tensor | Page] = {}
+    tensors: dict[str, Tensor | OffloadedTensor] = {}
     left = dict(spec.tensors)
     for layer, weight in weights:
         name = left.pop(f"{layer}.weight")
         for part, value in encode_in_slabs(weight, scale_dtype=source.infos[name].dtype).items():
-            tensors[f"{name.removesuffix('.weight')}.{part}"] = value if file is None else Page.of(value, file)
+            tensors[f"{name.removesuffix('.weight')}.{part}"] = (
+                value if file is None else OffloadedTensor.of(value, file)
+            )
     for local, name in left.items():
         value = source.read(name, device=torch.device("cpu"))
         tensors[name] = (value.float() / rescaled[local].cpu()).to(value.dtype) if local in rescaled else value

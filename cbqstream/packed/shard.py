@@ -13,13 +13,13 @@ from torch import uint8 as torch_uint8
 from cbqstream.checkpoint.header import DTYPES
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.disk import Disk, FileDigest
-from cbqstream.runtime.offload import Page
+from cbqstream.runtime.offload import OffloadedTensor
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ALIGNMENT = 8
 
 
-def write_tensors(disk: Disk, path: Path, tensors: Mapping[str, Tensor | Page]) -> FileDigest:
+def write_tensors(disk: Disk, path: Path, tensors: Mapping[str, Tensor | OffloadedTensor]) -> FileDigest:
     """Write tensors to a new, durable safetensors file; those that lie in another one are read when it is their turn."""
     names = sorted(tensors)
 
@@ -29,7 +29,7 @@ def write_tensors(disk: Disk, path: Path, tensors: Mapping[str, Tensor | Page]) 
         )
         for name in names:
             value = tensors[name]
-            tensor = value.read() if isinstance(value, Page) else value
+            tensor = value.read() if isinstance(value, OffloadedTensor) else value
             yield tensor.detach().cpu().contiguous().flatten().view(torch_uint8).numpy().tobytes()
 
     return disk.write(path, chunks(), mode=0o666)

@@ -6,7 +6,7 @@ the counts against real runs. The time comes from rates that are measured here a
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -17,12 +17,13 @@ from cbqstream.errors import DeviceMemoryError, UsageError
 from cbqstream.hub import is_name
 from cbqstream.numerics.losses import HEAD_TOKENS
 from cbqstream.numerics.slabs import SLAB_WEIGHTS
+from cbqstream.planning.alternatives import smaller_settings
 from cbqstream.planning.rates import Rates, measure_rates
 from cbqstream.planning.sizes import ModelSizes
-from cbqstream.records import Frugal
+from cbqstream.records import MemoryMode
 from cbqstream.runtime.device import choose_device, compute_dtype, make_deterministic
 from cbqstream.runtime.memory import GIB
-from cbqstream.windows.schedule import schedule, split_guard
+from cbqstream.windows.schedule import schedule, split_held_out
 from cbqstream.windows.step_sizes import SEGMENTS_A_STEP
 
 _PROCESS = {"cpu": 385 << 20, "cuda": 2 << 30}
@@ -43,7 +44,11 @@ _ELEMENTWISE = {None: 14, 8: 21, 4: 21}
 that inputs are quantized to."""
 
 
-_STEPS = (Frugal(), Frugal(recompute=True), Frugal(recompute=True, offload=True))
+_STEPS = (
+    MemoryMode(),
+    MemoryMode(activation_checkpointing=True),
+    MemoryMode(activation_checkpointing=True, offload=True),
+)
 """In the order in which they are given up."""
 
 
@@ -64,7 +69,7 @@ class Plan:
     flop: float
     seconds: Mapping[str, float]
     """By what is being done; empty where no rates were given."""
-    frugal: Frugal
+    memory_mode: MemoryMode
     """What keeps the limits."""
 
     def largest(self, name: Literal["ram", "vram"]) -> int:
@@ -74,13 +79,17 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, with totals."""
         totals = {f"{name}_total": sum(getattr(self, name).values()) for name in ("ram", "vram", "disk", "seconds")}
-        values = {name: getattr(self, name) for name in self.__slots__ if name != "frugal"}
+        values = {name: getattr(self, name) for name in self.__slots__ if name != "memory_mode"}
         plain = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
-        return plain | asdict(self.frugal) | totals
+        return plain | asdict(self.memory_mode) | totals
 
 
 def make_plan(
-    config: QuantizeConfig, sizes: ModelSizes, device: str, rates: Rates | None = None, frugal: Frugal = _STEPS[0]
+    config: QuantizeConfig,
+    sizes: ModelSizes,
+    device: str,
+    rates: Rates | None = None,
+    memory_mode: MemoryMode = _STEPS[0],
 ) -> Plan:
     """Count.
 
@@ -89,7 +98,7 @@ def make_plan(
         sizes: of the model.
         device: `cpu` or `cuda`.
         rates: of the machine, for the time.
-        frugal: see `Plan`.
+        memory_mode: see `Plan`.
 
     Raises:
         UsageError: nothing is left to quantize.
@@ -99,7 +108,7 @@ def make_plan(
     windows = schedule(config.keep_first, sizes.num_blocks - config.keep_last, config.window)
     in_window = max(window.stop - window.start for window in windows)
     staying = max(window.stop - window.next_start for window in windows)
-    on_device = _device_bytes(config, sizes, frugal, in_window, 2 if device == "cuda" else 4)
+    on_device = _device_bytes(config, sizes, memory_mode, in_window, 2 if device == "cuda" else 4)
     host = {"process": _PROCESS[device]}
     if device == "cuda":  # a layer in slabs beside its block while that is packed, or the embeddings as they are read
         packing = _packed_bytes(config, sizes) + 9 * min(sizes.largest, SLAB_WEIGHTS)
@@ -110,16 +119,24 @@ def make_plan(
     stream, settings = tokens * sizes.hidden * _STREAM_BYTES, config.reconstruction
     packed = _packed_bytes(config, sizes)
     quantized = windows[-1].stop - windows[0].start
-    values = _VALUE_BYTES * sizes.weights if settings.rounding == "full" else 0
+    values = _VALUE_BYTES * sizes.weights if settings.rounding == "signround" else 0
     carried = staying * (values + _scale_bytes(config, sizes, 8))
     samples = config.calibration.num_samples
-    training, guard = (len(part) for part in split_guard(samples))
-    learns = settings.rounding != "none"
+    training, held_out = (len(part) for part in split_held_out(samples))
+    learns = settings.rounding != "nearest"
     epochs = settings.epochs if learns else 0
-    passes = (3 + 2 * (epochs * training + 2 * guard) / samples) * len(windows)  # of a stream, read
+    passes = (3 + 2 * (epochs * training + 2 * held_out) / samples) * len(windows)  # of a stream, read
     whole_model = settings.end_to_end_epochs if learns else 0
-    work = _work(config, sizes, len(windows), in_window, training, guard, recompute=frugal.recompute)
-    shelf = _Shelf.of(config, sizes, in_window, work) if frugal.offload else _Shelf()
+    work = _work(
+        config,
+        sizes,
+        len(windows),
+        in_window,
+        training,
+        held_out,
+        activation_checkpointing=memory_mode.activation_checkpointing,
+    )
+    offload_file = _OffloadFile.of(config, sizes, in_window, work) if memory_mode.offload else _OffloadFile()
     return Plan(
         windows=len(windows),
         ram=host | ({} if device == "cuda" else on_device) | _queues(config, sizes),
@@ -129,32 +146,37 @@ def make_plan(
             "blocks": quantized * packed * (2 if whole_model else 1),  # the last epoch writes all of them again
             "carried over": 2 * carried,
             "rest of the model": sizes.source_bytes - quantized * sizes.block_bytes,
-            "layers of a window": shelf.size,
+            "layers of a window": offload_file.size,
         },
         source=sizes.source_bytes,
-        bytes_read=int(len(windows) * in_window * sizes.block_bytes + passes * stream + 2 * sizes.ends_bytes)
+        bytes_read=int(len(windows) * in_window * sizes.block_bytes + passes * stream + 2 * sizes.outer_bytes)
         + whole_model * sizes.num_blocks * 4 * packed
-        + shelf.read,
-        bytes_written=len(windows) * (3 * stream + carried) + quantized * packed + sizes.ends_bytes + shelf.written,
+        + offload_file.read,
+        bytes_written=len(windows) * (3 * stream + carried)
+        + quantized * packed
+        + sizes.outer_bytes
+        + offload_file.written,
         flop=2 * config.calibration.seq_len * work["segment passes"] * (sizes.active + _attention(config, sizes)),
         seconds={} if rates is None else _seconds(config, sizes, work, rates),
-        frugal=frugal,
+        memory_mode=memory_mode,
     )
 
 
-def _device_bytes(config: QuantizeConfig, sizes: ModelSizes, frugal: Frugal, blocks: int, width: int) -> dict[str, int]:
+def _device_bytes(
+    config: QuantizeConfig, sizes: ModelSizes, memory_mode: MemoryMode, blocks: int, width: int
+) -> dict[str, int]:
     """The largest moment of a window that learns, of the embeddings, or of the stage after the windows."""
     settings, calibration = config.reconstruction, config.calibration
     batch = settings.batch_size * calibration.seq_len
     saved = 2 * sizes.outputs + (4 * sizes.hidden if config.scheme.activation_bits else 0)
-    kept = 1 if frugal.recompute else blocks
+    kept = 1 if memory_mode.activation_checkpointing else blocks
     attention = 8 * sizes.eager_heads * batch * calibration.seq_len  # scores and their softmax, of all heads
-    layers = sizes.largest if frugal.offload else blocks * sizes.weights
+    layers = sizes.largest if memory_mode.offload else blocks * sizes.weights
     rest = sizes.block_bytes - sizes.weights * sizes.stored
     window = {
         "weights": blocks * rest
         + layers * sizes.stored * (2 if config.outliers.weights else 1),  # truncated ones beside them
-        "rounding": layers * _VALUE_BYTES if settings.rounding == "full" else 0,
+        "rounding": layers * _VALUE_BYTES if settings.rounding == "signround" else 0,
         "step sizes": blocks * _scale_bytes(config, sizes, 24),
         "scratch": 2 * width * min(sizes.largest, SLAB_WEIGHTS),
         "activations": int(_HEAP * width * batch * ((kept + 1) * saved + (8 + blocks) * sizes.hidden))
@@ -162,9 +184,9 @@ def _device_bytes(config: QuantizeConfig, sizes: ModelSizes, frugal: Frugal, blo
     }
     matrix = sizes.vocabulary * sizes.hidden
     head = {"head and logits": width * matrix + _LOGIT_COPIES * 4 * HEAD_TOKENS * sizes.vocabulary}
-    last = window | (head if settings.head_weight and settings.rounding != "none" else {})
+    last = window | (head if settings.head_weight and settings.rounding != "nearest" else {})
     moments = [last, {"embeddings": (width + sizes.stored) * matrix}]
-    if settings.end_to_end_epochs and settings.rounding != "none":
+    if settings.end_to_end_epochs and settings.rounding != "nearest":
         together = min(SEGMENTS_A_STEP, settings.batch_size) * calibration.seq_len
         of_block = (
             2 * saved + (9 + sizes.num_blocks) * sizes.hidden
@@ -175,18 +197,18 @@ def _device_bytes(config: QuantizeConfig, sizes: ModelSizes, frugal: Frugal, blo
                 "weights": rest + width * 2 * sizes.weights + 8 * sizes.largest,
                 "step sizes": sizes.num_blocks * _scale_bytes(config, sizes, 20),  # s0, theta, gradient, two moments
                 "activations": int(_HEAP * width * together * of_block) + seen,
-                "ends and logits": width * (sizes.ends_bytes // sizes.stored)
+                "embedding, head and logits": width * (sizes.outer_bytes // sizes.stored)
                 + head["head and logits"]
                 - width * matrix,
             }
         )
-    if frugal.offload and config.outliers.folds(config.scheme):  # looks at the layers of a fold together
+    if memory_mode.offload and config.outliers.folds(config.scheme):  # looks at the layers of a fold together
         moments.append({"step sizes": window["step sizes"], "rescaling": 2 * _FOLD_BYTES * sizes.largest})
     return max(moments, key=lambda parts: sum(parts.values()))
 
 
 @dataclass(frozen=True, slots=True)
-class _Shelf:
+class _OffloadFile:
     """The file in which the layers of a window lie while they are not used, bytes; it only grows."""
 
     size: int = 0
@@ -196,7 +218,7 @@ class _Shelf:
     @classmethod
     def of(cls, config: QuantizeConfig, sizes: ModelSizes, in_window: int, work: Mapping[str, float]) -> Self:
         """A step reads every layer three times (activations are computed again), and writes what moved; all else reads it once a batch."""
-        values = _VALUE_BYTES if config.reconstruction.rounding == "full" else 0
+        values = _VALUE_BYTES if config.reconstruction.rounding == "signround" else 0
         truncated = sizes.stored if config.outliers.weights else 0
         each = sizes.weights * (sizes.stored + values + truncated)
         finished = sizes.weights + _packed_bytes(config, sizes)  # codes, alone and packed
@@ -243,33 +265,33 @@ def _work(
     windows: int,
     in_window: int,
     training: int,
-    guard: int,
+    held_out: int,
     *,
-    recompute: bool,
+    activation_checkpointing: bool,
 ) -> dict[str, float]:
     """How often a segment passes a block, in forward passes and in training steps (three of them), and how many steps there are."""
     settings = config.reconstruction
-    epochs = settings.epochs if settings.rounding != "none" else 0
+    epochs = settings.epochs if settings.rounding != "nearest" else 0
     stride = config.window.size - config.window.overlap
     samples = config.calibration.num_samples
-    forward = windows * (samples * (stride + in_window + stride) + 2 * guard * in_window)
+    forward = windows * (samples * (stride + in_window + stride) + 2 * held_out * in_window)
     trained = windows * epochs * training * in_window
     steps = windows * epochs * math.ceil(training / settings.batch_size)
-    if recompute:
+    if activation_checkpointing:
         forward += trained
-    if settings.end_to_end_epochs and settings.rounding != "none":
-        forward += settings.end_to_end_epochs * sizes.num_blocks * (training + 2 * guard)
+    if settings.end_to_end_epochs and settings.rounding != "nearest":
+        forward += settings.end_to_end_epochs * sizes.num_blocks * (training + 2 * held_out)
         trained += settings.end_to_end_epochs * sizes.num_blocks * training
     return {
         "forward": forward,
         "trained": trained,
         "segment passes": forward + 3 * trained,
         "steps": steps * in_window,
-        "hard batches": 2 * windows * in_window * math.ceil(guard / settings.batch_size),
+        "hard batches": 2 * windows * in_window * math.ceil(held_out / settings.batch_size),
         "stream batches": windows * (2 * stride + in_window) * math.ceil(samples / settings.batch_size),
         "windows": windows,
         "blocks": windows * stride,
-        "head segments": epochs * training + 2 * guard if settings.head_weight else 0,
+        "head segments": epochs * training + 2 * held_out if settings.head_weight else 0,
     }
 
 
@@ -291,40 +313,14 @@ def _seconds(config: QuantizeConfig, sizes: ModelSizes, work: Mapping[str, float
     }
 
 
-def smaller_settings(config: QuantizeConfig) -> dict[str, QuantizeConfig]:
-    """What a user could ask for instead, by the flag."""
-    settings, calibration = config.reconstruction, config.calibration
-    others = {}
-    if settings.batch_size > 1:
-        half = settings.batch_size // 2
-        others[f"--batch-size {half}"] = replace(config, reconstruction=replace(settings, batch_size=half))
-    if settings.rounding == "full":
-        others["--rounding lora"] = replace(config, reconstruction=replace(settings, rounding="lora"))
-    if calibration.seq_len > 512:
-        half = calibration.seq_len // 2
-        others[f"--seq-len {half}"] = replace(config, calibration=replace(calibration, seq_len=half))
-    if calibration.num_samples > 32:
-        half = calibration.num_samples // 2
-        others[f"--num-samples {half}"] = replace(config, calibration=replace(calibration, num_samples=half))
-    if settings.end_to_end_epochs and settings.rounding != "none":
-        others["--end-to-end-epochs 0"] = replace(config, reconstruction=replace(settings, end_to_end_epochs=0))
-    if config.window.size > 1:
-        one = replace(config.window, size=1, overlap=0)
-        others["--window-size 1 --overlap 0"] = replace(config, window=one)
-    if settings.epochs > 1 and settings.rounding != "none":
-        half = settings.epochs // 2
-        others[f"--epochs {half}"] = replace(config, reconstruction=replace(settings, epochs=half))
-    return others
-
-
 def fitting_plan(config: QuantizeConfig, sizes: ModelSizes, device: str, rates: Rates | None = None) -> Plan:
     """The plan within the limits of the settings: what costs time and no bit of the result is given up first.
 
     Raises:
         DeviceMemoryError: nothing fits; the message says what would.
     """
-    for frugal in _STEPS[:-1]:
-        plan = make_plan(config, sizes, device, rates, frugal)
+    for memory_mode in _STEPS[:-1]:
+        plan = make_plan(config, sizes, device, rates, memory_mode)
         if _over(config, plan) is None:
             return plan
     plan = make_plan(config, sizes, device, rates, _STEPS[-1])
@@ -336,7 +332,7 @@ def fitting_plan(config: QuantizeConfig, sizes: ModelSizes, device: str, rates: 
     fits = [
         f"{flags} ({made.largest(name) / GIB:.2f})"
         for flags, other in smaller_settings(config).items()
-        if _over(config, made := make_plan(other, sizes, device, frugal=_STEPS[-1])) is None
+        if _over(config, made := make_plan(other, sizes, device, memory_mode=_STEPS[-1])) is None
     ]
     remedy = f"These fit: {', '.join(fits)}" if fits else "No smaller batch or window fits either; give it more"
     raise DeviceMemoryError(
@@ -381,7 +377,7 @@ def plan(config: QuantizeConfig, *, with_time: bool = True, revision: str | None
         rates = measure_rates(config, list(sizes.layers.values()), device, compute_dtype(device))
     made = fitting_plan(config, sizes, device.type, rates)
     others = {
-        flags: make_plan(other, sizes, device.type, rates, made.frugal).to_dict()
+        flags: make_plan(other, sizes, device.type, rates, made.memory_mode).to_dict()
         for flags, other in smaller_settings(config).items()
     }
     return {**made.to_dict(), "smaller": others}

@@ -32,7 +32,7 @@ class ModelSizes:
     """Bytes of a stored weight."""
     block_bytes: int
     source_bytes: int
-    ends_bytes: int
+    outer_bytes: int
     """Of what lies outside the blocks."""
     eager_heads: int = 0
     """Heads whose attention is computed as whole matrices [S, S], in families that have no other way."""

@@ -45,7 +45,7 @@ def model_card(content: Mapping[str, Any], reports: Sequence[Mapping[str, Any]],
         "quantized": f"blocks {first} to {last}{', and the head' if config.quantize_lm_head else ''}",
         "calibrated on": f"{content['stream'][0]} x {content['stream'][1]} tokens, SHA-256 {calibration}",
         "weights of the source": f"fingerprint {identity['source']['weights']}",
-        "loss of a window": f"{losses[0]:.4g} at first, {losses[1]:.4g} learned (mean of {windows}, on the segments of the guard)",
+        "loss of a window": f"{losses[0]:.4g} at first, {losses[1]:.4g} learned (mean of {windows}, on the segments of the held_out)",
         "codes moved from the nearest": f"{changed:.2%}",
     }
     if epochs:

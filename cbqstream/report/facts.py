@@ -61,9 +61,9 @@ class Facts:
         rows.append(("windows", f"{len(windows)} of {self.num_windows} done"))
         if windows:
             rows.append(("codes moved from the nearest", f"{mean(window['changed'] for window in windows):.2%}"))
-            taken_back = [str(window["window"] + 1) for window in windows if window["fallback"]]
-            which = f"windows {', '.join(taken_back)}" if len(taken_back) <= _NAMED else f"{len(taken_back)} windows"
-            rows.append(("taken back", which if taken_back else "no window"))
+            reverted = [str(window["window"] + 1) for window in windows if window["reverted"]]
+            which = f"windows {', '.join(reverted)}" if len(reverted) <= _NAMED else f"{len(reverted)} windows"
+            rows.append(("reverted", which if reverted else "no window"))
         if epochs:
             rows.append(("end to end", f"{epochs[0]['loss_before']:.4f} to {epochs[-1]['loss_after']:.4f} nats"))
         if self.costs:
@@ -72,11 +72,11 @@ class Facts:
             rows.append(("memory", f"{max(part['peak_rss'] for part in everything) / GIB:.2f} GiB at most"))
         return rows
 
-    def noise(self) -> dict[str, dict[int, float]]:
+    def sqnr_db(self) -> dict[str, dict[int, float]]:
         """Signal to noise of the weights, decibels, by layer and block. Of experts, the mean."""
         found: dict[str, dict[int, list[float]]] = {}
         for window in self.windows:
-            for path, decibels in window.get("noise", {}).items():
+            for path, decibels in window.get("sqnr_db", {}).items():
                 block, layer = _in_block(path)
                 found.setdefault(EXPERT.sub(".experts.", layer), {}).setdefault(block, []).append(decibels)
         return {layer: {block: mean(values) for block, values in blocks.items()} for layer, blocks in found.items()}
@@ -107,11 +107,11 @@ def require_report(line: Mapping[str, Any]) -> None:
     numbers = [line["loss_before"], line["loss_after"]]
     if "window" in line:
         first, stop = line["blocks"]
-        numbers += [line["window"], first, stop, line["changed"], *line.get("noise", {}).values()]
+        numbers += [line["window"], first, stop, line["changed"], *line.get("sqnr_db", {}).values()]
         numbers += [value for pair in line.get("scales", {}).values() for value in pair]
-        for path in (*line.get("noise", {}), *line.get("scales", {})):
+        for path in (*line.get("sqnr_db", {}), *line.get("scales", {})):
             _in_block(path)
-        str(line["fallback"])
+        str(line["reverted"])
     else:
         numbers.append(line["epoch"])
     if not all(type(number) in (int, float) for number in numbers):

@@ -52,8 +52,8 @@ def _changed(facts: Facts, axes: Axes) -> bool:
     return any(window["changed"] for window in facts.windows)
 
 
-def _noise(facts: Facts, axes: Axes) -> bool:
-    return _table(facts.noise(), axes, "dB")
+def _sqnr_db(facts: Facts, axes: Axes) -> bool:
+    return _table(facts.sqnr_db(), axes, "dB")
 
 
 def _scales(facts: Facts, axes: Axes) -> bool:
@@ -113,7 +113,7 @@ def _epochs(facts: Facts, axes: Axes) -> bool:
 FIGURES: Mapping[str, tuple[str, Callable[[Facts, Axes], bool]]] = MappingProxyType(
     {
         "loss": ("Loss of each window on segments that nothing learns from", _loss),
-        "noise": ("Signal to noise of the weights", _noise),
+        "sqnr_db": ("Signal to noise of the weights", _sqnr_db),
         "changed": ("Codes that moved away from the nearest", _changed),
         "scales": ("Channels that were rescaled for their outliers", _scales),
         "epochs": ("Divergence from the original model's predictions", _epochs),

@@ -47,14 +47,14 @@ def _folded(title: str, content: str) -> str:
 
 def _windows(facts: Facts) -> str:
     costs = ["seconds", "reading", "writing"] if facts.costs else []
-    lines = [_line("th", ["window", "blocks", "loss before", "loss after", "changed", *costs, "taken back"])]
+    lines = [_line("th", ["window", "blocks", "loss before", "loss after", "changed", *costs, "reverted"])]
     for window in facts.windows:
         first, stop = window["blocks"]
         figures = [f"{window[key]:.4g}" for key in ("loss_before", "loss_after")]
         spent = [f"{window[key]:.1f}" for key in costs]
         blocks, changed = f"{first}-{stop - 1}", f"{window['changed']:.2%}"
         lines.append(
-            _line("td", [str(window["window"] + 1), blocks, *figures, changed, *spent, window["fallback"] or ""])
+            _line("td", [str(window["window"] + 1), blocks, *figures, changed, *spent, window["reverted"] or ""])
         )
     return "".join(lines)
 

@@ -21,7 +21,7 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
     lines.append(
         f"source: {plan['source'] / GIB:.2f} GiB; in all {moved}, {plan['flop']:.1e} floating-point operations"
     )
-    if plan["recompute"]:
+    if plan["activation_checkpointing"]:
         lines.append("to keep the limit, activations of one block are kept and those of the others computed again")
     if plan["offload"]:
         lines.append(

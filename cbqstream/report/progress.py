@@ -14,7 +14,7 @@ from rich.text import Text
 
 from cbqstream.disk import open_log
 from cbqstream.errors import StorageError
-from cbqstream.records import EpochReport, Notice, WindowReport
+from cbqstream.records import EpochReport, RunWarning, WindowReport
 from cbqstream.runtime.memory import GIB, resident_bytes
 
 
@@ -34,7 +34,7 @@ def window_line(report: WindowReport, remaining: float) -> str:
         f"  loss {report.loss_before:.3g} -> {report.loss_after:.3g}  changed {report.changed:.1%}"
         f"  {report.seconds:.0f} s, {_bound(report)}  RAM {report.peak_rss / GIB:.2f} GiB"
         f"{f'  VRAM {report.peak_vram / GIB:.2f} GiB' if report.peak_vram else ''}  ETA {duration(remaining)}"
-        f"{f'  taken back: {report.fallback}' if report.fallback else ''}"
+        f"{f'  reverted: {report.reverted}' if report.reverted else ''}"
     )
 
 
@@ -81,9 +81,9 @@ class Progress(AbstractContextManager["Progress"]):
         if self._log is not None:
             self._log.close()
 
-    def __call__(self, event: str | WindowReport | EpochReport | Notice) -> None:
+    def __call__(self, event: str | WindowReport | EpochReport | RunWarning) -> None:
         """Show an event."""
-        if isinstance(event, Notice):
+        if isinstance(event, RunWarning):
             self._console.print(f"note: {event.text}", highlight=False, soft_wrap=True, markup=False)
             return
         if isinstance(event, str):

@@ -23,8 +23,8 @@ def status_lines(
     lines = [f"{config['model']} -> {config['out']}", f"windows done: {len(reports[:windows])} of {windows}"]
     for index, report in enumerate(reports[:windows]):
         first, stop = report["blocks"]
-        taken_back = f"  taken back: {report['fallback']}" if report["fallback"] else ""
-        lines.append(f"  window {index + 1}  blocks {first}-{stop - 1}  loss {_change(report)}{taken_back}")
+        reverted = f"  reverted: {report['reverted']}" if report["reverted"] else ""
+        lines.append(f"  window {index + 1}  blocks {first}-{stop - 1}  loss {_change(report)}{reverted}")
     if epochs:
         lines.append(f"epochs end to end done: {len(reports[windows:])} of {epochs}")
     for index, report in enumerate(reports[windows:]):

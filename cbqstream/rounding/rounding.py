@@ -18,7 +18,7 @@ from cbqstream.records import QuantizedWeight
 from cbqstream.rounding.low_rank import LowRank
 from cbqstream.rounding.product import LearnedWeight, Nearest, learned_product, parameters_of
 from cbqstream.rounding.straight_through import Passes, StraightThrough, passes_for
-from cbqstream.runtime.offload import Offloadable, Page
+from cbqstream.runtime.offload import Offloadable, OffloadedTensor
 from cbqstream.runtime.scratch import Scratch
 
 _BETA_START, _BETA_END, _WARM_UP = 20.0, 2.0, 0.2
@@ -108,7 +108,7 @@ class Rounding(Offloadable):
         values = {name: getattr(self, name) for name in self._carried}
         return {name: value.detach().clone() for name, value in values.items() if value is not None}
 
-    def large_state(self) -> dict[str, Tensor | Page]:
+    def large_state(self) -> dict[str, Tensor | OffloadedTensor]:
         """The part of it that is of the size of the weight, itself, or where it lies; without what is as it was at the start."""
         return {}
 
@@ -157,23 +157,23 @@ class FullRounding(Rounding):
         zero_point_OG: Tensor | None,
         scheme: Scheme,
         scratch: Scratch,
-        travel: float,
+        max_shift: float,
         passes: Passes,
     ) -> None:
         super().__init__(w_OI, scale_OG, zero_point_OG, scheme, scratch)
         self.register_buffer("v", torch.zeros_like(w_OI, dtype=torch.float16))
-        self._travel = travel
+        self._max_shift = max_shift
         self._passes = passes
         self._step = 0.0
 
     def begin_step(self, step: TrainingStep) -> None:
-        self._step = 2 * self._travel / step.total * step.rate_left
+        self._step = 2 * self._max_shift / step.total * step.rate_left
 
     def _weight(self) -> LearnedWeight:
         bounds = level_range(self.scheme, self.zero_point)
         return StraightThrough(self.weight, self.scale0, self.v, *bounds, self._step, self._passes, self._scratch)
 
-    def large_state(self) -> dict[str, Tensor | Page]:
+    def large_state(self) -> dict[str, Tensor | OffloadedTensor]:
         """See `Rounding`."""
         with self.placed():
             moved = bool(self.v.any())
@@ -236,8 +236,8 @@ def make_rounding(
 ) -> Rounding:
     """The rounding that the settings ask for, at round-to-nearest."""
     grid = (scale_OG, zero_point_OG, scheme, scratch)
-    if config.rounding == "full":
-        return FullRounding(w_OI, *grid, config.rounding_travel, passes_for(config.kernels, w_OI.device))
-    if config.rounding == "lora":
+    if config.rounding == "signround":
+        return FullRounding(w_OI, *grid, config.max_shift, passes_for(config.kernels, w_OI.device))
+    if config.rounding == "lora_rounding":
         return LowRankRounding(w_OI, *grid, config.rounding_rank, generator)
     return Rounding(w_OI, *grid)

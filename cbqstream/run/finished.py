@@ -17,7 +17,7 @@ from cbqstream.rundir.chain import CARRY, Chain
 def computing_block(inputs: RunInputs, index: int, source: WeightSource) -> nn.Module:
     """Block `index` from `source`, all of it in the dtype of the run."""
     dtype = inputs.compute.dtype
-    return build_block(inputs.skeleton, index, source, device=inputs.compute.device, dtype=dtype, linear_dtype=dtype)
+    return build_block(inputs.meta_model, index, source, device=inputs.compute.device, dtype=dtype, linear_dtype=dtype)
 
 
 def read_carry(chain: Chain) -> Checkpoint:

@@ -15,7 +15,7 @@ from cbqstream.config import LayerSchemes, QuantizeConfig, Scheme, path_pattern
 from cbqstream.disk import FileDigest
 from cbqstream.errors import InputError, UsageError, shown
 from cbqstream.models.families import joined_with
-from cbqstream.models.meta_model import ModelSkeleton
+from cbqstream.models.meta_model import MetaModel
 from cbqstream.packed.output import require_replaceable
 from cbqstream.planning.plan import fitting_plan
 from cbqstream.planning.sizes import ModelSizes, require_original
@@ -35,7 +35,7 @@ class RunInputs:
     model: dict[str, Any]
     """Content of the source's config.json."""
     source: RunSource
-    skeleton: ModelSkeleton
+    meta_model: MetaModel
     tokens: Tensor
     """Calibration segments, int64 [N, S]."""
     windows: tuple[Window, ...]
@@ -46,17 +46,17 @@ class RunInputs:
     def stream_shape(self) -> tuple[int, int, int]:
         """Of a stream of hidden states: segments, tokens in each, hidden size."""
         num_segments, seq_len = self.tokens.shape
-        return num_segments, seq_len, self.skeleton.hidden_size
+        return num_segments, seq_len, self.meta_model.hidden_size
 
     def layers(self, index: int) -> dict[str, Scheme]:
         """The layers of a block that are quantized, by their name in it."""
-        return layer_schemes(self.config, self.skeleton.blocks[index])
+        return layer_schemes(self.config, self.meta_model.blocks[index])
 
     @property
     def num_epochs(self) -> int:
         """Of learning end to end, after the last window."""
         settings = self.config.reconstruction
-        return settings.end_to_end_epochs if settings.rounding != "none" else 0
+        return settings.end_to_end_epochs if settings.rounding != "nearest" else 0
 
     def commit(
         self,
@@ -85,13 +85,13 @@ def open_inputs(config: QuantizeConfig) -> RunInputs:
     require_original(folder, model)
     _check_paths(config)
     source = RunSource.open(folder)
-    skeleton = ModelSkeleton(folder, model, source.tensors(), config.blocks_path)
-    _check_scheme(config, skeleton, source)
+    meta_model = MetaModel(folder, model, source.tensors(), config.blocks_path)
+    _check_scheme(config, meta_model, source)
     device = choose_device(config.device)
     threads = make_deterministic(config.threads)
-    if config.reconstruction.rounding == "full":
+    if config.reconstruction.rounding == "signround":
         require_kernels(config.reconstruction.kernels, device)
-    skeleton.check_length(config.calibration.seq_len)
+    meta_model.check_length(config.calibration.seq_len)
     if config.reconstruction.robust_tokens >= config.calibration.seq_len:
         raise UsageError(
             f"robust_tokens {config.reconstruction.robust_tokens} leaves no token of {config.calibration.seq_len}."
@@ -101,7 +101,7 @@ def open_inputs(config: QuantizeConfig) -> RunInputs:
         folder,
         num_samples=config.calibration.num_samples,
         seq_len=config.calibration.seq_len,
-        vocab_size=skeleton.vocab_size,
+        vocab_size=meta_model.vocab_size,
         begun=True,
     )
     who = identity(
@@ -111,10 +111,10 @@ def open_inputs(config: QuantizeConfig) -> RunInputs:
         tokens=segments_digest(tokens_NS),
         numerics=numerics_class(device, threads),
     )
-    windows = tuple(schedule(config.keep_first, len(skeleton.blocks) - config.keep_last, config.window))
+    windows = tuple(schedule(config.keep_first, len(meta_model.blocks) - config.keep_last, config.window))
     plan = fitting_plan(config, ModelSizes.counted(folder, model, source.infos), device.type)
-    compute = Compute(device, compute_dtype(device), config.reconstruction.batch_size, plan.frugal)
-    return RunInputs(config, model, source, skeleton, tokens_NS, windows, compute, who)
+    compute = Compute(device, compute_dtype(device), config.reconstruction.batch_size, plan.memory_mode)
+    return RunInputs(config, model, source, meta_model, tokens_NS, windows, compute, who)
 
 
 def _check_paths(config: QuantizeConfig) -> None:
@@ -133,16 +133,16 @@ def _check_paths(config: QuantizeConfig) -> None:
             raise UsageError(f"{parent}: no such folder. Create it first.")
 
 
-def _check_scheme(config: QuantizeConfig, skeleton: ModelSkeleton, source: RunSource) -> None:
+def _check_scheme(config: QuantizeConfig, meta_model: MetaModel, source: RunSource) -> None:
     kept = config.keep_first + config.keep_last
-    if kept >= len(skeleton.blocks):
+    if kept >= len(meta_model.blocks):
         raise UsageError(
-            f"keep_first + keep_last is {kept} and the model has {len(skeleton.blocks)} blocks; nothing is left to quantize."
+            f"keep_first + keep_last is {kept} and the model has {len(meta_model.blocks)} blocks; nothing is left to quantize."
         )
-    _require_meant(config, skeleton)
+    _require_meant(config, meta_model)
     if config.quantize_lm_head:
-        _require_storable(source.infos[skeleton.head[1]], head_scheme(config, skeleton))
-    for spec in skeleton.blocks[config.keep_first : len(skeleton.blocks) - config.keep_last]:
+        _require_storable(source.infos[meta_model.head[1]], head_scheme(config, meta_model))
+    for spec in meta_model.blocks[config.keep_first : len(meta_model.blocks) - config.keep_last]:
         layers = layer_schemes(config, spec)
         if not layers:
             raise UsageError(
@@ -154,12 +154,12 @@ def _check_scheme(config: QuantizeConfig, skeleton: ModelSkeleton, source: RunSo
             _require_storable(source.infos[stored], scheme)
 
 
-def _require_meant(config: QuantizeConfig, skeleton: ModelSkeleton) -> None:
+def _require_meant(config: QuantizeConfig, meta_model: MetaModel) -> None:
     """Refuse a pattern that means no module: a slip of the pen would be seen after hours, if at all."""
-    paths = [f"{spec.prefix}.{name}" for spec in skeleton.blocks for name in spec.linears]
-    stored = [spec.tensors[f"{name}.weight"] for spec in skeleton.blocks for name in spec.linears]
-    paths += [name.removesuffix(".weight") for name in (*stored, skeleton.head[1])]
-    paths += skeleton.never_quantized
+    paths = [f"{spec.prefix}.{name}" for spec in meta_model.blocks for name in spec.linears]
+    stored = [spec.tensors[f"{name}.weight"] for spec in meta_model.blocks for name in spec.linears]
+    paths += [name.removesuffix(".weight") for name in (*stored, meta_model.head[1])]
+    paths += meta_model.never_quantized
     for pattern in (*config.ignore, *(text.rpartition("=")[0] for text in config.override)):
         if not any(re.fullmatch(path_pattern(pattern), path) for path in paths):
             raise UsageError(
@@ -181,15 +181,15 @@ def layer_schemes(config: QuantizeConfig, spec: BlockSpec) -> dict[str, Scheme]:
     return found
 
 
-def head_scheme(config: QuantizeConfig, skeleton: ModelSkeleton) -> Scheme:
+def head_scheme(config: QuantizeConfig, meta_model: MetaModel) -> Scheme:
     """How the head is quantized.
 
     Raises:
         UsageError: it is tied to the embeddings, or left in full precision at the same time.
     """
-    scheme = _scheme_of(config, config.schemes, *skeleton.head)
-    if skeleton.is_head_tied or scheme is None:
-        what = "is tied to the embeddings" if skeleton.is_head_tied else "is left in full precision by --ignore"
+    scheme = _scheme_of(config, config.schemes, *meta_model.head)
+    if meta_model.is_head_tied or scheme is None:
+        what = "is tied to the embeddings" if meta_model.is_head_tied else "is left in full precision by --ignore"
         raise UsageError(f"the head {what}. Leave out --quantize-lm-head.")
     return scheme
 

@@ -26,22 +26,22 @@ from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.config import QuantizeConfig
 from cbqstream.disk import Disk, FileDigest, ScratchFile
 from cbqstream.errors import StoppedError, UsageError
-from cbqstream.models.embedding_and_head import model_ends
+from cbqstream.models.embedding_and_head import load_embedding_and_head
 from cbqstream.models.experts import tokens_by_expert
 from cbqstream.packed.block_shard import write_block
 from cbqstream.packed.output import is_occupied
 from cbqstream.packed.shard import write_tensors
-from cbqstream.records import EpochReport, Notice, Window, WindowReport
+from cbqstream.records import EpochReport, RunWarning, Window, WindowReport
 from cbqstream.run.end_to_end_stage import learn_end_to_end
 from cbqstream.run.finished import read_carry
 from cbqstream.run.inputs import RunInputs, open_inputs
 from cbqstream.run.limits import (
     disk_bytes,
-    model_notices,
+    model_warnings,
     over_limit,
     require_finite_windows,
     room_for,
-    starved_experts,
+    undersampled_experts,
 )
 from cbqstream.run.result import write_result
 from cbqstream.run.streams import Streams
@@ -61,7 +61,7 @@ from cbqstream.windows.quantized_linear import Phase
 from cbqstream.windows.reconstruct import Predictions, Reconstruction, WindowData, reconstruct
 from cbqstream.windows.resident import BlockSettings, ResidentBlock, read_block
 
-Event = str | WindowReport | EpochReport | Notice
+Event = str | WindowReport | EpochReport | RunWarning
 Listener = Callable[[Event], None]
 """Is told what is being done, what happened in each window and in each epoch after them, and what is odd about the inputs."""
 
@@ -92,14 +92,14 @@ def quantize(
         CbqstreamError: see `errors.py`; nothing that was committed is lost.
     """
     inputs = open_inputs(config)
-    return_large_blocks(frugal=inputs.compute.frugal.offload)
+    return_large_blocks(memory_mode=inputs.compute.memory_mode.offload)
     out, run = Path(config.out), config.run_path
     if (run / "run.json").exists():
         _require_same(Chain.read(run), inputs, allow_numerics_change=allow_numerics_change)
     elif is_occupied(out):
         raise UsageError(f"{out}: exists and is not empty. Give another OUT.")
-    for notice in model_notices(inputs):
-        listener(notice)
+    for warning in model_warnings(inputs):
+        listener(warning)
     sizes = {"windows": len(inputs.windows), "epochs": inputs.num_epochs, "stream": inputs.stream_shape}
     content = {
         "version": installed_version("cbqstream") or "unknown",
@@ -119,17 +119,17 @@ def quantize(
             job = _Job(inputs, journal, listener)
         for window in inputs.windows[journal.chain.next_window : stop_after_window]:
             require_finite_windows(journal.chain)
-            blocks = inputs.skeleton.blocks[window.start : window.stop]
+            blocks = inputs.meta_model.blocks[window.start : window.stop]
             # both streams after it, and the targets
             needed = disk_bytes(inputs, streams=3, blocks=blocks, in_a_window=True)
             with room_for(f"window {window.index + 1}", needed, run), _reading_ahead(inputs, window.index + 1):
                 report = _twice(job, window)
-            _tell(listener, report, *inputs.source.take_notices(), *over_limit(config, report))
+            _tell(listener, report, *inputs.source.take_warnings(), *over_limit(config, report))
             release_free_memory()
         require_finite_windows(journal.chain)
         if stop_after_window is not None and stop_after_window < journal.chain.num_commits:
             raise StoppedError(f"stopped after window {journal.chain.next_window}, as asked.")
-        needed = 0 if journal.chain.is_complete else disk_bytes(inputs, streams=1, blocks=inputs.skeleton.blocks)
+        needed = 0 if journal.chain.is_complete else disk_bytes(inputs, streams=1, blocks=inputs.meta_model.blocks)
         with room_for("learning end to end", needed, run):
             for epoch in learn_end_to_end(inputs, journal, job.streams, listener):
                 _tell(listener, epoch, *over_limit(config, epoch))
@@ -151,7 +151,7 @@ def _missing_streams(chain: Chain) -> int:
 def _reading_ahead(inputs: RunInputs, position: int) -> AbstractContextManager[None]:
     """The new blocks of a window are read while the one before it is at work, where there is one."""
     coming = inputs.windows[position : position + 1]
-    blocks = [block for window in coming for block in inputs.skeleton.blocks[window.frontier : window.stop]]
+    blocks = [block for window in coming for block in inputs.meta_model.blocks[window.frontier : window.stop]]
     return inputs.source.reading_ahead([name for block in blocks for name in block.tensors.values()])
 
 
@@ -184,10 +184,10 @@ class _Job:
         self.settings = BlockSettings(config.scheme, config.reconstruction, config.outliers)
         listener("embedding the calibration segments")
         compute = inputs.compute
-        with model_ends(
-            inputs.skeleton, inputs.source, device=compute.device, dtype=compute.dtype, only="embed"
-        ) as ends:
-            self.streams = Streams.enter(inputs, journal, ends)
+        with load_embedding_and_head(
+            inputs.meta_model, inputs.source, device=compute.device, dtype=compute.dtype, only="embed"
+        ) as outer:
+            self.streams = Streams.enter(inputs, journal, outer)
 
     def quantize_window(self, window: Window) -> WindowReport:
         """One window, from one committed state to the next."""
@@ -257,7 +257,7 @@ class _Job:
     def _read_block(self, index: int, file: ScratchFile | None) -> ResidentBlock:
         inputs = self.inputs
         return read_block(
-            inputs.skeleton,
+            inputs.meta_model,
             index,
             inputs.source,
             inputs.layers(index),
@@ -270,7 +270,7 @@ class _Job:
     @contextmanager
     def _file_for_layers(self) -> Iterator[ScratchFile | None]:
         """Where the layers of a window lie while they are not used; None where all of them stay in memory."""
-        if not self.inputs.compute.frugal.offload:
+        if not self.inputs.compute.memory_mode.offload:
             yield None
             return
         with self.journal.disk.scratch(self.journal.building / "layers") as file:
@@ -280,20 +280,22 @@ class _Job:
     def _predictions(self, window: Window, reference_out: ZarrStore) -> Iterator[Predictions | None]:
         """The model's head, where the window learns and ends with the last block."""
         inputs, settings, where = self.inputs, self.inputs.config.reconstruction, self.inputs.compute
-        learns = settings.rounding != "none" and settings.epochs and settings.head_weight
-        if not learns or window.stop < len(inputs.skeleton.blocks):
+        learns = settings.rounding != "nearest" and settings.epochs and settings.head_weight
+        if not learns or window.stop < len(inputs.meta_model.blocks):
             yield None
             return
-        with model_ends(inputs.skeleton, inputs.source, device=where.device, dtype=where.dtype, only="head") as ends:
-            yield Predictions(ends.head, reference_out)
+        with load_embedding_and_head(
+            inputs.meta_model, inputs.source, device=where.device, dtype=where.dtype, only="head"
+        ) as outer:
+            yield Predictions(outer.head, reference_out)
 
     def _start_roundings(self, window: Window, blocks: list[ResidentBlock], carry: Checkpoint) -> None:
         for block in blocks:
             generator = generator_for(self.inputs.config.seed, block.index, "rounding")
             if block.index >= window.frontier:
                 block.start(self.settings, generator)
-                if block.starved:
-                    self.listener(starved_experts(self.inputs.skeleton.blocks[block.index].prefix, block))
+                if block.undersampled:
+                    self.listener(undersampled_experts(self.inputs.meta_model.blocks[block.index].prefix, block))
             else:
                 block.go_on(self.settings, generator, self._carried(carry, block.index))
 
@@ -307,7 +309,7 @@ class _Job:
         folder, disk = self.journal.building / "parts", self.journal.disk
         digests = {}
         for block in leaving:
-            spec, source = self.inputs.skeleton.blocks[block.index], self.inputs.source
+            spec, source = self.inputs.meta_model.blocks[block.index], self.inputs.source
             name, digest = write_block(disk, folder, spec, block.harden(), block.rescaled(), source, file)
             digests[name] = digest
         if staying:
@@ -336,13 +338,13 @@ class _Job:
         reading: float,
         writing: float,
     ) -> WindowReport:
-        prefix = {block.index: self.inputs.skeleton.blocks[block.index].prefix for block in (*new, *leaving)}
+        prefix = {block.index: self.inputs.meta_model.blocks[block.index].prefix for block in (*new, *leaving)}
         return WindowReport(
             window,
             len(self.inputs.windows),
             result.loss_before,
             result.loss_after,
-            result.fallback,
+            result.reverted,
             result.changed,
             seconds,
             reading,
@@ -353,12 +355,14 @@ class _Job:
                 for block in new
                 for path, counts in tokens_by_expert(block.tokens).items()
             },
-            noise={f"{prefix[block.index]}.{name}": value for block in leaving for name, value in block.noise.items()},
+            sqnr_db={
+                f"{prefix[block.index]}.{name}": value for block in leaving for name, value in block.sqnr_db.items()
+            },
             scales={
                 f"{prefix[block.index]}.{writer}": (int((scale != 1).sum()), scale.max().item())
                 for block in new
                 for writer, scale in block.scales.items()
             },
             peak_vram=peak_device_bytes(self.inputs.compute.device),
-            starved=[f"{prefix[block.index]}.{name}" for block in new for name in sorted(block.starved)],
+            undersampled=[f"{prefix[block.index]}.{name}" for block in new for name in sorted(block.undersampled)],
         )

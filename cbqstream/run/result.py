@@ -32,23 +32,23 @@ def write_result(inputs: RunInputs, journal: Journal, out: Path) -> None:
     journal.chain.require_intact(*shards)
     if inputs.source.fingerprint() != inputs.identity["source"]["weights"]:
         raise IdentityError(f"{config.model}: the weights changed since this run began. Restore them.")
-    last = len(inputs.skeleton.blocks) - config.keep_last
-    quantized = inputs.skeleton.blocks[config.keep_first : last]
-    kept = [*inputs.skeleton.blocks[: config.keep_first], *inputs.skeleton.blocks[last:]]
-    head = [inputs.skeleton.head] if config.quantize_lm_head else []
+    last = len(inputs.meta_model.blocks) - config.keep_last
+    quantized = inputs.meta_model.blocks[config.keep_first : last]
+    kept = [*inputs.meta_model.blocks[: config.keep_first], *inputs.meta_model.blocks[last:]]
+    head = [inputs.meta_model.head] if config.quantize_lm_head else []
     not_quantized = [
-        *(path for path in inputs.skeleton.never_quantized if path not in dict(head)),
+        *(path for path in inputs.meta_model.never_quantized if path not in dict(head)),
         *(f"{spec.prefix}.{name}" for spec in kept for name in spec.linears),
         *(f"re:{path_pattern(pattern)}$" for pattern in config.ignore),
     ]
     schemes = config.schemes
     if head:
-        path, name = inputs.skeleton.head
+        path, name = inputs.meta_model.head
         written, digest = _write_head(inputs, journal, name)
         shards[written] = digest.sha256
         # a target of its own: engines do not count a head among the linear layers
         schemes = LayerSchemes(
-            schemes.default, (*schemes.others, (re.escape(path), head_scheme(config, inputs.skeleton)))
+            schemes.default, (*schemes.others, (re.escape(path), head_scheme(config, inputs.meta_model)))
         )
     assemble(
         journal.disk,
@@ -65,7 +65,7 @@ def write_result(inputs: RunInputs, journal: Journal, out: Path) -> None:
 
 def _write_head(inputs: RunInputs, journal: Journal, name: str) -> tuple[Path, FileDigest]:
     weight = inputs.source.read(name, device=inputs.compute.device)
-    scheme = head_scheme(inputs.config, inputs.skeleton)
+    scheme = head_scheme(inputs.config, inputs.meta_model)
     grid = search_grid(weight, torch.ones(weight.shape[1], device=weight.device), scheme)
     hard = Rounding(weight, *grid, scheme, Scratch()).harden()
     return write_head(journal.disk, journal.building, name, hard, inputs.source.infos[name].dtype)

@@ -13,7 +13,7 @@ from cbqstream.activations.store import StreamShape
 from cbqstream.activations.zarr_store import ZarrStore
 from cbqstream.errors import InputError
 from cbqstream.models.block import BlockArguments
-from cbqstream.models.embedding_and_head import ModelEnds
+from cbqstream.models.embedding_and_head import EmbeddingAndHead
 from cbqstream.run.finished import FinishedBlocks, computing_block
 from cbqstream.run.inputs import RunInputs
 from cbqstream.rundir.chain import QUANTIZED, REFERENCE
@@ -36,15 +36,15 @@ class Streams:
         self._given: list[ZarrStore] = []
 
     @classmethod
-    def enter(cls, inputs: RunInputs, journal: Journal, ends: ModelEnds) -> "Streams":
+    def enter(cls, inputs: RunInputs, journal: Journal, outer: EmbeddingAndHead) -> "Streams":
         """Learn how the model calls its blocks, and make sure that the streams are there.
 
         Raises:
             InputError: they had to be made again, and are not what was committed.
         """
-        streams = cls(inputs, journal, ends.block_arguments(inputs.tokens[0]))
+        streams = cls(inputs, journal, outer.block_arguments(inputs.tokens[0]))
         if not journal.chain.is_complete and not streams._as_committed():
-            streams._make_again(ends)
+            streams._make_again(outer)
         return streams
 
     @property
@@ -112,13 +112,13 @@ class Streams:
             return False
         return True
 
-    def _make_again(self, ends: ModelEnds) -> None:
+    def _make_again(self, outer: EmbeddingAndHead) -> None:
         journal = self._journal
         journal.empty_tmp()
         journal.new_folder("acts")
         start = self.new("embedded", durable=False)
         for segment, ids_S in enumerate(self._inputs.tokens):
-            start.write(segment, ends.embed(ids_S))
+            start.write(segment, outer.embed(ids_S))
         if self._inputs.config.keep_first:
             kept = [[index] for index in range(self._inputs.config.keep_first)]
             start = self.passed(start, kept, "start", self.original)

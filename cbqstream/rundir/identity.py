@@ -9,7 +9,7 @@ from typing import Any
 from cbqstream.config import QuantizeConfig
 from cbqstream.errors import IdentityError
 
-FORMAT = 3
+FORMAT = 4
 """Of the run directory."""
 ALGORITHM = 5
 """Raised when the same settings give other numbers."""

@@ -27,14 +27,14 @@ def peak_resident_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def return_large_blocks(*, frugal: bool = False) -> None:
-    """Have every allocation of 16 MiB or more given back as soon as it is freed; to be frugal, of 1 MiB, which takes a tenth more time.
+def return_large_blocks(*, memory_mode: bool = False) -> None:
+    """Have every allocation of 16 MiB or more given back as soon as it is freed; with offloading, of 1 MiB, which takes a tenth more time.
 
     glibc raises that limit to 32 MiB by itself when such blocks come and go, and then keeps them in a heap full of holes: experts, who see
     now more and now fewer tokens, leave so many that the heap is twice as large as what is in it.
     """
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, (1 if frugal else 16) << 20)
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, (1 if memory_mode else 16) << 20)
 
 
 def release_free_memory() -> None:

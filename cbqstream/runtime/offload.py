@@ -1,6 +1,6 @@
 """Tensors that lie in a file while nothing is computed with them, for windows whose layers do not fit in memory together.
 
-Weights that are read lazily are at home on disk too, but a layer that learns also has values that change. All of them lie on a shelf,
+Weights that are read lazily are at home on disk too, but a layer that learns also has values that change. All of them lie in a file,
 from where they are placed on the device for as long as they are used. They come back bit for bit, so it changes no result.
 """
 
@@ -20,7 +20,7 @@ _READS_A_TRIM = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Page:
+class OffloadedTensor:
     """Where a tensor lies."""
 
     file: ScratchFile
@@ -59,14 +59,14 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 
 class Offloadable(nn.Module):
-    """A module with tensors of the size of a weight, which are on the meta device while they lie on a shelf and are not placed."""
+    """A module with tensors of the size of a weight, which are on the meta device while they lie in a file and are not placed."""
 
     large: ClassVar[tuple[str, ...]] = ("weight",)
     """Names of these tensors."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._pages: dict[str, Page] = {}
+        self._pages: dict[str, OffloadedTensor] = {}
         self._is_placed = False
 
     def offload(self, file: ScratchFile) -> None:
@@ -79,20 +79,20 @@ class Offloadable(nn.Module):
         if pages:
             self._move(next(iter(pages)).file, {id(getattr(other, name)): page for name, page in other._pages.items()})
 
-    def _move(self, file: ScratchFile, known: Mapping[int, Page]) -> None:
+    def _move(self, file: ScratchFile, known: Mapping[int, OffloadedTensor]) -> None:
         for name in self.large:
             tensor: Tensor = getattr(self, name)
-            self._pages[name] = known.get(id(tensor)) or Page.of(tensor, file)
+            self._pages[name] = known.get(id(tensor)) or OffloadedTensor.of(tensor, file)
             setattr(self, name, tensor.to(_META))
 
     def put(self, name: str, tensor: Tensor) -> None:
         """Another tensor in the place of a large one, which is let go."""
         if name in self._pages:
-            self._pages[name] = Page.of(tensor, self._pages[name].file)
+            self._pages[name] = OffloadedTensor.of(tensor, self._pages[name].file)
             tensor = tensor.to(_META)
         setattr(self, name, tensor)
 
-    def page(self, name: str) -> Page | None:
+    def page(self, name: str) -> OffloadedTensor | None:
         """Where a large tensor lies; None if it stays in memory."""
         return self._pages.get(name)
 

@@ -18,17 +18,17 @@ from cbqstream.records import Compute
 from cbqstream.rounding.rounding import Rounding, TrainingStep
 from cbqstream.windows.quantized_linear import InputStep, Phase
 from cbqstream.windows.resident import ResidentBlock, all_layers, run_blocks
-from cbqstream.windows.schedule import split_guard
+from cbqstream.windows.schedule import split_held_out
 
 
 @dataclass(frozen=True, slots=True)
 class Reconstruction:
-    """Loss of the hard window on the guard segments before and after, and the share of codes moved away from round-to-nearest."""
+    """Loss of the hard window on the held_out segments before and after, and the share of codes moved away from round-to-nearest."""
 
     loss_before: float
     loss_after: float
-    fallback: str | None
-    """Why what was learned was taken back, if it was: `worse`, or `not finite`."""
+    reverted: str | None
+    """Why what was learned was reverted, if it was: `held-out loss increased`, or `not finite`."""
     changed: float
 
 
@@ -73,7 +73,7 @@ def reconstruct(
     generator: torch.Generator,
     started: Callable[[ResidentBlock], Mapping[str, Tensor]],
 ) -> Reconstruction:
-    """Train the roundings of a window in place. It never ends worse than it began: the guard keeps the better of the two.
+    """Train the roundings of a window in place. It never ends worse than it began: the held-out segments decide.
 
     Raises:
         InputError: the window gives values that are not finite.
@@ -83,30 +83,30 @@ def reconstruct(
         data: its input from the quantized stream, and its targets.
         config: how.
         generator: gives the order of the segments.
-        started: what `ResidentBlock.load` takes to bring a block back to what it is now; asked only where what was learned is taken back.
+        started: what `ResidentBlock.load` takes to bring a block back to what it is now; asked only where what was learned is reverted.
     """
-    training, guard = split_guard(data.inputs.shape.num_segments)
+    training, held_out = split_held_out(data.inputs.shape.num_segments)
     roundings = [layer.rounding for layer in all_layers(blocks) if layer.rounding is not None]
     input_steps = [layer.input_step for layer in all_layers(blocks) if layer.input_step is not None]
-    before = hard_loss(blocks, data, guard, config)
+    before = hard_loss(blocks, data, held_out, config)
     if not math.isfinite(before):
         first, last = blocks[0].index, blocks[-1].index
         raise InputError(
             f"blocks {first}-{last}", "their activations are not finite. Look for NaN or Inf in the weights."
         )
-    after, fallback = before, None
+    after, reverted = before, None
     order = _training_order(training, config, generator)
     if order:
         _train(blocks, roundings, input_steps, data, order, config)
-        after = hard_loss(blocks, data, guard, config)
+        after = hard_loss(blocks, data, held_out, config)
         if not after <= before:
-            fallback = "worse" if math.isfinite(after) else "not finite"
+            reverted = "held-out loss increased" if math.isfinite(after) else "not finite"
             for block in blocks:
                 block.load(started(block))
             after = before
     counts = [rounding.changed() for rounding in roundings]
     return Reconstruction(
-        before, after, fallback, sum(moved for moved, _ in counts) / sum(total for _, total in counts)
+        before, after, reverted, sum(moved for moved, _ in counts) / sum(total for _, total in counts)
     )
 
 
@@ -128,7 +128,7 @@ def _training_order(
     segments: Sequence[int], config: ReconstructionConfig, generator: torch.Generator
 ) -> list[list[int]]:
     """The batches of all epochs, each epoch in an order of its own; none where nothing is learned."""
-    if config.rounding == "none":
+    if config.rounding == "nearest":
         return []
     order = []
     for _ in range(config.epochs):
@@ -162,7 +162,9 @@ def _train(
             rounding.begin_step(now)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * rate_left  # by hand: a scheduler would keep the optimizer alive in a cycle
-        h_BSD = run_blocks(blocks, batch.x, Phase.SOFT, recompute=data.compute.frugal.recompute)
+        h_BSD = run_blocks(
+            blocks, batch.x, Phase.SOFT, activation_checkpointing=data.compute.memory_mode.activation_checkpointing
+        )
         loss = _loss(h_BSD, batch, data.predictions, config, step)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]

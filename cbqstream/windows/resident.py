@@ -15,14 +15,14 @@ from cbqstream.errors import InputError
 from cbqstream.models.block import BlockArguments, build_block, run_block
 from cbqstream.models.experts import Experts
 from cbqstream.models.families import EXPERT, Fold
-from cbqstream.models.meta_model import ModelSkeleton
-from cbqstream.numerics.affine import signal_to_noise
+from cbqstream.models.meta_model import MetaModel
+from cbqstream.numerics.affine import sqnr_db
 from cbqstream.numerics.input_statistics import InputStatistics, sum_of
 from cbqstream.numerics.outliers import OutlierRule, truncated
 from cbqstream.numerics.scale_search import minmax_grid, search_grid
 from cbqstream.records import Compute, QuantizedWeight, WeightSource
 from cbqstream.rounding.rounding import Rounding, make_rounding
-from cbqstream.runtime.offload import Page
+from cbqstream.runtime.offload import OffloadedTensor
 from cbqstream.runtime.scratch import Scratch
 from cbqstream.transforms.smoothing import apply_fold, fold_scale, parameters_of, reader_scale
 from cbqstream.windows.quantized_linear import (
@@ -35,7 +35,7 @@ from cbqstream.windows.quantized_linear import (
 _SAMPLED_TOKENS = 1024
 _SAMPLED_OF_EXPERT, _DENSER = 256, 16  # it sees one token in 8 to 32
 _FEWEST_TOKENS = 32
-_FOLD, _INPUT, _STARVED = "fold.", "input.", "starved"
+_FOLD, _INPUT, _UNDERSAMPLED = "fold.", "input.", "undersampled"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +61,9 @@ class ResidentBlock:
     scales: dict[str, Tensor] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
     """How many the inputs of each layer were watched for."""
-    noise: dict[str, float] = field(default_factory=dict)
+    sqnr_db: dict[str, float] = field(default_factory=dict)
     """Signal to noise of the hard weights, decibels, by layer."""
-    starved: set[str] = field(default_factory=set)
+    undersampled: set[str] = field(default_factory=set)
     """Layers of experts that saw too few of them to learn from; they are rounded to nearest."""
 
     def watch_inputs(self, num_tokens: int, settings: BlockSettings, *, all_experts: bool = False) -> None:
@@ -122,9 +122,9 @@ class ResidentBlock:
         seen = {name: layer.take_statistics() for name, layer in self.layers.items()}
         enough = min(_FEWEST_TOKENS, max(found.tokens for found in seen.values()))
         self.tokens.update({name: found.tokens for name, found in seen.items()})
-        self.starved.update(name for name, found in seen.items() if found.tokens < enough and EXPERT.search(name))
+        self.undersampled.update(name for name, found in seen.items() if found.tokens < enough and EXPERT.search(name))
         pooled: dict[str, InputStatistics] = {}
-        for name in self.starved:
+        for name in self.undersampled:
             alike = EXPERT.sub(".*.", name)
             if alike not in pooled:
                 whole = sum_of([found for other, found in seen.items() if EXPERT.sub(".*.", other) == alike])
@@ -148,7 +148,7 @@ class ResidentBlock:
     ) -> None:
         """To a layer that is placed, as the settings ask for; to nearest where there is too little to learn from."""
         layer, scratch = self.layers[name], settings.scratch
-        if name in self.starved:
+        if name in self.undersampled:
             rounding = Rounding(weight, *grid, layer.scheme, scratch).requires_grad_(requires_grad=False)
         else:
             rounding = make_rounding(weight, *grid, layer.scheme, settings.reconstruction, generator, scratch)
@@ -171,8 +171,8 @@ class ResidentBlock:
         generator: torch.Generator,
         state: dict[str, Tensor],
     ) -> None:
-        if state.pop(_STARVED, None) is not None:
-            self.starved.add(name)
+        if state.pop(_UNDERSAMPLED, None) is not None:
+            self.undersampled.add(name)
         step = _under(_INPUT, state)
         if step:
             layer.input_step = InputStep(step["scale0"], settings.scheme.activation_bits or 0)
@@ -191,12 +191,12 @@ class ResidentBlock:
             for prefix, part in (("", layer.rounding), (_INPUT, layer.input_step)):
                 if part is not None:
                     state |= {f"{name}.{prefix}{key}": value for key, value in part.state().items()}
-        state |= {f"{name}.{_STARVED}": torch.ones(1, dtype=torch.uint8) for name in sorted(self.starved)}
+        state |= {f"{name}.{_UNDERSAMPLED}": torch.ones(1, dtype=torch.uint8) for name in sorted(self.undersampled)}
         return state | {f"{_FOLD}{writer}": scale for writer, scale in self.scales.items()}
 
-    def carry(self) -> dict[str, Tensor | Page]:
+    def carry(self) -> dict[str, Tensor | OffloadedTensor]:
         """All that the next window needs to go on, by name."""
-        large: dict[str, Tensor | Page] = {}
+        large: dict[str, Tensor | OffloadedTensor] = {}
         for name, layer in self.layers.items():
             if layer.rounding is not None:
                 large |= {f"{name}.{key}": value for key, value in layer.rounding.large_state().items()}
@@ -207,7 +207,7 @@ class ResidentBlock:
         folded."""
         for name, layer in self.layers.items():
             state = _under(f"{name}.", carried)
-            state.pop(_STARVED, None)
+            state.pop(_UNDERSAMPLED, None)
             if layer.input_step is not None:
                 layer.input_step.load(_under(_INPUT, state))
             if layer.rounding is not None:
@@ -248,13 +248,13 @@ class ResidentBlock:
                 step = None if layer.input_step is None else layer.input_step.stored()
                 hard = replace(layer.rounding.harden(), input_scale=step)
                 with layer.placed():
-                    self.noise[name] = signal_to_noise(layer.weight, hard)
+                    self.sqnr_db[name] = sqnr_db(layer.weight, hard)
                 layer.freeze(hard)
                 yield name, hard
 
 
 def read_block(
-    skeleton: ModelSkeleton,
+    meta_model: MetaModel,
     index: int,
     source: WeightSource,
     schemes: Mapping[str, Scheme],
@@ -266,7 +266,7 @@ def read_block(
     """Block `index` with its original weights.
 
     Args:
-        skeleton: the model it belongs to.
+        meta_model: the model it belongs to.
         index: which block.
         source: where its tensors come from.
         schemes: of the layers that are quantized, by their name in it.
@@ -277,8 +277,8 @@ def read_block(
     """
     device, dtype = compute.device, compute.dtype
     without = () if file is None else schemes
-    module = build_block(skeleton, index, source, device=device, dtype=dtype, linear_dtype=None, without=without)
-    spec, layers = skeleton.blocks[index], replace_linears(module, schemes, scratch)
+    module = build_block(meta_model, index, source, device=device, dtype=dtype, linear_dtype=None, without=without)
+    spec, layers = meta_model.blocks[index], replace_linears(module, schemes, scratch)
     if file is not None:
         for name, layer in layers.items():
             layer.weight = source.read(spec.tensors[f"{name}.weight"], device=device)
@@ -286,7 +286,7 @@ def read_block(
     whole = set(spec.linears) - schemes.keys()  # folds through layers that stay as they are would change them
     for name in whole:
         module.get_submodule(name).to(dtype)
-    folds = tuple(fold for fold in skeleton.folds(index) if not whole & {fold.writer, *fold.readers})
+    folds = tuple(fold for fold in meta_model.folds(index) if not whole & {fold.writer, *fold.readers})
     return ResidentBlock(index, module, arguments, layers, folds)
 
 
@@ -301,16 +301,18 @@ def all_layers(blocks: Sequence[ResidentBlock]) -> Iterator[QuantizedLinear]:
         yield from block.layers.values()
 
 
-def run_blocks(blocks: Sequence[ResidentBlock], x_BSD: Tensor, phase: Phase, *, recompute: bool = False) -> Tensor:
+def run_blocks(
+    blocks: Sequence[ResidentBlock], x_BSD: Tensor, phase: Phase, *, activation_checkpointing: bool = False
+) -> Tensor:
     """Hidden states after the blocks, computed with the weights of `phase`.
 
-    With `recompute` a backward pass finds the inputs of the blocks only, and runs each block again before its own (Chen et al. 2016,
+    With checkpointing a backward pass finds the inputs of the blocks only, and runs each block again before its own (Chen et al. 2016,
     arXiv 1604.06174). No rounding of it has moved then.
     """
     for layer in all_layers(blocks):
         layer.phase = phase
     for block in blocks:
-        if recompute:
+        if activation_checkpointing:
             run = partial(run_block, block.module, arguments=block.arguments)
             x_BSD = checkpoint(run, x_BSD, use_reentrant=False, preserve_rng_state=False)
         else:

@@ -3,7 +3,7 @@
 from cbqstream.config import WindowConfig
 from cbqstream.records import Window
 
-_GUARD_SHARE = 8
+_HELD_OUT_SHARE = 8
 
 
 def schedule(first: int, stop: int, window: WindowConfig) -> list[Window]:
@@ -24,9 +24,9 @@ def schedule(first: int, stop: int, window: WindowConfig) -> list[Window]:
     return windows
 
 
-def split_guard(num_segments: int) -> tuple[list[int], list[int]]:
-    """Segments to train on and segments of the guard: the last eighth, or all for both where there are fewer than eight."""
-    held_out = num_segments // _GUARD_SHARE
+def split_held_out(num_segments: int) -> tuple[list[int], list[int]]:
+    """Segments to train on and segments of the held_out: the last eighth, or all for both where there are fewer than eight."""
+    held_out = num_segments // _HELD_OUT_SHARE
     everything = list(range(num_segments))
     return (
         (everything[: num_segments - held_out], everything[num_segments - held_out :])

@@ -64,8 +64,8 @@ def test_transformers_loads_the_result_and_agrees(make_config, tokens, inputs_as
     with pytest.raises(StoppedError):
         quantize(config, stop_after_window=2)
     out = quantize(config)
-    skeleton, _ = open_model(out)
-    becomes_dense = family in DENSE_ONLY or any(".experts." in name for name in skeleton.blocks[-1].linears)
+    meta_model, _ = open_model(out)
+    becomes_dense = family in DENSE_ONLY or any(".experts." in name for name in meta_model.blocks[-1].linears)
     inputs_as_transformers_has_them(family)
     ids = load_segments(tokens, out, num_samples=16, seq_len=SEQ_LEN, vocab_size=VOCAB)
     dtype = torch.bfloat16 if OLD and family in OTHER_NAMES else torch.float32

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from cbqstream.evaluation.model import open_model
 from cbqstream.models.block import build_block, run_block
-from cbqstream.models.embedding_and_head import model_ends
+from cbqstream.models.embedding_and_head import load_embedding_and_head
 from cbqstream.records import Compute
 from perplexities import streamed_perplexity
 from tiny import FAMILIES, VOCAB, make_model, save_model
@@ -27,14 +27,14 @@ def test_streamed_logits_are_those_of_transformers(tmp_path, family):
     model = make_model(family)
     folder = save_model(tmp_path / family, family, dtype=torch.float32)
     ids = segments(2, 24)
-    skeleton, source = open_model(folder)
-    with model_ends(skeleton, source, device=CPU.device, dtype=CPU.dtype) as ends:
-        arguments = ends.block_arguments(ids[0])
-        x = torch.stack([ends.embed(row) for row in ids])
-        for index in range(len(skeleton.blocks)):
-            block = build_block(skeleton, index, source, device=CPU.device, dtype=CPU.dtype, linear_dtype=CPU.dtype)
+    meta_model, source = open_model(folder)
+    with load_embedding_and_head(meta_model, source, device=CPU.device, dtype=CPU.dtype) as outer:
+        arguments = outer.block_arguments(ids[0])
+        x = torch.stack([outer.embed(row) for row in ids])
+        for index in range(len(meta_model.blocks)):
+            block = build_block(meta_model, index, source, device=CPU.device, dtype=CPU.dtype, linear_dtype=CPU.dtype)
             x = run_block(block, x, arguments[index])
-        logits = torch.stack([torch.cat(list(ends.logits(row))) for row in x])
+        logits = torch.stack([torch.cat(list(outer.logits(row))) for row in x])
     with torch.no_grad():
         expected = model(ids, use_cache=False).logits
     assert torch.allclose(logits, expected, atol=1e-4)
@@ -53,20 +53,20 @@ def test_streamed_perplexity_is_that_of_transformers(tmp_path, family):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_any_stored_dtype(tmp_path, dtype):
-    skeleton, source = open_model(save_model(tmp_path / "m", dtype=dtype))
-    block = build_block(skeleton, 1, source, device=CPU.device, dtype=CPU.dtype, linear_dtype=None)
+    meta_model, source = open_model(save_model(tmp_path / "m", dtype=dtype))
+    block = build_block(meta_model, 1, source, device=CPU.device, dtype=CPU.dtype, linear_dtype=None)
     assert block.get_submodule("self_attn.q_proj").weight.dtype == dtype
     assert block.get_submodule("input_layernorm").weight.dtype == torch.float32
 
 
 def test_nothing_stays_in_memory_after_use(tmp_path):
-    skeleton, source = open_model(save_model(tmp_path / "m"))
-    with model_ends(skeleton, source, device=CPU.device, dtype=CPU.dtype) as ends:
-        ends.embed(segments(1, 16)[0])
-        assert all(parameter.device.type == "cpu" for parameter in skeleton.shell.parameters())
-    assert all(parameter.device.type == "meta" for parameter in skeleton.shell.parameters())
-    build_block(skeleton, 0, source, device=CPU.device, dtype=CPU.dtype, linear_dtype=None)
-    assert all(parameter.device.type == "meta" for parameter in skeleton.templates[0].parameters())
+    meta_model, source = open_model(save_model(tmp_path / "m"))
+    with load_embedding_and_head(meta_model, source, device=CPU.device, dtype=CPU.dtype) as outer:
+        outer.embed(segments(1, 16)[0])
+        assert all(parameter.device.type == "cpu" for parameter in meta_model.hf_model.parameters())
+    assert all(parameter.device.type == "meta" for parameter in meta_model.hf_model.parameters())
+    build_block(meta_model, 0, source, device=CPU.device, dtype=CPU.dtype, linear_dtype=None)
+    assert all(parameter.device.type == "meta" for parameter in meta_model.templates[0].parameters())
 
 
 def test_checkpoints_that_leave_out_the_base_prefix(tmp_path):
@@ -74,5 +74,5 @@ def test_checkpoints_that_leave_out_the_base_prefix(tmp_path):
     folder = save_model(tmp_path / "opt", "opt", max_shard_size="1GB")
     tensors = load_file(folder / "model.safetensors")
     save_file({name.removeprefix("model."): value for name, value in tensors.items()}, folder / "model.safetensors")
-    skeleton, _ = open_model(folder)
-    assert skeleton.blocks[2].tensors["fc1.weight"] == "decoder.layers.2.fc1.weight"
+    meta_model, _ = open_model(folder)
+    assert meta_model.blocks[2].tensors["fc1.weight"] == "decoder.layers.2.fc1.weight"

@@ -1,4 +1,4 @@
-"""Rows 1 and 2: every state that a crash may leave recovers, and the model that says so notices what the protocol must not leave out."""
+"""Rows 1 and 2: every state that a crash may leave recovers, and the model that says so warnings what the protocol must not leave out."""
 
 import os
 import shutil

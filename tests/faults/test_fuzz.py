@@ -15,7 +15,7 @@ from cbqstream.checkpoint.folder import find_tensors, read_json
 from cbqstream.checkpoint.header import read_header
 from cbqstream.config import QuantizeConfig
 from cbqstream.errors import CbqstreamError
-from cbqstream.models.meta_model import ModelSkeleton
+from cbqstream.models.meta_model import MetaModel
 from cbqstream.rundir.chain import Chain
 from cbqstream.rundir.identity import canonical, digest_of
 
@@ -101,7 +101,7 @@ def test_configs(toy, counting):
     @FUZZ
     @given(st.dictionaries(st.sampled_from(sorted(good)) | st.text(max_size=12), values, min_size=1, max_size=3))
     def fuzz(changes):
-        calmly(ModelSkeleton, toy.model, {**good, **changes}, shapes)
+        calmly(MetaModel, toy.model, {**good, **changes}, shapes)
         counting.add()
 
     fuzz()

@@ -1,4 +1,4 @@
-"""Rows 3 to 7, 11, 16 and 17: real processes that are killed, stopped, starved, or not alone."""
+"""Rows 3 to 7, 11, 16 and 17: real processes that are killed, stopped, starved of disk space, or not alone."""
 
 import errno
 import itertools
@@ -212,10 +212,10 @@ def test_two_first_starts(toy, tally):
     with tally(11, "two first starts at once") as counted:
         for _ in range(20 if NIGHTLY else 4):
             out = toy.new_out()
-            ends = [toy.wait(number) for number in [toy.start(toy.quantize(out)) for _ in range(2)]]
-            assert sorted(ended.code for ended in ends) in ([0, 0], [0, 75]), [ended.err for ended in ends]
-            assert all(one_line(ended.err) for ended in ends if ended.code)
-            assert sum(ended.windows for ended in ends) == WINDOWS
+            ended = [toy.wait(number) for number in [toy.start(toy.quantize(out)) for _ in range(2)]]
+            assert sorted(ended.code for ended in ended) in ([0, 0], [0, 75]), [ended.err for ended in ended]
+            assert all(one_line(ended.err) for ended in ended if ended.code)
+            assert sum(ended.windows for ended in ended) == WINDOWS
             assert files_of(out) == toy.expected
             counted.add(runs=2)
 
@@ -226,11 +226,11 @@ def test_two_runs_with_one_output(toy, tally):
         for number in range(6 if NIGHTLY else 2):
             out, runs = toy.new_out(), [toy.new_out(), toy.new_out()]
             commands = [toy.quantize(out, "--run-dir", run, "--seed", 3 + seed) for seed, run in enumerate(runs)]
-            ends = [
+            ended = [
                 toy.wait(process) for process in [toy.start(command) for command in commands[:: 1 - 2 * (number % 2)]]
             ]
-            late = next(ended for ended in ends if ended.code)
-            assert sorted(ended.code for ended in ends) in ([0, 2], [0, 74]), late.err
+            late = next(one for one in ended if ended.code)
+            assert sorted(ended.code for ended in ended) in ([0, 2], [0, 74]), late.err
             assert one_line(late.err)
             assert re.search(r"Give another (OUT|place)\.", late.err), late.err
             looked = [toy.run(["check", str(path), "--read-data"]) for path in (out, *runs)]
@@ -291,8 +291,8 @@ def test_losses_that_are_not_finite(toy, tally):
         out = toy.new_out()
         ended = toy.run(toy.quantize(out), patch="nan_in_one_step")
         assert ended.code == 0
-        assert ended.out.splitlines()[0].endswith("taken back: not finite")
-        fallbacks = [commit["report"]["fallback"] for commit in Chain.read(Path(f"{out}.run")).commits]
+        assert ended.out.splitlines()[0].endswith("reverted: not finite")
+        fallbacks = [commit["report"]["reverted"] for commit in Chain.read(Path(f"{out}.run")).commits]
         assert fallbacks[0] == "not finite"
         assert "not finite" not in fallbacks[1:]
         out = toy.new_out()

@@ -262,7 +262,7 @@ def test_the_output_of_another_run_is_not_ours(toy, tally):
     with tally(17, "OUT is that of another run") as counted:
         out, other = toy.new_out(), toy.new_out()
         assert toy.run(toy.quantize(out)).code == 0
-        assert toy.run(toy.quantize(other, "--rounding-travel", 0.1)).code == 0
+        assert toy.run(toy.quantize(other, "--max-shift", 0.1)).code == 0
         before = files_of(other)
         for name, content in toy.expected.items():  # what a run tells of itself has numbers of other lengths
             assert name in ("README.md", "metrics.jsonl") or len(before[name]) == len(content)

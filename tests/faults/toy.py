@@ -50,7 +50,7 @@ class Toy:
         self._number = 0
         whole = self.run(self.quantize(folder / "whole"), count=folder / "operations.json")
         assert whole.code == 0, whole.err
-        assert "taken back" not in whole.out
+        assert "reverted" not in whole.out
         self.expected = files_of(folder / "whole")
         self.expected_parts = files_of(folder / "whole.run" / "parts")
         self.seconds = whole.seconds

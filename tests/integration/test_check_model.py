@@ -44,7 +44,7 @@ def edit_config(folder: Path, edit) -> None:
 @pytest.fixture
 def made(make_config):
     return quantize(
-        make_config(scheme=Scheme(num_bits=4, group_size=32, symmetric=False), reconstruction={"rounding": "none"})
+        make_config(scheme=Scheme(num_bits=4, group_size=32, symmetric=False), reconstruction={"rounding": "nearest"})
     )
 
 
@@ -76,7 +76,7 @@ def test_codes_of_another_width(made):
 
 def test_codes_of_another_width_per_channel(make_config):
     """Where no scale says how many columns there are."""
-    made = quantize(make_config(scheme=Scheme(num_bits=4, group_size=None), reconstruction={"rounding": "none"}))
+    made = quantize(make_config(scheme=Scheme(num_bits=4, group_size=None), reconstruction={"rounding": "nearest"}))
     edit_config(made, lambda config: config["config_groups"]["group_0"]["weights"].update(num_bits=2))
     problems = check(made, read_data=False).problems
     assert len(problems) == 28
@@ -157,7 +157,7 @@ def test_a_config_that_compressed_tensors_does_not_read(made):
 def test_loaded_by_transformers(make_config, capfd, symmetric, said):
     """Near the streamed model; transformers makes bf16 weights where it dequantizes."""
     scheme = Scheme(num_bits=4, group_size=32, symmetric=symmetric)
-    out = quantize(make_config(scheme=scheme, reconstruction={"rounding": "none"}))
+    out = quantize(make_config(scheme=scheme, reconstruction={"rounding": "nearest"}))
     capfd.readouterr()
     found = check(out, read_data=False, load=True)
     assert capfd.readouterr() == ("", "")
@@ -196,7 +196,7 @@ def test_another_model_in_transformers(made, monkeypatch):
 )
 def test_how_near_transformers_must_be(make_config, monkeypatch, scheme, problems):
     """A twentieth off is another model, unless inputs are rounded."""
-    made = quantize(make_config(scheme=scheme, reconstruction={"rounding": "none"}))
+    made = quantize(make_config(scheme=scheme, reconstruction={"rounding": "nearest"}))
     load = AutoModelForCausalLM.from_pretrained
 
     def louder(*args, **options):
@@ -221,7 +221,7 @@ def test_too_little_memory_says_nothing_about_the_model(made, monkeypatch, error
 
 
 def test_an_unfinished_run_is_not_loaded(make_config):
-    config = make_config(reconstruction={"rounding": "none"})
+    config = make_config(reconstruction={"rounding": "nearest"})
     with pytest.raises(StoppedError):
         quantize(config, stop_after_window=1)
     found = check(Path(f"{config.out}.run"), read_data=False, load=True)

@@ -62,7 +62,7 @@ def test_quantize_status_resume_eval(cbqstream, tiny_models, tokens, tmp_path):
     for number, line in enumerate(lines[:3], 1):
         pattern = (
             rf"window {number}/3  blocks \d-\d  loss \S+ -> \S+  changed \S+%  \d+ s, \d+% \w+  RAM \d\.\d\d GiB"
-            r"  ETA \S+( +taken back: worse)?"
+            r"  ETA \S+( +reverted: held-out loss increased)?"
         )
         assert re.fullmatch(pattern, line)
     assert lines[3] == f"done: {out}"
@@ -100,7 +100,7 @@ def test_underscores_in_flags(cbqstream, tiny_models, tokens, tmp_path):
         "--seq_len",
         SEQ_LEN,
         "--group_size=-1",
-        "--rounding=none",
+        "--rounding=nearest",
     )
     assert code == 0
     assert '"strategy": "channel"' in (tmp_path / "out" / "config.json").read_text()
@@ -135,7 +135,7 @@ def test_recipe(cbqstream, tiny_models, tokens, tmp_path):
     """Flags from a file, in either spelling; the command line wins."""
     recipe, out = tmp_path / "w3.toml", tmp_path / "out"
     recipe.write_text(
-        f'scheme = "W3A16"\ngroup-size = 64\nsymmetric = false\nrounding = "none"\ndataset = "{tokens}"\nseq_len = {SEQ_LEN}\n'
+        f'scheme = "W3A16"\ngroup-size = 64\nsymmetric = false\nrounding = "nearest"\ndataset = "{tokens}"\nseq_len = {SEQ_LEN}\n'
     )
     code, _, err = cbqstream(
         "quantize", tiny_models["llama"], out, "--recipe", recipe, "--group-size", 32, "--num_samples", 8
@@ -390,7 +390,7 @@ BAD_ARGUMENTS = {
         "group_size is 7. It must be a multiple of 8, or -1 for one scale per channel.",
     ),
     "overlap": (("--overlap", 2), 2, "window overlap is 2. It must be 0 to 1 for a window of 2 blocks."),
-    "rounding": (("--rounding", "up"), 2, "rounding 'up' is not none, lora or full."),
+    "rounding": (("--rounding", "up"), 2, "rounding 'up' is not nearest, lora_rounding or signround."),
     "too little text": (
         ("--num-samples", 17),
         65,
@@ -441,7 +441,9 @@ def test_out_that_is_not_empty(cbqstream, tiny_models, tokens, tmp_path):
 
 def test_an_empty_out_is_used(cbqstream, tiny_models, tokens, tmp_path):
     (tmp_path / "out").mkdir()
-    assert cbqstream("quantize", tiny_models["llama"], tmp_path / "out", *options(tokens, "--rounding", "none"))[0] == 0
+    assert (
+        cbqstream("quantize", tiny_models["llama"], tmp_path / "out", *options(tokens, "--rounding", "nearest"))[0] == 0
+    )
     assert (tmp_path / "out" / "config.json").is_file()
 
 
@@ -585,7 +587,7 @@ def test_unknown_flag_and_help(cbqstream):
     assert "cbqstream quantize MODEL OUT" in out
     code, out, _ = cbqstream("quantize", "--help")
     assert code == 0
-    assert re.search(r"--window-size <int> +Blocks optimised together. +\[default: \(2\)\]", out)
+    assert re.search(r"--window-size <int> +Blocks optimized together. +\[default: \(2\)\]", out)
 
 
 def test_module_entry_point(tmp_path):

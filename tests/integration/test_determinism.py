@@ -9,10 +9,10 @@ from cbqstream import quantize
 from cbqstream.activations import read_ahead
 from cbqstream.config import OutlierConfig, Scheme, WindowConfig
 from cbqstream.errors import StoppedError, UsageError
-from cbqstream.records import Frugal
+from cbqstream.records import MemoryMode
 from cbqstream.run import inputs
 from cbqstream.runtime.device import make_deterministic
-from cbqstream.runtime.offload import Page
+from cbqstream.runtime.offload import OffloadedTensor
 from cbqstream.windows import resident
 from tiny import files_of
 
@@ -64,7 +64,7 @@ def test_reading_further_ahead_changes_nothing(make_config, monkeypatch):
     assert outs[0] == outs[1] == outs[2]
 
 
-@pytest.mark.parametrize("mode", ["full", "lora"])
+@pytest.mark.parametrize("mode", ["signround", "lora_rounding"])
 def test_activations_that_are_computed_again_change_nothing(make_config, monkeypatch, mode):
     real_plan, real_checkpoint, outs, calls = inputs.fitting_plan, resident.checkpoint, [], []
 
@@ -73,25 +73,27 @@ def test_activations_that_are_computed_again_change_nothing(make_config, monkeyp
         return real_checkpoint(*arguments, **options)
 
     monkeypatch.setattr(resident, "checkpoint", checkpoint)
-    for recompute in (False, True):
+    for activation_checkpointing in (False, True):
         monkeypatch.setattr(
             inputs,
             "fitting_plan",
-            lambda *given, on=recompute: replace(real_plan(*given), frugal=Frugal(recompute=on)),
+            lambda *given, on=activation_checkpointing: replace(
+                real_plan(*given), memory_mode=MemoryMode(activation_checkpointing=on)
+            ),
         )
-        config = make_config(name=f"out-{recompute}", reconstruction={"rounding": mode}, **SETTINGS)
+        config = make_config(name=f"out-{activation_checkpointing}", reconstruction={"rounding": mode}, **SETTINGS)
         outs.append(files_of(quantize(config)))
-        assert bool(calls) == recompute
+        assert bool(calls) == activation_checkpointing
     assert outs[0] == outs[1]
 
 
 OFFLOADED = {
     "W2 asymmetric": {"scheme": Scheme(num_bits=2, group_size=16, symmetric=False)},
-    "low rank": {"reconstruction": {"rounding": "lora"}},
+    "low rank": {"reconstruction": {"rounding": "lora_rounding"}},
     "truncated weights": {"outliers": OutlierConfig(weights=True)},
     "rescaled channels": {"scheme": Scheme(num_bits=4, group_size=32, activation_bits=8)},
     "static inputs": {"scheme": Scheme(num_bits=4, group_size=32, activation_bits=8, activation_strategy="tensor")},
-    "experts, some of them starved": {"family": "qwen2_moe", "scheme": Scheme(num_bits=4, group_size=32)},
+    "experts, some of them undersampled": {"family": "qwen2_moe", "scheme": Scheme(num_bits=4, group_size=32)},
     "windows of three": {"window": WindowConfig(size=3, overlap=2)},
     "nothing is carried over": {"window": WindowConfig(size=3, overlap=0)},
 }
@@ -105,16 +107,18 @@ def test_layers_that_lie_on_disk_change_nothing(make_config, monkeypatch, option
     family = settings.pop("family", "llama")
     plain = files_of(quantize(make_config(family, name="plain", **settings)))
     monkeypatch.setattr(
-        inputs, "fitting_plan", lambda *given: replace(real_plan(*given), frugal=Frugal(recompute=True, offload=True))
+        inputs,
+        "fitting_plan",
+        lambda *given: replace(real_plan(*given), memory_mode=MemoryMode(activation_checkpointing=True, offload=True)),
     )
-    real_read = Page.read
+    real_read = OffloadedTensor.read
 
     def read(page):
         placed.append(page.nbytes)
         return real_read(page)
 
-    monkeypatch.setattr(Page, "read", read)
-    config = make_config(family, name="frugal", **settings)
+    monkeypatch.setattr(OffloadedTensor, "read", read)
+    config = make_config(family, name="memory_mode", **settings)
     with pytest.raises(StoppedError):
         quantize(config, stop_after_window=1)
     assert files_of(quantize(config)) == plain

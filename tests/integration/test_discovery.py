@@ -20,9 +20,9 @@ from cbqstream.evaluation.model import open_model
 from cbqstream.models.experts import separate_experts
 from cbqstream.numerics.input_statistics import InputStatistics
 from cbqstream.planning.sizes import ModelSizes
-from cbqstream.records import Compute, Notice, WindowReport
+from cbqstream.records import Compute, RunWarning, WindowReport
 from cbqstream.run.inputs import open_inputs
-from cbqstream.run.limits import model_notices
+from cbqstream.run.limits import model_warnings
 from cbqstream.runtime.scratch import Scratch
 from cbqstream.windows.quantized_linear import QuantizedLinear
 from perplexities import plain_perplexity, streamed_perplexity
@@ -44,8 +44,8 @@ def events_of(config):
 
 def test_an_architecture_without_a_row_runs_and_says_so(make_config, tokens, arcee):
     out, events = events_of(make_config(model=arcee))
-    notices = [event.text for event in events if isinstance(event, Notice)]
-    assert notices == [f'{arcee}: architecture "arcee" is untested here; its blocks were found at "model.layers".']
+    warnings = [event.text for event in events if isinstance(event, RunWarning)]
+    assert warnings == [f'{arcee}: architecture "arcee" is untested here; its blocks were found at "model.layers".']
     ids = load_segments(tokens, out, num_samples=16, seq_len=SEQ_LEN, vocab_size=VOCAB)
     assert streamed_perplexity(out, ids) == pytest.approx(plain_perplexity(out, ids), rel=1e-4)
 
@@ -114,14 +114,12 @@ def test_experts_that_saw_too_few_tokens_are_rounded_to_nearest_and_named(make_c
     counts = {path: seen for report in reports for path, seen in report.experts.items()}
     assert list(counts) == [f"model.layers.{index}.mlp.experts" for index in range(4)]
     assert all(sum(seen) == 3 * SEQ_LEN * 2 for seen in counts.values())
-    notices = [event.text for event in events if isinstance(event, Notice)]
+    warnings = [event.text for event in events if isinstance(event, RunWarning)]
     for path, seen in counts.items():
-        starved = [f"mlp.experts.{index}" for index, tokens in enumerate(seen) if tokens < 32]
+        undersampled = [f"mlp.experts.{index}" for index, tokens in enumerate(seen) if tokens < 32]
         block = path.removesuffix(".mlp.experts")
-        expected = (
-            f"{block}: its 4 experts saw {min(seen)} to {max(seen)} tokens; rounded to nearest: {', '.join(starved)}."
-        )
-        assert bool(starved) == any(notice.startswith(expected) for notice in notices), (seen, notices)
+        expected = f"{block}: its 4 experts saw {min(seen)} to {max(seen)} tokens; rounded to nearest: {', '.join(undersampled)}."
+        assert bool(undersampled) == any(warning.startswith(expected) for warning in warnings), (seen, warnings)
     assert any(tokens < 32 for seen in counts.values() for tokens in seen)
     assert any(tokens >= 32 for seen in counts.values() for tokens in seen)
 
@@ -129,7 +127,7 @@ def test_experts_that_saw_too_few_tokens_are_rounded_to_nearest_and_named(make_c
 def test_every_expert_can_be_shown_every_token(make_config):
     config = make_config("qwen3_moe", num_samples=8, all_experts=True)
     _, events = events_of(config)
-    assert not [event for event in events if isinstance(event, Notice)]
+    assert not [event for event in events if isinstance(event, RunWarning)]
     for report in (event for event in events if isinstance(event, WindowReport)):
         assert all(tokens == 8 * SEQ_LEN for seen in report.experts.values() for tokens in seen)
 
@@ -138,8 +136,8 @@ def test_too_few_segments_to_hold_some_out(make_config):
     """And a next-token loss whose stride is longer than a segment."""
     events = []
     quantize(make_config(num_samples=7, reconstruction={"head_stride": 64}), events.append)
-    (notice,) = [event.text for event in events if isinstance(event, Notice)]
-    assert notice.startswith("of 7 segments none can be held out")
+    (warning,) = [event.text for event in events if isinstance(event, RunWarning)]
+    assert warning.startswith("of 7 segments none can be held out")
     assert len([event for event in events if isinstance(event, WindowReport)]) == 3
 
 
@@ -187,9 +185,9 @@ def test_sizes_that_config_leaves_to_its_class(tmp_path, family):
 
 
 def test_routers_stay_as_they_are_in_any_family(tmp_path):
-    skeleton, _ = open_model(save_model(tmp_path / "m", "olmoe", like="qwen3_moe"))
-    assert not [name for name in skeleton.blocks[0].linears if name.rpartition(".")[2] in ("gate", "router")]
-    assert "model.layers.0.mlp.gate" in skeleton.never_quantized
+    meta_model, _ = open_model(save_model(tmp_path / "m", "olmoe", like="qwen3_moe"))
+    assert not [name for name in meta_model.blocks[0].linears if name.rpartition(".")[2] in ("gate", "router")]
+    assert "model.layers.0.mlp.gate" in meta_model.never_quantized
 
 
 def test_batches_of_an_expert_that_are_short_are_sampled_too():
@@ -212,6 +210,6 @@ def test_the_sample_of_an_expert_is_no_larger_than_asked_for(sizes):
 
 def test_more_steps_than_rounding_values_can_follow(make_config):
     config = make_config(num_samples=16, reconstruction={"batch_size": 1, "epochs": 180})
-    (notice,) = model_notices(open_inputs(config))
-    assert notice.text.startswith("2,520 steps a window: rounding values have 16 bits")
-    assert not list(model_notices(open_inputs(replace(config, reconstruction=ReconstructionConfig(epochs=180)))))
+    (warning,) = model_warnings(open_inputs(config))
+    assert warning.text.startswith("2,520 steps a window: rounding values have 16 bits")
+    assert not list(model_warnings(open_inputs(replace(config, reconstruction=ReconstructionConfig(epochs=180)))))

@@ -14,7 +14,7 @@ from cbqstream.config import Scheme
 from cbqstream.disk import Disk
 from cbqstream.evaluation.model import open_model
 from cbqstream.models.block import build_block
-from cbqstream.models.embedding_and_head import model_ends
+from cbqstream.models.embedding_and_head import load_embedding_and_head
 from cbqstream.numerics.losses import head_divergence
 from cbqstream.records import Compute, EpochReport, WindowReport
 from cbqstream.windows.step_sizes import StepSizes, StreamedModel
@@ -42,8 +42,8 @@ def divergence_of(out, model, tokens) -> float:
     ids = load_segments(tokens, model, num_samples=7, seq_len=SEQ_LEN, vocab_size=VOCAB)
     whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     expected = whole(ids, use_cache=False).logits.log_softmax(-1).flatten(0, 1)
-    skeleton, source = open_model(out)
-    for spec in skeleton.blocks:
+    meta_model, source = open_model(out)
+    for spec in meta_model.blocks:
         for name, stored in spec.tensors.items():
             whole.get_parameter(f"{spec.prefix}.{name}").data = source.read(stored, device=CPU, dtype=torch.float32)
     found = whole(ids, use_cache=False).logits.log_softmax(-1).flatten(0, 1)
@@ -54,31 +54,31 @@ def divergence_of(out, model, tokens) -> float:
 def test_streamed_gradients_are_those_of_the_whole_model(tiny_models, tokens, family):
     """Against autograd through transformers' own forward pass: at theta = 0, dL/dtheta of a group is the sum of w dL/dw."""
     folder = tiny_models[family]
-    skeleton, source = open_model(folder)
+    meta_model, source = open_model(folder)
     ids_S = load_segments(tokens, folder, num_samples=1, seq_len=SEQ_LEN, vocab_size=VOCAB)[0]
-    with model_ends(skeleton, source, device=CPU, dtype=torch.float32) as ends:
+    with load_embedding_and_head(meta_model, source, device=CPU, dtype=torch.float32) as outer:
         blocks = [
-            build_block(skeleton, index, source, device=CPU, dtype=torch.float32, linear_dtype=torch.float32)
-            for index in range(len(skeleton.blocks))
+            build_block(meta_model, index, source, device=CPU, dtype=torch.float32, linear_dtype=torch.float32)
+            for index in range(len(meta_model.blocks))
         ]
         steps = []
-        for index, spec in enumerate(skeleton.blocks):
+        for index, spec in enumerate(meta_model.blocks):
             weights = {name: blocks[index].get_parameter(f"{name}.weight") for name in spec.linears if index > 0}
             steps.append(
                 {name: StepSizes.at(torch.ones(len(w_OI), w_OI.shape[1] // 8)) for name, w_OI in weights.items()}
             )
-        model = StreamedModel(blocks.__getitem__, ends.block_arguments(ids_S), steps, ends.head, COMPUTE)
-        states = model.forward(ends.embed(ids_S).unsqueeze(0))
+        model = StreamedModel(blocks.__getitem__, outer.block_arguments(ids_S), steps, outer.head, COMPUTE)
+        states = model.forward(outer.embed(ids_S).unsqueeze(0))
         last = states[-1].requires_grad_()
         goal = torch.randn(last.shape[1:], generator=torch.Generator().manual_seed(0))
-        (gradient,) = torch.autograd.grad(head_divergence(last[0], goal, ends.head), last)
+        (gradient,) = torch.autograd.grad(head_divergence(last[0], goal, outer.head), last)
         model.backward(states, gradient)
-        expected = ends.head(goal).log_softmax(-1)
+        expected = outer.head(goal).log_softmax(-1)
     whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     found = whole(ids_S.unsqueeze(0), use_cache=False).logits[0].log_softmax(-1)
     nn.functional.kl_div(found, expected, log_target=True, reduction="batchmean").backward()
     parameters = dict(whole.named_parameters())
-    for spec, of_block in zip(skeleton.blocks[1:], steps[1:], strict=True):
+    for spec, of_block in zip(meta_model.blocks[1:], steps[1:], strict=True):
         for name, of_layer in of_block.items():
             weight = parameters[f"{spec.prefix}.{name}.weight"]
             by_hand = (weight * weight.grad).view(*of_layer.theta.shape, 8).sum(-1)
@@ -89,7 +89,7 @@ def test_streamed_gradients_are_those_of_the_whole_model(tiny_models, tokens, fa
 
 @pytest.mark.parametrize("options", [{}, {"keep_first": 1, "keep_last": 1}], ids=["all blocks", "some blocks"])
 def test_it_comes_nearer_to_the_predictions_and_changes_nothing_but_step_sizes(make_config, tokens, options):
-    """The guard is what is trained on, because there are fewer than eight segments: random text has nothing to learn in general."""
+    """The held_out is what is trained on, because there are fewer than eight segments: random text has nothing to learn in general."""
     settings, options = {"end_to_end_lr": 1e-2}, {**options, "num_samples": 7}
     before, _ = learn(make_config(name="before", scheme=SCHEME, **options))
     config = make_config(name="after", scheme=SCHEME, reconstruction={"end_to_end_epochs": 2, **settings}, **options)
@@ -112,7 +112,9 @@ def test_it_comes_nearer_to_the_predictions_and_changes_nothing_but_step_sizes(m
 def test_an_epoch_that_makes_it_worse_is_taken_back(make_config):
     plain, _ = learn(make_config(name="plain", scheme=SCHEME))
     worse, reports = learn(
-        make_config(name="worse", scheme=SCHEME, reconstruction={"end_to_end_epochs": 1, "end_to_end_lr": 3.0})
+        make_config(
+            name="held-out loss increased", scheme=SCHEME, reconstruction={"end_to_end_epochs": 1, "end_to_end_lr": 3.0}
+        )
     )
     assert reports[0].loss_after == reports[0].loss_before
     assert shards(plain) == shards(worse)
@@ -126,17 +128,17 @@ def test_layers_that_the_checkpoint_calls_otherwise(make_config, family):
     config = make_config(family, scheme=SCHEME, reconstruction={"end_to_end_epochs": 1, **settings}, num_samples=4)
     windows = []
     after = quantize(config, lambda event: windows.append(event) if isinstance(event, WindowReport) else None)
-    starved = {path for report in windows for path in report.starved}
-    skeleton, source = open_model(after)
+    undersampled = {path for report in windows for path in report.undersampled}
+    meta_model, source = open_model(after)
     original = open_model(before)[1]
     moved = {
         f"{spec.prefix}.{name}": not torch.equal(*(of.packed(spec.stored(name)).scale for of in (original, source)))
-        for spec in skeleton.blocks
+        for spec in meta_model.blocks
         for name in spec.linears
     }
     assert any(moved.values())
-    assert not any(moved[path] for path in starved)
-    assert starved or family != "qwen3_moe"
+    assert not any(moved[path] for path in undersampled)
+    assert undersampled or family != "qwen3_moe"
 
 
 def test_stopped_in_any_epoch(make_config):

@@ -83,9 +83,9 @@ def tensors_of(folder):
 def test_every_weight_is_the_same(make_config, tmp_path, name, scheme):
     made = quantize(make_config(scheme=scheme, keep_last=1))
     out = export(made, tmp_path / "exported", name)
-    skeleton, source = open_model(made)
+    meta_model, source = open_model(made)
     tensors, quantized = tensors_of(out), 0
-    for spec in skeleton.blocks:
+    for spec in meta_model.blocks:
         for local in spec.linears:
             layer = f"{spec.prefix}.{local}"
             expected = source.read(f"{layer}.weight", device=CPU)
@@ -99,7 +99,7 @@ def test_every_weight_is_the_same(make_config, tmp_path, name, scheme):
                 found = read_gptq(tensors, layer, scheme.num_bits, 1 if name == "gptq" else 0)
             assert torch.equal(found, expected), layer
     assert quantized == (0 if name == "dense" else 21)
-    others = [spec.tensors[local] for spec in skeleton.blocks for local in spec.tensors if "norm" in local]
+    others = [spec.tensors[local] for spec in meta_model.blocks for local in spec.tensors if "norm" in local]
     for tensor in (*others, "model.embed_tokens.weight", "lm_head.weight"):
         assert b"".join(Checkpoint.open(out).raw(tensor)) == b"".join(Checkpoint.open(made).raw(tensor))
     index = json.loads((out / "model.safetensors.index.json").read_text())
@@ -136,7 +136,7 @@ def test_config_says_what_is_quantized(make_config, tmp_path, name, group_size):
 
 @pytest.mark.parametrize("name", ["gptq", "awq"])
 def test_experts_in_full_precision_are_named_together(make_config, tmp_path, name):
-    config = make_config("qwen3_moe", keep_first=1, reconstruction={"rounding": "none"})
+    config = make_config("qwen3_moe", keep_first=1, reconstruction={"rounding": "nearest"})
     out = export(quantize(config), tmp_path / "exported", name)
     said = json.loads((out / "config.json").read_text())["quantization_config"]
     together = "-:^model\\.layers\\.0\\.mlp\\.experts$" if name == "gptq" else "model.layers.0.mlp.experts"
@@ -180,7 +180,7 @@ def test_experts_in_full_precision_are_named_together(make_config, tmp_path, nam
     ],
 )
 def test_what_a_format_cannot_hold(make_config, tmp_path, name, settings, message):
-    made = quantize(make_config(reconstruction={"rounding": "none"}, **settings))
+    made = quantize(make_config(reconstruction={"rounding": "nearest"}, **settings))
     with pytest.raises(UsageError, match=message):
         export(made, tmp_path / "exported", name)
     assert not list(tmp_path.glob("exported*"))
@@ -189,7 +189,7 @@ def test_what_a_format_cannot_hold(make_config, tmp_path, name, settings, messag
 def test_what_cannot_be_exported(make_config, tiny_models, tmp_path):
     with pytest.raises(InputError, match=r"the model is not quantized"):
         export(tiny_models["llama"], tmp_path / "exported", "dense")
-    made = quantize(make_config(reconstruction={"rounding": "none"}))
+    made = quantize(make_config(reconstruction={"rounding": "nearest"}))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("")
     with pytest.raises(UsageError, match=r"exists and is not empty"):
@@ -201,7 +201,7 @@ def test_what_cannot_be_exported(make_config, tiny_models, tmp_path):
 @pytest.mark.parametrize("name", ["gptq", "awq", "gguf"])
 def test_scales_of_others_are_not_rounded(make_config, with_tokenizer, tmp_path, name):
     """As in a checkpoint of another program, whose scales float16 cannot hold."""
-    made = quantize(make_config(model=with_tokenizer("llama"), reconstruction={"rounding": "none"}))
+    made = quantize(make_config(model=with_tokenizer("llama"), reconstruction={"rounding": "nearest"}))
     shard = made / "block-00001.safetensors"
     tensors = load_file(shard)
     scale = tensors["model.layers.1.mlp.up_proj.weight_scale"].float()
@@ -215,7 +215,7 @@ def test_scales_of_others_are_not_rounded(make_config, with_tokenizer, tmp_path,
 
 @pytest.mark.parametrize("name", ["gptq", "gguf"])
 def test_nothing_is_left_of_an_export_that_was_interrupted(make_config, with_tokenizer, tmp_path, monkeypatch, name):
-    made = quantize(make_config(model=with_tokenizer("llama"), reconstruction={"rounding": "none"}))
+    made = quantize(make_config(model=with_tokenizer("llama"), reconstruction={"rounding": "nearest"}))
 
     def stop(*_):
         raise Interrupted
@@ -278,7 +278,7 @@ def test_gguf_is_read_by_its_own_package(make_config, with_tokenizer, tmp_path, 
     tokens = values["tokenizer.ggml.tokens"]
     assert (len(tokens), tokens[0], tokens[-1]) == (304, "<s>", "[PAD303]")
     assert values["tokenizer.ggml.pre"] == "gpt-2"
-    skeleton, source = open_model(made)
+    meta_model, source = open_model(made)
     found = {tensor.name: tensor for tensor in reader.tensors}
     kinds = set()
     names = {
@@ -288,7 +288,7 @@ def test_gguf_is_read_by_its_own_package(make_config, with_tokenizer, tmp_path, 
         "self_attn.o_proj": "attn_output",
     }
     names |= {"mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
-    for spec in skeleton.blocks:
+    for spec in meta_model.blocks:
         for local, there in names.items():
             expected = source.read(f"{spec.prefix}.{local}.weight", device=CPU)
             tensor = found[f"blk.{spec.index}.{there}.weight"]
@@ -323,7 +323,7 @@ def test_gguf_is_read_by_its_own_package(make_config, with_tokenizer, tmp_path, 
 def test_what_gguf_cannot_hold(make_config, tmp_path, family, settings, error, message):
     if family == "relu":
         family, settings = "llama", {"model": save_model(tmp_path / "relu", hidden_act="relu")}
-    made = quantize(make_config(family, reconstruction={"rounding": "none"}, **settings))
+    made = quantize(make_config(family, reconstruction={"rounding": "nearest"}, **settings))
     with pytest.raises(error, match=message):
         export(made, tmp_path / "gguf", "gguf")
     assert not list(tmp_path.glob("gguf*"))
@@ -354,7 +354,7 @@ def test_what_gguf_cannot_hold(make_config, tmp_path, family, settings, error, m
     ],
 )
 def test_tokenizers_that_gguf_would_take_for_others(make_config, with_tokenizer, tmp_path, file, edit, message):
-    made = quantize(make_config(model=with_tokenizer("llama"), reconstruction={"rounding": "none"}))
+    made = quantize(make_config(model=with_tokenizer("llama"), reconstruction={"rounding": "nearest"}))
     content = json.loads((made / file).read_text())
     edit(content)
     (made / file).write_text(json.dumps(content))
@@ -378,7 +378,7 @@ def test_gguf_keeps_added_tokens_and_dtypes(make_config, with_tokenizer, tmp_pat
     (model / "config.json").write_text(
         json.dumps({key: value for key, value in config.items() if key != "rms_norm_eps"})
     )
-    made = quantize(make_config(model=model, reconstruction={"rounding": "none"}))
+    made = quantize(make_config(model=model, reconstruction={"rounding": "nearest"}))
     reader = gguf.GGUFReader(export(made, tmp_path / "gguf", "gguf") / "model-W4.gguf")
     values = {key: item.contents() for key, item in reader.fields.items()}
     tokens, kinds = values["tokenizer.ggml.tokens"], values["tokenizer.ggml.token_type"]

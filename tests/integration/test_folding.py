@@ -12,7 +12,7 @@ from cbqstream import quantize
 from cbqstream.config import OutlierConfig, ReconstructionConfig, Scheme
 from cbqstream.evaluation.model import open_model
 from cbqstream.models.block import build_block, run_block
-from cbqstream.models.embedding_and_head import model_ends
+from cbqstream.models.embedding_and_head import load_embedding_and_head
 from cbqstream.numerics.affine import SMALLEST_SCALE, grouped, num_groups
 from cbqstream.records import Compute
 from cbqstream.runtime.scratch import Scratch
@@ -25,30 +25,30 @@ CPU = Compute(torch.device("cpu"), torch.float32, 2)
 SCHEME = Scheme(num_bits=4, group_size=32)
 
 
-def resident(skeleton, source, arguments, index=1, scheme=SCHEME):
-    module = build_block(skeleton, index, source, device=CPU.device, dtype=CPU.dtype, linear_dtype=None)
-    layers = replace_linears(module, dict.fromkeys(skeleton.blocks[index].linears, scheme), Scratch())
-    return ResidentBlock(index, module, arguments[index], layers, skeleton.folds(index))
+def resident(meta_model, source, arguments, index=1, scheme=SCHEME):
+    module = build_block(meta_model, index, source, device=CPU.device, dtype=CPU.dtype, linear_dtype=None)
+    layers = replace_linears(module, dict.fromkeys(meta_model.blocks[index].linears, scheme), Scratch())
+    return ResidentBlock(index, module, arguments[index], layers, meta_model.folds(index))
 
 
 @cache
 def opened(folder):
-    skeleton, source = open_model(folder)
+    meta_model, source = open_model(folder)
     ids = torch.randint(0, VOCAB, (SEQ_LEN,), generator=torch.Generator().manual_seed(0))
-    with model_ends(skeleton, source, device=CPU.device, dtype=CPU.dtype) as ends:
-        return skeleton, source, ends.block_arguments(ids)
+    with load_embedding_and_head(meta_model, source, device=CPU.device, dtype=CPU.dtype) as outer:
+        return meta_model, source, outer.block_arguments(ids)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @given(seed=st.integers(0, 2**31))
 def test_a_folded_block_computes_the_same(tiny_models, family, seed):
-    skeleton, source, arguments = opened(tiny_models[family])
+    meta_model, source, arguments = opened(tiny_models[family])
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(2, SEQ_LEN, skeleton.hidden_size, generator=generator)
-    plain = run_blocks([resident(skeleton, source, arguments)], x, Phase.ORIGINAL)
-    block = resident(skeleton, source, arguments)
-    assert skeleton.folds(1)
-    for fold in skeleton.folds(1):
+    x = torch.randn(2, SEQ_LEN, meta_model.hidden_size, generator=generator)
+    plain = run_blocks([resident(meta_model, source, arguments)], x, Phase.ORIGINAL)
+    block = resident(meta_model, source, arguments)
+    assert meta_model.folds(1)
+    for fold in meta_model.folds(1):
         channels = parameters_of(block.module.get_submodule(fold.writer))["weight"].shape[0]
         scale = torch.exp2(torch.randint(-2, 6, (channels,), generator=generator).float())
         before = parameters_of(block.module.get_submodule(fold.writer))["weight"].clone()
@@ -61,11 +61,11 @@ def test_a_folded_block_computes_the_same(tiny_models, family, seed):
 def test_a_block_that_only_computes_has_the_bits_of_one_in_a_window(tiny_models, family, monkeypatch):
     """Else streams that were lost could not be made again. Layers are cut into slabs of rows, as windows cut large ones."""
     monkeypatch.setattr("cbqstream.numerics.slabs.SLAB_WEIGHTS", 700)
-    skeleton, source, arguments = opened(tiny_models[family])
-    x = torch.randn(8, SEQ_LEN, skeleton.hidden_size, generator=torch.Generator().manual_seed(0))
-    expected = run_blocks([resident(skeleton, source, arguments)], x, Phase.ORIGINAL)
-    module = build_block(skeleton, 1, source, device=CPU.device, dtype=CPU.dtype, linear_dtype=CPU.dtype)
-    assert {type(module.get_submodule(name)).__name__ for name in skeleton.blocks[1].linears} == {"_LinearInSlabs"}
+    meta_model, source, arguments = opened(tiny_models[family])
+    x = torch.randn(8, SEQ_LEN, meta_model.hidden_size, generator=torch.Generator().manual_seed(0))
+    expected = run_blocks([resident(meta_model, source, arguments)], x, Phase.ORIGINAL)
+    module = build_block(meta_model, 1, source, device=CPU.device, dtype=CPU.dtype, linear_dtype=CPU.dtype)
+    assert {type(module.get_submodule(name)).__name__ for name in meta_model.blocks[1].linears} == {"_LinearInSlabs"}
     assert torch.equal(run_block(module, x, arguments[1]), expected)
 
 
@@ -79,12 +79,12 @@ def test_norms_that_the_residual_reads_are_not_folded(tmp_path):
 @pytest.mark.parametrize("family", SOME_FAMILIES)
 def test_outliers_are_found_and_folded(tiny_models, family):
     """A channel of the first norm is made 64 times as large; the scale of its input is the root of what stands out."""
-    skeleton, source, arguments = opened(tiny_models[family])
-    block = resident(skeleton, source, arguments)
-    writer = skeleton.folds(1)[0].writer
+    meta_model, source, arguments = opened(tiny_models[family])
+    block = resident(meta_model, source, arguments)
+    writer = meta_model.folds(1)[0].writer
     for value in parameters_of(block.module.get_submodule(writer)).values():
         value[5] *= 64
-    x = torch.randn(4, SEQ_LEN, skeleton.hidden_size, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(4, SEQ_LEN, meta_model.hidden_size, generator=torch.Generator().manual_seed(0))
     plain = run_blocks([block], x, Phase.ORIGINAL)
     settings = BlockSettings(SCHEME, ReconstructionConfig(), OutlierConfig(activations="always", variant="paper"))
     block.watch_inputs(x.shape[0] * x.shape[1], settings)
@@ -105,13 +105,13 @@ def test_outliers_are_found_and_folded(tiny_models, family):
 @pytest.mark.parametrize("family", SOME_FAMILIES)
 def test_searched_scales_make_four_bit_inputs_cheaper(tiny_models, family):
     """The block still computes the same in full precision, and with 4-bit weights and inputs its error is less than half."""
-    skeleton, source, arguments = opened(tiny_models[family])
+    meta_model, source, arguments = opened(tiny_models[family])
     scheme = Scheme(num_bits=4, group_size=8, activation_bits=4)
-    x = torch.randn(8, SEQ_LEN, skeleton.hidden_size, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(8, SEQ_LEN, meta_model.hidden_size, generator=torch.Generator().manual_seed(0))
     errors = {}
     for when in ("never", "always"):
-        block = resident(skeleton, source, arguments, scheme=scheme)
-        for fold in skeleton.folds(1):
+        block = resident(meta_model, source, arguments, scheme=scheme)
+        for fold in meta_model.folds(1):
             channels = parameters_of(block.module.get_submodule(fold.writer))["weight"].shape[0]
             outlying = torch.where(torch.arange(channels) % 7 == 0, 2.0**-5, 1.0)
             # large inputs that small weights read, as trained models have them
@@ -136,13 +136,13 @@ def watched(block, x, settings):
 @pytest.mark.parametrize("group_size", [8, None])
 def test_a_writer_is_divided_no_further_than_its_step_sizes_can_be_stored(tiny_models, group_size):
     """At 8 bits a division by 2^8 would leave small rows a step below 2^-17, and so with fewer codes."""
-    skeleton, source, arguments = opened(tiny_models["llama"])
+    meta_model, source, arguments = opened(tiny_models["llama"])
     scheme = Scheme(num_bits=8, group_size=group_size, activation_bits=8)
-    block = resident(skeleton, source, arguments, scheme=scheme)
-    fold = next(fold for fold in skeleton.folds(1) if fold.writer == "mlp.up_proj")
+    block = resident(meta_model, source, arguments, scheme=scheme)
+    fold = next(fold for fold in meta_model.folds(1) if fold.writer == "mlp.up_proj")
     weight = block.layers[fold.writer].weight
     weight.mul_(2.0 ** -(torch.arange(len(weight)) % 12).view(-1, 1))
-    x = torch.randn(8, SEQ_LEN, skeleton.hidden_size, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(8, SEQ_LEN, meta_model.hidden_size, generator=torch.Generator().manual_seed(0))
     settings = BlockSettings(scheme, ReconstructionConfig(), OutlierConfig(activations="always"))
     seen = watched(block, x, settings)[fold.readers[0]]
     seen = seen.divided(torch.exp2(-20.0 * (torch.arange(len(weight)) % 12 == 11)))
@@ -157,14 +157,14 @@ def test_a_writer_is_divided_no_further_than_its_step_sizes_can_be_stored(tiny_m
 
 
 def test_few_tokens_rescale_nothing(tiny_models):
-    skeleton, source, arguments = opened(tiny_models["llama"])
+    meta_model, source, arguments = opened(tiny_models["llama"])
     scheme = Scheme(num_bits=4, group_size=8, activation_bits=4)
-    block = resident(skeleton, source, arguments, scheme=scheme)
-    x = torch.randn(8, SEQ_LEN, skeleton.hidden_size, generator=torch.Generator().manual_seed(0))
+    block = resident(meta_model, source, arguments, scheme=scheme)
+    x = torch.randn(8, SEQ_LEN, meta_model.hidden_size, generator=torch.Generator().manual_seed(0))
     x[..., 3] *= 100
     settings = BlockSettings(scheme, ReconstructionConfig(), OutlierConfig(activations="always"))
     statistics = watched(block, x, settings)
-    fold = next(fold for fold in skeleton.folds(1) if fold.writer == "mlp.up_proj")
+    fold = next(fold for fold in meta_model.folds(1) if fold.writer == "mlp.up_proj")
     schemes, seen = dict.fromkeys(block.layers, scheme), statistics[fold.readers[0]]
     assert len(seen.sample) == 128
     assert (fold_scale(block.module, fold, seen, schemes, settings.outliers) != 1).any()
@@ -177,7 +177,7 @@ def test_folded_norms_keep_every_digit_whatever_computes(make_config, with_outli
     """As on CUDA, where blocks compute in bf16: what is stored is the original divided by a power of two."""
     monkeypatch.setattr("cbqstream.run.inputs.compute_dtype", lambda device: torch.bfloat16)
     folder, rule = with_outliers("llama", dtype), OutlierConfig(activations="always", variant="paper")
-    out = quantize(make_config(model=folder, outliers=rule, reconstruction={"rounding": "none"}))
+    out = quantize(make_config(model=folder, outliers=rule, reconstruction={"rounding": "nearest"}))
     (_, before), (_, after) = open_model(folder), open_model(out)
     name = "model.layers.1.input_layernorm.weight"
     divided = before.read(name, device=CPU.device).float() / after.read(name, device=CPU.device).float()

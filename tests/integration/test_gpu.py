@@ -9,7 +9,7 @@ from cbqstream import quantize
 from cbqstream.config import Scheme
 from cbqstream.errors import StoppedError
 from cbqstream.evaluation.perplexity import evaluate
-from cbqstream.records import Frugal
+from cbqstream.records import MemoryMode
 from cbqstream.run import inputs
 from tiny import SEQ_LEN, SOME_FAMILIES, files_of
 
@@ -24,7 +24,7 @@ SCHEMES = {
 }
 
 
-@pytest.mark.parametrize("mode", ["full", "lora"])
+@pytest.mark.parametrize("mode", ["signround", "lora_rounding"])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_twice_the_same_and_after_an_interruption(make_config, scheme, mode):
     options = {"scheme": SCHEMES[scheme], "reconstruction": {"rounding": mode}}
@@ -42,8 +42,16 @@ def test_twice_the_same_and_after_an_interruption(make_config, scheme, mode):
 def test_what_takes_less_memory_changes_nothing(make_config, monkeypatch):
     """Activations that are computed again, and layers that lie on disk."""
     real, outs = inputs.fitting_plan, []
-    for frugal in (Frugal(), Frugal(recompute=True), Frugal(recompute=True, offload=True)):
-        monkeypatch.setattr(inputs, "fitting_plan", lambda *given, frugal=frugal: replace(real(*given), frugal=frugal))
+    for memory_mode in (
+        MemoryMode(),
+        MemoryMode(activation_checkpointing=True),
+        MemoryMode(activation_checkpointing=True, offload=True),
+    ):
+        monkeypatch.setattr(
+            inputs,
+            "fitting_plan",
+            lambda *given, memory_mode=memory_mode: replace(real(*given), memory_mode=memory_mode),
+        )
         outs.append(files_of(quantize(replace(make_config(name=f"out-{len(outs)}"), device="cuda"))))
     assert outs[0] == outs[1] == outs[2]
 

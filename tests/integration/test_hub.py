@@ -162,7 +162,7 @@ def run(hub, tmp_path):
 
 
 def options(tokens):
-    lengths = ["--num-samples", 4, "--seq-len", SEQ_LEN, "--group-size", 32, "--rounding", "none"]
+    lengths = ["--num-samples", 4, "--seq-len", SEQ_LEN, "--group-size", 32, "--rounding", "nearest"]
     return ["--dataset", tokens, *lengths, "--device", "cpu", "--threads", 1]
 
 

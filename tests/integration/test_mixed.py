@@ -15,7 +15,7 @@ from cbqstream.commands.export import export
 from cbqstream.config import OutlierConfig, Scheme, path_pattern
 from cbqstream.errors import StoppedError, UsageError
 from cbqstream.evaluation.model import open_model
-from cbqstream.records import Notice
+from cbqstream.records import RunWarning
 from perplexities import plain_perplexity, streamed_perplexity
 from tiny import SEQ_LEN, VOCAB, save_model
 
@@ -60,16 +60,16 @@ def test_transformers_loads_mixed_results_and_agrees(make_config, tokens, family
     kept = int(family != "qwen3_moe")  # see below
     config = make_config(family, scheme=scheme, ignore=(ignored,), override=others, keep_last=kept, outliers=FOLDS)
     out = quantize(config)
-    skeleton, source = open_model(out)
+    meta_model, source = open_model(out)
     stored = Checkpoint.open(out).infos
-    prefix = skeleton.blocks[1].prefix
-    for name in skeleton.blocks[1].linears:
+    prefix = meta_model.blocks[1].prefix
+    for name in meta_model.blocks[1].linears:
         columns = source.tensors()[f"{prefix}.{name}.weight"][1]
         packed = stored.get(f"{prefix}.{name}.weight_packed")
         bits = 8 if any(name.endswith(text.removesuffix("=W8")) for text in others) else scheme.num_bits
         assert (packed is None) == name.endswith(ignored)
         assert packed is None or packed.shape[1] == -(-columns * bits // 32)
-    assert kept == (f"{skeleton.blocks[3].prefix}.{skeleton.blocks[3].linears[0]}.weight" in stored)
+    assert kept == (f"{meta_model.blocks[3].prefix}.{meta_model.blocks[3].linears[0]}.weight" in stored)
     ids = load_segments(tokens, out, num_samples=16, seq_len=SEQ_LEN, vocab_size=VOCAB)
     rel = 1e-3 if family == "qwen3_moe" else 1e-4
     assert streamed_perplexity(out, ids) == pytest.approx(plain_perplexity(out, ids), rel=rel)
@@ -142,7 +142,7 @@ def test_experts_that_transformers_does_not_load_are_told_of(make_config, family
     events = []
     with pytest.raises(StoppedError):
         quantize(make_config(family, **settings), events.append, stop_after_window=1)
-    texts = [event.text for event in events if isinstance(event, Notice)]
+    texts = [event.text for event in events if isinstance(event, RunWarning)]
     assert any("which transformers 5.24 does not load" in text for text in texts) == said
 
 
@@ -151,7 +151,7 @@ def test_experts_that_transformers_does_not_load_are_told_of(make_config, family
 def test_the_head_can_be_quantized_too(make_config, tokens, family, head, bits):
     """To the nearest level of the best scale of those that a search tries; transformers computes with the same."""
     override = () if bits == 4 else ("lm_head=W8", f"{head}=W8")
-    config = make_config(family, quantize_lm_head=True, override=override, reconstruction={"rounding": "none"})
+    config = make_config(family, quantize_lm_head=True, override=override, reconstruction={"rounding": "nearest"})
     out = quantize(config)
     stored, dense = Checkpoint.open(out).infos, Checkpoint.open(Path(config.model))
     assert f"{head}.weight" not in stored
@@ -171,7 +171,7 @@ def test_the_head_can_be_quantized_too(make_config, tokens, family, head, bits):
 
 
 def test_formats_without_a_place_for_a_quantized_head(make_config, tmp_path):
-    out = quantize(make_config(quantize_lm_head=True, reconstruction={"rounding": "none"}))
+    out = quantize(make_config(quantize_lm_head=True, reconstruction={"rounding": "nearest"}))
     for name in ("gptq", "gptq_v2", "awq"):
         with pytest.raises(
             UsageError, match=rf"format {name} has no place for a quantized lm_head\. Use gguf or dense"

@@ -20,7 +20,7 @@ from cbqstream.config import OutlierConfig, Scheme, WindowConfig
 from cbqstream.evaluation.model import open_model
 from cbqstream.planning.plan import fitting_plan
 from cbqstream.profiles import PROFILES
-from cbqstream.records import Notice, WindowReport
+from cbqstream.records import RunWarning, WindowReport
 from cbqstream.run import inputs, pipeline
 from cbqstream.windows import reconstruct
 from perplexities import plain_perplexity, streamed_perplexity
@@ -67,8 +67,8 @@ def dequantized_by_compressed_tensors(folder, layer, scheme):
 def test_stored_codes_are_the_evaluated_weights(make_config, name):
     scheme = SCHEMES[name]
     out, _ = run(make_config(scheme=scheme))
-    skeleton, source = open_model(out)
-    for spec in skeleton.blocks:
+    meta_model, source = open_model(out)
+    for spec in meta_model.blocks:
         for linear in spec.linears:
             evaluated = source.read(spec.tensors[f"{linear}.weight"], device=CPU)
             assert torch.equal(evaluated, dequantized_by_compressed_tensors(out, f"{spec.prefix}.{linear}", scheme))
@@ -99,9 +99,9 @@ def test_what_is_not_quantized_is_copied_byte_for_byte(make_config, family):
     (folder := Path(config.model)).joinpath("extra.txt").write_text("kept")
     out, _ = run(config)
     source, result = Checkpoint.open(folder), Checkpoint.open(out)
-    skeleton, _ = open_model(folder)
-    quantized = {spec.tensors[f"{linear}.weight"] for spec in skeleton.blocks for linear in spec.linears}
-    assert len(quantized) == sum(len(spec.linears) for spec in skeleton.blocks)
+    meta_model, _ = open_model(folder)
+    quantized = {spec.tensors[f"{linear}.weight"] for spec in meta_model.blocks for linear in spec.linears}
+    assert len(quantized) == sum(len(spec.linears) for spec in meta_model.blocks)
     for name in source.infos.keys() - quantized:
         assert b"".join(source.raw(name)) == b"".join(result.raw(name)), name
         assert source.infos[name].dtype == result.infos[name].dtype
@@ -141,9 +141,9 @@ def test_kept_blocks_stay_in_full_precision(make_config, tokens):
     assert streamed_perplexity(out, ids) == pytest.approx(plain_perplexity(out, ids), rel=1e-4)
 
 
-@pytest.mark.parametrize("rounding", ["full", "lora"])
+@pytest.mark.parametrize("rounding", ["signround", "lora_rounding"])
 def test_learning_beats_rounding_to_nearest(make_config, tmp_path, rounding):
-    """On the loss of the last window, which sees the whole model, and by the guard on every window. lora learns little in so few steps."""
+    """On the loss of the last window, and on the held-out segments of every window. lora_rounding learns little in so few steps."""
     options = {
         "scheme": Scheme(num_bits=2, group_size=16, symmetric=False),
         "dataset": save_tokens(tmp_path / "many.npy", 64 * SEQ_LEN),
@@ -152,11 +152,11 @@ def test_learning_beats_rounding_to_nearest(make_config, tmp_path, rounding):
     _, reports = run(
         make_config(name="learned", reconstruction={"rounding": rounding, "epochs": 6, "head_weight": 0.0}, **options)
     )
-    _, nearest = run(make_config(name="nearest", reconstruction={"rounding": "none"}, **options))
+    _, nearest = run(make_config(name="nearest", reconstruction={"rounding": "nearest"}, **options))
     assert all(report.loss_after <= report.loss_before for report in reports)
     assert any(report.changed > 0.01 for report in reports)
     assert all(report.changed == 0 and report.loss_after == report.loss_before for report in nearest)
-    assert reports[-1].loss_after < (0.9 if rounding == "full" else 1) * nearest[-1].loss_after
+    assert reports[-1].loss_after < (0.9 if rounding == "signround" else 1) * nearest[-1].loss_after
 
 
 @pytest.mark.parametrize(("size", "overlap"), [(1, 0), (2, 0), (3, 1), (3, 2), (4, 3), (9, 8)])
@@ -169,7 +169,7 @@ def test_any_window(make_config, size, overlap):
 
 def test_rounding_to_nearest_does_not_depend_on_windows(make_config):
     """With min-max scales nothing of the calibration enters, so any schedule gives the same bytes."""
-    plain = {"rounding": "none", "init": "minmax"}
+    plain = {"rounding": "nearest", "init": "minmax"}
     first, _ = run(make_config(name="a", reconstruction=plain))
     second, _ = run(make_config(name="b", reconstruction=plain, window=WindowConfig(size=3, overlap=0)))
     for path in sorted(first.glob("block-*.safetensors")):
@@ -194,7 +194,7 @@ def test_another_seed_is_another_result(make_config):
     )
 
 
-@pytest.mark.parametrize("mode", ["full", "lora"])
+@pytest.mark.parametrize("mode", ["signround", "lora_rounding"])
 def test_what_is_taken_back_is_as_the_window_found_it(make_config, monkeypatch, mode):
     """Blocks that are new, and those that the window before carried over, with folds and step sizes of inputs."""
     real, judged = pipeline.reconstruct, itertools.count()
@@ -202,7 +202,7 @@ def test_what_is_taken_back_is_as_the_window_found_it(make_config, monkeypatch, 
     def reconstruct_and_compare(blocks, *more):
         before = {block.index: {name: value.clone() for name, value in block.carry().items()} for block in blocks}
         result = real(blocks, *more)
-        assert result.fallback == "worse"
+        assert result.reverted == "held-out loss increased"
         for block in blocks:
             after = block.carry()
             assert after.keys() == before[block.index].keys()
@@ -220,7 +220,7 @@ def test_what_is_taken_back_is_as_the_window_found_it(make_config, monkeypatch, 
     monkeypatch.setattr(pipeline, "reconstruct", only_later_windows)
     scheme = Scheme(num_bits=2, group_size=16, activation_bits=8, activation_strategy="tensor")
     _, reports = run(make_config(scheme=scheme, reconstruction={"rounding": mode}))
-    assert [report.fallback for report in reports] == [None, "worse", "worse"]
+    assert [report.reverted for report in reports] == [None, "held-out loss increased", "held-out loss increased"]
 
 
 def test_memory_beyond_the_limit_is_told(make_config, monkeypatch):
@@ -229,9 +229,9 @@ def test_memory_beyond_the_limit_is_told(make_config, monkeypatch):
         inputs, "fitting_plan", lambda *given: fitting_plan(replace(given[0], max_ram=None), *given[1:])
     )
     quantize(replace(make_config(), max_ram=100 << 20), told.append)
-    notices = [event.text for event in told if isinstance(event, Notice)]
-    assert len(notices) == 3
-    assert re.fullmatch(r"memory: \d\.\d\d GiB were taken, --max-ram is 0\.10; the plan was too low\.", notices[0])
+    warnings = [event.text for event in told if isinstance(event, RunWarning)]
+    assert len(warnings) == 3
+    assert re.fullmatch(r"memory: \d\.\d\d GiB were taken, --max-ram is 0\.10; the plan was too low\.", warnings[0])
 
 
 ACTIVATION_SCHEMES = {
@@ -247,10 +247,10 @@ ACTIVATION_SCHEMES = {
 def test_transformers_quantizes_activations_as_the_streamed_evaluation_does(make_config, tokens, family, name):
     out, _ = run(make_config(family, scheme=ACTIVATION_SCHEMES[name], keep_last=1))
     ids = load_segments(tokens, out, num_samples=16, seq_len=SEQ_LEN, vocab_size=VOCAB)
-    skeleton, source = open_model(out)
+    meta_model, source = open_model(out)
     streamed = streamed_perplexity(out, ids)
     assert streamed == pytest.approx(plain_perplexity(out, ids), rel=1e-4)
-    first, last = (skeleton.blocks[index].tensors["mlp.up_proj.weight"] for index in (0, 3))
+    first, last = (meta_model.blocks[index].tensors["mlp.up_proj.weight"] for index in (0, 3))
     assert source.input_quantizer(first) is not None
     assert source.input_quantizer(last) is None
 
@@ -264,8 +264,8 @@ def test_folded_norms_are_exported(with_outliers, make_config, tokens, family):
     config = make_config(family, model=model, scheme=scheme, outliers=outliers, reconstruction={"epochs": 1})
     out, _ = run(config)
     source, result = Checkpoint.open(model), Checkpoint.open(out)
-    skeleton, _ = open_model(model)
-    norm = skeleton.blocks[2].tensors[f"{skeleton.folds(2)[0].writer}.weight"]
+    meta_model, _ = open_model(model)
+    norm = meta_model.blocks[2].tensors[f"{meta_model.folds(2)[0].writer}.weight"]
     ratio = source.read(norm, device=CPU).float() / result.read(norm, device=CPU).float()
     assert ratio[7] > 1
     assert torch.equal(ratio.log2(), ratio.log2().round())

@@ -36,7 +36,7 @@ def test_two_bits_in_the_first_blocks(smollm2, tmp_path):
         return streamed_perplexity(tmp_path / name, segments), reports
 
     original = streamed_perplexity(smollm2, segments)
-    nearest, _ = run("nearest", rounding="none")
+    nearest, _ = run("nearest", rounding="nearest")
     learned, reports = run("learned", epochs=4)
     assert 20 < original < 60
     assert nearest > 1.8 * original

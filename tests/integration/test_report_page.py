@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 FACTS = "---\nlicense: apache-2.0\n---\n"
 
 
-class Page(HTMLParser):
+class OffloadedTensor(HTMLParser):
     """Refuses what is not closed, and keeps text and references."""
 
     def __init__(self, content):
@@ -68,7 +68,7 @@ def test_the_recipe_in_the_card_makes_it_again(make_config, with_card, tokens, t
     """To the same bytes, the card itself included; the settings are none of them the default."""
     outliers = OutlierConfig(activations="always", variant="paper")
     scheme = Scheme(num_bits=3, group_size=None, symmetric=False, activation_bits=8, activation_strategy="tensor")
-    learned = {"rounding": "lora", "target_mix": 0.5, "epochs": 1, "end_to_end_epochs": 1}
+    learned = {"rounding": "lora_rounding", "target_mix": 0.5, "epochs": 1, "end_to_end_epochs": 1}
     config = make_config(
         model=with_card, scheme=scheme, reconstruction=learned, outliers=outliers, ignore=("layers.1.mlp",), seed=3
     )
@@ -87,9 +87,9 @@ def test_noise_is_that_of_the_stored_weights(make_config, with_card):
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["window"] for line in lines] == [0, 1, 2]
     assert all("seconds" not in line and "peak_rss" not in line for line in lines)
-    noise = {path: value for line in lines for path, value in line["noise"].items()}
-    source, (skeleton, result) = Checkpoint.open(with_card), open_model(out)
-    assert noise.keys() == {f"{spec.prefix}.{name}" for spec in skeleton.blocks for name in spec.linears}
+    noise = {path: value for line in lines for path, value in line["sqnr_db"].items()}
+    source, (meta_model, result) = Checkpoint.open(with_card), open_model(out)
+    assert noise.keys() == {f"{spec.prefix}.{name}" for spec in meta_model.blocks for name in spec.linears}
     for path, decibels in noise.items():
         weight = source.read(f"{path}.weight", device=CPU).double()
         lost = weight - result.read(f"{path}.weight", device=CPU).double()
@@ -106,15 +106,15 @@ def test_report_of_a_run_and_of_its_result(make_config, with_card, tokens, tmp_p
     with pytest.raises(StoppedError):
         quantize(config, stop_after_window=1)
     run = Path(f"{config.out}.run")
-    unfinished = Page(report(run, tmp_path / "unfinished").read_text())
+    unfinished = OffloadedTensor(report(run, tmp_path / "unfinished").read_text())
     assert "1 of 3 done" in unfinished.text
     out = quantize(config)
     options = {"num_samples": 8, "seq_len": SEQ_LEN, "device": "cpu", "threads": 1}
     made = report(run, tmp_path / "report", tokens, **options)
-    pictures = {"loss.png", "noise.png", "changed.png", "scales.png", "epochs.png", "time.png", "memory.png"}
+    pictures = {"loss.png", "sqnr_db.png", "changed.png", "scales.png", "epochs.png", "time.png", "memory.png"}
     assert {path.name for path in made.parent.iterdir()} == pictures | {"report.html"}
     assert all((made.parent / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
-    shown = Page(made.read_text())
+    shown = OffloadedTensor(made.read_text())
     assert shown.tags.count("svg") == len(pictures)
     assert all(reference.startswith(("#", "data:")) for reference in shown.references)
     assert "#010203" not in made.read_text()
@@ -123,19 +123,19 @@ def test_report_of_a_run_and_of_its_result(make_config, with_card, tokens, tmp_p
         assert f"perplexity, {name}{evaluate(folder, tokens, **options).perplexity:.3f}" in shown.text
     # a scale for 32 codes is stored in the dtype of the source, 32 bits
     assert "bits per weight5.000 of 147,456 quantized weights" in shown.text
-    of_result = Page(report(out, tmp_path / "of-result").read_text())
+    of_result = OffloadedTensor(report(out, tmp_path / "of-result").read_text())
     assert of_result.tags.count("svg") == len(pictures) - 2  # what it cost is not told with the result
     assert "3 of 3 done" in of_result.text
 
 
 def test_names_are_text_and_the_present_folder_will_do(make_config, with_card, tmp_path, monkeypatch):
-    out = quantize(make_config(model=with_card, reconstruction={"rounding": "none"}))
+    out = quantize(make_config(model=with_card, reconstruction={"rounding": "nearest"}))
     lines = (out / "metrics.jsonl").read_text().replace("mlp.up_proj", "</text>$x_{$ <script>")
     (out / "metrics.jsonl").write_text(lines)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     made = report(out, Path())
-    assert "script" not in Page(made.read_text()).tags
+    assert "script" not in OffloadedTensor(made.read_text()).tags
 
 
 def test_time_that_nothing_waited_for_is_not_writing(make_config, with_card):
@@ -160,14 +160,14 @@ def test_time_that_nothing_waited_for_is_not_writing(make_config, with_card):
 )
 def test_facts_for_the_hub_stay_at_the_head(make_config, with_card, original, facts, text):
     (with_card / "README.md").write_bytes(original.encode())
-    out = quantize(make_config(model=with_card, keep_last=3, reconstruction={"rounding": "none"}))
+    out = quantize(make_config(model=with_card, keep_last=3, reconstruction={"rounding": "nearest"}))
     card = (out / "README.md").read_bytes().decode()
     assert card.startswith(f"{facts}# Quantized to W4A16\n")
     assert card.endswith(f"```\n\n{text}" if text else "```\n")
 
 
 def test_what_cannot_be_reported(make_config, with_card, tmp_path):
-    out = quantize(make_config(model=with_card, reconstruction={"rounding": "none"}))
+    out = quantize(make_config(model=with_card, reconstruction={"rounding": "nearest"}))
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").touch()
     with pytest.raises(UsageError, match=r"exists and is not empty"):
@@ -185,7 +185,7 @@ def test_what_cannot_be_reported(make_config, with_card, tmp_path):
         "[]",
         '{"window": 0, "loss": 1.0}',
         json.dumps({**first, "blocks": [1]}),
-        json.dumps({**first, "noise": {"lm_head": 3.0}}),
+        json.dumps({**first, "sqnr_db": {"lm_head": 3.0}}),
         json.dumps({**first, "changed": "much"}),
     ):
         (out / "metrics.jsonl").write_text(damaged)

@@ -133,7 +133,7 @@ def test_parts_and_carry_are_identical_too(make_config):
     assert carries["whole"] == carries["stopped"]
 
 
-@pytest.mark.parametrize("rounding", ["full", "lora"])
+@pytest.mark.parametrize("rounding", ["signround", "lora_rounding"])
 def test_folds_and_truncated_weights_go_on_too(with_outliers, make_config, rounding):
     options = {
         "model": with_outliers("llama"),
@@ -298,7 +298,7 @@ def test_an_output_that_is_a_link_is_refused_at_once(make_config, tmp_path):
 
 
 def test_only_the_newest_carries_are_kept(make_config):
-    """Each is half a window large; all of them would be as large as the model. With two, a window can be taken back."""
+    """Each is half a window large; all of them would be as large as the model. With two, a window can be reverted."""
     config = make_config()
     seen = []
 

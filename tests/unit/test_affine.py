@@ -14,7 +14,7 @@ from cbqstream.numerics.affine import (
     dequantize,
     nearest_levels,
     num_groups,
-    signal_to_noise,
+    sqnr_db,
     storable_scale,
 )
 from cbqstream.numerics.scale_search import minmax_grid, search_grid
@@ -106,7 +106,7 @@ def test_signal_to_noise():
     scheme = Scheme(num_bits=8, group_size=None)
     off = QuantizedWeight(torch.tensor([[3, 3], [0, 0]], dtype=torch.int8), torch.ones(2, 1), None, scheme)
     exact = QuantizedWeight(torch.tensor([[3, 4], [0, 0]], dtype=torch.int8), torch.ones(2, 1), None, scheme)
-    assert signal_to_noise(w_OI, off) == pytest.approx(10 * math.log10(25))
-    assert signal_to_noise(w_OI, exact) == 200
-    assert signal_to_noise(torch.zeros(2, 2), exact) == -200
-    assert signal_to_noise(torch.zeros(2, 2), replace(exact, codes=torch.zeros(2, 2, dtype=torch.int8))) == 200
+    assert sqnr_db(w_OI, off) == pytest.approx(10 * math.log10(25))
+    assert sqnr_db(w_OI, exact) == 200
+    assert sqnr_db(torch.zeros(2, 2), exact) == -200
+    assert sqnr_db(torch.zeros(2, 2), replace(exact, codes=torch.zeros(2, 2, dtype=torch.int8))) == 200

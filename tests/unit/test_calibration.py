@@ -87,7 +87,7 @@ def test_token_files(tmp_path):
     assert torch.equal(load(tmp_path / "ids.safetensors"), expected)
 
 
-def test_spread_takes_both_ends(tmp_path):
+def test_spread_takes_both_outer(tmp_path):
     np.save(tmp_path / "ids.npy", np.repeat(np.arange(11), 16))
     segments = load(tmp_path / "ids.npy", num_samples=3, choice="spread")
     assert segments[:, 0].tolist() == [0, 5, 10]

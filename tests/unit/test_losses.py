@@ -39,7 +39,7 @@ def test_gradient_of_two_targets_is_that_of_their_mean():
     assert torch.allclose(h.grad, both, atol=1e-5)
 
 
-def test_mix_ends():
+def test_mix_outer():
     t1, t2 = random(1, 3), random(2, 3)
     assert torch.equal(mixed_target(t1, t2, 1.0), t1)
     assert torch.equal(mixed_target(t1, t2, 0.0), t2)

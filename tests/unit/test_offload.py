@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from cbqstream.disk import Disk
-from cbqstream.runtime.offload import Offloadable, Page
+from cbqstream.runtime.offload import Offloadable, OffloadedTensor
 
 
 class Two(Offloadable):
@@ -34,7 +34,7 @@ def two():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.int8, torch.int64])
 def test_pages_come_back_bit_for_bit(file, dtype):
     values = torch.arange(-6, 6).to(dtype)
-    pages = [Page.of(values.view(3, 4), file), Page.of(values.view(3, 4).T, file)]
+    pages = [OffloadedTensor.of(values.view(3, 4), file), OffloadedTensor.of(values.view(3, 4).T, file)]
     assert torch.equal(pages[0].read(), values.view(3, 4))
     assert torch.equal(pages[1].read(), values.view(3, 4).T)
     assert pages[0].nbytes == values.nbytes
@@ -54,8 +54,10 @@ def test_what_is_not_placed_is_not_in_memory(file, two):
 def test_what_changes_while_it_is_placed_stays_changed_and_only_that_is_written(file, two, monkeypatch):
     two.offload(file)
     written = []
-    real_write = Page.write
-    monkeypatch.setattr(Page, "write", lambda page, tensor: (written.append(tensor.dtype), real_write(page, tensor)))
+    real_write = OffloadedTensor.write
+    monkeypatch.setattr(
+        OffloadedTensor, "write", lambda page, tensor: (written.append(tensor.dtype), real_write(page, tensor))
+    )
     with two.placed():
         two.v[1:3].add_(0.25)
     with two.placed():

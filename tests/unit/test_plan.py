@@ -12,10 +12,11 @@ from safetensors.torch import save_file
 from cbqstream import quantize
 from cbqstream.config import CalibrationConfig, QuantizeConfig, ReconstructionConfig, Scheme, parse_bytes
 from cbqstream.errors import DeviceMemoryError, InputError, UsageError
-from cbqstream.planning.plan import fitting_plan, make_plan, smaller_settings
+from cbqstream.planning.alternatives import smaller_settings
+from cbqstream.planning.plan import fitting_plan, make_plan
 from cbqstream.planning.rates import Rates, measure_rates
 from cbqstream.planning.sizes import ModelSizes
-from cbqstream.records import Frugal
+from cbqstream.records import MemoryMode
 from cbqstream.report.plan_lines import plan_lines
 from tiny import SEQ_LEN, save_tokens
 
@@ -124,7 +125,7 @@ def test_the_result_on_disk(tiny_models, tmp_path, family, scheme):
         out=str(tmp_path / "out"),
         scheme=scheme,
         calibration=CalibrationConfig(dataset=str(tokens), num_samples=2, seq_len=SEQ_LEN),
-        reconstruction=ReconstructionConfig(rounding="none"),
+        reconstruction=ReconstructionConfig(rounding="nearest"),
         device="cpu",
         threads=1,
     )
@@ -146,7 +147,7 @@ def test_smaller_settings_are_smaller(sizes_405b):
     others = {flags: make_plan(other, sizes, "cuda", RATES) for flags, other in smaller_settings(config).items()}
     assert list(others) == [
         "--batch-size 2",
-        "--rounding lora",
+        "--rounding lora_rounding",
         "--seq-len 1024",
         "--num-samples 64",
         "--window-size 1 --overlap 0",
@@ -187,7 +188,10 @@ def test_what_the_stage_end_to_end_holds(sizes_405b):
     sizes, _ = sizes_405b
     config = settings(num_samples=128)
     whole = replace(config, reconstruction=replace(config.reconstruction, end_to_end_epochs=2))
-    plans = [make_plan(whole, sizes, "cuda", frugal=step) for step in (Frugal(), Frugal(recompute=True, offload=True))]
+    plans = [
+        make_plan(whole, sizes, "cuda", memory_mode=step)
+        for step in (MemoryMode(), MemoryMode(activation_checkpointing=True, offload=True))
+    ]
     scales = sum(rows * columns // 32 for rows, columns in sizes.layers.values())
     assert plans[0].vram["step sizes"] == plans[1].vram["step sizes"] == 126 * 20 * scales
     with pytest.raises(DeviceMemoryError, match=r"These fit: .*--end-to-end-epochs 0"):
@@ -206,22 +210,26 @@ def test_within_limits(sizes_405b):
     """Recomputing first, then layers on disk; then a refusal that says what would fit, or that nothing does."""
     sizes, _ = sizes_405b
     config = settings(num_samples=128)
-    steps = [Frugal(), Frugal(recompute=True), Frugal(recompute=True, offload=True)]
-    free, again, frugal = (make_plan(config, sizes, "cuda", RATES, step) for step in steps)
-    assert free.largest("vram") > again.largest("vram") > 3 * 2 * sizes.weights + frugal.largest("vram")
+    steps = [
+        MemoryMode(),
+        MemoryMode(activation_checkpointing=True),
+        MemoryMode(activation_checkpointing=True, offload=True),
+    ]
+    free, again, memory_mode = (make_plan(config, sizes, "cuda", RATES, step) for step in steps)
+    assert free.largest("vram") > again.largest("vram") > 3 * 2 * sizes.weights + memory_mode.largest("vram")
     assert sum(again.seconds.values()) > sum(free.seconds.values())
-    assert frugal.disk["layers of a window"] > 2 * 4 * sizes.weights
-    assert frugal.bytes_read > again.bytes_read + 2 * 4 * sizes.weights * free.windows
+    assert memory_mode.disk["layers of a window"] > 2 * 4 * sizes.weights
+    assert memory_mode.bytes_read > again.bytes_read + 2 * 4 * sizes.weights * free.windows
     for limit, step in (
         (free.largest("vram"), steps[0]),
         (free.largest("vram") - 1, steps[1]),
         (again.largest("vram"), steps[1]),
         (again.largest("vram") - 1, steps[2]),
-        (frugal.largest("vram"), steps[2]),
+        (memory_mode.largest("vram"), steps[2]),
     ):
-        assert fitting_plan(replace(config, max_vram=limit), sizes, "cuda").frugal == step
+        assert fitting_plan(replace(config, max_vram=limit), sizes, "cuda").memory_mode == step
     with pytest.raises(DeviceMemoryError, match=r"--max-vram .* GiB: this run needs .*\. These fit: --batch-size 2 \("):
-        fitting_plan(replace(config, max_vram=frugal.largest("vram") - 1), sizes, "cuda")
+        fitting_plan(replace(config, max_vram=memory_mode.largest("vram") - 1), sizes, "cuda")
     with pytest.raises(DeviceMemoryError, match="No smaller batch or window fits either"):
         fitting_plan(replace(config, max_ram=1 << 30), sizes, "cuda")
 

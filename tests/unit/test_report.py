@@ -84,9 +84,9 @@ def test_status_of_a_finished_window_less_run(tmp_path):
 
 def test_status_names_what_was_taken_back_and_other_numerics(tmp_path):
     content = {"config": {"model": "m", "out": str(tmp_path)}, "windows": 3, "epochs": 0, **IDENTITY}
-    done = [commit(replace(report(0), fallback="not finite")), commit(report(1), threads=2)]
+    done = [commit(replace(report(0), reverted="not finite")), commit(report(1), threads=2)]
     lines = status_lines(tmp_path, content, done)
-    assert lines[2] == "  window 1  blocks 0-1  loss 0.5 -> 0.125  30 s  taken back: not finite"
+    assert lines[2] == "  window 1  blocks 0-1  loss 0.5 -> 0.125  30 s  reverted: not finite"
     assert lines[4] == "from commit 2 on with other numerics: threads 1 -> 2"
 
 
@@ -124,6 +124,6 @@ def test_device_memory_is_told_and_held_against_the_limit(make_config):
     assert "  RAM 1.50 GiB  VRAM 3.00 GiB  ETA " in text.getvalue()
     assert taken.to_dict()["peak_vram"] == 3 << 30
     assert not over_limit(replace(make_config(), max_vram=4 << 30), taken)
-    (notice,) = over_limit(replace(make_config(), max_vram=3 << 30), taken)  # the context counts
-    assert notice.text == "device memory: 3.68 GiB were taken, --max-vram is 3.00; the plan was too low."
+    (warning,) = over_limit(replace(make_config(), max_vram=3 << 30), taken)  # the context counts
+    assert warning.text == "device memory: 3.68 GiB were taken, --max-vram is 3.00; the plan was too low."
     assert over_limit(replace(make_config(), max_vram=3 << 30), EpochReport(0, 1, 1.0, 1.0, 1.0, 1, 3 << 30))
