@@ -23,7 +23,7 @@ from cbqstream.activations.store import StreamShape
 from cbqstream.activations.zarr_store import ZarrStore
 from cbqstream.checkpoint.header import read_header
 from cbqstream.checkpoint.reader import Checkpoint
-from cbqstream.checkpoint.verified import RunSource
+from cbqstream.checkpoint.verified import VerifiedCheckpoint
 from cbqstream.disk import Disk
 
 RESULTS = Path(__file__).resolve().parent / "results" / "io.json"
@@ -62,11 +62,11 @@ def main() -> None:
     save_file(tensors, shard)
     infos, size = read_header(shard), shard.stat().st_size
     found = {"file, read": rate(size, lambda: shard.read_bytes())}
-    for name, source in (("weights, read", Checkpoint), ("weights, read, hashed and looked at", RunSource)):
+    for name, source in (("weights, read", Checkpoint), ("weights, read, hashed and looked at", VerifiedCheckpoint)):
         opened = source(infos)
         found[name] = rate(size, lambda opened=opened: [opened.read(tensor, device=CPU) for tensor in infos])
     forget(shard)
-    opened, began = RunSource(infos), time.perf_counter()
+    opened, began = VerifiedCheckpoint(infos), time.perf_counter()
     for tensor in infos:
         opened.read(tensor, device=CPU)
     found["weights, from the disk"] = size / (time.perf_counter() - began) / 1e9

@@ -21,23 +21,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from cbqstream.windows.resident import BlockSettings, ResidentBlock, read_block
 from measure import save
 from torch import Tensor
 from torch.nn import functional
 
 from cbqstream.activations.memory_store import MemoryStore
 from cbqstream.activations.store import StreamShape
-from cbqstream.config import OutlierConfig, ReconstructionConfig, Scheme
+from cbqstream.config import ReconstructionConfig, TransformConfig
 from cbqstream.disk import Disk, ScratchFile
 from cbqstream.models.embedding_and_head import load_embedding_and_head
 from cbqstream.models.meta_model import MetaModel
 from cbqstream.records import Compute, MemoryMode
 from cbqstream.runtime.device import compute_dtype, make_deterministic
 from cbqstream.runtime.memory import GIB, peak_resident_bytes, return_large_blocks
+from cbqstream.scheme import Scheme
 from cbqstream.windows.propagate import propagate
 from cbqstream.windows.quantized_linear import Phase
 from cbqstream.windows.reconstruct import WindowData, reconstruct
-from cbqstream.windows.resident import BlockSettings, ResidentBlock, read_block
 
 RESULTS = Path(__file__).resolve().parent / "results" / "window.json"
 VOCABULARY = 64
@@ -206,7 +207,7 @@ def main() -> None:
     settings = BlockSettings(
         Scheme.named(args.scheme, group_size=None if args.group_size == -1 else args.group_size),
         ReconstructionConfig(rounding=args.rounding, init="minmax", batch_size=args.batch, kernels=args.kernels),
-        OutlierConfig(activations="never"),
+        TransformConfig(activations="never"),
     )
 
     def seconds(work: Callable[[], object]) -> float:

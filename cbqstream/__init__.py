@@ -6,16 +6,10 @@ The names here are the public interface; everything else may change.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from cbqstream.config import (
-    CalibrationConfig,
-    OutlierConfig,
-    QuantizeConfig,
-    ReconstructionConfig,
-    Scheme,
-    WindowConfig,
-)
+from cbqstream.config import CalibrationConfig, QuantizeConfig, ReconstructionConfig, TransformConfig, WindowConfig
 from cbqstream.errors import CbqstreamError
 from cbqstream.profiles import PROFILES
+from cbqstream.scheme import Scheme
 
 if TYPE_CHECKING:
     from cbqstream.evaluation.perplexity import evaluate
@@ -28,10 +22,10 @@ __all__ = [
     "PROFILES",
     "CalibrationConfig",
     "CbqstreamError",
-    "OutlierConfig",
     "QuantizeConfig",
     "ReconstructionConfig",
     "Scheme",
+    "TransformConfig",
     "WindowConfig",
     "__version__",
     "evaluate",

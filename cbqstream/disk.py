@@ -1,6 +1,6 @@
 """Every durable change of the file system. No other module opens a file for writing, renames, links or deletes.
 
-The rules that make a crash harmless are in `rundir/journal.py`; this module gives it operations that are each either done and durable or
+The rules that make a crash harmless are in `rundir/journal.py`. This module provides operations that are each either done and durable, or
 not done. Operations are numbered from 1, and an observer is called before each one, so that a test can stop the program at any of them.
 """
 
@@ -8,12 +8,11 @@ import errno
 import hashlib
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from cbqstream.errors import StorageError
 
@@ -24,6 +23,9 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
 
 Observer = Callable[[int, str, Path], None]
+Activity = Literal["reading", "writing"]
+Measure = Callable[[Activity], AbstractContextManager[None]]
+"""Counts the time of a `with` as reading or writing, see `runtime/timings.py`."""
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_LINKS = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
@@ -33,28 +35,31 @@ _REMEDIES = {
 }
 
 
+def unmeasured(activity: Activity) -> AbstractContextManager[None]:
+    """A `Measure` that counts nothing."""
+    return nullcontext()
+
+
 @dataclass(frozen=True, slots=True)
 class FileDigest:
-    """What a file was when it was written: its size in bytes and the SHA-256 of its content, in hex."""
+    """Size of a file in bytes, and SHA-256 of its content in hex."""
 
     size: int
     sha256: str
 
 
 class Disk:
-    """The durable operations, counted.
+    """The durable operations, numbered.
 
     Args:
-        observer: called as `observer(number, operation, path)` before each operation; an OSError that it raises is the operation's.
+        observer: called as `observer(number, operation, path)` before each operation; an OSError that it raises counts as the operation's.
+        measure: counts the time of operations.
     """
 
-    def __init__(self, observer: Observer | None = None) -> None:
+    def __init__(self, observer: Observer | None = None, measure: Measure = unmeasured) -> None:
         self._observer = observer
         self._count = 0
-        self.seconds = 0.0
-        """Spent in operations so far."""
-        self.reading_seconds = 0.0
-        """Spent on reading scratch files again so far."""
+        self.measure = measure
 
     @contextmanager
     def _operation(self, name: str, path: Path) -> "Iterator[None]":
@@ -67,20 +72,14 @@ class Disk:
     @contextmanager
     def _step(self, name: str, path: Path) -> "Iterator[None]":
         """A part of an operation, whose errors are those of the operation."""
-        began = time.monotonic()
         try:
-            yield
+            with self.measure("reading" if name == "read" else "writing"):
+                yield
         except OSError as error:
             remedy = _REMEDIES.get(error.errno or 0, "Check the file system.")
             raise StorageError(
                 f"{path}: {name} failed: {error.strerror}. {remedy}", full=error.errno in _FULL
             ) from error
-        finally:
-            spent = time.monotonic() - began
-            if name == "read":
-                self.reading_seconds += spent
-            else:
-                self.seconds += spent
 
     def make_folder(self, path: Path) -> None:
         """Create `path`, which must not exist, with mode 0700."""
@@ -91,8 +90,8 @@ class Disk:
         """Write a new file and fsync it. The file must not exist; its folder is not synced.
 
         Args:
-            path: where to.
-            chunks: the content, in order; only one chunk need be in memory.
+            path: the new file.
+            chunks: the content, in order; only one chunk at a time need be in memory.
             mode: permissions, before the umask.
         """
         digest, size = hashlib.sha256(), 0
@@ -100,26 +99,26 @@ class Disk:
             with self._operation("write", path):
                 handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
                 file = closing.enter_context(os.fdopen(handle, "wb"))
-            for chunk in chunks:  # an error in making one is not an error of the disk
+            for chunk in chunks:  # an error in making a chunk is not an error of the disk
                 with self._step("write", path):
                     size += file.write(chunk)
                 digest.update(chunk)
             with self._step("write", path):
                 file.flush()
-            with self._operation("sync_file", path):  # through the handle that wrote: an error may be lost on another
+            with self._operation("sync_file", path):  # on the handle that wrote: another one may not report an error
                 os.fsync(file.fileno())
         return FileDigest(size, digest.hexdigest())
 
     @contextmanager
     def written_by_a_library(self, path: Path) -> "Iterator[None]":
-        """For the length of a `with` a library writes a file under a name that does not count yet; then it is synced."""
+        """Let a library write a file inside a `with`, under a name that nothing refers to yet; the file is synced at the end."""
         with self._operation("write", path):
             yield
         with self._operation("sync_file", path):
             _fsync(path, 0)
 
     def replace(self, path: Path, content: "ReadableBuffer") -> None:
-        """Write a file that need not outlive the process. Who reads it meanwhile sees the old content or the new, never a part."""
+        """Write a file that need not outlive the process. A reader sees the old content or the new content, never a part."""
         with self._operation("replace", path):
             beside = path.with_name(f"{path.name}.new")
             handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -129,8 +128,7 @@ class Disk:
 
     @contextmanager
     def scratch(self, path: Path) -> "Iterator[ScratchFile]":
-        """A file for the length of a `with`, in which pieces are written and read again. It has no name: what is left of it after a crash
-        is nothing."""
+        """An unlinked temporary file inside a `with`, in which pieces are written and read again; it is freed even after a crash."""
         with self._operation("scratch", path):
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             path.unlink()
@@ -140,7 +138,7 @@ class Disk:
             os.close(handle)
 
     def sync_folder(self, path: Path) -> None:
-        """fsync the entries of a folder: what was created, renamed or linked in it is durable afterwards."""
+        """fsync the entries of a folder: files that were created, renamed or linked in it are durable afterwards."""
         with self._operation("sync_folder", path):
             _fsync(path, os.O_DIRECTORY)
 
@@ -171,7 +169,7 @@ class Disk:
             source.rename(target)  # replaces an empty folder, and no other
 
     def link_or_copy(self, source: Path, target: Path) -> None:
-        """Make `target` the same file as `source`: a hard link, or a durable copy where the file system has none."""
+        """Make `target` a hard link to `source`, or a durable copy if the file system has no hard links."""
         try:
             with self._operation("link", target):
                 os.link(source, target)
@@ -186,12 +184,12 @@ class Disk:
             return self.write(target, iter(lambda: file.read(1 << 24), b""), mode=0o666)
 
     def remove_file(self, path: Path) -> None:
-        """Delete a file, if it is there. Not synced: what is deleted is garbage already."""
+        """Delete a file if it exists. Not synced: nothing refers to the file any more."""
         with self._operation("remove_file", path):
             path.unlink(missing_ok=True)
 
     def remove_tree(self, path: Path) -> None:
-        """Delete a folder and all below it, or what else has its name, if it is there. Not synced: what is deleted is garbage already."""
+        """Delete a folder with everything in it, or a file, if it exists. Not synced: nothing refers to it any more."""
         with self._operation("remove_tree", path):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
@@ -200,24 +198,24 @@ class Disk:
 
 
 class ScratchFile:
-    """Pieces of bytes in a file that does not outlive the process. Made by `Disk.scratch`."""
+    """A temporary file with pieces of bytes. Made by `Disk.scratch`."""
 
     def __init__(self, handle: int, step: "Callable[[str], AbstractContextManager[None]]") -> None:
         self._handle = handle
         self._step = step
         self._size = 0
         self.reads = 0
-        """Pieces that were read so far."""
+        """Number of pieces that were read so far."""
 
     def append(self, content: "ReadableBuffer") -> int:
-        """Write a new piece, and return where it begins."""
+        """Write a new piece, and return its offset."""
         start = self._size
         self._size += memoryview(content).nbytes
         self.write(start, content)
         return start
 
     def write(self, start: int, content: "ReadableBuffer") -> None:
-        """Write over what lies at `start`."""
+        """Overwrite the bytes at offset `start`."""
         left = memoryview(content).cast("B")
         with self._step("write"):
             while left:
@@ -225,7 +223,7 @@ class ScratchFile:
                 start, left = start + written, left[written:]
 
     def read(self, start: int, into: "WriteableBuffer") -> None:
-        """Fill a buffer with what was written at `start`."""
+        """Fill a buffer with the bytes at offset `start`."""
         self.reads += 1
         left = memoryview(into).cast("B")
         with self._step("read"):
@@ -237,18 +235,18 @@ class ScratchFile:
 
 
 def digest_of_file(path: Path) -> FileDigest:
-    """What a file is now."""
+    """Size and SHA-256 of a file."""
     with path.open("rb") as file:
         return FileDigest(os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
 def free_bytes(folder: Path) -> int:
-    """What this user can still write on the file system of `folder`."""
+    """Bytes that this user can still write on the file system of `folder`."""
     return shutil.disk_usage(folder).free
 
 
 def open_log(path: Path) -> "RawIOBase":
-    """A file to which lines are added, for people and other programs; never read back, never synced. Nothing waits in a buffer."""
+    """An unbuffered file to which lines are appended, for people and other programs; never read back, never synced."""
     return path.open("ab", buffering=0)
 
 

@@ -1,10 +1,10 @@
-"""Frozen sets of settings, by name."""
+"""Profiles: frozen sets of settings, by name."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from cbqstream.config import OutlierConfig, ReconstructionConfig, WindowConfig
+from cbqstream.config import ReconstructionConfig, TransformConfig, WindowConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -12,14 +12,14 @@ class Profile:
     """Settings that belong together, as parts of a `QuantizeConfig`."""
 
     window: WindowConfig = field(default_factory=WindowConfig)
-    outliers: OutlierConfig = field(default_factory=OutlierConfig)
+    transforms: TransformConfig = field(default_factory=TransformConfig)
     reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
 
 
 PROFILES: Mapping[str, Profile] = MappingProxyType(
     {
         "paper": Profile(
-            outliers=OutlierConfig(weights=True, activations="always", variant="paper"),
+            transforms=TransformConfig(truncate_weights=True, smoothing="always", smoothing_rule="paper"),
             reconstruction=ReconstructionConfig(
                 rounding="lora_rounding",
                 init="minmax",
@@ -40,4 +40,4 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
         "accurate": Profile(reconstruction=ReconstructionConfig(end_to_end_epochs=2)),
     }
 )
-"""Frozen sets of settings, by name. What each costs and gives: README and benchmarks/README.md."""
+"""The profiles. What each costs and gives: `docs/schemes-and-profiles.md` and `benchmarks/README.md`."""

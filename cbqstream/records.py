@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
-if TYPE_CHECKING:  # so that what only passes records on starts without torch
-    from collections.abc import Callable, Mapping, Sequence
+if TYPE_CHECKING:  # so that modules which only pass records on start without torch
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     import torch
     from torch import Tensor
 
-    from cbqstream.config import Scheme
+    from cbqstream.scheme import Scheme
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where a tensor lies in a checkpoint."""
+    """Location of a tensor in a checkpoint."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     file: Path
     start: int
-    """First byte in the file."""
+    """Offset of the first byte in the file."""
     end: int
-    """Byte after the last."""
+    """Offset of the byte after the last."""
 
     @property
     def num_bytes(self) -> int:
@@ -35,10 +36,10 @@ class TensorInfo:
 
 
 class WeightSource(Protocol):
-    """Something that gives the dense tensors of a model by name: a checkpoint, or a quantized one that is dequantized on reading."""
+    """Dense tensors of a model by name: of a checkpoint, or of a quantized one that is dequantized as it is read."""
 
     def tensors(self) -> Mapping[str, tuple[int, ...]]:
-        """Shape of every dense tensor by its name in the original checkpoint."""
+        """Shape of every dense tensor, by its name in the original checkpoint."""
         ...
 
     def read(self, name: str, *, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
@@ -46,24 +47,37 @@ class WeightSource(Protocol):
         ...
 
     def input_quantizer(self, name: str) -> Callable[[Tensor], Tensor] | None:
-        """What the linear layer with weight `name` does to its input first, or None."""
+        """The function that the linear layer with weight `name` applies to its input first, or None."""
+        ...
+
+
+class StoredTensors(WeightSource, Protocol):
+    """Tensors of a checkpoint that can also be copied as they are stored."""
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """Location of every tensor, by name."""
+        ...
+
+    def raw(self, name: str) -> Iterator[bytes]:
+        """Bytes of one tensor as they are stored, in pieces."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class BlockSpec:
-    """One transformer block of a model, by name."""
+    """Names of the parts of one transformer block."""
 
     index: int
     prefix: str
     """Module path in the model, such as `model.layers.3`."""
     tensors: Mapping[str, str]
-    """Name in the checkpoint of each parameter, by its name within the block."""
+    """Name in the checkpoint of each parameter, by its name in the block."""
     linears: tuple[str, ...]
-    """Names within the block of the linear layers, in module order."""
+    """Names in the block of its linear layers, in module order."""
 
     def stored(self, layer: str) -> str:
-        """Path in the checkpoint of one of them."""
+        """Path in the checkpoint of a linear layer of the block."""
         return self.tensors[f"{layer}.weight"].removesuffix(".weight")
 
 
@@ -75,14 +89,14 @@ class Window:
     start: int
     stop: int
     frontier: int
-    """First block that no earlier window held; the reference stream waits at this boundary."""
+    """First block that no earlier window held; the reference stream is at this boundary."""
     next_start: int
-    """First block of the next window; the blocks before it leave with this one. `stop` for the last window."""
+    """First block of the next window; the blocks before it leave with this window. `stop` for the last window."""
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizedWeight:
-    """A hard quantized weight: what is evaluated is what is exported."""
+    """A hard quantized weight: it is evaluated and exported as it is."""
 
     codes: Tensor
     """q_OI, int8."""
@@ -92,27 +106,27 @@ class QuantizedWeight:
     """z_OG, int8; None if symmetric."""
     scheme: Scheme
     input_scale: Tensor | None = None
-    """Step size of the layer's inputs, a storable scale [1], where the scheme has one for the tensor."""
+    """Step size of the layer's inputs, a storable scale [1], if the scheme has one per tensor."""
 
     def rows(self, rows: slice) -> QuantizedWeight:
-        """Some rows of it."""
+        """Some rows of the weight."""
         zero_point = None if self.zero_point is None else self.zero_point[rows]
         return QuantizedWeight(self.codes[rows], self.scale[rows], zero_point, self.scheme, self.input_scale)
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryMode:
-    """What takes less memory and more time, and gives the same bits."""
+    """What is traded for memory: it takes time and changes no bit of the result."""
 
     activation_checkpointing: bool = False
-    """In training, keep the activations of one block and compute those of the others again."""
+    """Keep the activations of one block in training, and compute those of the others again."""
     offload: bool = False
     """Keep one layer of a window in memory, and the others on disk."""
 
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """Where blocks run, in which dtype, and how many segments at once."""
+    """Device and dtype in which blocks run, and segments in a batch."""
 
     device: torch.device
     dtype: torch.dtype
@@ -121,91 +135,202 @@ class Compute:
 
 
 @dataclass(frozen=True, slots=True)
-class EpochReport:
-    """What happened in an epoch of learning end to end."""
+class Numerics:
+    """Everything besides inputs and settings that must be equal for results to be equal bit for bit."""
 
-    epoch: int
-    num_epochs: int
-    loss_before: float
-    """Divergence of the predictions from the original model's on the held_out segments, with the step sizes as they would be stored."""
-    loss_after: float
-    """The same after the epoch; never above `loss_before`."""
-    seconds: float
-    peak_rss: int
-    """Highest resident memory of the process so far, bytes."""
-    peak_vram: int = 0
-    """Highest memory that tensors had on the CUDA device in the epoch, bytes; 0 on the CPU."""
+    device: str
+    device_name: str
+    cpu_capability: str
+    threads: int
+    torch: str
+    transformers: str
+    cuda: str | None = None
+    """Versions of the libraries of a CUDA device; None on the CPU."""
+    cudnn: int | None = None
+    triton: str | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for a commit or a log."""
-        return ({"peak_vram": self.peak_vram} if self.peak_vram else {}) | {
-            "epoch": self.epoch,
-            "epochs": self.num_epochs,
-            "loss_before": self.loss_before,
-            "loss_after": self.loss_after,
-            "seconds": self.seconds,
-            "peak_rss": self.peak_rss,
-        }
+    def changes_to(self, other: Numerics) -> str:
+        """The fields that differ in `other`, as `name before -> after`."""
+        before, after = asdict(self), asdict(other)
+        return ", ".join(f"{name} {before[name]} -> {after[name]}" for name in before if before[name] != after[name])
 
 
 @dataclass(frozen=True, slots=True)
 class RunWarning:
-    """Something about the inputs that a user should know, and that stops nothing."""
+    """A fact about the inputs that the user should know, and that stops nothing."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
-class WindowReport:
-    """What happened in a window."""
+class Costs:
+    """Time and memory of a window or an epoch on this machine."""
 
-    window: Window
-    num_windows: int
+    seconds: float
+    peak_rss: int
+    """Highest resident memory of the process so far, bytes."""
+    reading: float = 0.0
+    """Seconds spent waiting for weights and activations."""
+    writing: float = 0.0
+    """Seconds spent waiting for the disk to take what is written."""
+    peak_vram: int = 0
+    """Highest memory of tensors on the CUDA device, bytes; 0 on the CPU."""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of `dataclasses.asdict`.
+
+        Raises:
+            ValueError: a field is missing or unknown, or is not a number.
+        """
+        try:
+            costs = cls(**values)
+        except TypeError as error:
+            raise ValueError(f"not the costs of a window: {error}") from error
+        _require_numbers(asdict(costs).values())
+        return costs
+
+
+@dataclass(frozen=True, slots=True)
+class EpochReport:
+    """Result of an epoch of the end-to-end stage."""
+
+    epoch: int
+    num_epochs: int
     loss_before: float
-    """Loss of the hard window on the held_out segments before training."""
+    """Divergence of the predictions from those of the original model on the held-out segments, with the scales as they would be stored."""
+    loss_after: float
+    """The same after the epoch; never above `loss_before`."""
+    costs: Costs | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for a commit or a log."""
+        values = {
+            "epoch": self.epoch,
+            "epochs": self.num_epochs,
+            "loss_before": self.loss_before,
+            "loss_after": self.loss_after,
+        }
+        return values if self.costs is None else {**values, "costs": asdict(self.costs)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: a field is missing, or has another type.
+        """
+        numbers = [_value(values, name) for name in ("epoch", "epochs", "loss_before", "loss_after")]
+        _require_numbers(numbers)
+        epoch, num_epochs, before, after = numbers
+        return cls(epoch, num_epochs, before, after, _costs(values))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WindowReport:
+    """Result of a window."""
+
+    index: int
+    num_windows: int
+    start: int
+    """First block."""
+    stop: int
+    """Block after the last."""
+    loss_before: float
+    """Loss of the hard window on the held-out segments before training."""
     loss_after: float
     """The same after training; never above `loss_before`."""
     reverted: str | None
-    """Why what was learned was reverted, if it was: `held-out loss increased`, or `not finite`."""
+    """Why the training was reverted: `held-out loss increased` or `not finite`; None if it was kept."""
     changed: float
     """Share of codes that differ from rounding the weights to nearest with the same scales."""
-    seconds: float
-    reading: float
-    """Of those, how many were spent on waiting for weights and activations."""
-    writing: float
-    """And for the disk to take what was written."""
-    peak_rss: int
-    """Highest resident memory of the process so far, bytes."""
-    experts: Mapping[str, list[int]]
-    """How many calibration tokens each expert of a new block saw, by the path of the experts' module."""
     sqnr_db: Mapping[str, float]
-    """Signal to noise of the weights of the blocks that leave, decibels, by the path of the layer."""
-    scales: Mapping[str, tuple[int, float]]
-    """How many channels of a new block were rescaled for their outliers, and the largest scale, by the path of what writes them."""
+    """Signal to quantization noise of the weights of the blocks that leave, decibels, by the path of the layer."""
+    experts: Mapping[str, Sequence[int]]
+    """Number of calibration tokens of each expert of a new block, by the path of the experts' module."""
+    smoothed: Mapping[str, tuple[int, float]]
+    """Number of rescaled channels of each smoothed layer of a new block, and the largest scale, by the path of the layer."""
     undersampled: Sequence[str] = ()
-    """Layers of a new block, by path, that saw too few tokens to learn from."""
-    peak_vram: int = 0
-    """Highest memory that tensors had on the CUDA device in the window, bytes; 0 on the CPU."""
+    """Paths of the layers of a new block that saw too few tokens to learn from."""
+    costs: Costs | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a commit or a log."""
         seldom = {
-            "experts": dict(self.experts),
-            "scales": {path: list(found) for path, found in self.scales.items()},
+            "experts": {path: list(counts) for path, counts in self.experts.items()},
+            "smoothed": {path: list(found) for path, found in self.smoothed.items()},
             "undersampled": list(self.undersampled),
-            "peak_vram": self.peak_vram,
+            "costs": {} if self.costs is None else asdict(self.costs),
         }
         return {key: value for key, value in seldom.items() if value} | {
-            "window": self.window.index,
+            "window": self.index,
             "windows": self.num_windows,
-            "blocks": [self.window.start, self.window.stop],
+            "blocks": [self.start, self.stop],
             "loss_before": self.loss_before,
             "loss_after": self.loss_after,
             "reverted": self.reverted,
             "changed": self.changed,
             "sqnr_db": dict(self.sqnr_db),
-            "seconds": self.seconds,
-            "reading": self.reading,
-            "writing": self.writing,
-            "peak_rss": self.peak_rss,
         }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: a field is missing, or has another type.
+        """
+        try:
+            start, stop = values["blocks"]
+            smoothed = {path: (count, largest) for path, (count, largest) in values.get("smoothed", {}).items()}
+            experts = {path: tuple(counts) for path, counts in values.get("experts", {}).items()}
+            decibels, undersampled = dict(values["sqnr_db"]), tuple(values.get("undersampled", ()))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not the report of a window: {error}") from error
+        scalars = [_value(values, name) for name in ("window", "windows", "loss_before", "loss_after", "changed")]
+        _require_numbers([*scalars, start, stop, *decibels.values()])
+        _require_numbers(number for found in (*smoothed.values(), *experts.values()) for number in found)
+        reverted = _value(values, "reverted")
+        if not all(isinstance(text, str) for text in (*undersampled, reverted or "")):
+            raise ValueError("not the report of a window: a name is not text")
+        index, num_windows, before, after, changed = scalars
+        return cls(
+            index=index,
+            num_windows=num_windows,
+            start=start,
+            stop=stop,
+            loss_before=before,
+            loss_after=after,
+            reverted=reverted,
+            changed=changed,
+            sqnr_db=decibels,
+            experts=experts,
+            smoothed=smoothed,
+            undersampled=undersampled,
+            costs=_costs(values),
+        )
+
+
+def report_from_dict(values: Mapping[str, Any]) -> WindowReport | EpochReport:
+    """The report of a window or of an epoch.
+
+    Raises:
+        ValueError: the values are neither.
+    """
+    return WindowReport.from_dict(values) if "window" in values else EpochReport.from_dict(values)
+
+
+def _value(values: Mapping[str, Any], name: str) -> Any:
+    if name not in values:
+        raise ValueError(f"{name} is missing")
+    return values[name]
+
+
+def _costs(values: Mapping[str, Any]) -> Costs | None:
+    return Costs.from_dict(values["costs"]) if "costs" in values else None
+
+
+def _require_numbers(values: Any) -> None:
+    for value in values:
+        if type(value) not in (int, float):
+            raise ValueError(f"{value!r} is not a number")

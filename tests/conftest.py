@@ -15,7 +15,8 @@ if not torch.cuda.is_available():
 
 from hypothesis import settings
 
-from cbqstream.config import CalibrationConfig, QuantizeConfig, ReconstructionConfig, Scheme
+from cbqstream.config import CalibrationConfig, QuantizeConfig, ReconstructionConfig
+from cbqstream.scheme import Scheme
 from tiny import SEQ_LEN, make_model, save_model, save_tokens
 
 settings.register_profile("default", max_examples=25, deadline=None, derandomize=True)

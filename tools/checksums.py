@@ -61,7 +61,7 @@ def config_of(folder: Path, name: str, case: dict[str, Any], models: dict[str, P
         scheme=case.get("scheme", FOUR_BITS),
         calibration=CalibrationConfig(dataset=str(folder / "tokens.npy"), num_samples=16, seq_len=SEQ_LEN),
         window=profile.window,
-        outliers=profile.outliers,
+        transforms=profile.transforms,
         reconstruction=replace(profile.reconstruction, **sizes),
         threads=1,
         device="cpu",

@@ -1,4 +1,4 @@
-"""Activations in RAM, for tests and for small jobs."""
+"""Activations in RAM, for tests and small jobs."""
 
 from torch import Tensor
 
@@ -7,7 +7,7 @@ from cbqstream.errors import InputError
 
 
 class MemoryStore(ActivationStore):
-    """Keeps every segment in memory."""
+    """An activation store that keeps every segment in memory."""
 
     def __init__(self, shape: StreamShape) -> None:
         super().__init__(shape)

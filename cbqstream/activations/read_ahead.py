@@ -1,6 +1,5 @@
 """Reading the next batches on a thread while the present one is being computed."""
 
-import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,8 +17,8 @@ def read_batches(
 ) -> Iterator[list[Tensor]]:
     """For each batch of segment numbers, one tensor [B, S, D] per store, in the dtype of that store, on `device`.
 
-    At most two batches are held besides the one that was given out. An error in reading is raised at its batch. The time that is spent
-    on waiting is added to that of the first store. To CUDA they go from pinned memory, which nothing waits for.
+    At most two batches are held besides the one that was given out. An error in reading is raised at its batch. Batches for CUDA are copied
+    asynchronously from pinned memory.
     """
     pinned = device.type == "cuda"
 
@@ -28,9 +27,8 @@ def read_batches(
         return [x_BSD.pin_memory() for x_BSD in read] if pinned else read
 
     def wait(batch: Future[list[Tensor]]) -> list[Tensor]:
-        began = time.monotonic()
-        tensors = batch.result()
-        stores[0].waited += time.monotonic() - began
+        with stores[0].measure("reading"):
+            tensors = batch.result()
         return [x_BSD.to(device, non_blocking=True) for x_BSD in tensors]
 
     waiting: deque[Future[list[Tensor]]] = deque()
@@ -47,7 +45,7 @@ def read_batches(
 
 
 def in_shuffled_batches(segments: Sequence[int], batch_size: int, generator: torch.Generator) -> list[list[int]]:
-    """`segments` in an order that the generator gives, `batch_size` at a time."""
+    """`segments` in a random order, `batch_size` at a time."""
     order = torch.randperm(len(segments), generator=generator).tolist()
     return in_batches([segments[position] for position in order], batch_size)
 

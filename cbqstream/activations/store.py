@@ -6,10 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cbqstream.disk import Measure, unmeasured
+
 
 @dataclass(frozen=True, slots=True)
 class StreamShape:
-    """What a store holds: `num_segments` tensors [S, D] of one dtype (bfloat16, float16 or float32)."""
+    """Shape and dtype of a stream: `num_segments` tensors [S, D] of one dtype (bfloat16, float16 or float32)."""
 
     num_segments: int
     seq_len: int
@@ -18,18 +20,16 @@ class StreamShape:
 
 
 class ActivationStore(ABC):
-    """Hidden states x_SD by segment number. What was written is read back bit for bit; what was not written is an error."""
+    """Hidden states x_SD by segment number. A segment is read back bit for bit; reading one that was not written is an error.
 
-    def __init__(self, shape: StreamShape) -> None:
+    Args:
+        shape: shape and dtype of the stream.
+        measure: counts the time that is spent waiting for segments.
+    """
+
+    def __init__(self, shape: StreamShape, measure: Measure = unmeasured) -> None:
         self.shape = shape
-        self.waited = 0.0
-        """Seconds that `read_batches` has waited for segments so far."""
-        self.hidden = 0.0
-        """Seconds of writing that `write_behind` has not waited for so far."""
-
-    def writing(self) -> float:
-        """Seconds that the disk has taken so far, for whoever measures what writing takes."""
-        return 0.0
+        self.measure = measure
 
     @abstractmethod
     def write(self, segment: int, x_SD: Tensor) -> None:
@@ -46,7 +46,7 @@ class ActivationStore(ABC):
 
         Raises:
             IndexError: there is no such segment.
-            InputError: it was never written, or is damaged.
+            InputError: the segment was never written, or is damaged.
         """
 
     def _check(self, segment: int, x_SD: Tensor | None = None) -> None:

@@ -1,6 +1,5 @@
 """Writing segments on a thread while the next ones are being computed."""
 
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,29 +14,26 @@ WRITE_DEPTH = 4
 
 @contextmanager
 def write_behind(store: ActivationStore) -> Iterator[Callable[[int, Tensor], None]]:
-    """Gives a function that takes what `store.write` takes: written soon, in the order of the calls, and all of it when the `with` outer.
+    """A function with the arguments of `store.write` that returns at once; everything is written, in order, when the `with` ends.
 
-    At most four segments wait. An error in writing is raised at a later call or at the end, and nothing is written after it.
+    At most four segments wait to be written. An error in writing is raised at a later call or at the end, and nothing is written after it.
     """
-    waiting: deque[Future[float]] = deque()
-    whole = True
+    waiting: deque[Future[None]] = deque()
+    failed = False
 
-    def write(segment: int, x_SD: Tensor) -> float:
-        nonlocal whole
-        began = store.writing()
-        if whole:
-            whole = False
+    def write(segment: int, x_SD: Tensor) -> None:
+        nonlocal failed
+        if not failed:
+            failed = True
             store.write(segment, x_SD)
-            whole = True
-        return store.writing() - began
+            failed = False
 
     def wait() -> None:
-        began = time.monotonic()
-        spent = waiting.popleft().result()
-        store.hidden += spent - min(spent, time.monotonic() - began)
+        with store.measure("writing"):
+            waiting.popleft().result()
 
     def submit(segment: int, x_SD: Tensor) -> None:
-        # converted here: what waits should be small, and not on the device
+        # converted here, so that what waits is small and not on the device
         waiting.append(pool.submit(write, segment, x_SD.detach().to("cpu", store.shape.dtype)))
         if len(waiting) > WRITE_DEPTH:
             wait()

@@ -1,8 +1,8 @@
 """Activations on disk: a Zarr v3 array [N, S, D], one chunk per segment, codecs bytes and crc32c.
 
-Zarr has no bfloat16, so its bits are stored as uint16 and the dtype is named in the attributes. A missing chunk would read as zeros, so
-its file is looked for first. Metadata is compared with what the caller expects, never believed. Files are written by `disk.py`; whoever
-makes a durable store part of something syncs its folder.
+Zarr has no bfloat16, so its bits are stored as uint16 and the dtype is named in the attributes. Zarr would read a missing chunk as zeros,
+so its file is looked for first. Metadata is compared with the expected metadata, not trusted. Files are written through `disk.py`; the
+caller syncs the folder of a durable store.
 """
 
 import asyncio
@@ -14,13 +14,13 @@ import numpy as np
 import torch
 import zarr
 from torch import Tensor
+from zarr.abc.buffer import Buffer
 from zarr.abc.store import Store
 from zarr.codecs import BytesCodec, Crc32cCodec
-from zarr.core.buffer import Buffer
-from zarr.storage import LocalStore, MemoryStore
+from zarr.storage import LocalStore, MemoryStore, WrapperStore
 
 from cbqstream.activations.store import ActivationStore, StreamShape
-from cbqstream.disk import Disk
+from cbqstream.disk import Disk, Measure, unmeasured
 from cbqstream.errors import InputError
 
 METADATA = "zarr.json"
@@ -29,17 +29,22 @@ _CARRIERS = {torch.bfloat16: "uint16", torch.float16: "float16", torch.float32: 
 _VIEWS = {torch.bfloat16: torch.uint16, torch.float16: torch.float16, torch.float32: torch.float32}
 
 
-class _FolderOfFiles(LocalStore):
-    """A folder in which Zarr keeps an array, where every file is an operation of `disk.py`."""
+class _DiskStore(WrapperStore[LocalStore]):
+    """A folder in which Zarr keeps an array, and in which every file is written through `disk.py`."""
 
-    def __init__(self, root: Path, disk: Disk, *, durable: bool) -> None:
-        super().__init__(root)
+    def __init__(self, store: LocalStore, disk: Disk, *, durable: bool) -> None:
+        super().__init__(store)
         self._disk = disk
         self._durable = durable
 
-    async def _set(self, key: str, value: Buffer, exclusive: bool = False) -> None:  # noqa: FBT001, FBT002
-        """Of LocalStore: all its writes come here."""
-        await asyncio.to_thread(self._write, self.root / key, value.to_bytes())
+    async def set(self, key: str, value: Buffer) -> None:
+        """Write a file."""
+        await asyncio.to_thread(self._write, self._store.root / key, value.to_bytes())
+
+    async def set_if_not_exists(self, key: str, value: Buffer) -> None:
+        """Write a file that does not exist."""
+        if not await self._store.exists(key):
+            await self.set(key, value)
 
     def _write(self, path: Path, content: bytes) -> None:
         if self._durable:
@@ -49,13 +54,12 @@ class _FolderOfFiles(LocalStore):
 
 
 class ZarrStore(ActivationStore):
-    """One stream in the folder `path`. Use `create` or `open`."""
+    """A stream in the folder `path`. Made by `create` or `open`."""
 
-    def __init__(self, path: Path, shape: StreamShape, array: "zarr.Array[Any]", disk: Disk | None = None) -> None:
-        super().__init__(shape)
+    def __init__(self, path: Path, shape: StreamShape, array: "zarr.Array[Any]", measure: Measure = unmeasured) -> None:
+        super().__init__(shape, measure)
         self.path = path
         self._array = array
-        self._disk = disk
 
     @classmethod
     def create(cls, path: Path, shape: StreamShape, disk: Disk, *, durable: bool) -> "ZarrStore":
@@ -63,19 +67,20 @@ class ZarrStore(ActivationStore):
 
         Args:
             path: a folder.
-            shape: what it will hold.
-            disk: does the writing.
-            durable: segments are synced as they are written, once each; else they may be overwritten.
+            shape: shape and dtype of the stream.
+            disk: does the writing, and measures it.
+            durable: every segment is written once and synced; else segments may be overwritten.
         """
         disk.make_folder(path)
-        return cls(path, shape, _new_array(_FolderOfFiles(path, disk, durable=durable), shape), disk)
+        array = _new_array(_DiskStore(LocalStore(path), disk, durable=durable), shape)
+        return cls(path, shape, array, disk.measure)
 
     @classmethod
-    def open(cls, path: Path, shape: StreamShape) -> "ZarrStore":
-        """A store that was written before. Its metadata is compared with what `shape` makes of it before Zarr sees it.
+    def open(cls, path: Path, shape: StreamShape, measure: Measure = unmeasured) -> "ZarrStore":
+        """A store that exists. Its metadata is compared with the metadata of a new store of this shape before Zarr reads it.
 
         Raises:
-            InputError: it is missing, or is not what `shape` says.
+            InputError: the store is missing, or has another shape or dtype.
         """
         metadata, expected = path / METADATA, _expected_metadata(shape)
         try:
@@ -83,11 +88,8 @@ class ZarrStore(ActivationStore):
         except OSError as error:
             raise InputError(metadata, f"cannot be read: {error.strerror}.") from error
         if not is_expected:
-            raise InputError(metadata, "not that of the stream that is expected.")
-        return cls(path, shape, zarr.open_array(str(path), mode="r"))
-
-    def writing(self) -> float:
-        return 0.0 if self._disk is None else self._disk.seconds
+            raise InputError(metadata, "does not describe the expected stream.")
+        return cls(path, shape, zarr.open_array(str(path), mode="r"), measure)
 
     def write(self, segment: int, x_SD: Tensor) -> None:
         self._check(segment, x_SD)
@@ -105,7 +107,7 @@ class ZarrStore(ActivationStore):
         return torch.from_numpy(values).view(self.shape.dtype)
 
     def checksums(self) -> list[list[int]]:
-        """[size in bytes, crc32c] of every chunk file, by segment; the crc is the chunk's own last four bytes.
+        """[size in bytes, crc32c] of every chunk file, by segment; the crc32c is the last four bytes of the chunk.
 
         Raises:
             InputError: a chunk is missing.
@@ -122,10 +124,10 @@ class ZarrStore(ActivationStore):
         return table
 
     def require(self, checksums: Sequence[Sequence[int]], *, read: bool) -> None:
-        """Check that the store is what it was when it had these `checksums`; with `read`, by reading every segment.
+        """Check that the store still has these checksums; with `read`, by reading every segment.
 
         Raises:
-            InputError: it is not.
+            InputError: the store has changed, or is damaged.
         """
         for segment in range(self.shape.num_segments) if read else ():
             self.read(segment)

@@ -90,7 +90,7 @@ class Checkpoint:
         def load() -> None:
             with suppress(InputError, OSError):
                 for name in names:
-                    for _ in Checkpoint.raw(self, name):
+                    for _ in self.raw(name):
                         if stopped.is_set():
                             return
 

@@ -1,53 +1,79 @@
-"""The source checkpoint as a run reads it: what was read once must stay what it was, and must be numbers."""
+"""The source checkpoint of a run: every tensor must stay what it was when the run first read it, and must be finite."""
 
 import hashlib
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
 from cbqstream.checkpoint.reader import Checkpoint
+from cbqstream.disk import Measure, unmeasured
 from cbqstream.errors import IdentityError, InputError, shown
 from cbqstream.records import RunWarning, TensorInfo
 
 
-class RunSource(Checkpoint):
-    """A checkpoint that knows the SHA-256 of every tensor that was read from it."""
+class VerifiedCheckpoint:
+    """A checkpoint that records the SHA-256 of every tensor that is read from it, and refuses a tensor that has changed.
 
-    def __init__(self, infos: Mapping[str, TensorInfo]) -> None:
-        super().__init__(infos)
+    Args:
+        checkpoint: the source.
+        measure: counts the time of reading and hashing.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, measure: Measure = unmeasured) -> None:
+        self._checkpoint = checkpoint
+        self._measure = measure
         self._committed: dict[str, str] = {}
         self._seen: dict[str, str] = {}
         self._warnings: list[RunWarning] = []
-        self.seconds = 0.0
-        """Spent on reading and hashing so far."""
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """Location of every tensor, by name."""
+        return self._checkpoint.infos
+
+    def tensors(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of every tensor, by name."""
+        return self._checkpoint.tensors()
+
+    def fingerprint(self) -> str:
+        """See `Checkpoint.fingerprint`."""
+        return self._checkpoint.fingerprint()
+
+    def reading_ahead(self, names: Iterable[str]) -> AbstractContextManager[None]:
+        """See `Checkpoint.reading_ahead`."""
+        return self._checkpoint.reading_ahead(names)
+
+    def input_quantizer(self, name: str) -> None:
+        """None: the source does not quantize inputs."""
 
     def remember(self, digests: Mapping[str, str]) -> None:
-        """Take over the digests, by tensor, of what the run has committed."""
+        """Add the digests of tensors, by name, that the run has committed."""
         self._committed.update(digests)
 
-    def uncommitted(self) -> dict[str, str]:
-        """Digests, by tensor, of what was read and is not in a commit yet."""
-        return {name: sha256 for name, sha256 in sorted(self._seen.items()) if name not in self._committed}
+    def take_digests(self) -> dict[str, str]:
+        """Digests, by name, of the tensors that were read and not taken yet. They count as committed from now on."""
+        new = {name: sha256 for name, sha256 in sorted(self._seen.items()) if name not in self._committed}
+        self.remember(new)
+        return new
 
     def take_warnings(self) -> list[RunWarning]:
-        """What was noticed since this was asked last."""
+        """Warnings since the last call."""
         taken, self._warnings = self._warnings, []
         return taken
 
     def read(self, name: str, *, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-        """One tensor on `device`, in `dtype` or as stored.
+        """One tensor on `device`, in `dtype` or as it is stored.
 
         Raises:
             InputError: the file can no longer be read, or the tensor holds values that are not finite.
-            IdentityError: the tensor is not what it was when this run read it first.
+            IdentityError: the tensor is not what it was when this run first read it.
         """
-        began = time.monotonic()
-        tensor = super().read(name, device=torch.device("cpu"))
+        with self._measure("reading"):
+            tensor = self._checkpoint.read(name, device=torch.device("cpu"))
+            sha256 = hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
         info = self.infos[name]
-        sha256 = hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
-        self.seconds += time.monotonic() - began
         self._require_same(info, sha256)
         if name not in self._seen:
             low, high = tensor.aminmax()  # NaN if there is one; many times faster than looking at each value
@@ -59,13 +85,14 @@ class RunSource(Checkpoint):
         return tensor.to(device=device, dtype=dtype or info.dtype)
 
     def raw(self, name: str) -> Iterator[bytes]:
-        """The bytes of one tensor as they lie in the file, in pieces; the last one only when all of them are what was read before.
+        """Bytes of one tensor as they are stored, in pieces; the last piece is given only if all of them are what was read before.
 
         Raises:
-            InputError, IdentityError: see `read`.
+            InputError: see `read`.
+            IdentityError: see `read`.
         """
         digest, held = hashlib.sha256(), b""
-        for piece in super().raw(name):
+        for piece in self._checkpoint.raw(name):
             yield held
             digest.update(piece)
             held = piece

@@ -1,18 +1,18 @@
-"""The entry point: flags may be written with - or _, and what is expected to go wrong is one line and an exit code."""
+"""The entry point. Flags may be written with - or _, and an expected error is one line and an exit code."""
 
 import sys
 from typing import NoReturn
 
-from cbqstream.cli import making, results, runs  # noqa: F401  # their commands
+from cbqstream.cli import making, results, runs  # noqa: F401  # registers their commands
 from cbqstream.cli.app import app, dashed, fail
 from cbqstream.errors import CbqstreamError, DeviceMemoryError, StoppedError, StorageError
 from cbqstream.runtime.interruption import Interrupted, interrupt_on_signals
 
 
 def main() -> NoReturn:
-    """Entry point: flags may be written with - or _, and an expected error is one line and an exit code."""
+    """Run the command line, and exit."""
     try:
-        interrupt_on_signals()  # here: one may strike before both are set, or where an error is being told
+        interrupt_on_signals()  # inside: a signal may arrive before both handlers are set, or while an error is printed
         _answer([dashed(argument) for argument in sys.argv[1:]])
     except Interrupted as stop:
         fail(str(stop), StoppedError.exit_code)
@@ -25,7 +25,7 @@ def _answer(arguments: list[str]) -> None:
     except CbqstreamError as error:
         fail(str(error), error.exit_code)
     except (MemoryError, RuntimeError) as error:
-        from cbqstream.runtime.memory import is_out_of_memory  # here: it would slow every start down
+        from cbqstream.runtime.memory import is_out_of_memory  # not at the start, which it would slow down
 
         if not is_out_of_memory(error):
             raise

@@ -19,22 +19,22 @@ def export(
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
     format_name: Annotated[str, typer.Option("--format", help="gptq, gptq_v2, awq, gguf or dense.")],
 ) -> None:
-    """Write a finished model in another format, code for code."""
+    """Write a finished model in another format, with the same codes and scales."""
     from cbqstream.commands.export import export as write
 
     say(f"done: {write(model, out, format_name)}")
     if format_name == "dense":
-        say("note: dense weights are rounded to the dtype of the source, and no inputs are quantized.")
+        say("warning: dense weights are rounded to the dtype of the source, and inputs are not quantized.")
 
 
 @app.command()
 def push(
     out: Annotated[Path, typer.Argument(help="A model folder.")],
-    name: Annotated[str, typer.Argument(help="OWNER/NAME on the Hub; made where it does not exist.")],
-    public: Annotated[bool, typer.Option("--public", help="Everybody sees it, where it is made.")] = False,
+    name: Annotated[str, typer.Argument(help="OWNER/NAME on the Hub; created if it does not exist.")],
+    public: Annotated[bool, typer.Option("--public", help="Create a public repository.")] = False,
     blocks_path: BlocksPath = None,
 ) -> None:
-    """Upload a result to the Hugging Face Hub, once `check --read-data` found nothing."""
+    """Check a result as `check --read-data` does, and upload it to the Hugging Face Hub."""
     from cbqstream.commands.push import push as upload
 
     say(f"pushed: {upload(out, name, private=not public, blocks_path=blocks_path)}")
@@ -42,10 +42,10 @@ def push(
 
 @app.command()
 def report(
-    path: Annotated[Path, typer.Argument(help="A run directory, finished or not, or a model that was quantized.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder to write report.html and its pictures into.")],
+    path: Annotated[Path, typer.Argument(help="A run directory, finished or not, or a quantized model.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write report.html and its figures into.")],
     text: Annotated[
-        Path | None, typer.Option(help="Text, or token ids: the perplexity of the source and of the result, streamed.")
+        Path | None, typer.Option(help="Text, or token ids: measure the perplexity of the source and of the result.")
     ] = None,
     num_samples: NumSamples = 64,
     seq_len: SeqLen = 512,
@@ -53,59 +53,61 @@ def report(
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
-    """A page to look at: losses, noise, outliers, bits, time and memory. One HTML file that needs nothing else, and PNGs."""
+    """Write a report: losses, quantization noise, outliers, bits, time and memory, as a self-contained HTML page and PNGs."""
     from cbqstream.commands.report import report as write
     from cbqstream.report.progress import Progress
 
     with Progress(Console(stderr=True)) as progress:
-        how: EvaluationOptions = {
+        options: EvaluationOptions = {
             "blocks_path": blocks_path,
             "device": device,
             "threads": threads,
             "listener": progress,
         }
-        page = write(path, out, text, num_samples=num_samples, seq_len=seq_len, **how)
+        page = write(path, out, text, num_samples=num_samples, seq_len=seq_len, **options)
     say(f"done: {page}")
 
 
 @app.command("eval")
 def evaluate(
     model: Annotated[
-        str, typer.Argument(help="A model, quantized by cbqstream or not: a folder, or a name on the Hub.")
+        str, typer.Argument(help="A model, quantized by cbqstream or not: a folder, or OWNER/NAME on the Hub.")
     ],
     revision: Revision = None,
-    text: Annotated[Path | None, typer.Option(help="Text, or token ids: perplexity.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Text, or token ids: measure perplexity.")] = None,
     against: Annotated[
-        str | None, typer.Option(help="A model to compare the predictions on the text with: a folder, or a name.")
+        str | None,
+        typer.Option(help="Model with which the predictions on the text are compared: a folder, or OWNER/NAME."),
     ] = None,
     choices: Annotated[
-        Path | None, typer.Option(help="Questions in jsonl (prompt, choices, answer): accuracy.")
+        Path | None, typer.Option(help="Questions in jsonl (prompt, choices, answer): measure accuracy.")
     ] = None,
     sample: Annotated[
-        str | None, typer.Option(help="How a text begins: the model goes on. Slow: a token reads the whole model.")
+        str | None, typer.Option(help="Prompt to continue. Slow: every token reads the whole model.")
     ] = None,
-    num_tokens: Annotated[int, typer.Option(help="How many it writes at most.")] = 16,
+    num_tokens: Annotated[int, typer.Option(help="Largest number of tokens to write, for --sample.")] = 16,
     tasks: Annotated[
-        str | None, typer.Option(help="Tasks of lm-eval that generate nothing, such as piqa,arc_easy.")
+        str | None, typer.Option(help="Tasks of lm-eval that generate no text, such as piqa,arc_easy.")
     ] = None,
-    num_fewshot: Annotated[int | None, typer.Option(help="Examples before a question, for tasks.")] = None,
-    limit: Annotated[int | None, typer.Option(help="The first so many documents of a task; all by default.")] = None,
-    include_path: Annotated[Path | None, typer.Option(help="Folder with tasks of your own.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="Examples before each question, for --tasks.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Number of documents of each task; all by default.")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder with further tasks.")] = None,
     num_samples: NumSamples = 64,
     seq_len: SeqLen = 512,
     bos: Annotated[
-        bool, typer.Option("--bos", help="Begin every segment of a text with BOS, which Gemma needs; else the first.")
+        bool,
+        typer.Option("--bos", help="Start every segment with BOS, which Gemma needs; otherwise only the first one."),
     ] = False,
-    num_questions: Annotated[int | None, typer.Option(help="The first so many questions; all by default.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Segments at once.")] = 4,
+    num_questions: Annotated[int | None, typer.Option(help="Number of questions; all by default.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Segments in a batch.")] = 4,
     scratch: Annotated[
-        Path | None, typer.Option(help="Folder for hidden states; the temporary folder by default.")
+        Path | None, typer.Option(help="Folder for hidden states; the system's temporary folder by default.")
     ] = None,
     blocks_path: BlocksPath = None,
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
-    """Perplexity, distance from another model, accuracy, tasks of lm-eval or a sample of MODEL, one block in memory at a time."""
+    """Evaluate MODEL with one block in memory at a time: perplexity, divergence, accuracy, tasks of lm-eval, or a sample."""
     from cbqstream.report.progress import Progress
 
     asked = [what for what in (text, choices, tasks, sample) if what is not None]
@@ -122,7 +124,7 @@ def evaluate(
             raise UsageError(f"{flag} is for {mode}.")
     folder, reference = folder_of(model, revision), None if against is None else folder_of(against, None)
     with Progress(Console(stderr=True)) as progress:
-        how: EvaluationOptions = {
+        options: EvaluationOptions = {
             "batch_size": batch_size,
             "scratch": scratch,
             "device": device,
@@ -132,48 +134,50 @@ def evaluate(
         }
         if text is not None:
             answer = _of_text(
-                folder, text, reference, {"num_samples": num_samples, "seq_len": seq_len, "bos": bos}, how
+                folder, text, reference, {"num_samples": num_samples, "seq_len": seq_len, "bos": bos}, options
             )
         elif choices is not None:
-            answer = _of_choices(folder, choices, num_questions, how)
+            answer = _of_choices(folder, choices, num_questions, options)
         elif tasks is not None:
             answer = _of_tasks(
-                folder, tasks, {"num_fewshot": num_fewshot, "limit": limit, "include_path": include_path}, how
+                folder, tasks, {"num_fewshot": num_fewshot, "limit": limit, "include_path": include_path}, options
             )
         else:
-            answer = _of_sample(folder, sample or "", num_tokens, how)
+            answer = _of_sample(folder, sample or "", num_tokens, options)
     say(answer)
 
 
-def _of_text(folder: Path, text: Path, against: Path | None, segments: dict[str, Any], how: "EvaluationOptions") -> str:
+def _of_text(
+    folder: Path, text: Path, against: Path | None, segments: dict[str, Any], options: "EvaluationOptions"
+) -> str:
     from cbqstream.evaluation.against import compare
     from cbqstream.evaluation.perplexity import evaluate as measure
 
     if against is None:
-        found = measure(folder, text, **segments, **how)
+        found = measure(folder, text, **segments, **options)
         return f"{text.name}: perplexity {found.perplexity:.4f} ({found.num_segments} x {segments['seq_len']} tokens)"
-    distance = compare(folder, against, text, **segments, **how)
+    distance = compare(folder, against, text, **segments, **options)
     same = f"same next token {distance.top1:.2%} ({distance.num_segments} x {segments['seq_len']} tokens)"
     return f"{text.name}: divergence {distance.divergence:.5f}, {same}"
 
 
-def _of_choices(folder: Path, choices: Path, num_questions: int | None, how: "EvaluationOptions") -> str:
+def _of_choices(folder: Path, choices: Path, num_questions: int | None, options: "EvaluationOptions") -> str:
     from cbqstream.evaluation.choices import evaluate_choices
 
-    found = evaluate_choices(folder, choices, num_questions=num_questions, **how)
+    found = evaluate_choices(folder, choices, num_questions=num_questions, **options)
     both = f"accuracy {found.by_sum:.4f}, by character {found.by_character:.4f}"
     return f"{choices.name}: {both} ({len(found.answers)} questions)"
 
 
-def _of_tasks(folder: Path, tasks: str, options: dict[str, Any], how: "EvaluationOptions") -> str:
+def _of_tasks(folder: Path, tasks: str, task_options: dict[str, Any], options: "EvaluationOptions") -> str:
     from cbqstream.evaluation.harness import evaluate_tasks, table
 
-    return table(evaluate_tasks(folder, tasks.split(","), **options, **how))
+    return table(evaluate_tasks(folder, tasks.split(","), **task_options, **options))
 
 
-def _of_sample(folder: Path, prompt: str, num_tokens: int, how: "EvaluationOptions") -> str:
+def _of_sample(folder: Path, prompt: str, num_tokens: int, options: "EvaluationOptions") -> str:
     from cbqstream.evaluation.sample import sample as write
 
-    written = write(folder, prompt, num_tokens=num_tokens, **how)
+    written = write(folder, prompt, num_tokens=num_tokens, **options)
     shown = [mark if mark.isprintable() or mark == "\n" else "\N{REPLACEMENT CHARACTER}" for mark in written]
     return prompt + "".join(shown)

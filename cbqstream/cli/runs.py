@@ -11,27 +11,29 @@ from cbqstream.errors import InputError, UsageError
 
 @app.command()
 def status(run: Annotated[Path, typer.Argument(help="The run directory.")]) -> None:
-    """Say how far a run is. Reads only."""
+    """Show the progress of a run. Reads only."""
     from cbqstream.report.status import status_lines
     from cbqstream.rundir.chain import Chain
 
     chain = Chain.read(run)
-    has_result = chain.is_complete and chain.is_result(Path(chain.run["config"]["out"]), read=False)
-    for line in status_lines(run, chain.run, chain.commits, has_result=has_result):
+    has_result = chain.is_complete and chain.is_result(Path(chain.run.config.out), read=False)
+    for line in status_lines(chain, has_result=has_result):
         say(line)
 
 
 @app.command()
 def check(
-    path: Annotated[Path, typer.Argument(help="A run directory, or a model that was quantized.")],
-    read_data: Annotated[bool, typer.Option("--read-data", help="Read every byte; else sizes and records.")] = False,
+    path: Annotated[Path, typer.Argument(help="A run directory, or a quantized model.")],
+    read_data: Annotated[
+        bool, typer.Option("--read-data", help="Read every byte; otherwise only sizes and records.")
+    ] = False,
     load: Annotated[
         bool,
-        typer.Option("--load", help="Load the result with transformers, whole, and compare it with the streamed one."),
+        typer.Option("--load", help="Load the result with transformers, and compare it with the streamed evaluation."),
     ] = False,
     blocks_path: BlocksPath = None,
 ) -> None:
-    """Verify a run or a finished model, and change nothing in it; says what is wrong, and then leaves with exit code 65."""
+    """Verify a run or a finished model without changing it. Problems are listed, and the exit code is then 65."""
     from cbqstream.commands.check import check as look
 
     found = look(path, read_data=read_data, blocks_path=blocks_path, load=load)
@@ -47,36 +49,37 @@ def check(
 @app.command()
 def rollback(
     run: Annotated[Path, typer.Argument(help="The run directory.")],
-    to: Annotated[int, typer.Option(help="How many windows are kept; 0 starts over.")],
+    to: Annotated[int, typer.Option(help="Number of windows to keep; 0 starts again.")],
     allow_shared_run_dir: AllowSharedRunDir = False,
 ) -> None:
-    """Give up the newest windows of a run: the last one, or all."""
+    """Delete the newest windows of a run: the last one, or all."""
     from cbqstream.disk import Disk
     from cbqstream.packed.output import is_occupied
     from cbqstream.rundir.journal import open_journal
 
     with open_journal(run, Disk(), shared=allow_shared_run_dir, whole=False) as journal:
         journal.roll_back(to)
-        out = Path(journal.chain.run["config"]["out"])
+        out = Path(journal.chain.run.config.out)
     first = f"move {out} away, then " if is_occupied(out) else ""
-    say(f"{to} of {journal.chain.num_windows} windows are kept; to go on: {first}cbqstream resume {run}")
+    say(f"{to} of {journal.chain.num_windows} windows are kept. To resume: {first}cbqstream resume {run}")
 
 
 @app.command()
 def clean(
     run: Annotated[Path, typer.Argument(help="The run directory.")],
-    unfinished: Annotated[bool, typer.Option("--unfinished", help="Give up a run that is not finished too.")] = False,
+    unfinished: Annotated[bool, typer.Option("--unfinished", help="Delete a run that is not finished, too.")] = False,
     allow_shared_run_dir: AllowSharedRunDir = False,
 ) -> None:
-    """Delete a run directory whose model is finished. The model stays."""
+    """Delete the directory of a finished run. The model stays."""
     from cbqstream.disk import Disk
     from cbqstream.rundir.chain import Chain
     from cbqstream.rundir.journal import discard
 
     chain = Chain.read(run)
-    if not unfinished and not (chain.is_complete and chain.is_result(Path(chain.run["config"]["out"]))):
+    out = chain.run.config.out
+    if not unfinished and not (chain.is_complete and chain.is_result(Path(out))):
         done = f"{chain.next_window} of {chain.num_commits} commits are done"
-        what = f"{done}, and its result is not at {chain.run['config']['out']}" if chain.is_complete else done
-        raise UsageError(f"{run}: {what}. Run cbqstream resume {run}, or give it up with --unfinished.")
+        what = f"{done}, and its result is not at {out}" if chain.is_complete else done
+        raise UsageError(f"{run}: {what}. Run cbqstream resume {run}, or delete it with --unfinished.")
     discard(run, Disk(), shared=allow_shared_run_dir)
     say(f"deleted: {run}")

@@ -1,4 +1,4 @@
-"""Whether a run directory, or a finished model, is what was written. Nothing in them is changed, and no lock is taken."""
+"""Check that a run directory, or a finished model, is what was written. Nothing is changed, and no lock is taken."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -11,8 +11,7 @@ from cbqstream.activations.store import StreamShape
 from cbqstream.activations.zarr_store import ZarrStore
 from cbqstream.checkpoint.folder import read_json
 from cbqstream.checkpoint.reader import Checkpoint
-from cbqstream.checkpoint.verified import RunSource
-from cbqstream.config import QuantizeConfig
+from cbqstream.checkpoint.verified import VerifiedCheckpoint
 from cbqstream.errors import CbqstreamError, DeviceMemoryError, InputError
 from cbqstream.evaluation.loaded import load_beside_streamed
 from cbqstream.evaluation.model import open_model
@@ -20,7 +19,7 @@ from cbqstream.models.families import joined_with
 from cbqstream.models.meta_model import MetaModel
 from cbqstream.packed.format import faults_of
 from cbqstream.packed.output import SUMS, require_sums
-from cbqstream.packed.packed_checkpoint import PackedSource
+from cbqstream.packed.packed_checkpoint import PackedCheckpoint
 from cbqstream.records import WeightSource
 from cbqstream.rundir.chain import Chain
 
@@ -29,17 +28,17 @@ CPU = torch.device("cpu")
 
 @dataclass(slots=True)
 class Findings:
-    """What was looked at, and what is wrong with it: each a line."""
+    """Result of a check: what was checked and what is wrong, one line each."""
 
     facts: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
     def attempt(self, check: Callable[..., object], *arguments: object) -> bool:
-        """Make a check; an expected error is a problem. Whether there was none."""
+        """Run a check; an expected error is recorded as a problem. Returns whether there was none."""
         try:
             check(*arguments)
         except DeviceMemoryError:
-            raise  # says nothing about what is checked
+            raise  # it is not a problem of what is checked
         except (CbqstreamError, OSError) as error:
             self.problems.append(str(error))
             return False
@@ -51,12 +50,12 @@ def check(path: Path, *, read_data: bool, blocks_path: str | None = None, load: 
 
     Args:
         path: the folder.
-        read_data: read every byte and compare it with what was committed; else only names, sizes, headers and records.
+        read_data: read every byte and compare it with what was committed; otherwise only names, sizes, headers and records.
         blocks_path: module path of a model's list of transformer blocks; found by default, or what the run was given.
-        load: load a finished model with transformers, the whole of it, and compare what it says with the streamed evaluation.
+        load: load a finished model with transformers, and compare its logits with the streamed evaluation.
 
     Raises:
-        InputError: the records of a run are damaged, or it is neither.
+        InputError: the records of a run are damaged, or the folder is neither a run nor a model.
         IdentityError: the run was made by another version.
     """
     if (path / "run.json").exists():
@@ -64,7 +63,7 @@ def check(path: Path, *, read_data: bool, blocks_path: str | None = None, load: 
             chain = Chain.read(path)
             found = _check_run(chain, read_data=read_data, load=load)
             if not found.problems or Chain.read(path).last == chain.last:
-                return found  # else a process went on meanwhile
+                return found  # otherwise another process has continued the run meanwhile
     if (path / "config.json").exists():
         found = Findings()
         found.attempt(_check_model, path, blocks_path, read_data, load, {}, found)
@@ -82,16 +81,17 @@ def _check_run(chain: Chain, *, read_data: bool, load: bool) -> Findings:
         found.facts.append(f"parts: {len(files)} files, {_how(len(intact), read_data=read_data)}")
     if not chain.is_complete and chain.commits:
         found.facts.append(_streams(chain, read_data=read_data))
-    config = QuantizeConfig.from_dict(dict(chain.run["config"]))
+    config = chain.run.config
     if read_data:
         found.attempt(_read_source_again, chain, Path(config.model), found)
     out = Path(config.out)
     if chain.is_complete and chain.is_result(out):
         found.facts.append(f"result: {out}")
-        sums = {file.name: chain.expected_parts()[file][1] for file in intact if _is_one_file(out / file.name, file)}
+        expected = chain.expected_parts()
+        sums = {file.name: expected[file].sha256 for file in intact if _is_one_file(out / file.name, file)}
         found.attempt(_check_model, out, config.blocks_path, read_data, load, sums, found)
     elif load:
-        found.facts.append("result: there is none yet, so nothing was loaded")
+        found.facts.append("result: not finished yet, so nothing was loaded")
     return found
 
 
@@ -100,28 +100,28 @@ def _how(intact: int, *, read_data: bool) -> str:
 
 
 def _streams(chain: Chain, *, read_data: bool) -> str:
-    """Streams that are gone or damaged are not a problem: they are made again."""
+    """A line about the streams. Streams that are lost or damaged are not a problem: they are recomputed."""
     folder, committed = chain.acts(chain.next_window), chain.committed_acts or {}
-    shape = StreamShape(*chain.run["stream"])
+    shape = StreamShape(*chain.run.stream)
     try:
         for name, table in committed.items():
             ZarrStore.open(folder / name, shape).require(table, read=read_data)
     except InputError as error:
-        return f"streams: {error} They will be made again."
+        return f"streams: {error} They will be recomputed."
     return f"streams: {len(committed)} of {shape.num_segments} segments, {'read and ' if read_data else ''}as committed"
 
 
 def _read_source_again(chain: Chain, folder: Path, found: Findings) -> None:
-    source = RunSource.open(folder)
+    source = VerifiedCheckpoint(Checkpoint.open(folder))
     source.remember(chain.source_digests)
     names = chain.source_digests
     same = [found.attempt(_require, source, folder, name) for name in names]
-    if source.fingerprint() != chain.run["identity"]["source"]["weights"]:
+    if source.fingerprint() != chain.run.identity.source_weights:
         found.problems.append(f"{folder}: the weights are not those that this run began with. Restore them.")
-    found.facts.append(f"source: {sum(same)} of {len(names)} tensors that were read are as they were")
+    found.facts.append(f"source: {sum(same)} of {len(names)} tensors that were read are unchanged")
 
 
-def _require(source: RunSource, folder: Path, name: str) -> None:
+def _require(source: VerifiedCheckpoint, folder: Path, name: str) -> None:
     if name not in source.infos:
         raise InputError(folder, "missing.", tensor=name)
     source.read(name, device=CPU)
@@ -152,23 +152,23 @@ def _check_model(
         sums = require_sums(folder, intact)
         for name in names:
             found.attempt(_require_finite, folder, name, source)
-    how = ", all finite" if read_data and not found.problems else ""
-    how += "" if sums is None else f", {sums} shards with the checksums of {SUMS}"
-    found.facts.append(f"model: {len(meta_model.blocks)} blocks, {len(names)} tensors{how}")
+    state = ", all finite" if read_data and not found.problems else ""
+    state += "" if sums is None else f", {sums} shards with the checksums of {SUMS}"
+    found.facts.append(f"model: {len(meta_model.blocks)} blocks, {len(names)} tensors{state}")
     if load and not found.problems:
         threads = torch.get_num_threads()
         found.facts.append(str(load_beside_streamed(folder, blocks_path=blocks_path, device="cpu", threads=threads)))
 
 
 def _joined_otherwise(meta_model: MetaModel, source: WeightSource) -> Iterator[str]:
-    """Layers that inference engines compute as one, and that are not stored as one."""
+    """Problems with layers that inference engines compute as one and that have different schemes."""
     for spec in meta_model.blocks:
         first: dict[str, tuple[str, object]] = {}
         for name in spec.linears:
-            how = source.layer_scheme(spec.stored(name)) if isinstance(source, PackedSource) else None
-            other, known = first.setdefault(joined_with(name), (name, how))
-            if known != how:
-                yield f"{spec.prefix}: {other} and {name} are computed as one by inference engines and have other schemes."
+            scheme = source.layer_scheme(spec.stored(name)) if isinstance(source, PackedCheckpoint) else None
+            other, known = first.setdefault(joined_with(name), (name, scheme))
+            if known != scheme:
+                yield f"{spec.prefix}: inference engines compute {other} and {name} as one layer, but their schemes differ."
 
 
 def _require_finite(folder: Path, name: str, source: WeightSource) -> None:

@@ -1,4 +1,4 @@
-"""A finished model in another format: shard by shard, from its codes and scales. Nothing is searched for or rounded again."""
+"""Export of a finished model to another format, shard by shard, from its codes and scales. Nothing is quantized again."""
 
 import re
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ from cbqstream.packed.exports import EXPORTS, GGUF, require_exact, require_whole
 from cbqstream.packed.format import PACKED, schemes_of
 from cbqstream.packed.gguf_file import write_gguf
 from cbqstream.packed.output import complete_folder, filled_folder, require_free
-from cbqstream.packed.packed_checkpoint import CPU, PackedSource
+from cbqstream.packed.packed_checkpoint import CPU, PackedCheckpoint
 from cbqstream.packed.shard import copy_tensors, write_tensors
 from cbqstream.runtime.offload import OffloadedTensor
 
@@ -26,8 +26,8 @@ def export(model: Path, out: Path, format_name: str, disk: Disk | None = None) -
     """Write `model`, a result of `quantize`, into `out` in another format. One layer is in memory at a time.
 
     Raises:
-        UsageError: the format cannot hold it exactly, or `out` is occupied.
-        InputError: it is not a quantized model, or is damaged.
+        UsageError: the format cannot hold the model exactly, or `out` is occupied.
+        InputError: the model is not quantized, or is damaged.
     """
     disk, out = disk or Disk(), out.absolute()
     config = read_json(model, "config.json")
@@ -36,19 +36,19 @@ def export(model: Path, out: Path, format_name: str, disk: Disk | None = None) -
     require_free(out, "folder")
     schemes = schemes_of(config["quantization_config"])
     require_exact(format_name, schemes)
-    source = PackedSource(Checkpoint.open(model), schemes)
+    source = PackedCheckpoint(Checkpoint.open(model), schemes)
     with filled_folder(disk, out, format_name) as building:
         if format_name == GGUF:
             _write_gguf(disk, model, building, config, source)
             disk.publish(building, out)
         else:
             weight_map, sums = _write_shards(disk, building, source, format_name)
-            told = _config(config, source, format_name)
-            complete_folder(disk, out, building, source_folder=model, weight_map=weight_map, sums=sums, config=told)
+            new = _config(config, source, format_name)
+            complete_folder(disk, out, building, source_folder=model, weight_map=weight_map, sums=sums, config=new)
     return out
 
 
-def _write_gguf(disk: Disk, model: Path, building: Path, config: dict[str, Any], source: PackedSource) -> None:
+def _write_gguf(disk: Disk, model: Path, building: Path, config: dict[str, Any], source: PackedCheckpoint) -> None:
     meta_model = MetaModel(model, config, source.tensors())
     file = building / f"model-W{source.schemes.default.num_bits}.gguf"
     with disk.written_by_a_library(file):
@@ -56,9 +56,9 @@ def _write_gguf(disk: Disk, model: Path, building: Path, config: dict[str, Any],
 
 
 def _write_shards(
-    disk: Disk, building: Path, source: PackedSource, format_name: str
+    disk: Disk, building: Path, source: PackedCheckpoint, format_name: str
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """The files of a checkpoint in the new format; which of them holds a tensor, and the SHA-256 of each."""
+    """Write the shards in the new format. Returns the shard of each tensor, and the SHA-256 of each shard."""
     for layer, shape in source.layers.items():
         if EXPORTS[format_name].only_blocks and not re.search(r"\.\d+\.", layer):
             raise UsageError(f"format {format_name} has no place for a quantized {layer}. Use gguf or dense.")
@@ -73,34 +73,36 @@ def _write_shards(
 
 
 def _write_shard(
-    disk: Disk, path: Path, source: PackedSource, file: Path, format_name: str
+    disk: Disk, path: Path, source: PackedCheckpoint, file: Path, format_name: str
 ) -> tuple[list[str], FileDigest]:
-    """One shard in the new format; the names of its tensors, and its digest."""
+    """Write one shard in the new format. Returns the names of its tensors, and its digest."""
     infos = source.checkpoint.infos
     layers = [layer for layer in source.layers if infos[f"{layer}.{PACKED}"].file == file]
     others = [name for name, info in source.others.items() if info.file == file]
     if not layers:
         return others, copy_tensors(disk, path, source.checkpoint, others)
     tensors: dict[str, Tensor | OffloadedTensor] = {name: source.read(name, device=CPU) for name in others}
-    # the header comes first, so layers wait where they take no memory
-    with disk.scratch(path.with_suffix(".pages")) as pages:
+    # the header comes first, so encoded layers are offloaded until all are there
+    with disk.scratch(path.with_suffix(".layers")) as scratch:
         for layer in layers:
             encoded = EXPORTS[format_name].encode(source.packed(layer), source.scale_dtype(layer))
-            tensors |= {f"{layer}.{part}": OffloadedTensor.of(value, pages) for part, value in encoded.items()}
+            tensors |= {f"{layer}.{part}": OffloadedTensor.of(value, scratch) for part, value in encoded.items()}
         return list(tensors), write_tensors(disk, path, tensors)
 
 
-def _config(config: dict[str, Any], source: PackedSource, format_name: str) -> dict[str, Any]:
-    """Content of config.json with what the new format says of its quantization."""
-    found = {key: value for key, value in config.items() if key != "quantization_config"}
+def _config(config: dict[str, Any], source: PackedCheckpoint, format_name: str) -> dict[str, Any]:
+    """Content of config.json with the quantization_config of the new format."""
+    others = {key: value for key, value in config.items() if key != "quantization_config"}
     ignored = _modules(config["quantization_config"]["ignore"], source.checkpoint.infos)
-    experts = sorted({joined_with(path) for path in ignored if EXPERT.search(path)})  # engines ask for them as one
-    said = EXPORTS[format_name].config(source.schemes.default, [*ignored, *experts], sorted(source.layers))
-    return found if said is None else {**found, "quantization_config": said}
+    experts = sorted(
+        {joined_with(path) for path in ignored if EXPERT.search(path)}
+    )  # engines look for them under one name
+    made = EXPORTS[format_name].config(source.schemes.default, [*ignored, *experts], sorted(source.layers))
+    return others if made is None else {**others, "quantization_config": made}
 
 
 def _modules(ignored: list[str], names: Iterable[str]) -> list[str]:
-    """Paths of the modules that compressed-tensors was told to ignore; of patterns, those that have a weight of their own."""
+    """Paths of the modules that compressed-tensors ignores; a pattern is replaced by the modules with a weight that it matches."""
     patterns = [name.removeprefix("re:") for name in ignored if name.startswith("re:")]
     whole = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
     matched = [path for path in whole if any(re.match(pattern, path) for pattern in patterns)]

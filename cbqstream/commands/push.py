@@ -1,4 +1,4 @@
-"""A finished model to the Hugging Face Hub, once it was checked."""
+"""Upload of a finished model to the Hugging Face Hub, after a check."""
 
 from pathlib import Path
 
@@ -9,22 +9,25 @@ from cbqstream.hub import require_name
 
 
 def push(out: Path, name: str, *, private: bool = True, blocks_path: str | None = None) -> str:
-    """Check a result as `cbqstream check --read-data` does, and upload it; its address.
+    """Check a result as `cbqstream check --read-data` does, and upload it.
 
     Args:
-        out: a result of `quantize`, or a model without quantization. What `check` does not read is refused: other formats, run directories.
-        name: `owner/name` on the Hub; made where it does not exist.
-        private: whether it is made so that only its owner sees it.
+        out: a result of `quantize`, or a model that is not quantized. Other formats and run directories are refused.
+        name: `owner/name` on the Hub; the repository is created if it does not exist.
+        private: whether a new repository is private.
         blocks_path: module path of the list of transformer blocks; found by default.
 
+    Returns:
+        Address of the repository.
+
     Raises:
-        UsageError: the name is none.
-        InputError: the check found something.
-        StorageError: the Hub did not take it.
+        UsageError: the name cannot be that of a repository.
+        InputError: the check found a problem.
+        StorageError: the upload failed.
     """
-    require_name(name)  # before all of it is read
+    require_name(name)  # before the whole model is read
     if (out / "run.json").exists():
-        raise InputError(out, "a run directory, which is never pushed. Give the model that the run made.")
+        raise InputError(out, "a run directory, which cannot be pushed. Give the model that the run made.")
     problems = check(out, read_data=True, blocks_path=blocks_path).problems
     if problems:
         raise InputError(out, f"not pushed: {problems[0]}")

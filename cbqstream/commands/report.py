@@ -1,15 +1,14 @@
-"""The report of a run, or of a result: a page and pictures in a folder of their own."""
+"""The report of a run or of a result: a page and figures in a folder of their own."""
 
 import json
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
 from cbqstream.checkpoint.folder import find_tensors, read_json
 from cbqstream.checkpoint.header import read_header
 from cbqstream.checkpoint.reader import Checkpoint
-from cbqstream.config import QuantizeConfig
 from cbqstream.disk import Disk
 from cbqstream.errors import InputError
 from cbqstream.evaluation.model import EvaluationOptions
@@ -17,9 +16,10 @@ from cbqstream.evaluation.perplexity import evaluate
 from cbqstream.options import recipe_of
 from cbqstream.packed.format import SHAPE, schemes_of
 from cbqstream.packed.output import filled_folder, require_free
-from cbqstream.packed.packed_checkpoint import PackedSource
+from cbqstream.packed.packed_checkpoint import PackedCheckpoint
+from cbqstream.records import EpochReport, WindowReport, report_from_dict
 from cbqstream.report.card import METRICS
-from cbqstream.report.facts import Facts, require_report
+from cbqstream.report.facts import Facts
 from cbqstream.report.figures import as_png, as_svg, figures
 from cbqstream.report.page import page
 from cbqstream.rundir.chain import Chain
@@ -32,37 +32,37 @@ def report(
     *,
     num_samples: int = 64,
     seq_len: int = 512,
-    **how: Unpack[EvaluationOptions],
+    **options: Unpack[EvaluationOptions],
 ) -> Path:
-    """Write `report.html`, and a PNG of each picture, into a new folder.
+    """Write `report.html`, and a PNG of each figure, into a new folder.
 
     Args:
         path: a run directory, finished or not, or a result.
-        folder: where to; it must not exist, or be empty.
-        text: what to measure the perplexity of the source and of the result on, if at all.
+        folder: folder to write; it must not exist, or be empty.
+        text: text on which the perplexity of the source and of the result is measured; None measures nothing.
         num_samples: see `evaluate`.
         seq_len: see `evaluate`.
-        how: see `EvaluationOptions`.
+        options: see `EvaluationOptions`.
 
     Returns:
-        The page.
+        Path of the page.
 
     Raises:
-        InputError: `path` is neither, or is damaged.
+        InputError: `path` is neither a run directory nor a result, or is damaged.
         UsageError: `folder` is occupied, or a setting cannot work.
     """
     require_free(folder, "--out")
-    folder, blocks_path = folder.absolute(), how.get("blocks_path")
+    folder, blocks_path = folder.absolute(), options.get("blocks_path")
     if (path / "run.json").exists():
         chain = Chain.read(path)
         facts, models = _of_run(chain)
-        blocks_path = blocks_path or chain.run["config"]["blocks_path"]
+        blocks_path = blocks_path or chain.run.config.blocks_path
     else:
         facts, models = _of_result(path)
-    how = {**how, "blocks_path": blocks_path}
+    options = {**options, "blocks_path": blocks_path}
     if text is not None:
         for name, model in models.items():
-            found = evaluate(model, text, num_samples=num_samples, seq_len=seq_len, **how)
+            found = evaluate(model, text, num_samples=num_samples, seq_len=seq_len, **options)
             facts.perplexities[name] = found.perplexity
     drawn, disk = list(figures(facts)), Disk()
     content = page(facts, [(title, as_svg(figure)) for _, title, figure in drawn])
@@ -75,13 +75,10 @@ def report(
 
 
 def _of_run(chain: Chain) -> tuple[Facts, dict[str, Path]]:
-    """What a run says, and the models that belong to it."""
-    config, reports = (
-        QuantizeConfig.from_dict(dict(chain.run["config"])),
-        [commit["report"] for commit in chain.commits],
-    )
+    """Facts of a run, and the models that belong to it."""
+    config = chain.run.config
     infos = {name: info for shard in chain.shards() for name, info in read_header(shard).items()}
-    source = PackedSource(Checkpoint(infos), config.schemes)
+    source = PackedCheckpoint(Checkpoint(infos), config.schemes)
     models = {"source": Path(config.model)}
     if chain.is_complete and chain.is_result(Path(config.out)):
         models["result"] = Path(config.out)
@@ -90,10 +87,10 @@ def _of_run(chain: Chain) -> tuple[Facts, dict[str, Path]]:
         name=f"{Path(config.model).name} at {config.scheme.name}",
         scheme=config.scheme,
         num_windows=chain.num_windows,
-        windows=reports[: chain.num_windows],
-        epochs=reports[chain.num_windows :],
+        windows=chain.window_reports,
+        epochs=chain.epoch_reports,
         sizes=_sizes(models),
-        identity=chain.run["identity"],
+        identity=chain.run.identity,
         recipe=recipe_of(config),
         weights=weights,
         stored=stored,
@@ -108,43 +105,48 @@ def _of_result(folder: Path) -> tuple[Facts, dict[str, Path]]:
     if not config:
         raise InputError(folder / "config.json", "the model is not quantized. Give a result of cbqstream quantize.")
     schemes, reports = schemes_of(config), _metrics(folder / METRICS)
-    windows = [one for one in reports if "window" in one]
-    weights, stored = _stored(PackedSource(Checkpoint.open(folder), schemes))
+    windows = [report for report in reports if isinstance(report, WindowReport)]
+    weights, stored = _stored(PackedCheckpoint(Checkpoint.open(folder), schemes))
     models = {"result": folder}
-    facts = Facts(
-        name=folder.name,
-        scheme=schemes.default,
-        num_windows=len(windows),
-        windows=windows,
-        epochs=[one for one in reports if "epoch" in one],
-        sizes=_sizes(models),
-        weights=weights,
-        stored=stored,
-    )
+    try:
+        facts = Facts(
+            name=folder.name,
+            scheme=schemes.default,
+            num_windows=len(windows),
+            windows=windows,
+            epochs=[report for report in reports if isinstance(report, EpochReport)],
+            sizes=_sizes(models),
+            weights=weights,
+            stored=stored,
+        )
+    except ValueError as error:
+        raise _not_metrics(folder / METRICS) from error
     return facts, models
 
 
-def _metrics(path: Path) -> list[dict[str, Any]]:
+def _metrics(path: Path) -> list[WindowReport | EpochReport]:
     try:
-        lines = [dict(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
-        for line in lines:
-            require_report(line)
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [report_from_dict(dict(line)) for line in lines]
     except FileNotFoundError as error:
         raise InputError(path, "missing. Give the run directory of the model.") from error
-    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
-        raise InputError(path, "not what quantize wrote. Give the run directory of the model.") from error
-    return lines
+    except (ValueError, TypeError, OSError) as error:
+        raise _not_metrics(path) from error
 
 
-def _stored(source: PackedSource) -> tuple[int, int]:
-    """Weights of the quantized layers, and bytes of their codes, scales and zero points."""
+def _not_metrics(path: Path) -> InputError:
+    return InputError(path, "not what quantize wrote. Give the run directory of the model.")
+
+
+def _stored(source: PackedCheckpoint) -> tuple[int, int]:
+    """Number of weights in the quantized layers, and bytes of their codes, scales and zero points."""
     parts = [info for name, info in source.checkpoint.infos.items() if name not in source.others]
     weights = sum(rows * columns for rows, columns in source.layers.values())
     return weights, sum(info.num_bytes for info in parts if not info.name.endswith(f".{SHAPE}"))
 
 
 def _sizes(models: Mapping[str, Path]) -> dict[str, int]:
-    """Bytes of the tensors of each model that can be read: the report of a run outlives its source."""
+    """Bytes of the tensors of each model that can be read; the source of a run may be gone."""
     sizes = {}
     for name, folder in models.items():
         with suppress(InputError):

@@ -32,7 +32,7 @@ def compare(
     num_samples: int = 64,
     seq_len: int = 512,
     bos: bool = False,
-    **how: Unpack[EvaluationOptions],
+    **options: Unpack[EvaluationOptions],
 ) -> Comparison:
     """Compare a model with `reference`; the other arguments as of `evaluate`. Both heads are in memory at the end.
 
@@ -41,7 +41,7 @@ def compare(
         UsageError: the two have other vocabularies, or a setting cannot work.
     """
     require_counts(num_samples=num_samples)
-    first, second = EvaluatedModel.open(reference, **how), EvaluatedModel.open(model, **how)
+    first, second = EvaluatedModel.open(reference, **options), EvaluatedModel.open(model, **options)
     sizes = second.meta_model.vocab_size, first.meta_model.vocab_size
     if sizes[0] != sizes[1]:
         raise UsageError(f"{model} has {sizes[0]:,} tokens, {reference} {sizes[1]:,}. Compare like with like.")

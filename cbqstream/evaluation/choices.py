@@ -69,7 +69,7 @@ def _question(path: Path, place: int, line: str) -> Question:
 
 
 def evaluate_choices(
-    model: Path, questions: Path, *, num_questions: int | None = None, **how: Unpack[EvaluationOptions]
+    model: Path, questions: Path, *, num_questions: int | None = None, **options: Unpack[EvaluationOptions]
 ) -> Accuracy:
     """Accuracy of a model on the questions of a jsonl file, in bounded memory: every block is read once.
 
@@ -77,7 +77,7 @@ def evaluate_choices(
         model: folder of a model, quantized by this project or not.
         questions: see `read_questions`.
         num_questions: the first so many; all by default.
-        how: see `EvaluationOptions`.
+        options: see `EvaluationOptions`.
 
     Raises:
         InputError: the model or the questions cannot be read.
@@ -85,7 +85,7 @@ def evaluate_choices(
     """
     require_counts(num_questions=num_questions)
     asked = read_questions(questions, num_questions)
-    streamed, tokenizer = EvaluatedModel.open(model, **how), load_tokenizer(model)
+    streamed, tokenizer = EvaluatedModel.open(model, **options), load_tokenizer(model)
     requests = [_request(tokenizer, question.prompt, choice) for question in asked for choice in question.choices]
     scores = iter(scored.log_likelihood for scored in log_likelihoods(streamed, requests))
     by_sum, by_character = [], []

@@ -38,7 +38,7 @@ class StreamedLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         batch_size: requests at once.
         device: auto, cpu, cuda or cuda:N.
         max_batch_size: of no use here; lm-eval always gives it.
-        how: the rest of `EvaluationOptions`.
+        options: the rest of `EvaluationOptions`.
     """
 
     def __init__(
@@ -47,14 +47,14 @@ class StreamedLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         batch_size: int | str | None = None,
         device: str | None = None,
         max_batch_size: int | None = None,
-        **how: Any,
+        **options: Any,
     ) -> None:
         super().__init__()
         folder = Path(model)
-        how |= {"batch_size": int(batch_size or 4), "device": device or "auto"}
-        if how.get("scratch") is not None:
-            how["scratch"] = Path(how["scratch"])
-        self._streamed = EvaluatedModel.open(folder, **how)
+        options |= {"batch_size": int(batch_size or 4), "device": device or "auto"}
+        if options.get("scratch") is not None:
+            options["scratch"] = Path(options["scratch"])
+        self._streamed = EvaluatedModel.open(folder, **options)
         self.tokenizer = load_tokenizer(folder)
         self.max_length = self._streamed.meta_model.max_length
 
@@ -121,7 +121,7 @@ def evaluate_tasks(
     num_fewshot: int | None = None,
     limit: int | None = None,
     include_path: Path | None = None,
-    **how: Any,
+    **options: Any,
 ) -> Mapping[str, Any]:
     """Run tasks of lm-eval.
 
@@ -131,7 +131,7 @@ def evaluate_tasks(
         num_fewshot: examples before each question; what the task says by default.
         limit: the first so many documents of each task; all by default.
         include_path: folder with tasks of your own.
-        how: see `EvaluationOptions`; its listener is told of progress.
+        options: see `EvaluationOptions`; its listener is told of progress.
 
     Returns:
         What `lm_eval.simple_evaluate` returns.
@@ -155,7 +155,7 @@ def evaluate_tasks(
         raise UsageError(
             f"{', '.join(writing)} want text to be generated. Streamed, each token would read the whole model once. Leave them out."
         )
-    streamed = StreamedLM(str(model), **how)
+    streamed = StreamedLM(str(model), **options)
     found: Mapping[str, Any] = lm_eval.simple_evaluate(
         streamed, tasks=names, num_fewshot=num_fewshot, limit=limit, task_manager=manager, bootstrap_iters=0
     )

@@ -1,4 +1,4 @@
-"""A model as plain transformers loads it, beside the streamed one. The whole model is in memory, so it is for models that fit."""
+"""A model as transformers loads it, compared with the streamed evaluation. The whole model is in memory."""
 
 import io
 import warnings
@@ -22,59 +22,66 @@ from transformers.utils import logging
 
 from cbqstream.errors import DeviceMemoryError, InputError, shown
 from cbqstream.evaluation.model import EvaluatedModel, EvaluationOptions
-from cbqstream.packed.packed_checkpoint import PackedSource
+from cbqstream.packed.packed_checkpoint import PackedCheckpoint
+from cbqstream.runtime.device import fixed_numerics
 from cbqstream.runtime.memory import is_out_of_memory, release_free_memory
 
 _TOKENS = 16
 _NEAR, _FAR = 0.02, 0.2
-"""Shares of the largest logit: what float32 can differ by, and what rounding to bf16, or of inputs to the next code, can."""
+"""Allowed differences as shares of the largest logit: of float32, and of rounding weights to bf16 or inputs to the next code."""
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """How a model was loaded, and how near its logits are to those of the streamed evaluation."""
+    """How a model was loaded, and the difference of its logits from those of the streamed evaluation."""
 
     dequantized: bool
-    """Whether it had to be asked to make dense weights, which are bf16 and whose inputs are not quantized."""
+    """Whether it was loaded with `dequantize=True`, that is with dense bf16 weights whose inputs are not quantized."""
     difference: float
-    """Largest difference of a logit, in shares of the largest logit."""
+    """Largest difference of a logit, as a share of the largest logit."""
     same: int
-    """Tokens after which both think the same one the likeliest."""
+    """Number of tokens after which both have the same most likely token."""
     tokens: int
+    """Number of all tokens."""
 
     def __str__(self) -> str:
-        how = ", asked to dequantize it" if self.dequantized else ""
+        way = " with dequantize=True" if self.dequantized else ""
         near = f"logits within {self.difference:.1e} of the streamed ones, same next token after {self.same} of {self.tokens}"
-        return f"transformers {version('transformers')} loads it{how}: {near}"
+        return f"transformers {version('transformers')} loads it{way}: {near}"
 
 
 @torch.no_grad()
-def load_beside_streamed(folder: Path, **how: Unpack[EvaluationOptions]) -> Loaded:
-    """Load a model with transformers, plainly or else dequantized, and compare its logits on a few tokens.
+def load_beside_streamed(folder: Path, **options: Unpack[EvaluationOptions]) -> Loaded:
+    """Load a model with transformers, plainly or else with `dequantize=True`, and compare its logits on a few tokens.
 
     Raises:
-        InputError: neither way loads it, or what it says then is something else.
+        InputError: it cannot be loaded either way, or its logits differ.
         DeviceMemoryError: it does not fit in memory.
     """
-    streamed = EvaluatedModel.open(folder, **how)
+    streamed = EvaluatedModel.open(folder, **options)
+    with fixed_numerics(streamed.compute.device, streamed.threads):
+        return _compare(folder, streamed)
+
+
+def _compare(folder: Path, streamed: EvaluatedModel) -> Loaded:
     ids_1S = torch.arange(1, _TOKENS + 1).unsqueeze(0) * 7 % streamed.meta_model.vocab_size
     with streamed.hidden_states([ids_1S]) as (stream,), streamed.head() as outer:
         expected_SV = torch.cat([logits.cpu() for logits in outer.logits(stream.read(0))])
     found_SV, dequantized = None, False
     with suppress(InputError):
         found_SV = _logits(streamed.meta_model.config, folder, ids_1S)
-    if found_SV is None:  # out of reach of the error, which would keep the first model in memory
+    if found_SV is None:  # after the error was handled, which would keep the first model in memory
         release_free_memory()
-        options = {"quantization_config": CompressedTensorsConfig(dequantize=True)}
-        found_SV, dequantized = _logits(streamed.meta_model.config, folder, ids_1S, **options), True
+        dense = {"quantization_config": CompressedTensorsConfig(dequantize=True)}
+        found_SV, dequantized = _logits(streamed.meta_model.config, folder, ids_1S, **dense), True
     difference = ((found_SV - expected_SV).abs().max() / expected_SV.abs().max()).item()
     same = int((found_SV.argmax(-1) == expected_SV.argmax(-1)).sum())
     loaded = Loaded(dequantized, difference, same, len(expected_SV))
-    inputs_rounded = isinstance(streamed.source, PackedSource) and streamed.source.schemes.default.activation_bits
+    inputs_rounded = isinstance(streamed.source, PackedCheckpoint) and streamed.source.schemes.default.activation_bits
     exact = not dequantized and not inputs_rounded
     other = difference > _NEAR if exact else difference > _FAR and 2 * same < loaded.tokens
     if other or not torch.isfinite(found_SV).all():
-        raise InputError(folder, f"is another model in transformers. {loaded}.")
+        raise InputError(folder, f"gives other logits in transformers. {loaded}.")
     return loaded
 
 
@@ -95,7 +102,7 @@ def _logits(config: Any, folder: Path, ids_1S: Tensor, **options: Any) -> Tensor
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """transformers and compressed-tensors report on what they load in bars, warnings and pages of text."""
+    """Suppress the progress bars, warnings and reports of transformers and compressed-tensors."""
     before = logging.get_verbosity()
     logging.set_verbosity(CRITICAL)
     try:

@@ -1,8 +1,8 @@
-"""A model folder to run, and its hidden states after the last block, in bounded memory: every block is read once for all segments."""
+"""A model folder to evaluate, and its hidden states after the last block, in bounded memory: every block is read once for all segments."""
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict, Unpack
@@ -10,30 +10,30 @@ from typing import TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from cbqstream.activations.read_ahead import in_batches, read_batches
+from cbqstream.activations.map_segments import map_segments
 from cbqstream.activations.store import ActivationStore, StreamShape
-from cbqstream.activations.write_behind import write_behind
 from cbqstream.activations.zarr_store import ZarrStore
 from cbqstream.checkpoint.folder import read_json
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.disk import Disk
 from cbqstream.errors import UsageError
 from cbqstream.models.block import BlockArguments, build_block, run_block
-from cbqstream.models.embedding_and_head import EmbeddingAndHead, End, load_embedding_and_head
+from cbqstream.models.embedding_and_head import EmbeddingAndHead, Part, load_embedding_and_head
 from cbqstream.models.meta_model import MetaModel
 from cbqstream.packed.format import schemes_of
-from cbqstream.packed.packed_checkpoint import PackedSource
+from cbqstream.packed.packed_checkpoint import PackedCheckpoint
 from cbqstream.records import Compute, WeightSource
-from cbqstream.runtime.device import choose_device, compute_dtype, make_deterministic
+from cbqstream.runtime.device import choose_device, compute_dtype, fixed_numerics
 
 Listener = Callable[[str], None]
+"""Called with what is being done."""
 
 
 class EvaluationOptions(TypedDict, total=False):
     """How a model is run."""
 
     batch_size: int
-    """Segments at once; 4 by default."""
+    """Segments in a batch; 4 by default."""
     scratch: Path | None
     """Folder for hidden states; the system's temporary folder by default."""
     device: str
@@ -43,32 +43,32 @@ class EvaluationOptions(TypedDict, total=False):
     blocks_path: str | None
     """Module path of the list of transformer blocks; found by default."""
     listener: Listener
-    """Told of progress."""
+    """Called with what is being done."""
 
 
 def open_model(folder: Path, blocks_path: str | None = None) -> tuple[MetaModel, WeightSource]:
-    """What a model folder is, quantized by this project or not.
+    """The model in a folder, quantized by this project or not.
 
     Args:
-        folder: where it is.
+        folder: folder of the model.
         blocks_path: module path of the list of transformer blocks; found by default.
 
     Raises:
-        InputError: it cannot be read.
-        UsageError: it is quantized in another form.
+        InputError: the model cannot be read.
+        UsageError: the model is quantized in another form.
     """
     config = read_json(folder, "config.json")
     source: WeightSource = Checkpoint.open(folder)
     if isinstance(source, Checkpoint) and config.get("quantization_config"):
-        source = PackedSource(source, schemes_of(config["quantization_config"]))
+        source = PackedCheckpoint(source, schemes_of(config["quantization_config"]))
     return MetaModel(folder, config, source.tensors(), blocks_path), source
 
 
 def require_counts(**counts: int | None) -> None:
-    """Refuse numbers of something that are below one.
+    """Refuse numbers below one.
 
     Raises:
-        UsageError: one is.
+        UsageError: a number is below one.
     """
     for name, count in counts.items():
         if count is not None and count < 1:
@@ -77,51 +77,56 @@ def require_counts(**counts: int | None) -> None:
 
 @dataclass(frozen=True, slots=True)
 class EvaluatedModel:
-    """A model that is run block by block."""
+    """A model that is run block by block. The global state of torch is only changed inside `hidden_states` and `head`."""
 
     meta_model: MetaModel
     source: WeightSource
     compute: Compute
-    """Hidden states are kept on disk in its dtype."""
+    """Hidden states are stored in its dtype."""
+    threads: int | None = None
     scratch: Path | None = None
     listener: Listener = lambda text: None
 
     @classmethod
-    def open(cls, folder: Path, **how: Unpack[EvaluationOptions]) -> "EvaluatedModel":
-        """The model of a folder.
+    def open(cls, folder: Path, **options: Unpack[EvaluationOptions]) -> "EvaluatedModel":
+        """The model in a folder.
 
         Raises:
-            InputError: it cannot be read.
-            UsageError: a number, folder or device that cannot work.
+            InputError: the model cannot be read.
+            UsageError: a number, folder or device cannot work.
         """
-        batch_size, scratch = how.get("batch_size", 4), how.get("scratch")
+        batch_size, scratch = options.get("batch_size", 4), options.get("scratch")
         require_counts(batch_size=batch_size)
         if scratch is not None and not scratch.is_dir():
             raise UsageError(f"{scratch}: no such folder.")
-        device = choose_device(how.get("device", "auto"))
-        make_deterministic(how.get("threads"))
-        compute = Compute(device, compute_dtype(device), batch_size)
+        device = choose_device(options.get("device", "auto"))
         return cls(
-            *open_model(folder, how.get("blocks_path")), compute, scratch, how.get("listener", lambda text: None)
+            *open_model(folder, options.get("blocks_path")),
+            Compute(device, compute_dtype(device), batch_size),
+            options.get("threads"),
+            scratch,
+            options.get("listener", lambda text: None),
         )
 
     @contextmanager
     def hidden_states(self, groups: Sequence[Tensor]) -> Iterator[list[ActivationStore]]:
-        """The outputs of the last block, a store for each group of segments; deleted afterwards.
+        """Outputs of the last block, one store per group of segments; deleted at the end of the `with`.
 
         Args:
-            groups: token ids int64 [N, S], of one length each; a causal model does not see what lies to the right of a token.
+            groups: token ids int64 [N, S], of one length in each group; tokens to the right of a token do not change its output.
         """
         blocks = len(self.meta_model.blocks)
-        with tempfile.TemporaryDirectory(prefix="cbqstream-eval-", dir=self.scratch) as work:
+        with (
+            fixed_numerics(self.compute.device, self.threads),
+            tempfile.TemporaryDirectory(prefix="cbqstream-eval-", dir=self.scratch) as work,
+        ):
             self.listener("embedding")
             stores: list[ActivationStore] = []
-            with self._outer("embed") as outer:
+            with self._loaded("embedding") as outer:
                 arguments = [outer.block_arguments(tokens_NS[0]) for tokens_NS in groups]
                 for number, tokens_NS in enumerate(groups):
-                    shape = StreamShape(
-                        len(tokens_NS), tokens_NS.shape[1], self.meta_model.hidden_size, self.compute.dtype
-                    )
+                    num, length = tokens_NS.shape
+                    shape = StreamShape(num, length, self.meta_model.hidden_size, self.compute.dtype)
                     store = ZarrStore.create(Path(work) / f"stream-{number}", shape, Disk(), durable=False)
                     for segment, ids_S in enumerate(tokens_NS):
                         store.write(segment, outer.embed(ids_S))
@@ -131,25 +136,27 @@ class EvaluatedModel:
                 self._advance(index, [found[index] for found in arguments], stores)
             yield stores
 
-    def head(self) -> AbstractContextManager[EmbeddingAndHead]:
-        """The last norm and the head, for the length of a `with`."""
+    @contextmanager
+    def head(self) -> Iterator[EmbeddingAndHead]:
+        """The final norm and the head in memory, inside a `with`."""
         self.listener("head")
-        return self._outer("head")
+        with fixed_numerics(self.compute.device, self.threads), self._loaded("head") as outer:
+            yield outer
 
-    def _outer(self, only: End) -> AbstractContextManager[EmbeddingAndHead]:
-        return load_embedding_and_head(
-            self.meta_model, self.source, device=self.compute.device, dtype=self.compute.dtype, only=only
-        )
+    @contextmanager
+    def _loaded(self, only: Part) -> Iterator[EmbeddingAndHead]:
+        device, dtype = self.compute.device, self.compute.dtype
+        with load_embedding_and_head(self.meta_model, self.source, device=device, dtype=dtype, only=only) as outer:
+            yield outer
 
     @torch.no_grad()
     def _advance(self, index: int, arguments: Sequence[BlockArguments], stores: Sequence[ActivationStore]) -> None:
-        """Replace every segment by what block `index` makes of it."""
+        """Replace every segment by the output of block `index`."""
         device, dtype = self.compute.device, self.compute.dtype
         block = build_block(self.meta_model, index, self.source, device=device, dtype=dtype, linear_dtype=dtype)
         for store, called in zip(stores, arguments, strict=True):
-            batches = in_batches(range(store.shape.num_segments), self.compute.batch_size)
-            with write_behind(store) as write:
-                for batch, (x_BSD,) in zip(batches, read_batches([store], batches, device), strict=True):
-                    y_BSD = run_block(block, x_BSD, called)
-                    for segment, y_SD in zip(batch, y_BSD, strict=True):
-                        write(segment, y_SD)
+
+            def run(x_BSD: Tensor, called: BlockArguments = called) -> Tensor:
+                return run_block(block, x_BSD, called)
+
+            map_segments([store], store, self.compute.batch_size, device, run)

@@ -32,7 +32,7 @@ def evaluate(
     num_samples: int = 64,
     seq_len: int = 512,
     bos: bool = False,
-    **how: Unpack[EvaluationOptions],
+    **options: Unpack[EvaluationOptions],
 ) -> Perplexity:
     """Perplexity of a model on `num_samples` segments spread evenly over a text, in bounded memory.
 
@@ -42,7 +42,7 @@ def evaluate(
         num_samples: segments; all of them if the text has fewer.
         seq_len: tokens in a segment.
         bos: begin every segment as the tokenizer begins a text; by the usual convention only the first of a text does.
-        how: see `EvaluationOptions`.
+        options: see `EvaluationOptions`.
 
     Raises:
         InputError: the model or the text cannot be read.
@@ -50,7 +50,7 @@ def evaluate(
     """
     require_counts(num_samples=num_samples)
     folder = Path(model)
-    streamed = EvaluatedModel.open(folder, **how)
+    streamed = EvaluatedModel.open(folder, **options)
     tokens_NS = segments(streamed, folder, Path(text), num_samples, seq_len, bos=bos)
     return Perplexity(perplexity(streamed, tokens_NS), len(tokens_NS))
 

@@ -11,14 +11,14 @@ from cbqstream.evaluation.model import EvaluatedModel, EvaluationOptions, requir
 
 
 @torch.no_grad()
-def sample(model: Path, prompt: str, *, num_tokens: int = 16, **how: Unpack[EvaluationOptions]) -> str:
+def sample(model: Path, prompt: str, *, num_tokens: int = 16, **options: Unpack[EvaluationOptions]) -> str:
     """What a model writes after a prompt: the likeliest token each time, until it ends the text or `num_tokens` are there.
 
     Args:
         model: folder of a model, quantized by this project or not.
         prompt: how the text begins.
         num_tokens: how many to write at most.
-        how: see `EvaluationOptions`.
+        options: see `EvaluationOptions`.
 
     Returns:
         What follows the prompt.
@@ -28,7 +28,7 @@ def sample(model: Path, prompt: str, *, num_tokens: int = 16, **how: Unpack[Eval
         UsageError: the prompt has no tokens, or a setting cannot work.
     """
     require_counts(num_tokens=num_tokens)
-    streamed, tokenizer = EvaluatedModel.open(model, **how), load_tokenizer(model)
+    streamed, tokenizer = EvaluatedModel.open(model, **options), load_tokenizer(model)
     ids: list[int] = tokenizer(prompt)["input_ids"]
     if not ids:
         raise UsageError("the prompt has no tokens. Give some words.")

@@ -1,7 +1,8 @@
-"""One transformer block with its weights: built, used, dropped."""
+"""One transformer block with its weights: built, run, and freed."""
 
 import copy
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,18 +14,38 @@ from cbqstream.models.meta_model import MetaModel
 from cbqstream.numerics.slabs import in_slabs, linear_in_slabs
 from cbqstream.records import WeightSource
 
-BlockArguments = Mapping[str, Any]
 
+class SlabLinear(nn.Linear):
+    """A linear layer so large that windows multiply it in slabs of rows.
 
-class _LinearInSlabs(nn.Linear):
-    """A layer so large that windows multiply it in slabs of rows: a product of another shape has other last bits."""
+    A product of another shape may differ in the last bits, so the same layer is multiplied in the same slabs everywhere.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
         return linear_in_slabs(x, self.weight.shape, self.weight.__getitem__, self.bias)
 
 
-_BY_SEGMENT = ("alibi",)
-"""Arguments whose first dimension goes through the segments of a batch, and then through something else."""
+@dataclass(frozen=True, slots=True)
+class BlockArguments:
+    """The keyword arguments that a model hands to a block."""
+
+    values: Mapping[str, Any]
+    """By name, as they are for one segment."""
+    by_segment: Collection[str] = ()
+    """Names of arguments whose first dimension runs over the segments of a batch, and then over something else."""
+
+    def for_batch(self, size: int) -> dict[str, Any]:
+        """The arguments for a batch of `size` segments."""
+        return {
+            name: value.repeat(size, *(1 for _ in value.shape[1:]))
+            if name in self.by_segment and value is not None
+            else value
+            for name, value in self.values.items()
+        }
 
 
 def build_block(
@@ -37,16 +58,16 @@ def build_block(
     linear_dtype: torch.dtype | None,
     without: Collection[str] = (),
 ) -> nn.Module:
-    """Block `index` with its weights, frozen, on `device`; layers whose inputs the source wants quantized do that.
+    """Block `index` with its weights, frozen, on `device`; its layers quantize their inputs where the source says so.
 
     Args:
         meta_model: the model it belongs to.
-        index: which block.
-        source: where its tensors come from.
-        device: where it goes.
-        dtype: of everything but the weights of linear layers.
-        linear_dtype: of those; None keeps them as they are stored.
-        without: linear layers whose weights are left on the meta device.
+        index: number of the block.
+        source: where its tensors are read from.
+        device: where it is placed.
+        dtype: dtype of everything but the weights of linear layers.
+        linear_dtype: dtype of those weights; None keeps them as they are stored.
+        without: linear layers whose weights stay on the meta device.
 
     Raises:
         InputError: a tensor cannot be read.
@@ -67,10 +88,12 @@ def build_block(
         setattr(block.get_submodule(owner), leaf, buffer.to(device))
     for name in spec.linears:
         linear, quantizer = block.get_submodule(name), source.input_quantizer(spec.tensors[f"{name}.weight"])
+        if isinstance(linear, nn.Linear) and in_slabs(linear.weight.shape):
+            owner, _, leaf = name.rpartition(".")
+            linear = SlabLinear(linear)
+            setattr(block.get_submodule(owner), leaf, linear)
         if quantizer is not None:
             linear.register_forward_pre_hook(partial(_quantize_input, quantizer))
-        if isinstance(linear, nn.Linear) and in_slabs(linear.weight.shape):
-            linear.__class__ = _LinearInSlabs  # a forward of its own would keep the layer in a cycle
     return block.requires_grad_(requires_grad=False).eval()
 
 
@@ -81,14 +104,16 @@ def _quantize_input(quantizer: Callable[[Tensor], Tensor], linear: nn.Module, in
 def run_block(
     block: nn.Module, x_BSD: Tensor, arguments: BlockArguments, weights: Mapping[str, Tensor] | None = None
 ) -> Tensor:
-    """Hidden states [B, S, D] after the block, called as the model itself calls it; with other `weights` by name, where they are given."""
-    arguments = {
-        name: value.repeat(len(x_BSD), *(1 for _ in value.shape[1:]))
-        if name in _BY_SEGMENT and value is not None
-        else value
-        for name, value in arguments.items()
-    }
+    """Hidden states [B, S, D] after the block, called as the model calls it.
+
+    Args:
+        block: the block.
+        x_BSD: its input.
+        arguments: keyword arguments.
+        weights: tensors that replace those of the block, by name.
+    """
+    named = arguments.for_batch(len(x_BSD))
     output: Tensor | tuple[Tensor, ...] = (
-        block(x_BSD, **arguments) if weights is None else functional_call(block, dict(weights), (x_BSD,), arguments)
+        block(x_BSD, **named) if weights is None else functional_call(block, dict(weights), (x_BSD,), named)
     )
     return output if isinstance(output, Tensor) else output[0]

@@ -1,7 +1,7 @@
-"""What lies before the first block and after the last: embeddings, final norm and head, in the model's own forward pass.
+"""Embedding and head of a model: what it computes before its first block and after its last one, in its own forward pass.
 
-The blocks of the meta_model are stand-ins here. On the way in they record what the model hands to each block; on the way out the last
-one puts the finished hidden states in. So masks, rotary embeddings, scalings and the head are the model's, for every family.
+The blocks are replaced by stand-ins here. On the way in they record what the model hands to each block; on the way out the last stand-in
+returns finished hidden states. So masks, rotary embeddings, scalings, the final norm and the head are the model's own for every family.
 """
 
 import inspect
@@ -19,11 +19,11 @@ from cbqstream.records import WeightSource
 _LOGIT_TOKENS = 256
 _NO_CACHE = {"use_cache": False, "past_key_values": None, "layer_past": None}
 
-End = Literal["embed", "head"]
+Part = Literal["embedding", "head"]
 
 
 class _StandIn(nn.Module):
-    """Takes the place of a block: remembers its arguments, and returns `replacement` or its input."""
+    """Replaces a block: records its arguments, and returns `replacement` or its input."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -47,102 +47,108 @@ class _StandIn(nn.Module):
 
 
 class EmbeddingAndHead:
-    """The materialised ends of a model. Made by `load_embedding_and_head`."""
+    """Embedding and head in memory. Made by `load_embedding_and_head`."""
 
-    def __init__(self, hf_model: Any, stand_ins: list[_StandIn], device: torch.device, dtype: torch.dtype) -> None:
-        self._shell = hf_model
+    def __init__(
+        self, meta_model: MetaModel, stand_ins: list[_StandIn], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self._model = meta_model.hf_model
+        self._by_segment = meta_model.family.arguments_by_segment
         self._stand_ins = stand_ins
         self._device = device
         self._dtype = dtype
-        self._learn_what_blocks_give()
+        self._learn_what_blocks_return()
 
     @torch.no_grad()
     def embed(self, ids_S: Tensor) -> Tensor:
-        """Input of the first block for one segment of token ids, int64 [S]: [S, D]."""
+        """Input of the first block, [S, D], for one segment of token ids, int64 [S]."""
         ids_1S = ids_S.unsqueeze(0).to(self._device)
-        self._shell.base_model(input_ids=ids_1S, position_ids=self._positions(len(ids_S)), use_cache=False)
+        self._model.base_model(input_ids=ids_1S, position_ids=self._positions(len(ids_S)), use_cache=False)
         seen = self._stand_ins[0].seen
         if seen is None:
             raise RuntimeError("the model did not call its first block")
         return seen[0]
 
     def block_arguments(self, ids_S: Tensor) -> list[BlockArguments]:
-        """The keyword arguments that the model hands to each block, for a batch of any size of segments as long as `ids_S`."""
+        """The keyword arguments of each block, for batches of segments as long as `ids_S`."""
         self.embed(ids_S)
         return [
-            {**stand_in.arguments, **{name: value for name, value in _NO_CACHE.items() if name in stand_in.arguments}}
+            BlockArguments(
+                {**stand_in.arguments, **{key: value for key, value in _NO_CACHE.items() if key in stand_in.arguments}},
+                self._by_segment,
+            )
             for stand_in in self._stand_ins
         ]
 
     @torch.no_grad()
     def logits(self, x_SD: Tensor) -> Iterator[Tensor]:
-        """Logits, float32 [at most 256, vocabulary], of the output of the last block, in order of its tokens."""
+        """Logits, float32 [at most 256, vocabulary], of the output of the last block, in the order of its tokens."""
         for x_TD in torch.split(x_SD, _LOGIT_TOKENS):
             yield self.head(x_TD.to(self._device))
 
     def head(self, x_TD: Tensor) -> Tensor:
         """Logits, float32 [T, vocabulary], of T tokens of the output of the last block; differentiable."""
         self._stand_ins[-1].replacement = x_TD.unsqueeze(0)
-        output = self._shell(**self._dummy(len(x_TD), x_TD.dtype))
+        output = self._model(**self._dummy(len(x_TD), x_TD.dtype))
         self._stand_ins[-1].replacement = None
         logits: Tensor = output.logits[0].float()
         return logits
 
-    def _learn_what_blocks_give(self) -> None:
-        """Blocks give hidden states [B, S, D], or in some families a tuple of which the model takes the first."""
-        width = self._shell.config.get_text_config().hidden_size
+    def _learn_what_blocks_return(self) -> None:
+        """Find out whether blocks return hidden states [B, S, D], or a tuple of which the model takes the first."""
+        width = self._model.config.get_text_config().hidden_size
         for stand_in in self._stand_ins:
             stand_in.replacement = torch.zeros(1, 2, width, device=self._device, dtype=self._dtype)
-        self._shell.base_model(**self._dummy(2, self._dtype))
+        self._model.base_model(**self._dummy(2, self._dtype))
         second = self._stand_ins[1].seen if len(self._stand_ins) > 1 else None
         gives_tuple = second is not None and second.dim() == 2  # the model took the first segment of a tensor
         for stand_in in self._stand_ins:
             stand_in.gives_tuple, stand_in.replacement = gives_tuple, None
 
     def _dummy(self, length: int, dtype: torch.dtype) -> dict[str, Any]:
-        """Arguments of the model for a segment of which nothing is read."""
-        width = self._shell.get_input_embeddings().embedding_dim
+        """Arguments of the model for a segment whose content does not matter."""
+        width = self._model.get_input_embeddings().embedding_dim
         zeros = torch.zeros(1, length, width, device=self._device, dtype=dtype)
         return {"inputs_embeds": zeros, "position_ids": self._positions(length), "use_cache": False}
 
     def _positions(self, length: int) -> Tensor:
-        """0 to length - 1, [1, S]. Given, because OPT would count them with a cumsum that CUDA cannot do deterministically."""
+        """Positions 0 to length - 1, [1, S]; OPT would count them with a cumsum that is not deterministic on CUDA."""
         return torch.arange(length, device=self._device).unsqueeze(0)
 
 
 @contextmanager
 def load_embedding_and_head(
-    meta_model: MetaModel, source: WeightSource, *, device: torch.device, dtype: torch.dtype, only: End | None = None
+    meta_model: MetaModel, source: WeightSource, *, device: torch.device, dtype: torch.dtype, only: Part | None = None
 ) -> Iterator[EmbeddingAndHead]:
-    """Embeddings, final norm and head in memory, for the length of a `with`; with `only`, one of the two large matrices.
+    """Embedding, final norm and head in memory inside a `with`; with `only`, one of the two large matrices.
 
     Raises:
         InputError: a tensor cannot be read.
     """
-    hf_model = meta_model.hf_model
-    layers = hf_model.get_submodule(meta_model.blocks_path)
+    model = meta_model.hf_model
+    layers = model.get_submodule(meta_model.blocks_path)
     stand_ins = [_StandIn(block) for block in meta_model.templates]
-    empty = dict(hf_model.named_parameters(remove_duplicate=False))
+    empty = dict(model.named_parameters(remove_duplicate=False))
     read: dict[str, Tensor] = {}
-    unused = {"embed": hf_model.get_output_embeddings(), "head": hf_model.get_input_embeddings()}.get(only or "")
+    unused = {"embedding": model.get_output_embeddings(), "head": model.get_input_embeddings()}.get(only or "")
     try:
         for name, stored in meta_model.outer.items():
-            if unused is not None and name == f"{path_of(hf_model, unused)}.weight":
+            if unused is not None and name == f"{path_of(model, unused)}.weight":
                 continue  # where it is tied to the other one, the other one is read
             if stored not in read:
                 read[stored] = source.read(stored, device=device, dtype=dtype)
-            _set_parameter(hf_model, name, nn.Parameter(read[stored], requires_grad=False))
-        for name, buffer in list(hf_model.named_buffers()):
+            _set_parameter(model, name, nn.Parameter(read[stored], requires_grad=False))
+        for name, buffer in list(model.named_buffers()):
             owner, _, leaf = name.rpartition(".")
-            setattr(hf_model.get_submodule(owner), leaf, buffer.to(device))
+            setattr(model.get_submodule(owner), leaf, buffer.to(device))
         for index, stand_in in enumerate(stand_ins):
             layers[index] = stand_in
-        yield EmbeddingAndHead(hf_model, stand_ins, device, dtype)
+        yield EmbeddingAndHead(meta_model, stand_ins, device, dtype)
     finally:
         for index in range(len(stand_ins)):
             layers[index] = nn.Identity()
         for name, parameter in empty.items():
-            _set_parameter(hf_model, name, parameter)
+            _set_parameter(model, name, parameter)
 
 
 def _set_parameter(module: nn.Module, name: str, value: nn.Parameter) -> None:

@@ -1,7 +1,7 @@
 """Experts as separate linear layers, as checkpoints and inference engines have them.
 
-transformers 5 holds the experts of a block as two tensors with a dimension for the expert. Here each is a module of its own, so that
-a layer of an expert is quantized, stored and named like any other.
+transformers 5 holds the experts of a block as tensors with a dimension for the expert. Here each expert is a module of its own, so a layer
+of an expert is quantized, stored and named like any other layer.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,21 +10,12 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
-from cbqstream.models.families import EXPERT, joined_with
+from cbqstream.models.families import EXPERT, ExpertLayout, joined_with
 from cbqstream.runtime.memory import trim_heap
-
-_FUSED = ("gate_up_proj", "down_proj")
-_LAYOUTS = {
-    "is_transposed": False,
-    "is_concatenated": True,
-    "has_bias": False,
-    "has_gate": True,
-    "has_post_expert_norm": False,
-}
 
 
 class Expert(nn.Module):
-    """A gated feed-forward network on hidden states [T, D]."""
+    """A gated feed-forward network on hidden states [T, D], without weights at first."""
 
     def __init__(self, hidden: int, inner: int, gate: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -41,18 +32,18 @@ class Expert(nn.Module):
 
 
 class Experts(nn.ModuleList):
-    """The experts of a block; stands in for the module in transformers that holds them fused."""
+    """The experts of a block, in place of the module in which transformers holds them fused."""
 
     see_all = False
-    """Whether every expert computes every token, so that statistics of its inputs are of all; the output is the same."""
+    """Whether every expert computes every token, so that statistics of its inputs are those of all tokens; the output is the same."""
 
     def forward(self, x_TD: Tensor, chosen_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """Weighted sum [T, D] of the outputs of the experts that the router chose for each token; added up in their order."""
+        """Weighted sum [T, D] of the outputs of the experts that the router chose for each token, added in the order of the experts."""
         if x_TD.device.type == "cpu":
-            trim_heap()  # experts see now more and now fewer tokens: every pass through them leaves hundreds of megabytes of holes
+            trim_heap()  # varying batch sizes of experts fragment glibc's heap by hundreds of megabytes in every pass
         total_TD = torch.zeros_like(x_TD)
         by_expert = chosen_TK.flatten().argsort(stable=True)
-        counts = chosen_TK.flatten().bincount(minlength=len(self))[: len(self)].tolist()  # the device is asked once
+        counts = chosen_TK.flatten().bincount(minlength=len(self))[: len(self)].tolist()  # the only synchronization
         for expert, chosen in zip(self, torch.split(by_expert[: sum(counts)], counts), strict=True):
             tokens, places = chosen // chosen_TK.shape[1], chosen % chosen_TK.shape[1]
             if self.see_all or len(tokens):
@@ -62,35 +53,36 @@ class Experts(nn.ModuleList):
         return total_TD
 
 
-def separate_experts(block: nn.Module) -> None:
-    """Put `Experts`, without weights, in the place of every fused module of experts in a block.
+def separate_experts(block: nn.Module, layout: ExpertLayout) -> None:
+    """Replace every fused module of experts in a block by `Experts` without weights.
 
     Raises:
-        ValueError: they are of a form that is not known.
+        ValueError: the experts have a form that is not supported.
     """
     for name, module in list(block.named_modules()):
-        fused = [getattr(module, part, None) for part in _FUSED]
+        fused = [getattr(module, part, None) for part in layout.fused]
         if not all(isinstance(value, nn.Parameter) and value.dim() == 3 for value in fused):
             continue
         gate = getattr(module, "_apply_gate", None)
-        odd = [key for key, value in _LAYOUTS.items() if getattr(module, key, value) != value]
+        odd = [key for key, value in layout.required.items() if getattr(module, key, value) != value]
         if gate is None or odd:
             raise ValueError(
-                f"the experts of {type(module).__name__} are of a form that is not supported ({', '.join(odd)})"
+                f"the experts of {type(module).__name__} have a form that is not supported ({', '.join(odd)})"
             )
         number, double, hidden = module.gate_up_proj.shape
-        for part in _FUSED:
-            delattr(module, part)  # what is left of it is how it joins gate and up
+        for part in layout.fused:
+            delattr(module, part)  # the module is kept for how it joins gate and up
         owner, _, leaf = name.rpartition(".")
-        setattr(
-            block.get_submodule(owner),
-            leaf,
-            Experts(Expert(hidden, double // 2, gate) for _ in range(number)),
-        )
+        experts = Experts(Expert(hidden, double // 2, gate) for _ in range(number))
+        setattr(block.get_submodule(owner), leaf, experts)
 
 
 def tokens_by_expert(tokens_by_layer: Mapping[str, int]) -> dict[str, list[int]]:
-    """Tokens of each expert in order, by the path of their module; of the tokens of all layers of a block, by name."""
+    """Number of tokens of each expert, in order, by the path of the experts' module.
+
+    Args:
+        tokens_by_layer: number of tokens of every layer of a block, by its name.
+    """
     counts: dict[str, list[int]] = {}
     for name, tokens in tokens_by_layer.items():
         if EXPERT.search(name) and name.endswith(".up_proj"):

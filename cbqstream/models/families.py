@@ -1,8 +1,8 @@
-"""What has to be said of a model family that its code in transformers does not say: a row, or nothing at all.
+"""Model families: for each, the facts that its code in transformers does not tell, in one record.
 
-What a block computes, its attention mask, rotary embedding and keyword arguments, the norm and the head at the end: all of that is the
-family's own code in transformers, run as it is. The list of blocks and the layers in them are found. A row adds where channels can be
-rescaled. A family without a row runs too, and is said to be untested.
+What a block computes, its attention mask, rotary embedding and keyword arguments, and the final norm and head are the family's own code in
+transformers, run unchanged. The list of blocks and the layers in them are found. A row adds where channels can be rescaled, and what
+differs from the defaults of `Family`. A family without a row runs too, with the defaults, and the user is told that it is untested.
 """
 
 import re
@@ -13,85 +13,140 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
-class Fold:
-    """A place in a block where channels can be rescaled: what writes them is divided by a scale, what reads them multiplied.
+class SmoothingPair:
+    """A place in a block where channels can be rescaled: a smoothed layer, and the layers that balance it.
 
     In names `*` stands for any number, the same in all of them.
     """
 
-    writer: str
-    """A norm, or a linear layer between which and its readers every channel passes on its own, homogeneously."""
-    readers: tuple[str, ...]
+    smooth_layer: str
+    """A norm, or a linear layer between which and the balance layers every channel passes on its own, homogeneously."""
+    balance_layers: tuple[str, ...]
     """Linear layers; together they are all that reads the channels."""
     only_if: tuple[str, Any] | None = None
-    """A setting of config.json and the value with which this holds."""
+    """A setting of config.json and the value under which the pair is valid; None if it always is."""
 
     def holds(self, config: Any) -> bool:
-        """Whether it does under a configuration."""
+        """Whether the pair is valid under a configuration."""
         return self.only_if is None or bool(getattr(config, self.only_if[0], None) == self.only_if[1])
 
-    def in_block(self, modules: Collection[str]) -> "list[Fold]":
-        """This fold at every place of a block with those modules that has all of its parts."""
-        pattern = re.compile(re.escape(self.writer).replace(r"\*", r"(\d+)"))
+    def in_block(self, modules: Collection[str]) -> "list[SmoothingPair]":
+        """The pair at every place of a block with those modules that has all of its layers."""
+        pattern = re.compile(re.escape(self.smooth_layer).replace(r"\*", r"(\d+)"))
         found = []
         for name in modules:
             match = pattern.fullmatch(name)
             if match is None:
                 continue
             number = match[1] if match.groups() else ""
-            readers = tuple(reader.replace("*", number) for reader in self.readers)
+            readers = tuple(reader.replace("*", number) for reader in self.balance_layers)
             if all(reader in modules for reader in readers):
-                found.append(Fold(name, readers))
+                found.append(SmoothingPair(name, readers))
         return found
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertLayout:
+    """How transformers holds the experts of a block fused, and how they are called as separate layers."""
+
+    fused: Mapping[str, tuple[str, ...]]
+    """For each fused tensor [experts, out, in], the layers that its rows are, in order."""
+    required: Mapping[str, Any]
+    """Attributes of the fused module and the values that are supported, where the module has them."""
+
+
+@dataclass(frozen=True, slots=True)
+class GgufArchitecture:
+    """How llama.cpp calls a family."""
+
+    name: str
+    """Member of `gguf.MODEL_ARCH`."""
+    interleaved: bool
+    """Whether its rotary embedding turns neighboring channels, not halves of a head: rows of queries and keys are stored in that order."""
+
+
+_GATED_EXPERTS = ExpertLayout(
+    fused={"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)},
+    required={
+        "is_transposed": False,
+        "is_concatenated": True,
+        "has_bias": False,
+        "has_gate": True,
+        "has_post_expert_norm": False,
+    },
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """Facts of a model family."""
+
+    pairs: tuple[SmoothingPair, ...] = ()
+    """Where channels can be rescaled."""
+    never_quantized: tuple[str, ...] = ("gate", "router", "router_gate", "shared_expert_gate", "dt_proj")
+    """Last parts of the names of linear layers that stay in full precision: routers, and what state space models use as a weight."""
+    experts: ExpertLayout = _GATED_EXPERTS
+    """How experts are held."""
+    arguments_by_segment: tuple[str, ...] = ("alibi",)
+    """Keyword arguments of blocks whose first dimension runs over the segments of a batch, and then over something else."""
+    eager_attention: bool = False
+    """Whether transformers has only eager attention for it, which keeps matrices [S, S] for all heads."""
+    gguf: GgufArchitecture | None = None
+    """How llama.cpp calls it; None if it is not exported to GGUF."""
+
+
 _Q_K_V = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-_INTO_ATTENTION = Fold("input_layernorm", _Q_K_V)
-_VALUES = Fold("self_attn.v_proj", ("self_attn.o_proj",))
-_INTO_MLP = Fold("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj"))
-_GATED = Fold("mlp.up_proj", ("mlp.down_proj",))
-_EXPERTS = Fold("mlp.experts.*.up_proj", ("mlp.experts.*.down_proj",))
+_INTO_ATTENTION = SmoothingPair("input_layernorm", _Q_K_V)
+_VALUES = SmoothingPair("self_attn.v_proj", ("self_attn.o_proj",))
+_INTO_MLP = SmoothingPair("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj"))
+_GATED = SmoothingPair("mlp.up_proj", ("mlp.down_proj",))
+_EXPERTS = SmoothingPair("mlp.experts.*.up_proj", ("mlp.experts.*.down_proj",))
 _LLAMA = (_INTO_ATTENTION, _VALUES, _INTO_MLP, _GATED)
-_NORMS_AFTER = (_VALUES, _GATED)  # or norms that scale by 1 + weight, which no fold keeps exact
-_GLM = (_INTO_ATTENTION, _VALUES, Fold("post_attention_layernorm", ("mlp.gate_up_proj",)))
-_PARALLEL = Fold("input_layernorm", (*_Q_K_V, "mlp.gate_proj", "mlp.up_proj"))
+_NORMS_AFTER = (_VALUES, _GATED)  # or norms that scale by 1 + weight, which no smoothing keeps exact
+_GLM = (_INTO_ATTENTION, _VALUES, SmoothingPair("post_attention_layernorm", ("mlp.gate_up_proj",)))
+_PARALLEL = SmoothingPair("input_layernorm", (*_Q_K_V, "mlp.gate_proj", "mlp.up_proj"))
 _FUSED_HEADS = "self_attention.query_key_value"
 _PRE_NORM = ("do_layer_norm_before", True)  # else the residual sum reads the norms too
 _OPT = (
-    Fold("self_attn_layer_norm", _Q_K_V, _PRE_NORM),
-    Fold("self_attn.v_proj", ("self_attn.out_proj",)),
-    Fold("final_layer_norm", ("fc1",), _PRE_NORM),
-    Fold("fc1", ("fc2",), ("activation_function", "relu")),  # ReLU(x / s) = ReLU(x) / s
+    SmoothingPair("self_attn_layer_norm", _Q_K_V, _PRE_NORM),
+    SmoothingPair("self_attn.v_proj", ("self_attn.out_proj",)),
+    SmoothingPair("final_layer_norm", ("fc1",), _PRE_NORM),
+    SmoothingPair("fc1", ("fc2",), ("activation_function", "relu")),  # ReLU(x / s) = ReLU(x) / s
 )
 _BLOOM = (
-    Fold("input_layernorm", (_FUSED_HEADS,), ("apply_residual_connection_post_layernorm", False)),
-    Fold("post_attention_layernorm", ("mlp.dense_h_to_4h",), ("apply_residual_connection_post_layernorm", False)),
+    SmoothingPair("input_layernorm", (_FUSED_HEADS,), ("apply_residual_connection_post_layernorm", False)),
+    SmoothingPair(
+        "post_attention_layernorm", ("mlp.dense_h_to_4h",), ("apply_residual_connection_post_layernorm", False)
+    ),
 )
 _FALCON = (
-    Fold("ln_attn", (_FUSED_HEADS,)),
-    Fold("ln_mlp", ("mlp.dense_h_to_4h",)),
-    Fold("input_layernorm", (_FUSED_HEADS, "mlp.dense_h_to_4h"), ("parallel_attn", True)),
-    Fold("input_layernorm", (_FUSED_HEADS,), ("parallel_attn", False)),
-    Fold("post_attention_layernorm", ("mlp.dense_h_to_4h",), ("parallel_attn", False)),
+    SmoothingPair("ln_attn", (_FUSED_HEADS,)),
+    SmoothingPair("ln_mlp", ("mlp.dense_h_to_4h",)),
+    SmoothingPair("input_layernorm", (_FUSED_HEADS, "mlp.dense_h_to_4h"), ("parallel_attn", True)),
+    SmoothingPair("input_layernorm", (_FUSED_HEADS,), ("parallel_attn", False)),
+    SmoothingPair("post_attention_layernorm", ("mlp.dense_h_to_4h",), ("parallel_attn", False)),
 )
 _NEOX = (
-    Fold("input_layernorm", ("attention.query_key_value",)),
-    Fold("post_attention_layernorm", ("mlp.dense_h_to_4h",)),
+    SmoothingPair("input_layernorm", ("attention.query_key_value",)),
+    SmoothingPair("post_attention_layernorm", ("mlp.dense_h_to_4h",)),
 )
-_PHI = (Fold("input_layernorm", (*_Q_K_V, "mlp.fc1")), Fold("self_attn.v_proj", ("self_attn.dense",)))  # GELU
+_PHI = (
+    SmoothingPair("input_layernorm", (*_Q_K_V, "mlp.fc1")),
+    SmoothingPair("self_attn.v_proj", ("self_attn.dense",)),
+)  # GELU
 _PHI3 = (
-    Fold("input_layernorm", ("self_attn.qkv_proj",)),
-    Fold("post_attention_layernorm", ("mlp.gate_up_proj",)),
+    SmoothingPair("input_layernorm", ("self_attn.qkv_proj",)),
+    SmoothingPair("post_attention_layernorm", ("mlp.gate_up_proj",)),
 )
 _STABLELM = (
-    Fold("input_layernorm", _Q_K_V, ("use_parallel_residual", False)),
-    Fold("input_layernorm", (*_Q_K_V, "mlp.gate_proj", "mlp.up_proj"), ("use_parallel_residual", True)),
+    SmoothingPair("input_layernorm", _Q_K_V, ("use_parallel_residual", False)),
+    SmoothingPair("input_layernorm", (*_Q_K_V, "mlp.gate_proj", "mlp.up_proj"), ("use_parallel_residual", True)),
     _VALUES,
     _INTO_MLP,
     _GATED,
 )
-_OLMO = (Fold("self_attn.v_proj", ("self_attn.o_proj",), ("clip_qkv", None)), _GATED)
-_STARCODER2 = (_INTO_ATTENTION, _VALUES, Fold("post_attention_layernorm", ("mlp.c_fc",)))
+_OLMO = (SmoothingPair("self_attn.v_proj", ("self_attn.o_proj",), ("clip_qkv", None)), _GATED)
+_STARCODER2 = (_INTO_ATTENTION, _VALUES, SmoothingPair("post_attention_layernorm", ("mlp.c_fc",)))
 # the router reads the norm before the experts too, so that one is left as it is
 _QWEN_MOE = (
     _INTO_ATTENTION,
@@ -99,60 +154,63 @@ _QWEN_MOE = (
     _INTO_MLP,
     _GATED,
     _EXPERTS,
-    Fold("mlp.shared_expert.up_proj", ("mlp.shared_expert.down_proj",)),
+    SmoothingPair("mlp.shared_expert.up_proj", ("mlp.shared_expert.down_proj",)),
 )
 _MIXTRAL = (_INTO_ATTENTION, _VALUES, _EXPERTS)
 _LATENT_KEYS = "self_attn.kv_a_proj_with_mqa"
 _DEEPSEEK = (
-    Fold("input_layernorm", ("self_attn.q_a_proj", _LATENT_KEYS)),
-    Fold("input_layernorm", ("self_attn.q_proj", _LATENT_KEYS)),  # without a rank for queries
-    Fold("self_attn.q_a_layernorm", ("self_attn.q_b_proj",)),
-    Fold("self_attn.kv_a_layernorm", ("self_attn.kv_b_proj",)),
+    SmoothingPair("input_layernorm", ("self_attn.q_a_proj", _LATENT_KEYS)),
+    SmoothingPair("input_layernorm", ("self_attn.q_proj", _LATENT_KEYS)),  # without a rank for queries
+    SmoothingPair("self_attn.q_a_layernorm", ("self_attn.q_b_proj",)),
+    SmoothingPair("self_attn.kv_a_layernorm", ("self_attn.kv_b_proj",)),
     _INTO_MLP,
     _GATED,
     _EXPERTS,
-    Fold("mlp.shared_experts.up_proj", ("mlp.shared_experts.down_proj",)),
+    SmoothingPair("mlp.shared_experts.up_proj", ("mlp.shared_experts.down_proj",)),
 )
 
-FAMILIES: Mapping[str, tuple[Fold, ...]] = MappingProxyType(
+FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
-        "bloom": _BLOOM,
-        "cohere": (_PARALLEL, _VALUES, _GATED),
-        "cohere2": (_PARALLEL, _VALUES, _GATED),
-        "deepseek_v2": _DEEPSEEK,
-        "deepseek_v3": _DEEPSEEK,
-        "falcon": _FALCON,
-        "gemma": _NORMS_AFTER,
-        "gemma2": _NORMS_AFTER,
-        "gemma3": _NORMS_AFTER,
-        "gemma3_text": _NORMS_AFTER,
-        "glm": _GLM,
-        "glm4": _GLM,
-        "gpt_neox": _NEOX,
-        "granite": _LLAMA,
-        "llama": _LLAMA,
-        "mistral": _LLAMA,
-        "mixtral": _MIXTRAL,
-        "olmo": _OLMO,
-        "olmo2": _NORMS_AFTER,
-        "olmo3": _NORMS_AFTER,
-        "opt": _OPT,
-        "phi": _PHI,
-        "phi3": _PHI3,
-        "qwen2": _LLAMA,
-        "qwen2_5_vl": _LLAMA,
-        "qwen2_moe": _QWEN_MOE,
-        "qwen3": _LLAMA,
-        "qwen3_moe": _QWEN_MOE,
-        "smollm3": _LLAMA,
-        "stablelm": _STABLELM,
-        "starcoder2": _STARCODER2,
+        "bloom": Family(pairs=_BLOOM, eager_attention=True),
+        "cohere": Family(pairs=(_PARALLEL, _VALUES, _GATED)),
+        "cohere2": Family(pairs=(_PARALLEL, _VALUES, _GATED)),
+        "deepseek_v2": Family(pairs=_DEEPSEEK),
+        "deepseek_v3": Family(pairs=_DEEPSEEK),
+        "falcon": Family(pairs=_FALCON),
+        "gemma": Family(pairs=_NORMS_AFTER),
+        "gemma2": Family(pairs=_NORMS_AFTER, eager_attention=True),
+        "gemma3": Family(pairs=_NORMS_AFTER),
+        "gemma3_text": Family(pairs=_NORMS_AFTER),
+        "glm": Family(pairs=_GLM),
+        "glm4": Family(pairs=_GLM),
+        "gpt_neox": Family(pairs=_NEOX),
+        "granite": Family(pairs=_LLAMA),
+        "llama": Family(pairs=_LLAMA, gguf=GgufArchitecture("LLAMA", interleaved=True)),
+        "mistral": Family(pairs=_LLAMA, gguf=GgufArchitecture("LLAMA", interleaved=True)),
+        "mixtral": Family(pairs=_MIXTRAL),
+        "olmo": Family(pairs=_OLMO),
+        "olmo2": Family(pairs=_NORMS_AFTER),
+        "olmo3": Family(pairs=_NORMS_AFTER),
+        "opt": Family(pairs=_OPT),
+        "phi": Family(pairs=_PHI),
+        "phi3": Family(pairs=_PHI3),
+        "qwen2": Family(pairs=_LLAMA, gguf=GgufArchitecture("QWEN2", interleaved=False)),
+        "qwen2_5_vl": Family(pairs=_LLAMA),
+        "qwen2_moe": Family(pairs=_QWEN_MOE),
+        "qwen3": Family(pairs=_LLAMA, gguf=GgufArchitecture("QWEN3", interleaved=False)),
+        "qwen3_moe": Family(pairs=_QWEN_MOE),
+        "smollm3": Family(pairs=_LLAMA),
+        "stablelm": Family(pairs=_STABLELM),
+        "starcoder2": Family(pairs=_STARCODER2),
     }
 )
-"""By `model_type` of config.json: those that the tests run."""
+"""By `model_type` of config.json: the families that are tested."""
+
+UNTESTED = Family()
+"""Facts that are assumed of a family without a row."""
 
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
-"""In the path of a layer, the number of the expert that it belongs to."""
+"""Matches the number of the expert in the path of an expert's layer."""
 
 JOINED: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -161,17 +219,22 @@ JOINED: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
     }
 )
-"""Layers of a block that inference engines compute as one, by the name that vLLM has for the one."""
+"""Layers that inference engines compute as one, by the name of the joined layer in vLLM."""
 
 
-def folds_of(model_type: str, config: Any, modules: Collection[str]) -> tuple[Fold, ...]:
-    """The folds of a block with those modules that hold under a configuration."""
-    holding = [fold for fold in FAMILIES.get(model_type, ()) if fold.holds(config)]
-    return tuple(found for fold in holding for found in fold.in_block(modules))
+def family_of(model_type: str) -> Family:
+    """The facts of the family of a model."""
+    return FAMILIES.get(model_type, UNTESTED)
+
+
+def smoothing_pairs(family: Family, config: Any, modules: Collection[str]) -> tuple[SmoothingPair, ...]:
+    """The smoothing pairs of a block with those modules that are valid under a configuration."""
+    holding = [pair for pair in family.pairs if pair.holds(config)]
+    return tuple(found for pair in holding for found in pair.in_block(modules))
 
 
 def joined_with(layer: str) -> str:
-    """A name for the layers of a block that inference engines compute as one with this layer, and so need one scheme."""
+    """A name shared by all layers of a block that inference engines compute as one with this layer; they need one scheme."""
     expert = EXPERT.search(layer)
     if expert is not None:
         return f"{layer[: expert.start()]}.experts"

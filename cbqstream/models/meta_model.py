@@ -1,4 +1,4 @@
-"""A model without weights: transformers' own modules on the meta device, matched against the tensors that exist.
+"""A model without weights: the modules of transformers on the meta device, matched with the tensors of a checkpoint.
 
 `from_pretrained` is never called and no code of the checkpoint is run: the configuration is built from a known `model_type`.
 """
@@ -21,7 +21,7 @@ from transformers import (
 from cbqstream.checkpoint.folder import is_size
 from cbqstream.errors import InputError, UsageError, shown
 from cbqstream.models.experts import separate_experts
-from cbqstream.models.families import FAMILIES, Fold, folds_of
+from cbqstream.models.families import FAMILIES, SmoothingPair, family_of, smoothing_pairs
 from cbqstream.models.naming import stored_names
 from cbqstream.records import BlockSpec
 
@@ -40,27 +40,23 @@ _OTHER_SIZES = (
     "kv_lora_rank",
     "q_lora_rank",
 )
-"""Not every architecture has them, and they may be null."""
+"""Sizes that not every architecture has, and that may be null."""
 _USUAL_LENGTH = 2048
 _NEVER_READ = ("auto_map", "quantization_config", "model_type", "transformers_version", "architectures")
-
-
 _A_SIZE = f"it must be a whole number from 1 to {1 << 20:,}"
-_NEVER = ("gate", "router", "router_gate", "shared_expert_gate", "dt_proj")
-"""Last parts of the names of layers that are never quantized: routers, and what state space models multiply with as a weight."""
 
 
 class MetaModel:
     """Names, shapes and modules of a model, without weights.
 
     Args:
-        folder: for messages.
+        folder: folder of the model, for messages.
         config: content of its config.json.
         tensors: shape of each dense tensor that can be read, by name.
         blocks_path: module path of the list of transformer blocks; found by default.
 
     Raises:
-        InputError: the architecture is unknown, the configuration is not plausible, or tensors are missing or of another shape.
+        InputError: the architecture is unknown, the configuration is not plausible, or a tensor is missing or has another shape.
     """
 
     def __init__(
@@ -74,6 +70,7 @@ class MetaModel:
         self._tensors = tensors
         model_type = str(config.get("model_type"))
         self.is_tested = model_type in FAMILIES
+        self.family = family_of(model_type)
         self._refuse_implausible(config, model_type)
         kept = {
             key: value
@@ -91,7 +88,7 @@ class MetaModel:
                     raise InputError(
                         folder / "config.json", f"{key} is {shown(str(getattr(self._text, key, None)))}, {_A_SIZE}."
                     )
-            # a model that sees has a text model in it, which is what is quantized
+            # a multimodal model contains a text model, which is what is quantized
             causal = type(self.config) in MODEL_FOR_CAUSAL_LM_MAPPING
             auto: Any = AutoModelForCausalLM if causal else AutoModelForImageTextToText
             with init_empty_weights(include_buffers=False):
@@ -99,13 +96,13 @@ class MetaModel:
             self.blocks_path: str = blocks_path or self._find_blocks()
             layers = self._blocks()
             for block in layers:
-                separate_experts(block)
+                separate_experts(block, self.family.experts)
         except InputError:
             raise
         except Exception as error:
             path = folder / "config.json"
             raise InputError(path, f"does not describe a {model_type} model: {shown(str(error))}") from error
-        self._stored = stored_names(self.hf_model, tensors)
+        self._stored = stored_names(self.hf_model, tensors, self.family.experts)
         self.templates: list[nn.Module] = list(layers)
         self.blocks = tuple(self._block_spec(index, block) for index, block in enumerate(self.templates))
         if not any(spec.linears for spec in self.blocks):
@@ -118,20 +115,20 @@ class MetaModel:
             layers[index] = nn.Identity()
         self.outer: Mapping[str, str] = self._outer_tensors()
 
-    def folds(self, index: int) -> tuple[Fold, ...]:
+    def smoothing_pairs(self, index: int) -> tuple[SmoothingPair, ...]:
         """The places in a block where channels can be rescaled."""
         modules = dict(self.templates[index].named_modules())
-        found = folds_of(self.config.model_type, self._text, modules.keys())
-        return tuple(fold for fold in found if getattr(modules[fold.writer], "weight", None) is not None)
+        found = smoothing_pairs(self.family, self._text, modules.keys())
+        return tuple(pair for pair in found if getattr(modules[pair.smooth_layer], "weight", None) is not None)
 
     @property
     def hidden_size(self) -> int:
-        """D, the width of the hidden states."""
+        """Width D of the hidden states."""
         return int(self._text.hidden_size)
 
     @property
     def never_quantized(self) -> tuple[str, ...]:
-        """Modules with a matrix that no window quantizes: linear layers outside the blocks, the head among them, and routers in them."""
+        """Paths of modules whose weight matrix no window quantizes: linear layers outside the blocks, such as the head, and routers."""
         outside = (name for name, module in self.hf_model.named_modules() if isinstance(module, nn.Linear))
         inside = (
             f"{spec.prefix}.{name}"
@@ -143,28 +140,28 @@ class MetaModel:
 
     @property
     def head(self) -> tuple[str, str]:
-        """Module path of the head, and the name of its weight in the checkpoint; where it is tied, that of the embeddings."""
+        """Module path of the head, and the name of its weight in the checkpoint (that of the embeddings if the head is tied)."""
         path = path_of(self.hf_model, self.hf_model.get_output_embeddings())
         return path, self.outer[f"{path}.weight"]
 
     @property
     def is_head_tied(self) -> bool:
-        """Whether the head is the embeddings."""
+        """Whether the head is tied to the embeddings."""
         return self.outer[f"{path_of(self.hf_model, self.hf_model.get_input_embeddings())}.weight"] == self.head[1]
 
     @property
     def vocab_size(self) -> int:
-        """Token ids are below this."""
+        """Number of token ids."""
         return int(self._text.vocab_size)
 
     @property
     def max_length(self) -> int:
-        """Tokens that the model was made for, by its configuration."""
+        """Number of tokens that the model was made for, by its configuration."""
         known = (getattr(self._text, name, None) for name in ("max_position_embeddings", "seq_length"))
         return int(next((length for length in known if length), _USUAL_LENGTH))
 
     def check_length(self, seq_len: int) -> None:
-        """Refuse segments that the model has no positions for. Where positions are computed there is no limit.
+        """Refuse segments that are longer than the learned positions of the model. Computed positions have no limit.
 
         Raises:
             UsageError: the segment is too long, or too short to predict anything.
@@ -177,7 +174,7 @@ class MetaModel:
             raise UsageError(f"seq_len is {seq_len}. It must be 2{most}.")
 
     def _refuse_implausible(self, config: Mapping[str, Any], model_type: str) -> None:
-        """Refuse what transformers does not know, and sizes that are none, before anything is built from them."""
+        """Refuse an unknown architecture and impossible sizes before anything is built from them."""
         path = self.folder / "config.json"
         if model_type not in CONFIG_MAPPING:
             remedy = (
@@ -198,7 +195,7 @@ class MetaModel:
 
     @property
     def _decoder_path(self) -> str:
-        """Module path of what holds the blocks, the embeddings and the norm."""
+        """Module path of the decoder, which holds the blocks, the embeddings and the final norm."""
         return self.blocks_path.rpartition(".")[0]
 
     def _find_blocks(self) -> str:
@@ -241,24 +238,24 @@ class MetaModel:
             local
             for local, module in block.named_modules()
             if isinstance(module, nn.Linear)
-            and not {"router", *_NEVER} & {local.rpartition(".")[2], *local.split(".")[:-1]}
+            and not {"router", *self.family.never_quantized} & {local.rpartition(".")[2], *local.split(".")[:-1]}
         )
         return BlockSpec(index, prefix, names, linears)
 
     def _outer_tensors(self) -> dict[str, str]:
-        """Name in the checkpoint of every parameter outside the blocks, by its name in the model; tied ones by what they are tied to."""
+        """Name in the checkpoint of every parameter outside the blocks, by its name in the model; a tied one has the name of its twin."""
         tied: Mapping[str, str] = getattr(self.hf_model, "_tied_weights_keys", None) or {}
         head = {id(value) for value in self.hf_model.get_output_embeddings().parameters()}
         names = {}
         for name, value in self.hf_model.named_parameters(remove_duplicate=False):
             if not name.startswith(f"{self._decoder_path}.") and id(value) not in head:
-                continue  # of what a model sees with
+                continue  # a tower for images
             twin = tied.get(name) if self.config.tie_word_embeddings else None
             names[name] = self._stored_name(twin or name, tuple(value.shape))
         return names
 
     def _stored_name(self, name: str, shape: tuple[int, ...]) -> str:
-        """`name` as the checkpoint has it; some leave out the prefix of the base model."""
+        """Name of a tensor in the checkpoint; some checkpoints leave out the prefix of the base model."""
         stored = self._stored.get(name) or self._stored.get(name.removeprefix(f"{self.hf_model.base_model_prefix}."))
         if stored is None:
             raise InputError(self.folder, "missing from the weights, config.json needs it.", tensor=name)
@@ -268,9 +265,8 @@ class MetaModel:
         return stored
 
     def _refuse_extra_blocks(self) -> None:
-        ignored = (
-            getattr(self.hf_model, "_keys_to_ignore_on_load_unexpected", None) or ()
-        )  # as layers that predict further tokens
+        # such as layers that predict further tokens
+        ignored = getattr(self.hf_model, "_keys_to_ignore_on_load_unexpected", None) or ()
         prefix = self.blocks[0].prefix.removesuffix("0")
         held = {
             int(part)
@@ -284,6 +280,6 @@ class MetaModel:
 
 
 def path_of(hf_model: nn.Module, wanted: nn.Module) -> str:
-    """Module path of a module of the hf_model."""
+    """Module path of a module of a model."""
     path: str = next(name for name, module in hf_model.named_modules() if module is wanted)
     return path

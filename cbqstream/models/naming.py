@@ -1,4 +1,4 @@
-"""Names of tensors in checkpoints against names in modules, by the rules with which transformers itself reads them."""
+"""Names of tensors in checkpoints and in modules, related by the rules with which transformers itself reads checkpoints."""
 
 import re
 from collections.abc import Iterable
@@ -7,15 +7,20 @@ from typing import Any
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-"""What `experts.py` makes of the two fused tensors of experts."""
+from cbqstream.models.families import ExpertLayout
 
 
-def stored_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
-    """Name in the checkpoint of every tensor in `stored`, by its name in a model whose experts are separate."""
+def stored_names(model: Any, stored: Iterable[str], layout: ExpertLayout) -> dict[str, str]:
+    """Name in the checkpoint of every tensor in `stored`, by its name in a model whose experts are separate.
+
+    Args:
+        model: a model of transformers.
+        stored: names in the checkpoint.
+        layout: how transformers fuses the experts of the model.
+    """
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    of_experts = [pair for rule in rules if isinstance(rule, WeightConverter) for pair in _expert_names(rule)]
+    of_experts = [pair for rule in rules if isinstance(rule, WeightConverter) for pair in _expert_names(rule, layout)]
     names = {}
     for name in stored:
         renamed = name
@@ -27,13 +32,13 @@ def stored_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
     return names
 
 
-def _expert_names(rule: WeightConverter) -> list[tuple[re.Pattern[str], str]]:
-    """How the layers of experts that this rule would fuse are called in checkpoints, and how here."""
+def _expert_names(rule: WeightConverter, layout: ExpertLayout) -> list[tuple[re.Pattern[str], str]]:
+    """Patterns of the names in checkpoints of the layers that a rule would fuse, and the names of these layers in separate experts."""
     fused = rule.target_patterns[0].rpartition(".")[2] if len(rule.target_patterns) == 1 else ""
-    if len(_PARTS.get(fused, ())) != len(rule.source_patterns):
+    if len(layout.fused.get(fused, ())) != len(rule.source_patterns):
         return []
     pairs = []
-    for source, part in zip(rule.source_patterns, _PARTS[fused], strict=True):
+    for source, part in zip(rule.source_patterns, layout.fused[fused], strict=True):
         head, star, leaf = re.sub(r"\\(.)", r"\1", source).partition("*")
         if star:
             pairs.append(

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from cbqstream.config import Scheme
 from cbqstream.records import QuantizedWeight
+from cbqstream.scheme import Scheme
 
 SMALLEST_SCALE = 2.0**-17
 _NOTHING_LOST = 200.0

@@ -1,7 +1,8 @@
-"""Statistics of the inputs of a linear layer."""
+"""Statistics of the inputs of a linear layer. T tokens, I input columns."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from enum import Enum, auto
 from functools import reduce
 from operator import add
 
@@ -9,40 +10,70 @@ import torch
 from torch import Tensor
 
 
+class Statistic(Enum):
+    """Statistics that are gathered only where a rounding method needs them."""
+
+    GRAM = auto()
+    """X^T X of all inputs."""
+
+
 @dataclass(frozen=True, slots=True)
 class InputStatistics:
-    """Of the inputs of a layer, per column: sum of squares (float64), smallest and largest value (float32) [I], and some tokens [T, I]."""
+    """Sums and extremes of the inputs of a layer, per column, and a sample of its tokens."""
 
     squares: Tensor
+    """Sum of x^2, float64 [I]."""
     low: Tensor
+    """Smallest value, float32 [I]."""
     high: Tensor
+    """Largest value, float32 [I]."""
     sample: Tensor
+    """Some tokens, float32 [T, I]."""
     tokens: int
+    """Number of tokens."""
+    gram: Tensor | None = None
+    """X^T X, float32 [I, I], if it was asked for."""
 
     @classmethod
-    def of(cls, x: Tensor, stride: int | None, before: int = 0) -> "InputStatistics":
-        """Of a batch [B, S, I] or [T, I]; every `stride`-th token is sampled, not the first, which is special in many models.
+    def of(cls, x: Tensor, stride: int | None, before: int = 0, *, gram: bool = False) -> "InputStatistics":
+        """Statistics of a batch [B, S, I] or [T, I].
 
-        Where batches are so short that they would have none, as those of an expert may be, `before` tokens count that came before.
+        Args:
+            x: inputs, any float dtype.
+            stride: every `stride`-th token is sampled, starting at half a stride, as the first token is special in many models; or None.
+            before: tokens that came before this batch; they count if the batch is shorter than half a stride, as one of an expert may be.
+            gram: whether to compute X^T X.
         """
         rows = x.detach().flatten(0, -2).float()
         first = 0 if stride is None else stride // 2 if len(rows) > stride // 2 else (stride // 2 - before) % stride
         sample = rows.new_empty(0, rows.shape[1]) if stride is None else rows[first::stride].clone()
-        return cls(rows.square().sum(0, dtype=torch.float64), rows.amin(0), rows.amax(0), sample, len(rows))
+        squares = rows.square().sum(0, dtype=torch.float64)
+        return cls(squares, rows.amin(0), rows.amax(0), sample, len(rows), rows.T @ rows if gram else None)
+
+    @classmethod
+    def none(cls, columns: int, device: torch.device) -> "InputStatistics":
+        """Statistics of a layer that saw no token."""
+        zeros = torch.zeros(columns, device=device)
+        return cls(zeros.double(), zeros, zeros, zeros.new_empty(0, columns), 0)
 
     def __add__(self, other: "InputStatistics") -> "InputStatistics":
+        grams = [gram for gram in (self.gram, other.gram) if gram is not None]
         return InputStatistics(
             self.squares + other.squares,
             torch.minimum(self.low, other.low),
             torch.maximum(self.high, other.high),
             torch.cat([self.sample, other.sample]),
             self.tokens + other.tokens,
+            sum(grams[1:], start=grams[0]) if grams else None,
         )
 
     def divided(self, scale_I: Tensor) -> "InputStatistics":
-        """What they would be had the inputs been divided by a scale per column."""
+        """Statistics of the same inputs divided by a scale per column."""
         squares = self.squares / scale_I.double().square()
-        return InputStatistics(squares, self.low / scale_I, self.high / scale_I, self.sample / scale_I, self.tokens)
+        gram = None if self.gram is None else self.gram / scale_I / scale_I.unsqueeze(1)
+        return InputStatistics(
+            squares, self.low / scale_I, self.high / scale_I, self.sample / scale_I, self.tokens, gram
+        )
 
     @property
     def second_moment(self) -> Tensor:
@@ -51,6 +82,6 @@ class InputStatistics:
 
 
 def sum_of(statistics: Sequence[InputStatistics]) -> InputStatistics:
-    """Of several layers that read the same kind of inputs."""
+    """Statistics of all tokens of several layers whose inputs have the same columns."""
     total = reduce(add, (replace(found, sample=found.sample[:0]) for found in statistics))
     return replace(total, sample=torch.cat([found.sample for found in statistics]))

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cbqstream.config import OutlierConfig
+from cbqstream.config import TransformConfig
 
 _SAMPLE = 1 << 20
 
@@ -38,11 +38,18 @@ class OutlierRule:
     signed_tails: bool = False
 
     @classmethod
-    def of(cls, config: OutlierConfig) -> "OutlierRule":
+    def of(cls, config: TransformConfig) -> "OutlierRule":
         """The rule that the settings ask for."""
-        if config.variant == "huawei":
-            return cls(config.lambda1, config.lambda2, quantile=0.2, gap_power=1, exponent=0.7, signed_tails=True)
-        return cls(config.lambda1, config.lambda2)
+        if config.smoothing_rule == "huawei":
+            return cls(
+                config.outlier_lambda1,
+                config.outlier_lambda2,
+                quantile=0.2,
+                gap_power=1,
+                exponent=0.7,
+                signed_tails=True,
+            )
+        return cls(config.outlier_lambda1, config.outlier_lambda2)
 
 
 def largest_reserved(magnitudes: Tensor, rule: OutlierRule) -> float | None:

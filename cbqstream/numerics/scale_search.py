@@ -14,8 +14,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from cbqstream.config import Scheme
 from cbqstream.numerics.affine import clamp_levels, grouped, level_range, num_groups, row_tiles, storable_scale
+from cbqstream.scheme import Scheme
 
 _SYMMETRIC_RATIOS = 80
 _ASYMMETRIC_RATIOS = 16

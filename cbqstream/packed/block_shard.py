@@ -1,6 +1,6 @@
-"""The shard of a finished block: packed linear layers, and everything else of the block as it was."""
+"""The shard of a finished block: its packed linear layers, and the other tensors of the block."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.disk import Disk, FileDigest, ScratchFile
 from cbqstream.packed.format import SCALE, encode_in_slabs
 from cbqstream.packed.shard import write_tensors
-from cbqstream.records import BlockSpec, QuantizedWeight
+from cbqstream.records import BlockSpec, QuantizedWeight, StoredTensors
 from cbqstream.runtime.offload import OffloadedTensor
 
 HEAD = "head.safetensors"
@@ -27,23 +27,23 @@ def write_block(
     folder: Path,
     spec: BlockSpec,
     weights: Iterable[tuple[str, QuantizedWeight]],
-    rescaled: Mapping[str, Tensor],
-    source: Checkpoint,
+    stored: Callable[[str, Tensor], Tensor],
+    source: StoredTensors,
     file: ScratchFile | None,
 ) -> tuple[str, FileDigest]:
     """Write the shard of a block into `folder`.
 
     Args:
-        disk: for durable writes.
-        folder: must exist.
+        disk: does the writing.
+        folder: an existing folder.
         spec: the block.
-        weights: names of layers within the block, and their quantized weights; one at a time is enough.
-        rescaled: what other tensors of the block are divided by, powers of two, by their name within it; stored in the dtype they had.
-        source: the original checkpoint; the rest of the block is copied from it unchanged.
-        file: where packed weights wait until all are; None is memory.
+        weights: names of layers in the block, and their quantized weights; one at a time need be in memory.
+        stored: gives a tensor that no quantized layer holds, as it is stored, from its name in the block and its value in the source.
+        source: the source checkpoint.
+        file: file to which packed weights are offloaded until all are there; None keeps them in memory.
 
     Returns:
-        The file's name and digest.
+        Name and digest of the file.
     """
     tensors: dict[str, Tensor | OffloadedTensor] = {}
     left = dict(spec.tensors)
@@ -54,15 +54,14 @@ def write_block(
                 value if file is None else OffloadedTensor.of(value, file)
             )
     for local, name in left.items():
-        value = source.read(name, device=torch.device("cpu"))
-        tensors[name] = (value.float() / rescaled[local].cpu()).to(value.dtype) if local in rescaled else value
+        tensors[name] = stored(local, source.read(name, device=torch.device("cpu")))
     return shard_name(spec.index), write_tensors(disk, folder / shard_name(spec.index), tensors)
 
 
 def write_head(
     disk: Disk, folder: Path, name: str, weight: QuantizedWeight, scale_dtype: torch.dtype
 ) -> tuple[Path, FileDigest]:
-    """Write the shard of the head, whose weight the source calls `name`."""
+    """Write the shard of the head, whose weight has the name `name` in the source."""
     tensors = encode_in_slabs(weight, scale_dtype=scale_dtype)
     path = folder / HEAD
     named = {f"{name.removesuffix('.weight')}.{part}": value for part, value in tensors.items()}
@@ -70,14 +69,14 @@ def write_head(
 
 
 def read_scales(shard: Path, *, device: torch.device) -> dict[str, Tensor]:
-    """The step sizes in a shard that `write_block` made, float32 [O, G], by the module path of their layer."""
+    """Scales of the layers in a shard, float32 [O, G], by the path of the layer in the checkpoint."""
     source = Checkpoint(read_header(shard))
     names = [name for name in source.infos if name.endswith(f".{SCALE}")]
     return {name.removesuffix(f".{SCALE}"): source.read(name, device=device, dtype=torch.float32) for name in names}
 
 
 def rewrite_scales(disk: Disk, folder: Path, shard: Path, scales: Mapping[str, Tensor]) -> FileDigest:
-    """Write `shard` again into `folder`, under its own name, with other step sizes, by the module path of their layer."""
+    """Write a copy of `shard` with other scales, by the path of the layer, into `folder` under the same name."""
     source = Checkpoint(read_header(shard))
     tensors = {name: source.read(name, device=torch.device("cpu")) for name in source.infos}
     for layer, scale_OG in scales.items():

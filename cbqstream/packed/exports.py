@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cbqstream.config import LayerSchemes, Scheme
 from cbqstream.errors import UsageError
 from cbqstream.numerics.affine import dequantize, unsigned
 from cbqstream.packed.gguf_blocks import cannot_gguf, exact_half
 from cbqstream.records import QuantizedWeight
+from cbqstream.scheme import LayerSchemes, Scheme
 
 _WORD = 32
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from cbqstream.checkpoint.folder import method_of
 from cbqstream.checkpoint.reader import Checkpoint
-from cbqstream.config import ActivationStrategy, LayerSchemes, Scheme
 from cbqstream.errors import UsageError, shown
 from cbqstream.models.families import JOINED
 from cbqstream.records import QuantizedWeight
+from cbqstream.scheme import ActivationStrategy, LayerSchemes, Scheme
 
 PACKED, SCALE, ZERO_POINT, SHAPE = "weight_packed", "weight_scale", "weight_zero_point", "weight_shape"
 INPUT_SCALE = "input_scale"

@@ -15,10 +15,10 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from cbqstream.config import Scheme
 from cbqstream.errors import UsageError
 from cbqstream.numerics.affine import unsigned
 from cbqstream.records import QuantizedWeight
+from cbqstream.scheme import Scheme
 
 _SMALL, _LARGE = 32, 256
 

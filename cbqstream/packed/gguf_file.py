@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cbqstream.errors import InputError, UsageError, shown
 from cbqstream.packed.gguf_blocks import block_kind, encode_blocks
-from cbqstream.packed.packed_checkpoint import CPU, PackedSource
+from cbqstream.packed.packed_checkpoint import CPU, PackedCheckpoint
 
 _DTYPES = {
     torch.bfloat16: gguf.GGMLQuantizationType.BF16,
@@ -54,7 +54,7 @@ _ARCHITECTURES: Mapping[str, _Architecture] = MappingProxyType(
 )
 
 
-def write_gguf(path: Path, folder: Path, config: Mapping[str, Any], source: PackedSource) -> None:
+def write_gguf(path: Path, folder: Path, config: Mapping[str, Any], source: PackedCheckpoint) -> None:
     """Write the file `path`, which must not exist.
 
     Args:
@@ -128,7 +128,7 @@ def _head_counts(config: Mapping[str, Any]) -> dict[str, int]:
     return {"q_proj": heads, "k_proj": int(config.get("num_key_value_heads") or heads)}
 
 
-def _stored(name: str, source: PackedSource) -> tuple[tuple[int, ...], gguf.GGMLQuantizationType]:
+def _stored(name: str, source: PackedCheckpoint) -> tuple[tuple[int, ...], gguf.GGMLQuantizationType]:
     """Shape in bytes, and type, of a tensor."""
     layer = name.removesuffix(".weight")
     if layer in source.layers:
@@ -141,7 +141,7 @@ def _stored(name: str, source: PackedSource) -> tuple[tuple[int, ...], gguf.GGML
     return (*shape[:-1], shape[-1] // block * size), kind
 
 
-def _rows(name: str, source: PackedSource) -> Tensor:
+def _rows(name: str, source: PackedCheckpoint) -> Tensor:
     """A tensor as it is stored: the bytes of its blocks, or its values."""
     layer = name.removesuffix(".weight")
     if layer in source.layers:

@@ -11,10 +11,10 @@ from typing import Any
 
 from cbqstream.checkpoint.folder import INDEX, find_tensors
 from cbqstream.checkpoint.header import read_header
-from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.disk import Disk, digest_of_file
 from cbqstream.errors import InputError, UsageError
 from cbqstream.packed.shard import copy_tensors
+from cbqstream.records import StoredTensors
 
 REST = "rest.safetensors"
 SUMS = "SHA256SUMS"
@@ -81,7 +81,7 @@ def assemble(
     building: Path,
     *,
     source_folder: Path,
-    source: Checkpoint,
+    source: StoredTensors,
     shards: Mapping[Path, str],
     replaced: set[str],
     config: dict[str, Any],

@@ -7,18 +7,18 @@ import torch
 from torch import Tensor
 
 from cbqstream.checkpoint.reader import Checkpoint
-from cbqstream.config import LayerSchemes, Scheme
 from cbqstream.errors import InputError
 from cbqstream.numerics.activation_quant import quantize_per_tensor, quantize_per_token
 from cbqstream.numerics.affine import dequantize
 from cbqstream.packed.format import INPUT_SCALE, PACKED, SCALE, SHAPE, ZERO_POINT, decode, parts_of, shapes_of
 from cbqstream.records import QuantizedWeight, TensorInfo
+from cbqstream.scheme import LayerSchemes, Scheme
 
 CPU = torch.device("cpu")
 _PARTS = (PACKED, SCALE, SHAPE, ZERO_POINT, INPUT_SCALE)
 
 
-class PackedSource:
+class PackedCheckpoint:
     """A `pack-quantized` checkpoint whose weights are dequantized one at a time as they are read.
 
     Raises:

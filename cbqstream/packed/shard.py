@@ -11,8 +11,8 @@ from torch import Tensor
 from torch import uint8 as torch_uint8
 
 from cbqstream.checkpoint.header import DTYPES
-from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.disk import Disk, FileDigest
+from cbqstream.records import StoredTensors
 from cbqstream.runtime.offload import OffloadedTensor
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -35,7 +35,7 @@ def write_tensors(disk: Disk, path: Path, tensors: Mapping[str, Tensor | Offload
     return disk.write(path, chunks(), mode=0o666)
 
 
-def copy_tensors(disk: Disk, path: Path, source: Checkpoint, names: list[str]) -> FileDigest:
+def copy_tensors(disk: Disk, path: Path, source: StoredTensors, names: list[str]) -> FileDigest:
     """Copy tensors byte for byte from a checkpoint into a new, durable safetensors file."""
     names = sorted(names)
 

@@ -1,5 +1,6 @@
-"""How large the parts of a model are, from the headers of its shards and config.json alone."""
+"""Sizes of the parts of a model, from the headers of its shards and config.json alone."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,16 +11,13 @@ from cbqstream.checkpoint.folder import find_tensors, is_size, method_of, read_j
 from cbqstream.checkpoint.header import described
 from cbqstream.errors import InputError
 from cbqstream.hub import fetch_headers
-from cbqstream.models.families import EXPERT
+from cbqstream.models.families import EXPERT, family_of
 from cbqstream.records import TensorInfo
-
-_EAGER = ("bloom", "gemma2")
-"""Families for which transformers has no attention but the eager one."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSizes:
-    """Counts of a model; those of a block are of the largest."""
+    """Sizes of a model; those of a block are of the largest block."""
 
     num_blocks: int
     hidden: int
@@ -31,30 +29,37 @@ class ModelSizes:
     stored: int
     """Bytes of a stored weight."""
     block_bytes: int
+    """Bytes of a block."""
     source_bytes: int
+    """Bytes of all tensors."""
     outer_bytes: int
-    """Of what lies outside the blocks."""
+    """Bytes of the tensors outside the blocks."""
     eager_heads: int = 0
-    """Heads whose attention is computed as whole matrices [S, S], in families that have no other way."""
+    """Number of heads whose attention keeps matrices [S, S], in families that have only eager attention; else 0."""
 
     @property
     def weights(self) -> int:
-        """Of the linear layers of a block."""
+        """Number of weights in the linear layers of a block."""
         return sum(rows * columns for rows, columns in self.layers.values())
 
     @property
     def largest(self) -> int:
-        """Weights of the largest layer."""
-        return max(rows * columns for rows, columns in self.layers.values())
+        """Number of weights in the largest layer."""
+        return math.prod(self.largest_layer)
+
+    @property
+    def largest_layer(self) -> tuple[int, int]:
+        """[O, I] of the largest layer."""
+        return max(self.layers.values(), key=math.prod)
 
     @property
     def outputs(self) -> int:
-        """Values that the layers of a block give for a token."""
+        """Number of output values of the layers of a block for a token."""
         return int(sum(self._share(name) * rows for name, (rows, _) in self.layers.items()))
 
     @property
     def active(self) -> int:
-        """Weights of a block that compute a token."""
+        """Number of weights of a block that compute a token."""
         return int(sum(self._share(name) * rows * columns for name, (rows, columns) in self.layers.items()))
 
     def _share(self, name: str) -> float:
@@ -62,19 +67,19 @@ class ModelSizes:
 
     @classmethod
     def of(cls, folder: Path) -> "ModelSizes":
-        """Of the model in a folder.
+        """Sizes of the model in a folder.
 
         Raises:
-            InputError: it cannot be read, or holds no blocks.
+            InputError: the model cannot be read, or has no blocks.
         """
         return cls.counted(folder, read_json(folder, "config.json"), find_tensors(folder))
 
     @classmethod
     def of_name(cls, name: str, revision: str | None) -> "ModelSizes":
-        """Of a model on the Hub, whose weights stay there.
+        """Sizes of a model on the Hub, of which only headers are fetched.
 
         Raises:
-            InputError: it cannot be had, or holds no blocks.
+            InputError: the model cannot be fetched, or has no blocks.
         """
         folder, headers = fetch_headers(name, revision)
         infos = {key: info for file, held in headers.items() for key, info in described(Path(name, file), held).items()}
@@ -82,7 +87,11 @@ class ModelSizes:
 
     @classmethod
     def counted(cls, folder: Path, model: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> "ModelSizes":
-        """The same, of what was read from there."""
+        """Sizes of a model whose config.json and headers were read.
+
+        Raises:
+            InputError: the model is quantized, or has no blocks.
+        """
         require_original(folder, model)
         blocks, text = _by_block(infos), model.get("text_config")
         model = {**model, **(text if isinstance(text, dict) else {})}
@@ -111,10 +120,10 @@ class ModelSizes:
 
 
 def require_original(folder: Path, model: Mapping[str, Any]) -> None:
-    """Refuse a model that is quantized.
+    """Refuse a model that is quantized already.
 
     Raises:
-        InputError: config.json says that it is.
+        InputError: config.json has a quantization_config.
     """
     said = model.get("quantization_config")
     if said:
@@ -130,11 +139,11 @@ def _share_of_experts(model: Mapping[str, Any], names: Sequence[str]) -> float:
 
 def _eager_heads(model: Mapping[str, Any]) -> int:
     heads = next((model[name] for name in ("num_attention_heads", "n_head") if is_size(model.get(name))), 0)
-    return heads if model.get("model_type") in _EAGER else 0
+    return heads if family_of(str(model.get("model_type"))).eager_attention else 0
 
 
 def _by_block(infos: Mapping[str, TensorInfo]) -> dict[int, list[TensorInfo]]:
-    """The tensors of each block: of the names with a number in them, those that begin with the same and hold most bytes."""
+    """Tensors of each block: of the names with a number in them, those with the same prefix that hold most bytes."""
     lists: dict[str, dict[int, list[TensorInfo]]] = {}
     for name, info in infos.items():
         match = re.match(r"(.*?\.)(\d+)\.", name)

@@ -1,4 +1,7 @@
-"""Pictures of a run: each draws `Facts` into axes, or says that there is nothing to draw. Importing this needs matplotlib."""
+"""Figures of a run. Each is a function that draws `Facts` into axes, or returns False if there is nothing to draw.
+
+Importing this module needs matplotlib.
+"""
 
 import io
 import re
@@ -18,10 +21,10 @@ except ImportError as missing:
     raise UsageError("a report needs matplotlib. Install it: pip install 'cbqstream[report]'.") from missing
 
 _INK = "#010203"
-"""Stands for the colour of text, which is that of the page."""
-_BEFORE, _AFTER, _THIRD = "#c2703d", "#2f8f6b", "#5b7fb8"  # seen on white and on near black
+"""Placeholder for the color of text, which is that of the page."""
+_BEFORE, _AFTER, _THIRD = "#c2703d", "#2f8f6b", "#5b7fb8"  # visible on white and on near black
 _FEW_DECADES = 20
-"""Of the largest and the smallest loss: up to there the ticks between powers of ten have numbers too."""
+"""Largest ratio of losses with which the ticks between powers of ten have numbers too."""
 _STYLE: dict[Any, Any] = {
     "font.size": 9,
     "svg.fonttype": "none",
@@ -36,32 +39,38 @@ _STYLE: dict[Any, Any] = {
 
 
 def _loss(facts: Facts, axes: Axes) -> bool:
-    for key, label, color in (("loss_before", "before", _BEFORE), ("loss_after", "after", _AFTER)):
-        axes.plot(facts.places, [window[key] for window in facts.windows], ".-", label=label, color=color, linewidth=1)
+    series = (
+        ("before", _BEFORE, [window.loss_before for window in facts.windows]),
+        ("after", _AFTER, [window.loss_after for window in facts.windows]),
+    )
+    for label, color, losses in series:
+        axes.plot(facts.places, losses, ".-", label=label, color=color, linewidth=1)
     axes.set(xlabel="window", ylabel="loss", yscale="log")
     low, high = axes.get_ylim()
-    axes.yaxis.set_major_formatter("{x:g}")  # by default powers are written in mathematics, which names must not be
+    axes.yaxis.set_major_formatter(
+        "{x:g}"
+    )  # the default writes powers as mathematics, which `text.parse_math` disables
     axes.yaxis.set_minor_formatter("{x:g}" if high < _FEW_DECADES * low else "")
     axes.legend()
     return bool(facts.windows)
 
 
 def _changed(facts: Facts, axes: Axes) -> bool:
-    axes.bar(facts.places, [100 * window["changed"] for window in facts.windows], color=_AFTER)
+    axes.bar(facts.places, [100 * window.changed for window in facts.windows], color=_AFTER)
     axes.set(xlabel="window", ylabel="codes changed, %")
-    return any(window["changed"] for window in facts.windows)
+    return any(window.changed for window in facts.windows)
 
 
 def _sqnr_db(facts: Facts, axes: Axes) -> bool:
     return _table(facts.sqnr_db(), axes, "dB")
 
 
-def _scales(facts: Facts, axes: Axes) -> bool:
-    return _table(facts.scales(), axes, "channels")
+def _smoothed(facts: Facts, axes: Axes) -> bool:
+    return _table(facts.smoothed(), axes, "channels")
 
 
 def _table(values: Mapping[str, Mapping[int, float]], axes: Axes, unit: str) -> bool:
-    """A cell for each name and block."""
+    """Draw a cell for each name and block."""
     blocks = sorted({block for found in values.values() for block in found})
     if not blocks:
         return False
@@ -75,35 +84,33 @@ def _table(values: Mapping[str, Mapping[int, float]], axes: Axes, unit: str) -> 
 
 
 def _time(facts: Facts, axes: Axes) -> bool:
-    if not facts.costs:
-        return False
+    costs = {window.index + 1: window.costs for window in facts.windows if window.costs is not None}
     parts = {
-        "computing": [window["seconds"] - window["reading"] - window["writing"] for window in facts.windows],
-        "reading": [window["reading"] for window in facts.windows],
-        "writing": [window["writing"] for window in facts.windows],
+        "computing": [cost.seconds - cost.reading - cost.writing for cost in costs.values()],
+        "reading": [cost.reading for cost in costs.values()],
+        "writing": [cost.writing for cost in costs.values()],
     }
-    below = [0.0] * len(facts.places)
+    below = [0.0] * len(costs)
     for (label, seconds), color in zip(parts.items(), (_AFTER, _THIRD, _BEFORE), strict=True):
-        axes.bar(facts.places, seconds, bottom=below, label=label, color=color)
+        axes.bar(list(costs), seconds, bottom=below, label=label, color=color)
         below = [low + high for low, high in zip(below, seconds, strict=True)]
     axes.set(xlabel="window", ylabel="seconds")
     axes.legend()
-    return True
+    return bool(costs)
 
 
 def _memory(facts: Facts, axes: Axes) -> bool:
-    if not facts.costs:
-        return False
-    axes.plot(facts.places, [window["peak_rss"] / GIB for window in facts.windows], ".-", color=_THIRD, linewidth=1)
+    peaks = {window.index + 1: window.costs.peak_rss / GIB for window in facts.windows if window.costs is not None}
+    axes.plot(list(peaks), list(peaks.values()), ".-", color=_THIRD, linewidth=1)
     axes.set(xlabel="window", ylabel="peak memory, GiB")
     axes.set_ylim(bottom=0)
-    return True
+    return bool(peaks)
 
 
 def _epochs(facts: Facts, axes: Axes) -> bool:
     if not facts.epochs:
         return False
-    values = [facts.epochs[0]["loss_before"], *(epoch["loss_after"] for epoch in facts.epochs)]
+    values = [facts.epochs[0].loss_before, *(epoch.loss_after for epoch in facts.epochs)]
     axes.plot(range(len(values)), values, ".-", color=_AFTER, linewidth=1)
     axes.set_xticks(range(len(values)))
     axes.set(xlabel="epoch end to end", ylabel="divergence, nats")
@@ -112,20 +119,20 @@ def _epochs(facts: Facts, axes: Axes) -> bool:
 
 FIGURES: Mapping[str, tuple[str, Callable[[Facts, Axes], bool]]] = MappingProxyType(
     {
-        "loss": ("Loss of each window on segments that nothing learns from", _loss),
-        "sqnr_db": ("Signal to noise of the weights", _sqnr_db),
-        "changed": ("Codes that moved away from the nearest", _changed),
-        "scales": ("Channels that were rescaled for their outliers", _scales),
-        "epochs": ("Divergence from the original model's predictions", _epochs),
-        "time": ("Time of each window, and what it went to", _time),
-        "memory": ("Highest memory of the process so far", _memory),
+        "loss": ("Loss of each window on held-out segments", _loss),
+        "sqnr": ("Signal to quantization noise of the weights", _sqnr_db),
+        "changed": ("Codes that changed from nearest", _changed),
+        "smoothed": ("Channels that were rescaled", _smoothed),
+        "epochs": ("Divergence from the predictions of the original model", _epochs),
+        "time": ("Time of each window", _time),
+        "memory": ("Peak memory of the process", _memory),
     }
 )
-"""By name: the title, and who draws."""
+"""Title and drawing function of each figure, by name."""
 
 
 def figures(facts: Facts) -> Iterator[tuple[str, str, Figure]]:
-    """Name, title and figure of all that can be drawn."""
+    """Name, title and figure of everything that can be drawn."""
     with mpl.rc_context(_STYLE):
         for name, (title, draw) in FIGURES.items():
             figure = Figure(figsize=(5.2, 2.9), layout="constrained")
@@ -134,7 +141,7 @@ def figures(facts: Facts) -> Iterator[tuple[str, str, Figure]]:
 
 
 def as_svg(figure: Figure) -> str:
-    """For a page: transparent, and its text in the colour of the page's."""
+    """SVG for a page: transparent, with text in the color of the page."""
     text = io.StringIO()
     with mpl.rc_context(_STYLE):
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
@@ -146,7 +153,7 @@ def as_svg(figure: Figure) -> str:
 
 
 def as_png(figure: Figure) -> bytes:
-    """On white."""
+    """PNG on a white background."""
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=150, facecolor="white")
     return content.getvalue()

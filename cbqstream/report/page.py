@@ -1,4 +1,4 @@
-"""One HTML page that needs nothing else: the facts of a run, its pictures, and a table of its windows."""
+"""One self-contained HTML page: the facts of a run, its figures, and a table of its windows."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -21,11 +21,11 @@ pre { overflow-x: auto; font-size: .85rem; } summary { cursor: pointer; margin: 
 
 
 def page(facts: Facts, pictures: Iterable[tuple[str, str]]) -> str:
-    """The page.
+    """The page, as HTML.
 
     Args:
-        facts: what it shows.
-        pictures: title and SVG of each.
+        facts: facts of the run.
+        pictures: title and SVG of each figure.
     """
     rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in facts.rows())
     drawn = "".join(f"<figure><h2>{escape(title)}</h2>{svg}</figure>" for title, svg in pictures)
@@ -35,7 +35,7 @@ def page(facts: Facts, pictures: Iterable[tuple[str, str]]) -> str:
     if facts.recipe is not None:
         parts.append(_folded("Settings", f"<pre>{escape(facts.recipe)}</pre>"))
     if facts.identity is not None:
-        parts.append(_folded("Identity", f"<pre>{escape(json.dumps(facts.identity, indent=1))}</pre>"))
+        parts.append(_folded("Identity", f"<pre>{escape(json.dumps(facts.identity.to_dict(), indent=1))}</pre>"))
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
     title = f"<title>{escape(facts.name)}</title><style>{_STYLE}</style>"
     return f'<!doctype html><html lang="en"><head>{head}{title}</head><body>{"".join(parts)}</body></html>\n'
@@ -46,16 +46,15 @@ def _folded(title: str, content: str) -> str:
 
 
 def _windows(facts: Facts) -> str:
-    costs = ["seconds", "reading", "writing"] if facts.costs else []
-    lines = [_line("th", ["window", "blocks", "loss before", "loss after", "changed", *costs, "reverted"])]
+    measured = any(window.costs is not None for window in facts.windows)
+    times = ["seconds", "reading", "writing"] if measured else []
+    lines = [_line("th", ["window", "blocks", "loss before", "loss after", "changed", *times, "reverted"])]
     for window in facts.windows:
-        first, stop = window["blocks"]
-        figures = [f"{window[key]:.4g}" for key in ("loss_before", "loss_after")]
-        spent = [f"{window[key]:.1f}" for key in costs]
-        blocks, changed = f"{first}-{stop - 1}", f"{window['changed']:.2%}"
-        lines.append(
-            _line("td", [str(window["window"] + 1), blocks, *figures, changed, *spent, window["reverted"] or ""])
-        )
+        losses = [f"{loss:.4g}" for loss in (window.loss_before, window.loss_after)]
+        cost = window.costs
+        spent = [] if cost is None else [f"{value:.1f}" for value in (cost.seconds, cost.reading, cost.writing)]
+        blocks, changed = f"{window.start}-{window.stop - 1}", f"{window.changed:.2%}"
+        lines.append(_line("td", [str(window.index + 1), blocks, *losses, changed, *spent, window.reverted or ""]))
     return "".join(lines)
 
 

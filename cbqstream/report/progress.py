@@ -1,4 +1,4 @@
-"""Progress of a run: one line per finished window and, on a terminal, a line below them that says what is being done now."""
+"""Progress of a run: one line per finished window and, on a terminal, a live line that says what is being done."""
 
 import json
 import time
@@ -14,12 +14,12 @@ from rich.text import Text
 
 from cbqstream.disk import open_log
 from cbqstream.errors import StorageError
-from cbqstream.records import EpochReport, RunWarning, WindowReport
+from cbqstream.records import Costs, EpochReport, RunWarning, WindowReport
 from cbqstream.runtime.memory import GIB, resident_bytes
 
 
 def duration(seconds: float) -> str:
-    """`45s`, `12m03s` or `2h41m`."""
+    """A duration as `45s`, `12m03s` or `2h41m`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"
@@ -28,34 +28,38 @@ def duration(seconds: float) -> str:
 
 def window_line(report: WindowReport, remaining: float) -> str:
     """The line of a finished window; `remaining` is in seconds."""
-    window = report.window
+    costs = report.costs
     return (
-        f"window {window.index + 1}/{report.num_windows}  blocks {window.start}-{window.stop - 1}"
+        f"window {report.index + 1}/{report.num_windows}  blocks {report.start}-{report.stop - 1}"
         f"  loss {report.loss_before:.3g} -> {report.loss_after:.3g}  changed {report.changed:.1%}"
-        f"  {report.seconds:.0f} s, {_bound(report)}  RAM {report.peak_rss / GIB:.2f} GiB"
-        f"{f'  VRAM {report.peak_vram / GIB:.2f} GiB' if report.peak_vram else ''}  ETA {duration(remaining)}"
+        f"{'' if costs is None else _window_costs(costs)}  ETA {duration(remaining)}"
         f"{f'  reverted: {report.reverted}' if report.reverted else ''}"
     )
 
 
-def _bound(report: WindowReport) -> str:
-    """What took most of a window's time, and how much of it."""
-    computing = report.seconds - report.reading - report.writing
-    parts = {"computing": computing, "reading": report.reading, "writing": report.writing}
+def _window_costs(costs: Costs) -> str:
+    """Time and memory of a window, and what took most of the time."""
+    parts = {
+        "computing": costs.seconds - costs.reading - costs.writing,
+        "reading": costs.reading,
+        "writing": costs.writing,
+    }
     most = max(parts, key=lambda name: parts[name])
-    return f"{parts[most] / max(report.seconds, 1e-9):.0%} {most}"
+    share = f"{parts[most] / max(costs.seconds, 1e-9):.0%} {most}"
+    vram = f"  VRAM {costs.peak_vram / GIB:.2f} GiB" if costs.peak_vram else ""
+    return f"  {costs.seconds:.0f} s, {share}  RAM {costs.peak_rss / GIB:.2f} GiB{vram}"
 
 
 def epoch_line(report: EpochReport) -> str:
-    """The line of a finished epoch of learning end to end."""
-    return (
-        f"end to end {report.epoch + 1}/{report.num_epochs}  divergence {report.loss_before:.3g} -> {report.loss_after:.3g}"
-        f"  {report.seconds:.0f} s  RAM {report.peak_rss / GIB:.2f} GiB"
-    )
+    """The line of a finished epoch of the end-to-end stage."""
+    costs = report.costs
+    spent = "" if costs is None else f"  {costs.seconds:.0f} s  RAM {costs.peak_rss / GIB:.2f} GiB"
+    losses = f"{report.loss_before:.3g} -> {report.loss_after:.3g}"
+    return f"end to end {report.epoch + 1}/{report.num_epochs}  divergence {losses}{spent}"
 
 
 class Progress(AbstractContextManager["Progress"]):
-    """A listener of the pipeline that prints, and appends each window and epoch to a JSON-lines file if one is given."""
+    """A listener of the pipeline that prints events, and appends each report to a JSON-lines file if one is given."""
 
     def __init__(self, console: Console, log_json: Path | None = None) -> None:
         self._console = console
@@ -84,7 +88,7 @@ class Progress(AbstractContextManager["Progress"]):
     def __call__(self, event: str | WindowReport | EpochReport | RunWarning) -> None:
         """Show an event."""
         if isinstance(event, RunWarning):
-            self._console.print(f"note: {event.text}", highlight=False, soft_wrap=True, markup=False)
+            self._console.print(f"warning: {event.text}", highlight=False, soft_wrap=True, markup=False)
             return
         if isinstance(event, str):
             self._doing, self._since = event, time.monotonic()
@@ -103,6 +107,7 @@ class Progress(AbstractContextManager["Progress"]):
         return Text(f"{self._doing}  {lasting}  RAM {resident_bytes() / GIB:.2f} GiB", style="dim")
 
     def _window_line(self, report: WindowReport) -> str:
-        self._seconds.append(report.seconds)
-        left = report.num_windows - report.window.index - 1
-        return window_line(report, left * sum(self._seconds) / len(self._seconds))
+        if report.costs is not None:
+            self._seconds.append(report.costs.seconds)
+        left = report.num_windows - report.index - 1
+        return window_line(report, left * sum(self._seconds) / max(1, len(self._seconds)))

@@ -1,64 +1,53 @@
-"""What a run directory says of its run, for people."""
+"""The state of a run as lines of text."""
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
+from cbqstream.records import EpochReport, WindowReport
 from cbqstream.report.progress import duration
+from cbqstream.rundir.chain import Chain
 
 
-def status_lines(
-    run: Path, content: Mapping[str, Any], commits: Sequence[Mapping[str, Any]], *, has_result: bool = False
-) -> list[str]:
+def status_lines(chain: Chain, *, has_result: bool = False) -> list[str]:
     """The lines of `cbqstream status`.
 
     Args:
-        run: the run directory.
-        content: of its run.json.
-        commits: records of what is done, in order.
-        has_result: whether the model is put together.
+        chain: the run.
+        has_result: whether the model is assembled.
     """
-    config, windows, epochs = content["config"], content["windows"], content["epochs"]
-    reports = [commit["report"] for commit in commits]
-    lines = [f"{config['model']} -> {config['out']}", f"windows done: {len(reports[:windows])} of {windows}"]
-    for index, report in enumerate(reports[:windows]):
-        first, stop = report["blocks"]
-        reverted = f"  reverted: {report['reverted']}" if report["reverted"] else ""
-        lines.append(f"  window {index + 1}  blocks {first}-{stop - 1}  loss {_change(report)}{reverted}")
-    if epochs:
-        lines.append(f"epochs end to end done: {len(reports[windows:])} of {epochs}")
-    for index, report in enumerate(reports[windows:]):
-        lines.append(f"  epoch {index + 1}  divergence {_change(report)}")
-    before = content["identity"]["numerics"]
-    for index, commit in enumerate(commits):
-        if commit["numerics"] != before:
-            lines.append(f"from commit {index + 1} on with other numerics: {_difference(before, commit['numerics'])}")
-        before = commit["numerics"]
-    if len(reports) < windows + epochs:
-        lines.append(f"time left: {_left(reports[:windows], windows)}")
-        if epochs:
-            lines[-1] += f", and for the epochs {_left(reports[windows:], epochs)}"
-        lines.append(
-            f"a process that was stopped in a window does that window again; go on with: cbqstream resume {run}"
-        )
+    run, windows, epochs = chain.run, chain.window_reports, chain.epoch_reports
+    lines = [f"{run.config.model} -> {run.config.out}", f"windows done: {len(windows)} of {run.windows}"]
+    for window in windows:
+        reverted = f"  reverted: {window.reverted}" if window.reverted else ""
+        blocks = f"blocks {window.start}-{window.stop - 1}"
+        lines.append(f"  window {window.index + 1}  {blocks}  loss {_change(window)}{reverted}")
+    if run.epochs:
+        lines.append(f"epochs end to end done: {len(epochs)} of {run.epochs}")
+    lines += [f"  epoch {epoch.epoch + 1}  divergence {_change(epoch)}" for epoch in epochs]
+    before = run.identity.numerics
+    for index, commit in enumerate(chain.commits):
+        if commit.numerics != before:
+            lines.append(f"from commit {index + 1} on with other numerics: {before.changes_to(commit.numerics)}")
+        before = commit.numerics
+    if not chain.is_complete:
+        lines.append(f"time left: {_left(windows, run.windows)}")
+        if run.epochs:
+            lines[-1] += f", and for the epochs {_left(epochs, run.epochs)}"
+        lines.append(f"a window that was interrupted is repeated. To resume: cbqstream resume {chain.path}")
     elif has_result:
         lines.append("finished")
     else:
-        lines.append(f"all windows are done, the model is not put together yet: cbqstream resume {run}")
+        lines.append(f"all windows are done, the model is not assembled yet. To resume: cbqstream resume {chain.path}")
     return lines
 
 
-def _difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    changed = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
-    return ", ".join(f"{key} {before.get(key)} -> {after.get(key)}" for key in changed)
+def _change(report: WindowReport | EpochReport) -> str:
+    seconds = "" if report.costs is None else f"  {report.costs.seconds:.0f} s"
+    return f"{report.loss_before:.3g} -> {report.loss_after:.3g}{seconds}"
 
 
-def _change(report: Mapping[str, Any]) -> str:
-    return f"{report['loss_before']:.3g} -> {report['loss_after']:.3g}  {report['seconds']:.0f} s"
-
-
-def _left(reports: Sequence[Mapping[str, Any]], number: int) -> str:
-    """How long the rest of `number` such will take, by the mean of those that are done."""
-    if not reports:
+def _left(reports: Sequence[WindowReport | EpochReport], number: int) -> str:
+    """Time for the rest of `number` windows or epochs, by the mean of those that are done."""
+    costs = [report.costs for report in reports if report.costs is not None]
+    if not costs:
         return "unknown"
-    return duration((number - len(reports)) * sum(report["seconds"] for report in reports) / len(reports))
+    return duration((number - len(reports)) * sum(cost.seconds for cost in costs) / len(costs))

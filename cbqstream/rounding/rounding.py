@@ -1,57 +1,68 @@
-"""The two ways to learn rounding, and rounding to nearest, behind one interface. Formulas: `rounding/low_rank.py`, `straight_through.py`.
+"""The interface of a rounding method: what it declares, and what it computes for one linear layer.
 
-A rounding belongs to one linear layer, knows its weight and its starting grid, and computes the layer's products while it trains; when
-that is done it gives the hard weight. What it remembers between windows is its `state`.
+A `Rounding` belongs to one linear layer. It holds the layer's weight, the grid that the weight starts on, and the parameters that are
+learned. The reconstruction of a window uses this interface alone and does not know which method it has.
+
+A new method is a subclass in a file of its own and a row in `registry.py`; its settings are fields of `ReconstructionConfig`.
 """
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from cbqstream.config import ReconstructionConfig, Scheme
-from cbqstream.numerics.affine import codes_of_levels, level_range, row_tiles, storable_scale
+from cbqstream.config import ReconstructionConfig, RoundingName
+from cbqstream.numerics.affine import codes_of_levels, nearest_levels, row_tiles, storable_scale
+from cbqstream.numerics.input_statistics import InputStatistics, Statistic
 from cbqstream.records import QuantizedWeight
-from cbqstream.rounding.low_rank import LowRank
-from cbqstream.rounding.product import LearnedWeight, Nearest, learned_product, parameters_of
-from cbqstream.rounding.straight_through import Passes, StraightThrough, passes_for
+from cbqstream.rounding.cost import RoundingCost
+from cbqstream.rounding.product import rounded_linear
 from cbqstream.runtime.offload import Offloadable, OffloadedTensor
 from cbqstream.runtime.scratch import Scratch
-
-_BETA_START, _BETA_END, _WARM_UP = 20.0, 2.0, 0.2
+from cbqstream.scheme import Scheme
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingStep:
-    """Where training is."""
+    """Position of a training step within a window."""
 
     progress: float
-    """From 0 to 1 over the window."""
+    """From 0 at the first step to 1 after the last."""
     rate_left: float
-    """Share of the learning rates, from 1 to 0."""
+    """Factor of the learning rates, from 1 to 0."""
     total: int
     """Steps of the window."""
-    penalty: float
-    """What the rounding penalty of one layer counts in the loss."""
+    num_layers: int
+    """Layers that are trained together."""
 
 
-class Rounding(Offloadable):
-    """A weight on a grid whose step sizes are learned as `s = s0 * exp(theta)`. Here it is rounded to nearest, the baseline.
+class Rounding(Offloadable, ABC):
+    """A weight on a grid with learned scales, `s = s0 * exp(theta)`, and a learned choice of its codes.
 
     Args:
         w_OI: the original weight, any float dtype; kept, not copied.
         scale_OG: s0, float32.
         zero_point_OG: int8, or None if symmetric.
         scheme: how the weight is stored.
-        scratch: where weights lie for a moment.
+        scratch: buffers for weights and gradients that are needed for a moment.
     """
+
+    name: ClassVar[RoundingName]
+    """Value of `ReconstructionConfig.rounding` that selects the method."""
+    learns: ClassVar[bool] = True
+    """Whether windows are trained at all."""
+    statistics: ClassVar[frozenset[Statistic]] = frozenset()
+    """Statistics of the layer's inputs that `start` needs."""
+    learned: ClassVar[Mapping[str, bool]] = MappingProxyType({"theta": True})
+    """Names of the parameters for Adam, and whether each has a row for every row of the weight."""
 
     scale0: Tensor
     zero_point: Tensor | None
-    _carried: tuple[str, ...] = ("scale0", "zero_point", "theta")
+    theta: nn.Parameter
 
     def __init__(
         self, w_OI: Tensor, scale_OG: Tensor, zero_point_OG: Tensor | None, scheme: Scheme, scratch: Scratch
@@ -62,182 +73,138 @@ class Rounding(Offloadable):
         self.register_buffer("scale0", scale_OG)
         self.register_buffer("zero_point", zero_point_OG)
         self.theta = nn.Parameter(torch.zeros_like(scale_OG))
-        self._scratch = scratch
+        self.scratch = scratch
+
+    # What a method declares.
+
+    @classmethod
+    @abstractmethod
+    def start(
+        cls,
+        w_OI: Tensor,
+        grid: tuple[Tensor, Tensor | None],
+        scheme: Scheme,
+        config: ReconstructionConfig,
+        generator: torch.Generator,
+        scratch: Scratch,
+    ) -> Self:
+        """The rounding of a layer at the start of its first window; its hard weight is rounded to nearest.
+
+        Args:
+            w_OI: the original weight.
+            grid: scale float32 [O, G] and zero point int8 [O, G], or None if symmetric.
+            scheme: how the weight is stored.
+            config: settings.
+            generator: for random starting values.
+            scratch: buffers for weights and gradients that are needed for a moment.
+        """
+
+    @classmethod
+    def cost(cls, config: ReconstructionConfig, rows: int, columns: int) -> RoundingCost:
+        """Cost of learning the rounding of a layer with a weight [rows, columns]."""
+        return RoundingCost()
+
+    @classmethod
+    def require_runnable(cls, config: ReconstructionConfig, device: torch.device) -> None:
+        """Refuse a machine on which the method cannot run, before a run starts.
+
+        Raises:
+            UsageError: something that the method needs is missing.
+        """
+
+    @classmethod
+    def warning(cls, config: ReconstructionConfig, steps: int) -> str | None:
+        """Reason why settings do not work well with this many training steps in a window, or None."""
+        return None
+
+    # What a method computes. `rows` is a slice of the rows of the weight; the weight is in memory.
+
+    @abstractmethod
+    def soft_rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """Rows of the weight to train with, w_hat in `dtype`, in a scratch buffer that the next call overwrites."""
+
+    @abstractmethod
+    def levels(self, rows: slice, scale_OG: Tensor) -> Tensor:
+        """Levels q - z of rows of the hard weight, float32 [O, G, K], for the stored scales of these rows."""
+
+    @abstractmethod
+    def gradients(self, rows: slice, gradient_OI: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of all learned parameters of these rows, in the order of `learned`; may also apply a fused update.
+
+        Args:
+            rows: of the weight.
+            gradient_OI: gradient of the loss for w_hat of these rows.
+        """
+
+    def observe(self, statistics: InputStatistics) -> None:
+        """Use the statistics of the layer's inputs; called once, when the layer enters its first window."""
 
     def begin_step(self, step: TrainingStep) -> None:
-        """Called before every training step."""
+        """Prepare for a training step; called before every one."""
+
+    # What every method has.
 
     @torch.no_grad()
     def soft(self) -> Tensor:
-        """The weight to train with, float32 [O, I]."""
-        with self._place() as weight:
-            return weight.soft(self._learned(), torch.float32).clone()
+        """The whole weight to train with, float32 [O, I]."""
+        with self.placed():
+            return self.soft_rows(slice(0, self.weight.shape[0]), torch.float32).clone()
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """The layer's output to train with, [..., O], for an input [..., I]; differentiable in it and in what is learned."""
-        return learned_product(x, self._place, bias, *self._learned())
+        """`x @ w_hat^T + bias`, [..., O] in the dtype of x [..., I]; differentiable in x and in the learned parameters."""
+        return rounded_linear(x, self, bias, *self.learned_parameters())
 
-    def rounding_parameters(self) -> list[nn.Parameter]:
-        """The rounding's own parameters for Adam, besides `theta`."""
-        return []
+    def learned_parameters(self) -> list[Tensor]:
+        """The parameters for Adam, in the order of `learned`."""
+        return [getattr(self, name) for name in self.learned]
+
+    def rounding_parameters(self) -> list[Tensor]:
+        """The parameters for Adam besides `theta`."""
+        return [getattr(self, name) for name in self.learned if name != "theta"]
 
     @torch.no_grad()
     def harden(self) -> QuantizedWeight:
-        """The weight as it is stored and evaluated: the scale is rounded first, the codes are assigned after."""
-        scale = storable_scale(self._scale())
-        with self._place() as weight:
+        """The weight as it is stored and evaluated: the scale is rounded first, then codes are assigned."""
+        scale = self._stored_scale()
+        with self.placed():
             codes = torch.empty(self.weight.shape, dtype=torch.int8, device=self.weight.device)
             for rows in row_tiles(self.weight):
-                zero_point = None if self.zero_point is None else self.zero_point[rows]
-                codes[rows] = codes_of_levels(_levels(weight, self._learned(), scale, rows), zero_point)
+                codes[rows] = codes_of_levels(self.levels(rows, scale[rows]), self.zero_point_of(rows))
         return QuantizedWeight(codes, scale, self.zero_point, self.scheme)
 
     @torch.no_grad()
     def changed(self) -> tuple[int, int]:
-        """Codes that differ from rounding to nearest with the same scales, and all codes."""
-        scale, moved = storable_scale(self._scale()), 0
-        with self._place() as weight:
-            nearest = self._nearest(scale)
+        """Number of codes that differ from rounding to nearest with the same scales, and number of all codes."""
+        scale, moved = self._stored_scale(), 0
+        with self.placed():
             for rows in row_tiles(self.weight):
-                levels = _levels(weight, self._learned(), scale, rows)
-                moved += int((levels != _levels(nearest, [self.theta], scale, rows)).sum())
+                nearest = nearest_levels(self.weight[rows], scale[rows], self.zero_point_of(rows), self.scheme)
+                moved += int((self.levels(rows, scale[rows]) != nearest).sum())
         return moved, self.weight.numel()
 
     def state(self) -> dict[str, Tensor]:
-        """What a window that follows needs to go on, by name, besides `large_state`. Copies."""
-        values = {name: getattr(self, name) for name in self._carried}
+        """Copies of what the next window needs, by name, besides `large_state`."""
+        values = {name: getattr(self, name) for name in ("scale0", "zero_point", *self.learned)}
         return {name: value.detach().clone() for name, value in values.items() if value is not None}
 
     def large_state(self) -> dict[str, Tensor | OffloadedTensor]:
-        """The part of it that is of the size of the weight, itself, or where it lies; without what is as it was at the start."""
+        """The part of the state that is of the size of the weight, not copied; without what has not changed since `start`."""
         return {}
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """The inverse of `state`."""
+        """Restore what `state` and `large_state` gave."""
         with self.placed():
             for name, value in state.items():
                 getattr(self, name).copy_(value)
 
-    def _scale(self) -> Tensor:
-        return self.scale0 * self.theta.exp()
+    def scale_of(self, rows: slice) -> Tensor:
+        """Learned scales s0 exp(theta) of rows, float32 [O, G]."""
+        return self.scale0[rows] * self.theta[rows].exp()
 
-    @contextmanager
-    def _place(self) -> Iterator[LearnedWeight]:
-        """The weight that is learned, in memory for the length of a `with`."""
-        with self.placed():
-            yield self._weight()
+    def zero_point_of(self, rows: slice) -> Tensor | None:
+        """Zero points of rows, int8 [O, G]; None if symmetric."""
+        return None if self.zero_point is None else self.zero_point[rows]
 
-    def _weight(self) -> LearnedWeight:
-        return self._nearest(self.scale0)
-
-    def _nearest(self, scale_OG: Tensor) -> Nearest:
-        return Nearest(self.weight, scale_OG, self.zero_point, self.scheme, self._scratch)
-
-    def _learned(self) -> list[Tensor]:
-        """The parameters of `_weight`."""
-        return [self.theta]
-
-
-def _levels(weight: LearnedWeight, parameters: Sequence[Tensor], scale_OG: Tensor, rows: slice) -> Tensor:
-    """Levels q - z of some rows with stored scales, float32 [O, G, K]."""
-    return weight.part(rows).levels(parameters_of(weight, parameters, rows), scale_OG[rows])
-
-
-class FullRounding(Rounding):
-    """One value per weight, moved by sign-SGD inside the backward pass: two bytes a weight and no optimizer state."""
-
-    v: Tensor
-    large = ("weight", "v")
-
-    def __init__(
-        self,
-        w_OI: Tensor,
-        scale_OG: Tensor,
-        zero_point_OG: Tensor | None,
-        scheme: Scheme,
-        scratch: Scratch,
-        max_shift: float,
-        passes: Passes,
-    ) -> None:
-        super().__init__(w_OI, scale_OG, zero_point_OG, scheme, scratch)
-        self.register_buffer("v", torch.zeros_like(w_OI, dtype=torch.float16))
-        self._max_shift = max_shift
-        self._passes = passes
-        self._step = 0.0
-
-    def begin_step(self, step: TrainingStep) -> None:
-        self._step = 2 * self._max_shift / step.total * step.rate_left
-
-    def _weight(self) -> LearnedWeight:
-        bounds = level_range(self.scheme, self.zero_point)
-        return StraightThrough(self.weight, self.scale0, self.v, *bounds, self._step, self._passes, self._scratch)
-
-    def large_state(self) -> dict[str, Tensor | OffloadedTensor]:
-        """See `Rounding`."""
-        with self.placed():
-            moved = bool(self.v.any())
-        return {"v": self.page("v") or self.v} if moved else {}
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """The inverse of `state`."""
-        super().load(state)
-        if "v" not in state:
-            with self.placed():
-                self.v.zero_()
-
-
-class LowRankRounding(Rounding):
-    """AdaRound with a low-rank offset to the starting logits; trained by Adam, driven to 0 or 1 by the penalty."""
-
-    _carried = (*Rounding._carried, "a1", "a2")
-
-    def __init__(
-        self,
-        w_OI: Tensor,
-        scale_OG: Tensor,
-        zero_point_OG: Tensor | None,
-        scheme: Scheme,
-        scratch: Scratch,
-        rank: int,
-        generator: torch.Generator,
-    ) -> None:
-        super().__init__(w_OI, scale_OG, zero_point_OG, scheme, scratch)
-        start = torch.randn(w_OI.shape[0], rank, generator=generator).to(w_OI.device) / math.sqrt(rank)
-        self.a1 = nn.Parameter(start)
-        self.a2 = nn.Parameter(torch.zeros(rank, w_OI.shape[1], device=w_OI.device))
-        self._beta, self._penalty = _BETA_START, 0.0
-
-    def begin_step(self, step: TrainingStep) -> None:
-        annealed = max(0.0, (step.progress - _WARM_UP) / (1 - _WARM_UP))
-        self._beta = _BETA_START + (_BETA_END - _BETA_START) * annealed
-        self._penalty = step.penalty
-
-    def _weight(self) -> LearnedWeight:
-        bounds = level_range(self.scheme, self.zero_point)
-        penalty = self._penalty / self.weight.numel()
-        return LowRank(self.weight, self.scale0, *bounds, self._beta, penalty, self._scratch)
-
-    def _learned(self) -> list[Tensor]:
-        return [self.theta, self.a1, self.a2]
-
-    def rounding_parameters(self) -> list[nn.Parameter]:
-        return [self.a1, self.a2]
-
-
-def make_rounding(
-    w_OI: Tensor,
-    scale_OG: Tensor,
-    zero_point_OG: Tensor | None,
-    scheme: Scheme,
-    config: ReconstructionConfig,
-    generator: torch.Generator,
-    scratch: Scratch,
-) -> Rounding:
-    """The rounding that the settings ask for, at round-to-nearest."""
-    grid = (scale_OG, zero_point_OG, scheme, scratch)
-    if config.rounding == "signround":
-        return FullRounding(w_OI, *grid, config.max_shift, passes_for(config.kernels, w_OI.device))
-    if config.rounding == "lora_rounding":
-        return LowRankRounding(w_OI, *grid, config.rounding_rank, generator)
-    return Rounding(w_OI, *grid)
+    def _stored_scale(self) -> Tensor:
+        return storable_scale(self.scale0 * self.theta.exp())

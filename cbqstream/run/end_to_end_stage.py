@@ -1,9 +1,8 @@
-"""The stage after the last window: the step sizes of the whole model learn end to end, a commit an epoch.
+"""The stage after the last window: the scales of the whole model are trained end to end, one commit per epoch.
 
-Each epoch carries what was learned to the next; the last one writes the shards of all blocks again, with the same codes.
+Each epoch leaves what it learned to the next one. The last epoch writes the shards of all blocks again, with the same codes.
 """
 
-import time
 from collections.abc import Callable, Iterator
 
 import torch
@@ -14,34 +13,36 @@ from cbqstream.disk import FileDigest
 from cbqstream.models.embedding_and_head import load_embedding_and_head
 from cbqstream.packed.block_shard import read_scales, rewrite_scales
 from cbqstream.packed.shard import write_tensors
-from cbqstream.records import EpochReport
-from cbqstream.run.finished import FinishedBlocks, read_carry
+from cbqstream.records import Costs, EpochReport
+from cbqstream.run.finished import FinishedBlocks, read_window_state
 from cbqstream.run.inputs import RunInputs
 from cbqstream.run.streams import Streams
-from cbqstream.rundir.chain import CARRY, REFERENCE
+from cbqstream.rundir.chain import REFERENCE, WINDOW_STATE
 from cbqstream.rundir.journal import Journal
 from cbqstream.runtime.device import peak_device_bytes
 from cbqstream.runtime.memory import peak_resident_bytes, release_free_memory
 from cbqstream.runtime.seeds import generator_for
+from cbqstream.runtime.timings import Timings
 from cbqstream.windows.schedule import split_held_out
 from cbqstream.windows.step_sizes import EndToEndData, StepSizes, StreamedModel, stored_divergence, train_epoch
 
 
-def learn_end_to_end(
-    inputs: RunInputs, journal: Journal, streams: Streams, tell: Callable[[str], None]
+def train_end_to_end(
+    inputs: RunInputs, journal: Journal, streams: Streams, timings: Timings, tell: Callable[[str], None]
 ) -> Iterator[EpochReport]:
-    """Do the epochs that are not committed yet, after the windows, which all are.
+    """Run the epochs that are not committed yet; all windows must be committed.
 
     Args:
-        inputs: of the run.
-        journal: of the run.
-        streams: the reference stream lies where the last window left it.
-        tell: told what is being done.
+        inputs: inputs of the run.
+        journal: journal of the run.
+        streams: streams of the run; the last window left the reference stream.
+        timings: timings of the run.
+        tell: called with a line about what is being done.
     """
     num_windows, num_epochs, compute = len(inputs.windows), inputs.num_epochs, inputs.compute
     if journal.chain.is_complete:
         return
-    journal.chain.require_intact(*journal.chain.shards())  # what is written again would hide a damage
+    journal.chain.require_intact(*journal.chain.shards())  # rewriting a damaged shard would hide the damage
     blocks = FinishedBlocks(inputs, journal.chain)
     steps = _starting_steps(inputs, journal, blocks)
     journal.empty_tmp()
@@ -52,22 +53,23 @@ def learn_end_to_end(
         data = EndToEndData(lambda segment: outer.embed(inputs.tokens[segment]), reference)
         model = StreamedModel(blocks.build, streams.arguments, steps, outer.head, compute)
         for epoch in range(journal.chain.next_window - num_windows, num_epochs):
-            began = time.monotonic()
+            began = timings.now()
             tell(f"end to end, epoch {epoch + 1}/{num_epochs}")
             journal.new_folder("parts")
             before, after = _epoch(inputs, model, data, epoch)
             release_free_memory()
             last = epoch + 1 == num_epochs
-            parts = _write_shards(inputs, journal, blocks, steps) if last else _write_carry(inputs, journal, steps)
-            seconds = time.monotonic() - began
-            peaks = peak_resident_bytes(), peak_device_bytes(compute.device)
-            report = EpochReport(epoch, num_epochs, before, after, seconds, *peaks)
-            inputs.commit(journal, parts=parts, acts=None, report=report)
+            parts = _write_shards(inputs, journal, blocks, steps) if last else _write_state(inputs, journal, steps)
+            spent, rss, vram = timings.now().since(began), peak_resident_bytes(), peak_device_bytes(compute.device)
+            costs = Costs(spent.time, rss, spent.reading, spent.writing, vram)
+            report = EpochReport(epoch, num_epochs, before, after, costs)
+            read, numerics = inputs.source.take_digests(), inputs.identity.numerics
+            journal.commit(parts=parts, acts=None, source=read, numerics=numerics, report=report)
             yield report
 
 
 def _epoch(inputs: RunInputs, model: StreamedModel, data: EndToEndData, epoch: int) -> tuple[float, float]:
-    """Train, and judge by the held-out segments: the divergence before and after. What was not better is reverted."""
+    """Train one epoch; revert it if the divergence on the held-out segments increased. Divergence before and after."""
     settings = inputs.config.reconstruction
     training, held_out = split_held_out(len(inputs.tokens))
     learned = [steps.theta for block in model.steps for steps in block.values()]
@@ -86,11 +88,11 @@ def _epoch(inputs: RunInputs, model: StreamedModel, data: EndToEndData, epoch: i
 
 
 def _starting_steps(inputs: RunInputs, journal: Journal, blocks: FinishedBlocks) -> list[dict[str, StepSizes]]:
-    """The step sizes of every block that learn, with what the epochs before learned: not those of experts that saw too little."""
-    carry = Checkpoint({})
-    undersampled = {path for commit in journal.chain.commits for path in commit["report"].get("undersampled", ())}
+    """Scales of every block that are trained, as earlier epochs left them; not those of undersampled experts."""
+    learned = Checkpoint({})
+    undersampled = {path for report in journal.chain.window_reports for path in report.undersampled}
     if journal.chain.next_window > len(inputs.windows):
-        carry = read_carry(journal.chain)
+        learned = read_window_state(journal.chain)
     device, all_steps = inputs.compute.device, []
     for spec in inputs.meta_model.blocks:
         shard, steps = blocks.shard(spec.index), {}
@@ -100,24 +102,24 @@ def _starting_steps(inputs: RunInputs, journal: Journal, blocks: FinishedBlocks)
             if stored not in scales or f"{spec.prefix}.{name}" in undersampled:
                 continue
             steps[name] = StepSizes.at(scales[stored])
-            if stored in carry.infos:
-                steps[name] = StepSizes(scales[stored], nn.Parameter(carry.read(stored, device=device)))
+            if stored in learned.infos:
+                steps[name] = StepSizes(scales[stored], nn.Parameter(learned.read(stored, device=device)))
         all_steps.append(steps)
     return all_steps
 
 
-def _write_carry(inputs: RunInputs, journal: Journal, all_steps: list[dict[str, StepSizes]]) -> dict[str, FileDigest]:
-    """What was learned, for the next epoch."""
-    carry: dict[str, Tensor] = {}
+def _write_state(inputs: RunInputs, journal: Journal, all_steps: list[dict[str, StepSizes]]) -> dict[str, FileDigest]:
+    """Write what was learned, for the next epoch."""
+    state: dict[str, Tensor] = {}
     for spec, steps in zip(inputs.meta_model.blocks, all_steps, strict=True):
-        carry |= {spec.stored(name): of_layer.theta for name, of_layer in steps.items()}
-    return {CARRY: write_tensors(journal.disk, journal.building / "parts" / CARRY, carry)}
+        state |= {spec.stored(name): of_layer.theta for name, of_layer in steps.items()}
+    return {WINDOW_STATE: write_tensors(journal.disk, journal.building / "parts" / WINDOW_STATE, state)}
 
 
 def _write_shards(
     inputs: RunInputs, journal: Journal, blocks: FinishedBlocks, all_steps: list[dict[str, StepSizes]]
 ) -> dict[str, FileDigest]:
-    """The shards with the step sizes that were learned."""
+    """Write the shards with the learned scales."""
     parts = {}
     for spec, steps in zip(inputs.meta_model.blocks, all_steps, strict=True):
         shard = blocks.shard(spec.index)

@@ -1,11 +1,10 @@
-"""The finished model, put together from the shards of its blocks and the rest of the source."""
+"""The finished model, assembled from the shards of its blocks and the rest of the source."""
 
 import re
 from pathlib import Path
 
 import torch
 
-from cbqstream.config import LayerSchemes, path_pattern
 from cbqstream.disk import FileDigest
 from cbqstream.errors import IdentityError
 from cbqstream.numerics.scale_search import search_grid
@@ -13,24 +12,26 @@ from cbqstream.packed.block_shard import write_head
 from cbqstream.packed.format import quantization_config
 from cbqstream.packed.output import assemble, building_folder
 from cbqstream.report.card import CARD, METRICS, metrics_lines, model_card
-from cbqstream.rounding.rounding import Rounding
-from cbqstream.run.inputs import RunInputs, head_scheme
+from cbqstream.rounding.nearest import Nearest
+from cbqstream.run.inputs import RunInputs
+from cbqstream.run.layer_schemes import head_scheme
 from cbqstream.rundir.journal import Journal
 from cbqstream.runtime.scratch import Scratch
+from cbqstream.scheme import LayerSchemes, path_pattern
 
 
 def write_result(inputs: RunInputs, journal: Journal, out: Path) -> None:
-    """Write the folder `out` of a run whose windows and epochs are all done.
+    """Write the folder `out` of a run whose windows and epochs are all committed.
 
     Raises:
         IdentityError: the source changed since the run began.
-        StorageError: it cannot be written.
+        StorageError: the folder cannot be written.
     """
     journal.empty_tmp()
     config, committed = inputs.config, journal.chain.expected_parts()
-    shards = {shard: committed[shard][1] for shard in journal.chain.shards()}
+    shards = {shard: committed[shard].sha256 for shard in journal.chain.shards()}
     journal.chain.require_intact(*shards)
-    if inputs.source.fingerprint() != inputs.identity["source"]["weights"]:
+    if inputs.source.fingerprint() != inputs.identity.source_weights:
         raise IdentityError(f"{config.model}: the weights changed since this run began. Restore them.")
     last = len(inputs.meta_model.blocks) - config.keep_last
     quantized = inputs.meta_model.blocks[config.keep_first : last]
@@ -46,20 +47,20 @@ def write_result(inputs: RunInputs, journal: Journal, out: Path) -> None:
         path, name = inputs.meta_model.head
         written, digest = _write_head(inputs, journal, name)
         shards[written] = digest.sha256
-        # a target of its own: engines do not count a head among the linear layers
+        # the head is a target of its own: engines do not count it among the linear layers
         schemes = LayerSchemes(
             schemes.default, (*schemes.others, (re.escape(path), head_scheme(config, inputs.meta_model)))
         )
     assemble(
         journal.disk,
         out,
-        building_folder(out, journal.chain.run["self"]),
+        building_folder(out, journal.chain.run.digest),
         source_folder=Path(config.model),
         source=inputs.source,
         shards=shards,
         replaced={name for spec in quantized for name in spec.tensors.values()} | {name for _, name in head},
         config={**inputs.model, "quantization_config": quantization_config(schemes, not_quantized)},
-        texts=_told(inputs, journal),
+        texts=_texts(inputs, journal),
     )
 
 
@@ -67,13 +68,12 @@ def _write_head(inputs: RunInputs, journal: Journal, name: str) -> tuple[Path, F
     weight = inputs.source.read(name, device=inputs.compute.device)
     scheme = head_scheme(inputs.config, inputs.meta_model)
     grid = search_grid(weight, torch.ones(weight.shape[1], device=weight.device), scheme)
-    hard = Rounding(weight, *grid, scheme, Scratch()).harden()
+    hard = Nearest(weight, *grid, scheme, Scratch()).harden()
     return write_head(journal.disk, journal.building, name, hard, inputs.source.infos[name].dtype)
 
 
-def _told(inputs: RunInputs, journal: Journal) -> dict[str, str]:
-    """What the result says of itself."""
+def _texts(inputs: RunInputs, journal: Journal) -> dict[str, str]:
+    """Model card and metrics of the result."""
     original, chain = Path(inputs.config.model) / CARD, journal.chain
-    reports = [commit["report"] for commit in chain.commits]
     text = original.read_text(encoding="utf-8", errors="replace") if original.is_file() else ""
-    return {CARD: model_card(chain.run, reports, text), METRICS: metrics_lines(reports)}
+    return {CARD: model_card(chain, text), METRICS: metrics_lines(chain.reports)}

@@ -1,48 +1,94 @@
-"""What a run is: the content of its inputs, its settings, and the numerics it depends on. Paths are not part of it."""
+"""Identity of a run: the content of its inputs, its settings, and the numerics that its results depend on. Paths are not part of it."""
 
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from cbqstream.config import QuantizeConfig
 from cbqstream.errors import IdentityError
+from cbqstream.records import Numerics
 
 FORMAT = 4
-"""Of the run directory."""
+"""Format of the run directory."""
 ALGORITHM = 5
 """Raised when the same settings give other numbers."""
 
 _NOT_IDENTITY = ("model", "out", "run_dir", "device", "threads", "max_ram", "max_vram")
 
 
-def identity(
-    config: QuantizeConfig, *, model: Mapping[str, Any], weights: str, tokens: str, numerics: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The identity of a run as nested plain values.
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What must be equal for a run to be continued."""
 
-    Args:
-        config: its settings.
-        model: content of the source's config.json.
-        weights: fingerprint of the source's tensors.
-        tokens: digest of the calibration segments.
-        numerics: see `numerics_class`.
-    """
-    settings = {key: value for key, value in config.to_dict().items() if key not in _NOT_IDENTITY}
-    settings["calibration"].pop("dataset")
-    return {
-        "format": FORMAT,
-        "algorithm": ALGORITHM,
-        "source": {"config": digest_of(dict(model)), "weights": weights},
-        "calibration": {"tokens": tokens},
-        "settings": settings,
-        "numerics": dict(numerics),
-    }
+    format: int
+    algorithm: int
+    source_config: str
+    """SHA-256 of the content of the source's config.json, in canonical JSON."""
+    source_weights: str
+    """Fingerprint of the source's tensors, see `Checkpoint.fingerprint`."""
+    tokens: str
+    """Digest of the calibration segments."""
+    settings: Mapping[str, Any]
+    """Settings as nested plain values."""
+    numerics: Numerics
+
+    @classmethod
+    def of(
+        cls, config: QuantizeConfig, *, model: Mapping[str, Any], weights: str, tokens: str, numerics: Numerics
+    ) -> Self:
+        """The identity of a run.
+
+        Args:
+            config: settings of the run.
+            model: content of the source's config.json.
+            weights: fingerprint of the source's tensors.
+            tokens: digest of the calibration segments.
+            numerics: what results depend on besides inputs and settings.
+        """
+        settings = {key: value for key, value in config.to_dict().items() if key not in _NOT_IDENTITY}
+        settings["calibration"].pop("dataset")
+        return cls(FORMAT, ALGORITHM, digest_of(dict(model)), weights, tokens, settings, numerics)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values."""
+        return {
+            "format": self.format,
+            "algorithm": self.algorithm,
+            "source": {"config": self.source_config, "weights": self.source_weights},
+            "calibration": {"tokens": self.tokens},
+            "settings": dict(self.settings),
+            "numerics": asdict(self.numerics),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`.
+
+        Raises:
+            KeyError: a field is missing.
+            TypeError: a field is unknown, or has another type.
+        """
+        source, calibration = values["source"], values["calibration"]
+        return cls(
+            values["format"],
+            values["algorithm"],
+            source["config"],
+            source["weights"],
+            calibration["tokens"],
+            dict(values["settings"]),
+            Numerics(**values["numerics"]),
+        )
+
+    def with_numerics(self, numerics: Numerics) -> Self:
+        """The identity with other numerics."""
+        return replace(self, numerics=numerics)
 
 
 def canonical(value: Any) -> bytes:
-    """The one JSON text of a value."""
+    """The canonical JSON text of a value: sorted keys, no spaces, ASCII."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
 
 
@@ -51,13 +97,13 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(canonical(value)).hexdigest()
 
 
-def require_same(run: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Refuse to go on with a run that is another one.
+def require_same(run: Path, old: Identity, new: Identity) -> None:
+    """Refuse to continue a run with another identity.
 
     Raises:
-        IdentityError: naming each field that differs, old -> new.
+        IdentityError: the two differ; the message names each field that does, as `field: old -> new`.
     """
-    before, after = _flat(old), _flat(new)
+    before, after = _flat(old.to_dict()), _flat(new.to_dict())
     changed = [
         f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
         for key in sorted(before.keys() | after.keys())
@@ -66,7 +112,7 @@ def require_same(run: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     if changed:
         others = "Restore them, or use another --run-dir"
         if all(field.startswith("numerics.") for field in changed):
-            others += ", or go on with --allow-numerics-change: the result is then that of neither machine"
+            others += ", or continue with --allow-numerics-change: the result is then that of neither machine"
         raise IdentityError(f"{run}: this run has other inputs or settings ({'; '.join(changed)}). {others}.")
 
 

@@ -1,10 +1,10 @@
-"""The run directory: a chain of commits, one per window.
+"""The run directory as it is written: a chain of commits, one per window.
 
-    RUN/LOCK  run.json  commits/00000 ...  parts/00000/{block-*.safetensors, carry.safetensors}  acts/00001/{reference, quantized}  tmp/
+    RUN/LOCK  run.json  commits/00000 ...  parts/00000/{block-*.safetensors, state.safetensors}  acts/00001/{reference, quantized}  tmp/
 
 What no commit names does not exist; nothing is overwritten; parts are truth, activations are cache. A window is built in tmp/, made
-durable, checked, renamed into place, and only then named by a commit, which is itself a rename. So a process that is killed anywhere
-leaves the state before the window or the state after it, and what is left lying is deleted at the next start, under the lock.
+durable, checked, renamed into place, and only then named by a commit, which is itself a rename. So a process that is killed at any point
+leaves the state before the window or the state after it. What is left over is deleted at the next start, under the lock.
 """
 
 import json
@@ -13,22 +13,23 @@ import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
 from cbqstream.disk import Disk, FileDigest
 from cbqstream.errors import IdentityError, InputError, StoppedError, StorageError, UsageError
-from cbqstream.rundir.chain import CARRIES_KEPT, CARRY, RESTORE, Chain, numbered, sealed
-from cbqstream.rundir.identity import FORMAT, canonical
+from cbqstream.records import EpochReport, Numerics, WindowReport
+from cbqstream.rundir.chain import RESTORE, STATES_KEPT, WINDOW_STATE, Chain, numbered
+from cbqstream.rundir.identity import canonical
+from cbqstream.rundir.records import Checksums, Commit, RunRecord
 
 _FOLDERS = ("commits", "parts", "acts", "tmp")
 _ROLLBACK = "ROLLBACK"
-"""While this is there, the commits from the one that it names on are being deleted."""
+"""While this file exists, the commits from the one that it names on are being deleted."""
 
 
 class Journal:
-    """A run directory that changes. `open_journal` gives it, with the lock held."""
+    """A run directory that changes. Made by `open_journal`, with the lock held."""
 
     def __init__(self, chain: Chain, disk: Disk) -> None:
         self.chain = chain
@@ -36,7 +37,7 @@ class Journal:
 
     @property
     def building(self) -> Path:
-        """Where the next window is built: it has the folders `parts` and `acts`."""
+        """Folder in which the next window is built: it has the folders `parts` and `acts`."""
         return self.chain.path / "tmp"
 
     def new_folder(self, name: str) -> None:
@@ -44,35 +45,39 @@ class Journal:
         self.disk.make_folder(self.building / name)
 
     def empty_tmp(self) -> None:
-        """Start to build a window."""
+        """Delete what is in tmp/, before a window is built."""
         self.disk.remove_tree(self.building)
         self.disk.make_folder(self.building)
 
     def clean(self) -> None:
-        """Delete what no commit names: the remains of a process that was stopped."""
+        """Delete what no commit names: the remains of a process that was stopped.
+
+        Raises:
+            InputError: a file that is not of a run is in the way.
+        """
         self.empty_tmp()
         keep = {
             "parts": {numbered(index) for index in range(self.chain.next_window)},
             "acts": self.chain.acts_to_keep(),
         }
         for folder, names in keep.items():
-            if not (self.chain.path / folder).exists():  # somebody thought that it could go
+            if not (self.chain.path / folder).exists():  # deleted by a user
                 self.disk.make_folder(self.chain.path / folder)
             for entry in sorted((self.chain.path / folder).iterdir()):
                 if not entry.name.isdigit():
                     raise InputError(entry, "does not belong in a run directory. Move it away.")
                 if entry.name not in names:
                     self.disk.remove_tree(entry)
-        self._drop_old_carries()
+        self._drop_old_states()
 
-    def _drop_old_carries(self) -> None:
-        for window in range(self.chain.next_window - 1 - CARRIES_KEPT, -1, -1):
-            if not (self.chain.parts(window) / CARRY).exists():
+    def _drop_old_states(self) -> None:
+        for window in range(self.chain.next_window - 1 - STATES_KEPT, -1, -1):
+            if not (self.chain.parts(window) / WINDOW_STATE).exists():
                 return
-            self.disk.remove_file(self.chain.parts(window) / CARRY)
+            self.disk.remove_file(self.chain.parts(window) / WINDOW_STATE)
 
     def publish_acts(self, place: Path, *, durable: bool = True) -> None:
-        """Rename `tmp/acts` to `place`. What no commit will name need not be durable: after a crash it is deleted."""
+        """Rename `tmp/acts` to `place`. Streams that no commit will name need not be durable: after a crash they are deleted."""
         if durable:
             self.disk.sync_folders(self.building / "acts")
         self.disk.rename(self.building / "acts", place)
@@ -82,33 +87,29 @@ class Journal:
     def commit(
         self,
         *,
-        parts: dict[str, FileDigest],
-        acts: dict[str, list[list[int]]] | None,
-        source: dict[str, str],
-        numerics: Mapping[str, Any],
-        report: dict[str, Any],
+        parts: Mapping[str, FileDigest],
+        acts: Mapping[str, Checksums] | None,
+        source: Mapping[str, str],
+        numerics: Numerics,
+        report: WindowReport | EpochReport,
     ) -> None:
         """Make what was built in tmp/ part of the run, as its next window.
 
         Args:
             parts: digest of each file in tmp/parts.
-            acts: size and crc32c of each chunk in tmp/acts by stream; None if the next window reads the streams that are there.
+            acts: checksums of the streams in tmp/acts; None if what follows reads the streams that are there already.
             source: SHA-256 of each tensor of the source that was read for the first time, by name.
-            numerics: what the results depend on besides inputs and settings.
-            report: losses, time and memory of the window.
+            numerics: numerics of the results.
+            report: result and costs of the window.
+
+        Raises:
+            InputError: a file has another size than was written.
+            StorageError: the disk refused an operation.
         """
         window, before = self.chain.next_window, self.chain
-        body = {
-            "format": FORMAT,
-            "window": window,
-            "prev": before.last,
-            "parts": {name: [digest.size, digest.sha256] for name, digest in parts.items()},
-            "acts": acts,
-            "source": source,
-            "numerics": dict(numerics),
-            "report": report,
-        }
-        record = sealed(body)
+        record = Commit(
+            window=window, prev=before.last, parts=parts, acts=acts, source=source, numerics=numerics, report=report
+        )
         self.disk.sync_folders(self.building / "parts")
         self._require_written(parts)
         self.disk.rename(self.building / "parts", before.parts(window))
@@ -116,27 +117,27 @@ class Journal:
         if acts is not None:
             self.publish_acts(before.acts(window + 1))
         pending = self.building / "commit"
-        self.disk.write(pending, [canonical(record)])
+        self.disk.write(pending, [canonical(record.to_dict())])
         self.disk.rename(pending, before.path / "commits" / numbered(window))
         self.disk.sync_folder(before.path / "commits")
         self.chain = before.extended(record)
         if before.acts(window).name not in self.chain.acts_to_keep():
             self.disk.remove_tree(before.acts(window))
-        self._drop_old_carries()
+        self._drop_old_states()
 
     def roll_back(self, windows: int) -> None:
-        """Give up all but the first `windows` windows.
+        """Delete all but the first `windows` windows.
 
         Raises:
-            UsageError: there are not more than that, or what the next one needs is no longer kept.
+            UsageError: the run has no more windows than that, or the state that the next window needs is no longer kept.
         """
         chain = self.chain
         if not 0 <= windows < chain.next_window:
             raise UsageError(f"{chain.path}: {chain.next_window} windows are done, so --to must be smaller than that.")
-        needs_carry = windows > 0 and CARRY in chain.commits[windows - 1]["parts"]
-        if needs_carry and not (chain.parts(windows - 1) / CARRY).exists():
+        needs_state = windows > 0 and WINDOW_STATE in chain.commits[windows - 1].parts
+        if needs_state and not (chain.parts(windows - 1) / WINDOW_STATE).exists():
             raise UsageError(
-                f"{chain.path}: what window {windows} carried over is gone. Only the newest window can be given up, or all: --to 0."
+                f"{chain.path}: the state of window {windows} is no longer kept. Only the newest window can be rolled back, or all: --to 0."
             )
         chain.shortened(windows).require_parts()
         pending = self.building / _ROLLBACK
@@ -147,7 +148,7 @@ class Journal:
         self.chain = Chain.read(chain.path)
         self.clean()
 
-    def _require_written(self, parts: dict[str, FileDigest]) -> None:
+    def _require_written(self, parts: Mapping[str, FileDigest]) -> None:
         for name, digest in parts.items():
             found = (self.building / "parts" / name).stat().st_size
             if found != digest.size:
@@ -156,22 +157,22 @@ class Journal:
 
 @contextmanager
 def open_journal(
-    path: Path, disk: Disk, run: dict[str, Any] | None = None, *, shared: bool = False, whole: bool = True
+    path: Path, disk: Disk, run: RunRecord | None = None, *, shared: bool = False, whole: bool = True
 ) -> Iterator[Journal]:
-    """The journal of a run, locked for the length of the `with`. At its end tmp/ is emptied, so that a full disk is not left full.
+    """The journal of a run, locked inside the `with`. At its end tmp/ is emptied, so that a full disk is not left full.
 
     Args:
         path: the run directory.
         disk: does the writing.
-        run: content of run.json for a new run, see `Chain`. Not compared with what is there. None: the run must be there.
-        shared: the folder may belong to somebody else, or be open to others.
-        whole: every file of parts/ must be there.
+        run: record of a new run; not compared with a run that is there already. None: the run must exist.
+        shared: the folder may belong to another user, or be writable by others.
+        whole: every file of parts/ must be present.
 
     Raises:
-        StoppedError: another process holds it.
+        StoppedError: another process holds the run.
         UsageError: the folder is not empty and not a run.
-        InputError: a record is damaged, or a file is missing or of another size.
-        IdentityError: somebody else could have changed it.
+        InputError: a record is damaged, or a file is missing or has another size.
+        IdentityError: another user could have changed the run.
         StorageError: the file system has no locks.
     """
     disk.remove_tree(_deleted(path))
@@ -193,7 +194,7 @@ def open_journal(
         try:
             yield journal
         finally:
-            with suppress(StorageError):  # what went wrong before matters more
+            with suppress(StorageError):  # an earlier error matters more
                 journal.empty_tmp()
 
 
@@ -215,14 +216,14 @@ def _locked(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def _begin(path: Path, disk: Disk, run: dict[str, Any]) -> None:
-    disk.sync_folder(path)  # LOCK first: what has our folders and no lock belongs to somebody else
+def _begin(path: Path, disk: Disk, run: RunRecord) -> None:
+    disk.sync_folder(path)  # LOCK first: a folder with our subfolders and no lock belongs to somebody else
     for folder in _FOLDERS:
         disk.remove_tree(path / folder)
         disk.make_folder(path / folder)
-    disk.sync_folder(path)  # then the folders: a run has them all
+    disk.sync_folder(path)  # then the folders: a run has all of them
     pending = path / "tmp" / "run.json"
-    disk.write(pending, [canonical(sealed(run))])
+    disk.write(pending, [canonical(run.to_dict())])
     disk.rename(pending, path / "run.json")
     disk.sync_folder(path)
 
@@ -244,10 +245,10 @@ def _finish_rollback(path: Path, disk: Disk) -> None:
 
 
 def discard(path: Path, disk: Disk, *, shared: bool = False) -> None:
-    """Delete a run directory: it is gone with one rename, whatever happens after that.
+    """Delete a run directory. One rename makes it invalid, whatever happens after that.
 
     Raises:
-        UsageError: something in it is not of the run.
+        UsageError: a file in it does not belong to the run.
         CbqstreamError: see `open_journal`.
     """
     with open_journal(path, disk, shared=shared, whole=False) as journal:
@@ -261,7 +262,7 @@ def discard(path: Path, disk: Disk, *, shared: bool = False) -> None:
 
 
 def _deleted(path: Path) -> Path:
-    """What a run directory is called while it is deleted. It belongs to this program."""
+    """Name of a run directory while it is deleted. It belongs to this program."""
     return path.with_name(path.name + ".cbqstream.deleted")
 
 
@@ -270,7 +271,7 @@ def _make_run_folder(path: Path, disk: Disk) -> None:
         try:
             disk.make_folder(path)
         except StorageError:
-            if not path.is_dir():  # else another process was faster, and holds the lock soon
+            if not path.is_dir():  # otherwise another process was faster, and holds the lock soon
                 raise
         disk.sync_folder(path.parent)
     if not path.is_dir():
@@ -284,7 +285,11 @@ def _make_run_folder(path: Path, disk: Disk) -> None:
 
 
 def _require_private(path: Path) -> None:
-    """As ssh does with its keys: nobody else may be able to change what is believed."""
+    """Refuse a run directory that other users can change, as ssh does with its keys.
+
+    Raises:
+        IdentityError: they can.
+    """
     for place in (path, path / "LOCK", path / "run.json", path / "commits"):
         if not place.exists():
             continue

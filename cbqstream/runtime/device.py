@@ -1,25 +1,28 @@
-"""Where and in which dtype models run: the one place that sets what numerical results depend on, and says what that is."""
+"""Device and numerics: the one module that sets the global state of torch on which numerical results depend, and describes it."""
 
 import os
 import platform
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
 from cbqstream.errors import UsageError
+from cbqstream.records import Numerics
 from cbqstream.runtime.memory import physical_cores
 
 _OVERRIDES = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")
+_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of a setting: `auto` is the first CUDA device, or the CPU where there is none. A CUDA device becomes the current one,
-    on which Triton launches.
+    """The device of a setting: `auto` is the first CUDA device, or the CPU if there is none.
 
     Raises:
-        UsageError: no such kind of device, or a CUDA device that is not there.
+        UsageError: the name is not that of a device, or the CUDA device does not exist.
     """
     if re.fullmatch(r"auto|cpu|cuda(:\d+)?", name) is None:
         raise UsageError(f"device {name!r} is not auto, cpu or cuda.")
@@ -29,7 +32,6 @@ def choose_device(name: str) -> torch.device:
         if not available or (device.index or 0) >= torch.cuda.device_count():
             raise UsageError(f"device {name} is not available. Use --device cpu.")
         device = torch.device("cuda", device.index or 0)
-        torch.cuda.set_device(device)
     return device
 
 
@@ -39,7 +41,7 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 
 
 def peak_device_bytes(device: torch.device) -> int:
-    """Highest memory that tensors had on a CUDA device since the last call, bytes; 0 on the CPU."""
+    """Highest memory of tensors on a CUDA device since the last call, bytes; 0 on the CPU."""
     if device.type == "cpu":
         return 0
     peak = torch.cuda.max_memory_allocated(device)
@@ -47,51 +49,86 @@ def peak_device_bytes(device: torch.device) -> int:
     return peak
 
 
-def make_deterministic(threads: int | None) -> int:
-    """Fix the thread count, and everything else that lets the same numbers come out otherwise; returns the threads.
+@contextmanager
+def fixed_numerics(device: torch.device, threads: int | None = None) -> Iterator[int]:
+    """Make results reproducible inside a `with`: fix the number of threads, and disable nondeterministic algorithms and TF32.
+
+    A CUDA device becomes the current one, on which Triton launches. The global state of torch is restored at the end.
+
+    Args:
+        device: device on which is computed.
+        threads: CPU threads; the physical cores by default.
+
+    Yields:
+        The number of threads.
 
     Raises:
-        UsageError: the environment turns on again what is turned off here.
+        UsageError: the environment enables TF32 in spite of the settings of torch.
     """
     for variable in _OVERRIDES:
         if variable in os.environ:
-            raise UsageError(f"{variable} is set, which changes results behind our back. Unset it.")
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read by cuBLAS when it starts
+            raise UsageError(f"{variable} is set, which changes the precision of matrix products. Unset it.")
+    matmul, cudnn, deterministic = torch.backends.cuda.matmul, torch.backends.cudnn, torch.utils.deterministic
     count = threads or physical_cores()
-    torch.set_num_threads(count)
-    torch.use_deterministic_algorithms(mode=True)
-    # filling it takes 8 % of a step; a test shows that it is never read
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-    torch.backends.cuda.enable_cudnn_sdp(enabled=False)  # its backward pass is not deterministic
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.benchmark = False
-    return count
+    # getter, setter, value
+    settings: list[tuple[Callable[[], Any], Callable[[Any], object], Any]] = [
+        (torch.get_num_threads, torch.set_num_threads, count),
+        (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode, 2),
+        # filling new tensors takes 8 % of a step; a test shows that what is filled is never read
+        _attribute(deterministic, "fill_uninitialized_memory", value=False),
+        (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"),
+        _attribute(matmul, "allow_tf32", value=False),
+        _attribute(matmul, "allow_bf16_reduced_precision_reduction", value=False),
+        _attribute(matmul, "allow_fp16_reduced_precision_reduction", value=False),
+        # the backward pass of cuDNN's attention is not deterministic
+        (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp, False),
+        _attribute(cudnn, "allow_tf32", value=False),
+        _attribute(cudnn, "deterministic", value=True),
+        _attribute(cudnn, "benchmark", value=False),
+        (lambda: os.environ.get(_WORKSPACE), _set_workspace, ":4096:8"),  # read by cuBLAS when it starts
+    ]
+    if device.type == "cuda":
+        settings.append((torch.cuda.current_device, torch.cuda.set_device, device.index or 0))
+    before = [get() for get, _, _ in settings]
+    try:
+        for _, put, value in settings:
+            put(value)
+        yield count
+    finally:
+        for (_, put, _), value in zip(reversed(settings), reversed(before), strict=True):
+            put(value)
 
 
-def numerics_class(device: torch.device, threads: int) -> dict[str, Any]:
-    """What must be equal for results to be equal bit for bit."""
-    on_cuda = device.type == "cuda"
-    name = torch.cuda.get_device_name(device) if on_cuda else platform.machine()
-    cudnn = torch.backends.cudnn.version() if on_cuda else None  # type: ignore[no-untyped-call]
-    libraries = {"cuda": torch.version.cuda, "cudnn": cudnn, "triton": installed_version("triton")} if on_cuda else {}
-    return {
+def _attribute(owner: Any, name: str, *, value: Any) -> tuple[Callable[[], Any], Callable[[Any], object], Any]:
+    return lambda: getattr(owner, name), lambda new: setattr(owner, name, new), value
+
+
+def _set_workspace(value: str | None) -> None:
+    if value is None:
+        os.environ.pop(_WORKSPACE, None)
+    else:
+        os.environ[_WORKSPACE] = value
+
+
+def numerics_of(device: torch.device, threads: int) -> Numerics:
+    """The numerics of this machine, its libraries and a number of threads."""
+    known: dict[str, Any] = {
         "device": device.type,
-        "device_name": name,
+        "device_name": platform.machine(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": threads,
         "torch": torch.__version__,
         "transformers": version("transformers"),
-        **libraries,
     }
+    if device.type == "cuda":
+        known["device_name"] = torch.cuda.get_device_name(device)
+        known["cuda"], known["triton"] = torch.version.cuda, installed_version("triton")
+        known["cudnn"] = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+    return Numerics(**known)
 
 
 def installed_version(package: str) -> str | None:
-    """Of a package; None where it is not installed."""
+    """Version of a package, or None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

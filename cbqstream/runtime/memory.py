@@ -1,4 +1,4 @@
-"""What this process uses of the machine's memory."""
+"""Memory of this process: how much it uses, and returning it to the system."""
 
 import ctypes
 import gc
@@ -21,24 +21,24 @@ def resident_bytes() -> int:
 def peak_resident_bytes() -> int:
     """Highest resident set size of this process so far, in bytes."""
     status = Path("/proc/self/status")
-    if status.exists():  # getrusage would count what the parent held when it started this process
+    if status.exists():  # getrusage would count the memory of the parent process
         return int(status.read_text(encoding="ascii", errors="replace").partition("VmHWM:")[2].split()[0]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def return_large_blocks(*, memory_mode: bool = False) -> None:
-    """Have every allocation of 16 MiB or more given back as soon as it is freed; with offloading, of 1 MiB, which takes a tenth more time.
+def return_large_blocks(*, offloading: bool = False) -> None:
+    """Have the heap return every allocation of 16 MiB or more to the system as soon as it is freed; with offloading, of 1 MiB or more.
 
-    glibc raises that limit to 32 MiB by itself when such blocks come and go, and then keeps them in a heap full of holes: experts, who see
-    now more and now fewer tokens, leave so many that the heap is twice as large as what is in it.
+    glibc raises its own limit to 32 MiB when such blocks come and go, and then keeps them. Varying batch sizes of experts then fragment the
+    heap until it is twice as large as its content. The limit of 1 MiB takes a tenth more time.
     """
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, (1 if memory_mode else 16) << 20)
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, (1 if offloading else 16) << 20)
 
 
 def release_free_memory() -> None:
-    """Give memory that is no longer used back to the system: first what only reference cycles hold, then what was freed.
+    """Return unused memory to the system: first what only reference cycles keep alive, then what was freed.
 
     glibc keeps the holes between live allocations, and they add up over windows.
     """
@@ -47,22 +47,22 @@ def release_free_memory() -> None:
 
 
 def trim_heap() -> None:
-    """Give what was freed back to the system, holes between live allocations too. Milliseconds.
+    """Return freed memory to the system, including holes between live allocations. Takes milliseconds.
 
-    An allocation that torch aligned leaves a hole that the next one of its size does not fit in (glibc bug 14581, before 2.38).
+    An allocation that torch aligned leaves a hole that the next one of the same size does not fit in (glibc bug 14581, before 2.38).
     """
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def is_out_of_device_memory(error: BaseException) -> bool:
-    """Whether an error says that a device has too little memory: those of CUDA, its libraries and Triton are plain RuntimeErrors."""
+    """Whether an error says that a device has too little memory. Errors of CUDA, its libraries and Triton are plain RuntimeErrors."""
     named = any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
     return named or (isinstance(error, RuntimeError) and any(text in str(error) for text in _TOO_LITTLE))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there is too little memory: of torch's own, that on the CPU is a plain RuntimeError."""
+    """Whether an error says that there is too little memory; the one of torch on the CPU is a plain RuntimeError."""
     return isinstance(error, MemoryError) or is_out_of_device_memory(error) or "can't allocate memory" in str(error)
 
 

@@ -1,7 +1,7 @@
-"""Tensors that lie in a file while nothing is computed with them, for windows whose layers do not fit in memory together.
+"""Tensors that are kept in a file while nothing is computed with them, for windows whose layers do not fit in memory together.
 
-Weights that are read lazily are at home on disk too, but a layer that learns also has values that change. All of them lie in a file,
-from where they are placed on the device for as long as they are used. They come back bit for bit, so it changes no result.
+Weights are read lazily from the checkpoint, but a layer that is trained has values that change as well. All of them are offloaded to one
+scratch file and placed on the device while they are used. They are restored bit for bit, so offloading changes no result.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,19 +16,20 @@ from cbqstream.disk import ScratchFile
 from cbqstream.runtime.memory import trim_heap
 
 _META = torch.device("meta")
-_READS_A_TRIM = 16
+_READS_PER_TRIM = 16
 
 
 @dataclass(frozen=True, slots=True)
 class OffloadedTensor:
-    """Where a tensor lies."""
+    """A tensor in a scratch file."""
 
     file: ScratchFile
     start: int
+    """Offset of the first byte."""
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
-    """On which it is used."""
+    """Device on which the tensor is used."""
 
     @classmethod
     def of(cls, tensor: Tensor, file: ScratchFile) -> Self:
@@ -37,36 +38,36 @@ class OffloadedTensor:
 
     @property
     def nbytes(self) -> int:
-        """Size in the file."""
+        """Size in bytes."""
         return self.shape.numel() * self.dtype.itemsize
 
     def read(self) -> Tensor:
-        """The tensor, in memory of its own."""
-        if self.file.reads % _READS_A_TRIM == 0:
-            trim_heap()  # layers that come and go leave holes
+        """The tensor on its device, in memory of its own."""
+        if self.file.reads % _READS_PER_TRIM == 0:
+            trim_heap()  # layers that come and go fragment the heap
         tensor = torch.empty(self.shape, dtype=self.dtype)
         self.file.read(self.start, _bytes_of(tensor))
         return tensor.to(self.device)
 
     def write(self, tensor: Tensor) -> None:
-        """Replace what lies there."""
+        """Overwrite the stored values."""
         self.file.write(self.start, _bytes_of(tensor))
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor on the CPU; of others that of a copy."""
+    """Memory of a contiguous tensor on the CPU; of any other tensor, the memory of a copy."""
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 class Offloadable(nn.Module):
-    """A module with tensors of the size of a weight, which are on the meta device while they lie in a file and are not placed."""
+    """A module with large tensors that can be offloaded. An offloaded tensor is on the meta device unless it is placed."""
 
     large: ClassVar[tuple[str, ...]] = ("weight",)
-    """Names of these tensors."""
+    """Names of the tensors that can be offloaded."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._pages: dict[str, OffloadedTensor] = {}
+        self._offloaded: dict[str, OffloadedTensor] = {}
         self._is_placed = False
 
     def offload(self, file: ScratchFile) -> None:
@@ -74,47 +75,51 @@ class Offloadable(nn.Module):
         self._move(file, {})
 
     def offload_beside(self, other: "Offloadable") -> None:
-        """The same where another module has done it, and into its file; tensors that both have are not written again."""
-        pages = other._pages.values()
-        if pages:
-            self._move(next(iter(pages)).file, {id(getattr(other, name)): page for name, page in other._pages.items()})
+        """Move the large tensors into the file of another offloaded module; tensors that both share are not written again.
+
+        Does nothing if the other module is not offloaded.
+        """
+        stored = other._offloaded.values()
+        if stored:
+            known = {id(getattr(other, name)): tensor for name, tensor in other._offloaded.items()}
+            self._move(next(iter(stored)).file, known)
 
     def _move(self, file: ScratchFile, known: Mapping[int, OffloadedTensor]) -> None:
         for name in self.large:
             tensor: Tensor = getattr(self, name)
-            self._pages[name] = known.get(id(tensor)) or OffloadedTensor.of(tensor, file)
+            self._offloaded[name] = known.get(id(tensor)) or OffloadedTensor.of(tensor, file)
             setattr(self, name, tensor.to(_META))
 
     def put(self, name: str, tensor: Tensor) -> None:
-        """Another tensor in the place of a large one, which is let go."""
-        if name in self._pages:
-            self._pages[name] = OffloadedTensor.of(tensor, self._pages[name].file)
+        """Replace a large tensor."""
+        if name in self._offloaded:
+            self._offloaded[name] = OffloadedTensor.of(tensor, self._offloaded[name].file)
             tensor = tensor.to(_META)
         setattr(self, name, tensor)
 
-    def page(self, name: str) -> OffloadedTensor | None:
-        """Where a large tensor lies; None if it stays in memory."""
-        return self._pages.get(name)
+    def offloaded(self, name: str) -> OffloadedTensor | None:
+        """A large tensor in its file; None if it is kept in memory."""
+        return self._offloaded.get(name)
 
     @contextmanager
     def placed(self) -> Iterator[None]:
-        """For the length of a `with` the large tensors are in memory. What torch changes in them in place stays changed."""
-        if self._is_placed or not self._pages:
+        """Keep the large tensors in memory inside a `with`. In-place changes are written back to the file at its end."""
+        if self._is_placed or not self._offloaded:
             yield
             return
-        tensors = {name: page.read() for name, page in self._pages.items()}
+        tensors = {name: stored.read() for name, stored in self._offloaded.items()}
         versions = {name: tensor._version for name, tensor in tensors.items()}
         for name, tensor in tensors.items():
             setattr(self, name, tensor)
         self._is_placed = True
         try:
             yield
-            for name, page in self._pages.items():
+            for name, stored in self._offloaded.items():
                 if getattr(self, name) is not tensors[name]:
-                    raise RuntimeError(f"{name} was assigned while it was placed, which `put` is for")
+                    raise RuntimeError(f"{name} was assigned while it was placed; use `put`")
                 if tensors[name]._version != versions[name]:
-                    page.write(tensors[name])
+                    stored.write(tensors[name])
         finally:
             self._is_placed = False
-            for name in self._pages:
+            for name in self._offloaded:
                 setattr(self, name, tensors[name].to(_META))

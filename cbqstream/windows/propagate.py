@@ -1,17 +1,17 @@
-"""Moving the two streams from boundary to boundary, and the targets that come of it."""
+"""Moving the two streams from boundary to boundary, and the targets of a window."""
 
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
-from cbqstream.activations.read_ahead import in_batches, read_batches
+from cbqstream.activations.map_segments import map_segments
 from cbqstream.activations.store import ActivationStore
-from cbqstream.activations.write_behind import write_behind
 from cbqstream.errors import InputError
 from cbqstream.numerics.losses import mixed_target
 from cbqstream.records import Compute
 from cbqstream.windows.quantized_linear import Phase
-from cbqstream.windows.resident import ResidentBlock, run_blocks
+from cbqstream.windows.resident_block import ResidentBlock, run_blocks
 
 
 @torch.no_grad()
@@ -23,20 +23,27 @@ def propagate(
     *,
     phase: Phase,
 ) -> None:
-    """Run every segment of `source` through the blocks and store it in `destination`.
+    """Run every segment of `source` through the blocks, and store the results in `destination`.
+
+    Args:
+        blocks: consecutive blocks.
+        source: the stream at the input of the first block.
+        destination: the stream at the output of the last block.
+        compute: device, dtype and batch size.
+        phase: which weights the blocks compute with.
 
     Raises:
-        InputError: some become infinite or NaN.
+        InputError: some results are infinite or NaN.
     """
     finite = []
-    batches = in_batches(range(source.shape.num_segments), compute.batch_size)
-    with write_behind(destination) as write:
-        for batch, (x_BSD,) in zip(batches, read_batches([source], batches, compute.device), strict=True):
-            y_BSD = run_blocks(blocks, x_BSD.to(compute.dtype), phase)
-            finite.append(torch.isfinite(y_BSD).all(dim=2).all(dim=1))
-            for segment, y_SD in zip(batch, y_BSD, strict=True):
-                write(segment, y_SD)
-    broken = int((~torch.cat(finite)).sum())  # the device is asked once
+
+    def run(x_BSD: Tensor) -> Tensor:
+        y_BSD = run_blocks(blocks, x_BSD.to(compute.dtype), phase)
+        finite.append(torch.isfinite(y_BSD).all(dim=2).all(dim=1))
+        return y_BSD
+
+    map_segments([source], destination, compute.batch_size, compute.device, run)
+    broken = int((~torch.cat(finite)).sum())  # the only synchronization with the device
     if broken:
         numbers = f"{blocks[0].index}-{blocks[-1].index}" if len(blocks) > 1 else str(blocks[0].index)
         total = source.shape.num_segments
@@ -53,21 +60,19 @@ def mix_targets(
     *,
     a: float,
 ) -> None:
-    """Targets of a window: `a T1 + (1 - a) T2`.
+    """Compute and store the targets of a window, `a T1 + (1 - a) T2`.
 
     Args:
-        blocks: of the window; they run with their original weights.
-        quantized: the quantized stream at its input; the blocks give T2 for it.
-        reference_out: the reference stream at its output, T1.
-        targets: where the mix goes.
-        compute: where and how.
+        blocks: the window; its blocks run with their original weights.
+        quantized: the quantized stream at the input of the window, for which the blocks give T2.
+        reference_out: the reference stream at the output of the window, T1.
+        targets: store of the targets.
+        compute: device, dtype and batch size.
         a: share of T1.
     """
-    batches = in_batches(range(quantized.shape.num_segments), compute.batch_size)
-    with write_behind(targets) as write:
-        read = read_batches([quantized, reference_out], batches, compute.device)
-        for batch, (x_BSD, t1_BSD) in zip(batches, read, strict=True):
-            t2_BSD = run_blocks(blocks, x_BSD.to(compute.dtype), Phase.ORIGINAL)
-            mixed_BSD = mixed_target(t1_BSD.to(compute.dtype), t2_BSD, a)
-            for segment, t_SD in zip(batch, mixed_BSD, strict=True):
-                write(segment, t_SD)
+
+    def run(x_BSD: Tensor, t1_BSD: Tensor) -> Tensor:
+        t2_BSD = run_blocks(blocks, x_BSD.to(compute.dtype), Phase.ORIGINAL)
+        return mixed_target(t1_BSD.to(compute.dtype), t2_BSD, a)
+
+    map_segments([quantized, reference_out], targets, compute.batch_size, compute.device, run)

@@ -1,4 +1,4 @@
-"""Optimising one window: step sizes and rounding, until its output is nearest to the target."""
+"""Reconstruction of one window: scales and rounding are trained until the output of the window is closest to its target."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,43 +15,54 @@ from cbqstream.config import ReconstructionConfig, Schedule
 from cbqstream.errors import InputError
 from cbqstream.numerics.losses import Head, LossShape, head_divergence, reconstruction_loss
 from cbqstream.records import Compute
+from cbqstream.rounding.registry import method_of
 from cbqstream.rounding.rounding import Rounding, TrainingStep
-from cbqstream.windows.quantized_linear import InputStep, Phase
-from cbqstream.windows.resident import ResidentBlock, all_layers, run_blocks
+from cbqstream.windows.input_step import InputStep
+from cbqstream.windows.quantized_linear import Phase
+from cbqstream.windows.resident_block import ResidentBlock, all_layers, run_blocks
 from cbqstream.windows.schedule import split_held_out
+
+WORSE, NOT_FINITE = "held-out loss increased", "not finite"
+"""Reasons why the training of a window is reverted."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reconstruction:
-    """Loss of the hard window on the held_out segments before and after, and the share of codes moved away from round-to-nearest."""
+    """Result of a reconstruction."""
 
     loss_before: float
+    """Loss of the hard window on the held-out segments before training."""
     loss_after: float
+    """The same after training; never above `loss_before`."""
     reverted: str | None
-    """Why what was learned was reverted, if it was: `held-out loss increased`, or `not finite`."""
+    """Why the training was reverted, or None if it was kept."""
     changed: float
+    """Share of codes that differ from rounding to nearest."""
 
 
 @dataclass(frozen=True, slots=True)
 class Predictions:
-    """How the window that ends with the last block sees what the model will predict."""
+    """The predictions of the original model, for the window that ends with the last block."""
 
     head: Head
     reference: ActivationStore
-    """The original model's hidden states after its last block."""
+    """Hidden states of the original model after its last block."""
 
 
 class Batch(NamedTuple):
-    """Some segments on the device: inputs [B, S, D], targets in float32, and what `Predictions.reference` holds."""
+    """Some segments on the device."""
 
     x: Tensor
+    """Inputs [B, S, D]."""
     target: Tensor
+    """Targets [B, S, D], float32."""
     reference: Tensor | None
+    """Hidden states of the original model after its last block [B, S, D]; None in windows that do not end with it."""
 
 
 @dataclass(frozen=True, slots=True)
 class WindowData:
-    """Inputs and targets of a window, where to compute, and what it can see of the model's predictions."""
+    """Inputs and targets of a window."""
 
     inputs: ActivationStore
     targets: ActivationStore
@@ -71,19 +82,19 @@ def reconstruct(
     data: WindowData,
     config: ReconstructionConfig,
     generator: torch.Generator,
-    started: Callable[[ResidentBlock], Mapping[str, Tensor]],
+    starting_state: Callable[[ResidentBlock], Mapping[str, Tensor]],
 ) -> Reconstruction:
-    """Train the roundings of a window in place. It never ends worse than it began: the held-out segments decide.
-
-    Raises:
-        InputError: the window gives values that are not finite.
+    """Train the roundings and scales of a window in place. Training that increases the loss on the held-out segments is reverted.
 
     Args:
-        blocks: the window, with roundings.
-        data: its input from the quantized stream, and its targets.
-        config: how.
+        blocks: the window; its layers have roundings.
+        data: the quantized stream at the input of the window, and its targets.
+        config: settings.
         generator: gives the order of the segments.
-        started: what `ResidentBlock.load` takes to bring a block back to what it is now; asked only where what was learned is reverted.
+        starting_state: the state of a block before training, as `ResidentBlock.load` takes it; only called if training is reverted.
+
+    Raises:
+        InputError: the window gives values that are not finite before training.
     """
     training, held_out = split_held_out(data.inputs.shape.num_segments)
     roundings = [layer.rounding for layer in all_layers(blocks) if layer.rounding is not None]
@@ -100,35 +111,33 @@ def reconstruct(
         _train(blocks, roundings, input_steps, data, order, config)
         after = hard_loss(blocks, data, held_out, config)
         if not after <= before:
-            reverted = "held-out loss increased" if math.isfinite(after) else "not finite"
+            reverted = WORSE if math.isfinite(after) else NOT_FINITE
             for block in blocks:
-                block.load(started(block))
+                block.load(starting_state(block))
             after = before
     counts = [rounding.changed() for rounding in roundings]
-    return Reconstruction(
-        before, after, reverted, sum(moved for moved, _ in counts) / sum(total for _, total in counts)
-    )
+    changed = sum(moved for moved, _ in counts) / sum(total for _, total in counts)
+    return Reconstruction(before, after, reverted, changed)
 
 
 @torch.no_grad()
 def hard_loss(
     blocks: Sequence[ResidentBlock], data: WindowData, segments: Sequence[int], config: ReconstructionConfig
 ) -> float:
-    """Mean loss of the window over `segments` with the weights as they would be exported."""
+    """Mean loss of the window over `segments`, with the weights as they would be exported."""
     batches = in_batches(segments, config.batch_size)
     total = torch.zeros((), dtype=torch.float64, device=data.compute.device)
     for batch in data.read(batches):
-        total += _loss(run_blocks(blocks, batch.x, Phase.HARD), batch, data.predictions, config, 0).double() * len(
-            batch.x
-        )
+        h_BSD = run_blocks(blocks, batch.x, Phase.HARD)
+        total += _loss(h_BSD, batch, data.predictions, config, 0).double() * len(batch.x)
     return total.item() / len(segments)
 
 
 def _training_order(
     segments: Sequence[int], config: ReconstructionConfig, generator: torch.Generator
 ) -> list[list[int]]:
-    """The batches of all epochs, each epoch in an order of its own; none where nothing is learned."""
-    if config.rounding == "nearest":
+    """The batches of all epochs, each epoch in an order of its own; none if nothing is trained."""
+    if not method_of(config).learns:
         return []
     order = []
     for _ in range(config.epochs):
@@ -155,16 +164,15 @@ def _train(
     ]
     optimizer = Adam([group for group in groups if group["params"]], foreach=False)
     rates = [group["lr"] for group in optimizer.param_groups]
+    checkpointing = data.compute.memory_mode.activation_checkpointing
     for step, batch in enumerate(data.read(order)):
         rate_left = share_of_rate(step / steps, config.schedule)
-        now = TrainingStep(step / steps, rate_left, steps, config.penalty_weight / len(roundings))
+        now = TrainingStep(step / steps, rate_left, steps, len(roundings))
         for rounding in roundings:
             rounding.begin_step(now)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * rate_left  # by hand: a scheduler would keep the optimizer alive in a cycle
-        h_BSD = run_blocks(
-            blocks, batch.x, Phase.SOFT, activation_checkpointing=data.compute.memory_mode.activation_checkpointing
-        )
+            group["lr"] = rate * rate_left  # not by a scheduler, which would keep the optimizer alive in a cycle
+        h_BSD = run_blocks(blocks, batch.x, Phase.SOFT, activation_checkpointing=checkpointing)
         loss = _loss(h_BSD, batch, data.predictions, config, step)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -172,7 +180,7 @@ def _train(
 
 
 def share_of_rate(progress: float, schedule: Schedule) -> float:
-    """What is left of a learning rate after `progress` (0 to 1) of the steps. Its mean over a window is 1/2."""
+    """Factor of a learning rate after `progress` (0 to 1) of the steps. Its mean over a window is 1/2."""
     return 1 - progress if schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
 
 

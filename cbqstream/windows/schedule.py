@@ -1,4 +1,4 @@
-"""Which blocks each window holds, and which segments it learns from."""
+"""The blocks that each window holds, and the segments that it learns from."""
 
 from cbqstream.config import WindowConfig
 from cbqstream.records import Window
@@ -7,7 +7,7 @@ _HELD_OUT_SHARE = 8
 
 
 def schedule(first: int, stop: int, window: WindowConfig) -> list[Window]:
-    """Windows over blocks `first` to `stop - 1`: window k starts at `first + k * (size - overlap)`; the last one is cut at the end.
+    """Windows over blocks `first` to `stop - 1`. Window k starts at `first + k * (size - overlap)`; the last one ends at `stop`.
 
     >>> [(w.start, w.stop) for w in schedule(0, 4, WindowConfig(size=2, overlap=1))]
     [(0, 2), (1, 3), (2, 4)]
@@ -25,11 +25,9 @@ def schedule(first: int, stop: int, window: WindowConfig) -> list[Window]:
 
 
 def split_held_out(num_segments: int) -> tuple[list[int], list[int]]:
-    """Segments to train on and segments of the held_out: the last eighth, or all for both where there are fewer than eight."""
+    """Segments to train on, and held-out segments: the last eighth. With fewer than eight segments, both are all of them."""
     held_out = num_segments // _HELD_OUT_SHARE
     everything = list(range(num_segments))
-    return (
-        (everything[: num_segments - held_out], everything[num_segments - held_out :])
-        if held_out
-        else (everything, everything)
-    )
+    if not held_out:
+        return everything, everything
+    return everything[: num_segments - held_out], everything[num_segments - held_out :]

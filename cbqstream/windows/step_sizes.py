@@ -1,9 +1,9 @@
-"""Step sizes of the whole model, learned end to end from what it predicts; one block is in memory at a time.
+"""Training the scales of the whole model end to end, from its predictions, with one block in memory at a time.
 
-After the windows, codes are final. Every step size gets a factor exp(theta), and a step of training goes forward through all blocks,
-keeping the hidden states between them, and back through the blocks in reverse, each computed again with gradients. The loss is the
-divergence of the next-token distribution from the original model's (`head_divergence`). Training step sizes alone, end to end, is E2E-QP
-of EfficientQAT (Chen et al. 2024, arXiv 2407.11062); there the model is in memory, and the loss is that of text.
+After the last window, codes are final. Every scale gets a factor exp(theta). A training step runs forward through all blocks, keeps the
+hidden states between them, and runs backward through the blocks in reverse, computing each again with gradients. The loss is the
+divergence of the next-token distribution from that of the original model (`head_divergence`). Training scales alone, end to end, is E2E-QP
+of EfficientQAT (Chen et al. 2024, arXiv 2407.11062); there the model is in memory, and the loss is the cross-entropy of text.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,12 +21,12 @@ from cbqstream.numerics.affine import grouped, storable_scale
 from cbqstream.numerics.losses import Head, head_divergence
 from cbqstream.records import Compute
 
-SEGMENTS_A_STEP = 2
-"""At most: an epoch of a few dozen segments is few steps as it is."""
+SEGMENTS_PER_STEP = 2
+"""Largest number of segments in a training step: an epoch over a few dozen segments has few steps as it is."""
 
 
 class _Scaled(torch.autograd.Function):
-    """w * factor, computed in float32: in bf16 factors near 1 are 0.8 % apart. The gradient is that of the factor alone."""
+    """w * factor, computed in float32, because in bf16 factors near 1 are 0.8 % apart. Only the factor has a gradient."""
 
     @staticmethod
     def forward(ctx: Any, w_OGK: Tensor, factor_OG: Tensor) -> Tensor:
@@ -41,23 +41,23 @@ class _Scaled(torch.autograd.Function):
 
 @dataclass(frozen=True, slots=True)
 class StepSizes:
-    """Those of one layer, `s = s0 * exp(theta)`, float32 [O, G]."""
+    """Learned scales of one layer, `s = s0 * exp(theta)`, float32 [O, G]."""
 
     scale0: Tensor
     theta: nn.Parameter
 
     @classmethod
     def at(cls, scale0: Tensor) -> "StepSizes":
-        """As they are."""
+        """Scales that start at `scale0`."""
         return cls(scale0, nn.Parameter(torch.zeros_like(scale0)))
 
     @torch.no_grad()
     def stored(self) -> Tensor:
-        """As they are stored."""
+        """The scales as they are stored."""
         return storable_scale(self.scale0 * self.theta.exp())
 
     def factor(self, *, stored: bool) -> Tensor:
-        """What a weight that was dequantized with s0 is multiplied by: differentiable, or as it is stored."""
+        """Factor of a weight that was dequantized with s0: differentiable, or for the scales as they are stored."""
         return self.stored() / self.scale0 if stored else self.theta.exp()
 
 
@@ -66,15 +66,15 @@ class StreamedModel:
     """The quantized model, block by block."""
 
     build: Callable[[int], nn.Module]
-    """A block with dequantized weights."""
+    """Makes a block with dequantized weights."""
     arguments: Sequence[BlockArguments]
     steps: Sequence[Mapping[str, StepSizes]]
-    """For each block those of its quantized layers, by their name in it; none in full precision."""
+    """For each block, the scales of its quantized layers by name; empty for a block in full precision."""
     head: Head
     compute: Compute
 
     def run(self, index: int, x_BSD: Tensor, *, stored: bool = False) -> Tensor:
-        """Hidden states after block `index`; differentiable in them and in theta, unless with the step sizes as stored."""
+        """Hidden states after block `index`; differentiable in x and theta, unless with the scales as they are stored."""
         block, weights = self.build(index), {}
         for name, steps in self.steps[index].items():
             w_OGK = grouped(block.get_parameter(f"{name}.weight"), steps.theta.shape[1])
@@ -83,14 +83,14 @@ class StreamedModel:
 
     @torch.no_grad()
     def forward(self, x_BSD: Tensor) -> list[Tensor]:
-        """The input of every block, and the output of the last."""
+        """The input of every block, and the output of the last one."""
         states = [x_BSD]
         for index in range(len(self.steps)):
             states.append(self.run(index, states[-1]))
         return states
 
     def backward(self, states: list[Tensor], gradient_BSD: Tensor) -> None:
-        """From the gradient of the last state to that of every theta, in `grad`. Takes the states out of the list."""
+        """Accumulate the gradient of every theta from the gradient of the last state. Removes the states from the list."""
         states.pop()
         first = next(index for index, steps in enumerate(self.steps) if steps)
         for index in range(len(self.steps) - 1, first - 1, -1):
@@ -103,7 +103,7 @@ class StreamedModel:
 
 @dataclass(frozen=True, slots=True)
 class EndToEndData:
-    """Inputs of the first block, and the original model's outputs of the last."""
+    """Inputs of the first block, and outputs of the last block of the original model."""
 
     embed: Callable[[int], Tensor]
     """Input of the first block for a segment, [S, D]."""
@@ -119,7 +119,7 @@ class EndToEndData:
 
 @torch.no_grad()
 def stored_divergence(model: StreamedModel, data: EndToEndData, segments: Sequence[int]) -> float:
-    """Mean divergence of the predictions over the tokens of `segments`, with step sizes as they would be stored."""
+    """Mean divergence of the predictions over the tokens of `segments`, with the scales as they would be stored."""
     total = 0.0
     for x_BSD, reference_BSD in data.read(in_batches(segments, model.compute.batch_size), model.compute):
         for index in range(len(model.steps)):
@@ -136,18 +136,18 @@ def train_epoch(
     rates: tuple[float, float],
     generator: torch.Generator,
 ) -> None:
-    """One pass over `segments` in an order of its own; every theta learns in place.
+    """Train every theta in place, in one pass over `segments` in a random order.
 
     Args:
-        model: whose step sizes learn.
+        model: the model whose scales are trained.
         data: inputs and targets.
-        segments: to train on.
-        rates: Adam's learning rate of theta at the first step, and where a last step would have it; it falls in a line.
+        segments: segments to train on.
+        rates: learning rate of theta (Adam) at the first step and after the last; it falls linearly.
         generator: gives the order.
     """
     learned = [steps.theta for block in model.steps for steps in block.values()]
     optimizer = Adam(learned, lr=rates[0], foreach=False)
-    batches = in_shuffled_batches(segments, min(SEGMENTS_A_STEP, model.compute.batch_size), generator)
+    batches = in_shuffled_batches(segments, min(SEGMENTS_PER_STEP, model.compute.batch_size), generator)
     for step, (x_BSD, reference_BSD) in enumerate(data.read(batches, model.compute)):
         optimizer.param_groups[0]["lr"] = rates[0] + (rates[1] - rates[0]) * step / len(batches)
         states = model.forward(x_BSD)

@@ -9,10 +9,10 @@ from transformers import CompressedTensorsConfig
 
 from cbqstream import quantize
 from cbqstream.calibration.segments import load_segments
-from cbqstream.config import Scheme
 from cbqstream.errors import StoppedError
 from cbqstream.evaluation.model import open_model
-from cbqstream.packed.packed_checkpoint import PackedSource
+from cbqstream.packed.packed_checkpoint import PackedCheckpoint
+from cbqstream.scheme import Scheme
 from perplexities import plain_perplexity, streamed_perplexity
 from tiny import FAMILIES, SEQ_LEN, SOME_FAMILIES, VOCAB
 
@@ -39,7 +39,7 @@ def inputs_as_transformers_has_them(monkeypatch):
     """
 
     def apply(family):
-        quantizer = PackedSource.input_quantizer
+        quantizer = PackedCheckpoint.input_quantizer
 
         def as_there(self, name):
             quantize_tokens = None if ".experts." in name or family in DENSE_ONLY else quantizer(self, name)
@@ -47,7 +47,7 @@ def inputs_as_transformers_has_them(monkeypatch):
                 return None
             return lambda x: quantize_tokens(x.flatten(2) if x.dim() > 2 else x.flatten()).view_as(x)
 
-        monkeypatch.setattr(PackedSource, "input_quantizer", as_there)
+        monkeypatch.setattr(PackedCheckpoint, "input_quantizer", as_there)
 
     return apply
 

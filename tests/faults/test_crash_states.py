@@ -10,12 +10,13 @@ from crash_model import Event, Recorder, lay_out, states
 from toy import NIGHTLY, SAMPLES, STEPS
 
 from cbqstream import quantize
-from cbqstream.config import CalibrationConfig, QuantizeConfig, ReconstructionConfig, Scheme
+from cbqstream.config import CalibrationConfig, QuantizeConfig, ReconstructionConfig
 from cbqstream.disk import Disk
 from cbqstream.errors import CbqstreamError
 from cbqstream.records import WindowReport
 from cbqstream.rundir.chain import Chain
 from cbqstream.rundir.journal import open_journal
+from cbqstream.scheme import Scheme
 from tiny import SEQ_LEN, files_of
 
 MEMORY = Path("/dev/shm")

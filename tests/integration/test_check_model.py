@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from cbqstream import quantize
 from cbqstream.commands.check import check
-from cbqstream.config import Scheme
 from cbqstream.errors import DeviceMemoryError, InputError, StoppedError
 from cbqstream.evaluation.model import open_model
+from cbqstream.scheme import Scheme
 from tiny import VOCAB
 
 SHARD = "block-00001.safetensors"

@@ -7,12 +7,13 @@ import torch
 
 from cbqstream import quantize
 from cbqstream.activations import read_ahead
-from cbqstream.config import OutlierConfig, Scheme, WindowConfig
+from cbqstream.config import TransformConfig, WindowConfig
 from cbqstream.errors import StoppedError, UsageError
 from cbqstream.records import MemoryMode
 from cbqstream.run import inputs
 from cbqstream.runtime.device import make_deterministic
 from cbqstream.runtime.offload import OffloadedTensor
+from cbqstream.scheme import Scheme
 from cbqstream.windows import resident
 from tiny import files_of
 
@@ -90,7 +91,7 @@ def test_activations_that_are_computed_again_change_nothing(make_config, monkeyp
 OFFLOADED = {
     "W2 asymmetric": {"scheme": Scheme(num_bits=2, group_size=16, symmetric=False)},
     "low rank": {"reconstruction": {"rounding": "lora_rounding"}},
-    "truncated weights": {"outliers": OutlierConfig(weights=True)},
+    "truncated weights": {"outliers": TransformConfig(weights=True)},
     "rescaled channels": {"scheme": Scheme(num_bits=4, group_size=32, activation_bits=8)},
     "static inputs": {"scheme": Scheme(num_bits=4, group_size=32, activation_bits=8, activation_strategy="tensor")},
     "experts, some of them undersampled": {"family": "qwen2_moe", "scheme": Scheme(num_bits=4, group_size=32)},

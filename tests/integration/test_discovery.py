@@ -14,7 +14,7 @@ from cbqstream import evaluate, quantize
 from cbqstream.calibration.segments import load_segments
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.commands.check import check
-from cbqstream.config import ReconstructionConfig, Scheme
+from cbqstream.config import ReconstructionConfig
 from cbqstream.errors import InputError
 from cbqstream.evaluation.model import open_model
 from cbqstream.models.experts import separate_experts
@@ -24,6 +24,7 @@ from cbqstream.records import Compute, RunWarning, WindowReport
 from cbqstream.run.inputs import open_inputs
 from cbqstream.run.limits import model_warnings
 from cbqstream.runtime.scratch import Scratch
+from cbqstream.scheme import Scheme
 from cbqstream.windows.quantized_linear import QuantizedLinear
 from perplexities import plain_perplexity, streamed_perplexity
 from tiny import SEQ_LEN, VOCAB, make_model, save_model

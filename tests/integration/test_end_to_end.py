@@ -10,13 +10,13 @@ from transformers import AutoModelForCausalLM
 from cbqstream import quantize
 from cbqstream.calibration.segments import load_segments
 from cbqstream.checkpoint.reader import Checkpoint
-from cbqstream.config import Scheme
 from cbqstream.disk import Disk
 from cbqstream.evaluation.model import open_model
 from cbqstream.models.block import build_block
 from cbqstream.models.embedding_and_head import load_embedding_and_head
 from cbqstream.numerics.losses import head_divergence
 from cbqstream.records import Compute, EpochReport, WindowReport
+from cbqstream.scheme import Scheme
 from cbqstream.windows.step_sizes import StepSizes, StreamedModel
 from killing import quantize_until, windows_committed
 from tiny import SEQ_LEN, SOME_FAMILIES, VOCAB

@@ -14,13 +14,13 @@ from cbqstream import quantize
 from cbqstream.calibration.segments import load_segments
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.commands.export import export
-from cbqstream.config import Scheme
 from cbqstream.errors import InputError, StorageError, UsageError
 from cbqstream.evaluation.model import open_model
 from cbqstream.packed.exports import EXPORTS
-from cbqstream.packed.packed_checkpoint import PackedSource
+from cbqstream.packed.packed_checkpoint import PackedCheckpoint
 from cbqstream.records import Compute
 from cbqstream.runtime.interruption import Interrupted
+from cbqstream.scheme import Scheme
 from perplexities import plain_perplexity, streamed_perplexity
 from tiny import SEQ_LEN, VOCAB, save_model, save_tokenizer
 
@@ -221,7 +221,7 @@ def test_nothing_is_left_of_an_export_that_was_interrupted(make_config, with_tok
         raise Interrupted
 
     with monkeypatch.context() as patched:
-        patched.setattr(PackedSource, "packed", stop)
+        patched.setattr(PackedCheckpoint, "packed", stop)
         with pytest.raises(Interrupted):
             export(made, tmp_path / "exported", name)
     assert not list(tmp_path.glob("exported*"))

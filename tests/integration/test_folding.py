@@ -5,20 +5,21 @@ from functools import cache
 
 import pytest
 import torch
+from cbqstream.windows.resident import BlockSettings, ResidentBlock, run_blocks
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cbqstream import quantize
-from cbqstream.config import OutlierConfig, ReconstructionConfig, Scheme
+from cbqstream.config import ReconstructionConfig, TransformConfig
 from cbqstream.evaluation.model import open_model
 from cbqstream.models.block import build_block, run_block
 from cbqstream.models.embedding_and_head import load_embedding_and_head
 from cbqstream.numerics.affine import SMALLEST_SCALE, grouped, num_groups
 from cbqstream.records import Compute
 from cbqstream.runtime.scratch import Scratch
+from cbqstream.scheme import Scheme
 from cbqstream.transforms.smoothing import apply_fold, fold_scale, parameters_of
 from cbqstream.windows.quantized_linear import Phase, replace_linears
-from cbqstream.windows.resident import BlockSettings, ResidentBlock, run_blocks
 from tiny import FAMILIES, SEQ_LEN, SOME_FAMILIES, VOCAB, save_model
 
 CPU = Compute(torch.device("cpu"), torch.float32, 2)
@@ -86,7 +87,7 @@ def test_outliers_are_found_and_folded(tiny_models, family):
         value[5] *= 64
     x = torch.randn(4, SEQ_LEN, meta_model.hidden_size, generator=torch.Generator().manual_seed(0))
     plain = run_blocks([block], x, Phase.ORIGINAL)
-    settings = BlockSettings(SCHEME, ReconstructionConfig(), OutlierConfig(activations="always", variant="paper"))
+    settings = BlockSettings(SCHEME, ReconstructionConfig(), TransformConfig(activations="always", variant="paper"))
     block.watch_inputs(x.shape[0] * x.shape[1], settings)
     run_blocks([block], x, Phase.ORIGINAL)
     block.start(settings, torch.Generator())
@@ -117,7 +118,7 @@ def test_searched_scales_make_four_bit_inputs_cheaper(tiny_models, family):
             # large inputs that small weights read, as trained models have them
             apply_fold(block.module, fold, outlying)
         plain = run_blocks([block], x, Phase.ORIGINAL)
-        settings = BlockSettings(scheme, ReconstructionConfig(), OutlierConfig(activations=when, variant="search"))
+        settings = BlockSettings(scheme, ReconstructionConfig(), TransformConfig(activations=when, variant="search"))
         block.watch_inputs(x.shape[0] * x.shape[1], settings)
         run_blocks([block], x, Phase.ORIGINAL)
         block.start(settings, torch.Generator())
@@ -143,13 +144,13 @@ def test_a_writer_is_divided_no_further_than_its_step_sizes_can_be_stored(tiny_m
     weight = block.layers[fold.writer].weight
     weight.mul_(2.0 ** -(torch.arange(len(weight)) % 12).view(-1, 1))
     x = torch.randn(8, SEQ_LEN, meta_model.hidden_size, generator=torch.Generator().manual_seed(0))
-    settings = BlockSettings(scheme, ReconstructionConfig(), OutlierConfig(activations="always"))
+    settings = BlockSettings(scheme, ReconstructionConfig(), TransformConfig(activations="always"))
     seen = watched(block, x, settings)[fold.readers[0]]
     seen = seen.divided(torch.exp2(-20.0 * (torch.arange(len(weight)) % 12 == 11)))
     step = grouped(weight, num_groups(weight.shape[1], group_size)).abs().amax(-1).float().amin(1) * 2 / 255
     readers = dict.fromkeys(fold.readers, scheme)
     for variant in ("paper", "huawei", "search"):
-        config = OutlierConfig(activations="always", variant=variant)
+        config = TransformConfig(activations="always", variant=variant)
         free = fold_scale(block.module, fold, seen, readers, config)
         scale = fold_scale(block.module, fold, seen, {**readers, fold.writer: scheme}, config)
         assert ((free > 1) & (step / free < SMALLEST_SCALE)).any()
@@ -162,7 +163,7 @@ def test_few_tokens_rescale_nothing(tiny_models):
     block = resident(meta_model, source, arguments, scheme=scheme)
     x = torch.randn(8, SEQ_LEN, meta_model.hidden_size, generator=torch.Generator().manual_seed(0))
     x[..., 3] *= 100
-    settings = BlockSettings(scheme, ReconstructionConfig(), OutlierConfig(activations="always"))
+    settings = BlockSettings(scheme, ReconstructionConfig(), TransformConfig(activations="always"))
     statistics = watched(block, x, settings)
     fold = next(fold for fold in meta_model.folds(1) if fold.writer == "mlp.up_proj")
     schemes, seen = dict.fromkeys(block.layers, scheme), statistics[fold.readers[0]]
@@ -176,7 +177,7 @@ def test_few_tokens_rescale_nothing(tiny_models):
 def test_folded_norms_keep_every_digit_whatever_computes(make_config, with_outliers, monkeypatch, dtype):
     """As on CUDA, where blocks compute in bf16: what is stored is the original divided by a power of two."""
     monkeypatch.setattr("cbqstream.run.inputs.compute_dtype", lambda device: torch.bfloat16)
-    folder, rule = with_outliers("llama", dtype), OutlierConfig(activations="always", variant="paper")
+    folder, rule = with_outliers("llama", dtype), TransformConfig(activations="always", variant="paper")
     out = quantize(make_config(model=folder, outliers=rule, reconstruction={"rounding": "nearest"}))
     (_, before), (_, after) = open_model(folder), open_model(out)
     name = "model.layers.1.input_layernorm.weight"

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from cbqstream import quantize
-from cbqstream.config import Scheme
 from cbqstream.errors import StoppedError
 from cbqstream.evaluation.perplexity import evaluate
 from cbqstream.records import MemoryMode
 from cbqstream.run import inputs
+from cbqstream.scheme import Scheme
 from tiny import SEQ_LEN, SOME_FAMILIES, files_of
 
 pytestmark = [

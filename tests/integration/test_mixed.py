@@ -12,15 +12,16 @@ from cbqstream.calibration.segments import load_segments
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.commands.check import check
 from cbqstream.commands.export import export
-from cbqstream.config import OutlierConfig, Scheme, path_pattern
+from cbqstream.config import TransformConfig
 from cbqstream.errors import StoppedError, UsageError
 from cbqstream.evaluation.model import open_model
 from cbqstream.records import RunWarning
+from cbqstream.scheme import Scheme, path_pattern
 from perplexities import plain_perplexity, streamed_perplexity
 from tiny import SEQ_LEN, VOCAB, save_model
 
 CPU = torch.device("cpu")
-FOLDS = OutlierConfig(activations="always", variant="search")
+FOLDS = TransformConfig(activations="always", variant="search")
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,13 @@ from transformers import CompressedTensorsConfig
 from cbqstream import quantize
 from cbqstream.calibration.segments import load_segments
 from cbqstream.checkpoint.reader import Checkpoint
-from cbqstream.config import OutlierConfig, Scheme, WindowConfig
+from cbqstream.config import TransformConfig, WindowConfig
 from cbqstream.evaluation.model import open_model
 from cbqstream.planning.plan import fitting_plan
 from cbqstream.profiles import PROFILES
 from cbqstream.records import RunWarning, WindowReport
 from cbqstream.run import inputs, pipeline
+from cbqstream.scheme import Scheme
 from cbqstream.windows import reconstruct
 from perplexities import plain_perplexity, streamed_perplexity
 from tiny import SEQ_LEN, SOME_FAMILIES, VOCAB, save_tokens
@@ -260,7 +261,7 @@ def test_folded_norms_are_exported(with_outliers, make_config, tokens, family):
     """At 8 bits next to nothing is lost, so a fold that is not exported with what it belongs to would show."""
     model = with_outliers(family)
     scheme = Scheme(num_bits=8, group_size=8)
-    outliers = OutlierConfig(activations="always", variant="paper", weights=False)
+    outliers = TransformConfig(activations="always", variant="paper", weights=False)
     config = make_config(family, model=model, scheme=scheme, outliers=outliers, reconstruction={"epochs": 1})
     out, _ = run(config)
     source, result = Checkpoint.open(model), Checkpoint.open(out)

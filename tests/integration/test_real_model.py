@@ -6,8 +6,9 @@ import pytest
 
 from cbqstream import quantize
 from cbqstream.calibration.segments import load_segments
-from cbqstream.config import CalibrationConfig, QuantizeConfig, ReconstructionConfig, Scheme
+from cbqstream.config import CalibrationConfig, QuantizeConfig, ReconstructionConfig
 from cbqstream.records import WindowReport
+from cbqstream.scheme import Scheme
 from perplexities import streamed_perplexity
 
 DATA = Path(__file__).parent.parent.parent / "benchmarks" / "data"

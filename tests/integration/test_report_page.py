@@ -13,11 +13,12 @@ import torch
 from cbqstream import quantize
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.commands.report import report
-from cbqstream.config import OutlierConfig, Scheme
+from cbqstream.config import TransformConfig
 from cbqstream.errors import InputError, StoppedError, UsageError
 from cbqstream.evaluation.model import open_model
 from cbqstream.evaluation.perplexity import evaluate
 from cbqstream.rundir.chain import Chain
+from cbqstream.scheme import Scheme
 from tiny import SEQ_LEN, files_of, save_model
 
 CPU = torch.device("cpu")
@@ -66,7 +67,7 @@ def test_a_model_card_goes_before_that_of_the_source(make_config, with_card):
 
 def test_the_recipe_in_the_card_makes_it_again(make_config, with_card, tokens, tmp_path):
     """To the same bytes, the card itself included; the settings are none of them the default."""
-    outliers = OutlierConfig(activations="always", variant="paper")
+    outliers = TransformConfig(activations="always", variant="paper")
     scheme = Scheme(num_bits=3, group_size=None, symmetric=False, activation_bits=8, activation_strategy="tensor")
     learned = {"rounding": "lora_rounding", "target_mix": 0.5, "epochs": 1, "end_to_end_epochs": 1}
     config = make_config(
@@ -100,7 +101,7 @@ def test_report_of_a_run_and_of_its_result(make_config, with_card, tokens, tmp_p
     config = make_config(
         model=with_card,
         scheme=Scheme(num_bits=4, group_size=32),
-        outliers=OutlierConfig(activations="always", variant="search"),
+        outliers=TransformConfig(activations="always", variant="search"),
         reconstruction={"end_to_end_epochs": 1},
     )
     with pytest.raises(StoppedError):

@@ -14,11 +14,12 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from cbqstream import quantize
-from cbqstream.config import OutlierConfig, QuantizeConfig, Scheme
+from cbqstream.config import QuantizeConfig, TransformConfig
 from cbqstream.disk import Disk
 from cbqstream.errors import IdentityError, InputError, StoppedError, UsageError
 from cbqstream.records import WindowReport
 from cbqstream.rundir.journal import open_journal
+from cbqstream.scheme import Scheme
 from killing import KilledError, quantize_until, windows_committed
 from tiny import files_of, save_model
 
@@ -138,7 +139,7 @@ def test_folds_and_truncated_weights_go_on_too(with_outliers, make_config, round
     options = {
         "model": with_outliers("llama"),
         "scheme": Scheme(num_bits=4, group_size=16, activation_bits=8, activation_strategy="tensor"),
-        "outliers": OutlierConfig(weights=True, activations="always", variant="paper"),
+        "outliers": TransformConfig(weights=True, activations="always", variant="paper"),
         "reconstruction": {"rounding": rounding, "kl_weight": 0.1, "robust_tokens": 1, "schedule": "cosine"},
     }
     whole, config = make_config(name="whole", **options), make_config(name="stopped", **options)

@@ -8,7 +8,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cbqstream.config import Scheme
 from cbqstream.numerics.affine import (
     codes_of_levels,
     dequantize,
@@ -19,6 +18,7 @@ from cbqstream.numerics.affine import (
 )
 from cbqstream.numerics.scale_search import minmax_grid, search_grid
 from cbqstream.records import QuantizedWeight
+from cbqstream.scheme import Scheme
 
 schemes = st.builds(
     Scheme, num_bits=st.integers(2, 8), group_size=st.sampled_from([None, 8, 16]), symmetric=st.booleans()

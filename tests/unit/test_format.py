@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cbqstream.config import LayerSchemes, Scheme
 from cbqstream.numerics.scale_search import minmax_grid
 from cbqstream.packed.format import decode, encode, encode_in_slabs, parts_of, quantization_config, schemes_of
 from cbqstream.rounding.rounding import Rounding
 from cbqstream.runtime.scratch import Scratch
+from cbqstream.scheme import LayerSchemes, Scheme
 
 SCHEMES = [
     Scheme(num_bits=bits, group_size=size, symmetric=symmetric)

@@ -6,10 +6,10 @@ import torch
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize as read_blocks
 
-from cbqstream.config import Scheme
 from cbqstream.numerics.affine import dequantize, storable_scale
 from cbqstream.packed.gguf_blocks import block_kind, cannot_gguf, encode_blocks
 from cbqstream.records import QuantizedWeight
+from cbqstream.scheme import Scheme
 
 HELD = {
     "Q4_0": [Scheme(num_bits=4, group_size=size) for size in (32, 64, None)],

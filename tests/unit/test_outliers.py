@@ -5,11 +5,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cbqstream.config import OutlierConfig
+from cbqstream.config import TransformConfig
 from cbqstream.numerics.outliers import OutlierRule, channel_scales, largest_reserved, power_of_two, truncated
 
-PAPER = OutlierRule.of(OutlierConfig(variant="paper"))
-HUAWEI = OutlierRule.of(OutlierConfig(variant="huawei"))
+PAPER = OutlierRule.of(TransformConfig(variant="paper"))
+HUAWEI = OutlierRule.of(TransformConfig(variant="huawei"))
 
 
 def reserved(values, rule=PAPER):

@@ -10,14 +10,15 @@ import torch
 from safetensors.torch import save_file
 
 from cbqstream import quantize
-from cbqstream.config import CalibrationConfig, QuantizeConfig, ReconstructionConfig, Scheme, parse_bytes
+from cbqstream.config import CalibrationConfig, QuantizeConfig, ReconstructionConfig, parse_bytes
 from cbqstream.errors import DeviceMemoryError, InputError, UsageError
 from cbqstream.planning.alternatives import smaller_settings
 from cbqstream.planning.plan import fitting_plan, make_plan
+from cbqstream.planning.plan_lines import plan_lines
 from cbqstream.planning.rates import Rates, measure_rates
 from cbqstream.planning.sizes import ModelSizes
 from cbqstream.records import MemoryMode
-from cbqstream.report.plan_lines import plan_lines
+from cbqstream.scheme import Scheme
 from tiny import SEQ_LEN, save_tokens
 
 RATES = Rates(product=1e-11, weight=1e-8, value=1e-9)

@@ -5,18 +5,19 @@ from functools import partial
 
 import pytest
 import torch
+from cbqstream.rounding.low_rank import LowRank, inverse_rectified_sigmoid, rectified_sigmoid, rounding_penalty
+from cbqstream.rounding.straight_through import Plain, StraightThrough
 from torch import nn
 from torch.nn import functional
 
-from cbqstream.config import ReconstructionConfig, Scheme
+from cbqstream.config import ReconstructionConfig
 from cbqstream.numerics import slabs
 from cbqstream.numerics.affine import dequantize, grouped, level_range
 from cbqstream.numerics.scale_search import minmax_grid
-from cbqstream.rounding.low_rank import LowRank, inverse_rectified_sigmoid, rectified_sigmoid, rounding_penalty
 from cbqstream.rounding.product import learned_product
 from cbqstream.rounding.rounding import FullRounding, LowRankRounding, TrainingStep, make_rounding
-from cbqstream.rounding.straight_through import Plain, StraightThrough
 from cbqstream.runtime.scratch import Scratch
+from cbqstream.scheme import Scheme
 from cbqstream.windows.quantized_linear import Phase, QuantizedLinear
 
 SCHEMES = [

@@ -5,12 +5,12 @@ import sys
 
 import pytest
 import torch
+from cbqstream.rounding.straight_through import Plain, passes_for, require_kernels
 
-from cbqstream.config import Scheme
 from cbqstream.errors import UsageError
 from cbqstream.numerics.affine import grouped, level_range
 from cbqstream.numerics.scale_search import minmax_grid
-from cbqstream.rounding.straight_through import Plain, passes_for, require_kernels
+from cbqstream.scheme import Scheme
 
 pytest.importorskip("triton")
 MODULE = "cbqstream.rounding.straight_through_triton"

@@ -31,7 +31,7 @@ def _levels(w, v, scale, low, high):
 
 
 @triton.jit
-def _soft_kernel(
+def _forward_kernel(
     w_ptr, v_ptr, scale_ptr, low_ptr, high_ptr, out_ptr, rows, columns, groups, K, low, high,
     BOUNDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -56,7 +56,7 @@ def _soft_kernel(
 
 
 @triton.jit
-def _move_kernel(
+def _backward_update_kernel(
     w_ptr, v_ptr, scale_ptr, low_ptr, high_ptr, grad_ptr, theta_grad_ptr, rows, columns, groups, K, low, high, step,
     BOUNDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -86,20 +86,20 @@ def _move_kernel(
     tl.store(theta_grad_ptr + group, total * scale, mask=in_rows)
 
 
-def soft(w_OI: Tensor, scale_OG: Tensor, v_OI: Tensor, low: Bound, high: Bound, out_OI: Tensor) -> None:
+def forward(w_OI: Tensor, scale_OG: Tensor, v_OI: Tensor, low: Bound, high: Bound, out_OI: Tensor) -> None:
     """w_hat into `out_OI`, see `Passes`."""
     rows, columns = w_OI.shape
     groups = scale_OG.shape[1]
     bounds = isinstance(low, Tensor)
     grid = (triton.cdiv(rows, _ROWS), triton.cdiv(columns, _COLUMNS))
-    _soft_kernel[grid](
+    _forward_kernel[grid](
         w_OI, v_OI, scale_OG, low if bounds else scale_OG, high if bounds else scale_OG, out_OI, rows, columns, groups,
         columns // groups, 0.0 if bounds else low, 0.0 if bounds else high,
         BOUNDS=bounds, ROWS=_ROWS, COLUMNS=_COLUMNS,
     )  # fmt: skip
 
 
-def move(
+def backward_update(
     w_OI: Tensor,
     scale_OG: Tensor,
     v_OI: Tensor,
@@ -115,7 +115,7 @@ def move(
     gradient_OG = torch.empty_like(scale_OG)
     size = columns // groups
     grid = (triton.cdiv(rows, _ROWS), groups)
-    _move_kernel[grid](
+    _backward_update_kernel[grid](
         w_OI, v_OI, scale_OG, low if bounds else scale_OG, high if bounds else scale_OG, gradient_OI, gradient_OG, rows,
         columns, groups, size, 0.0 if bounds else low, 0.0 if bounds else high, step,
         BOUNDS=bounds, ROWS=_ROWS, COLUMNS=min(_COLUMNS, triton.next_power_of_2(size)),

@@ -1,0 +1,210 @@
+"""Memory and disk space that a run will need, summed over what methods, transforms, formats and stores declare."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from typing import Self
+
+from cbqstream.activations.read_ahead import READ_DEPTH
+from cbqstream.activations.write_behind import WRITE_DEPTH
+from cbqstream.config import QuantizeConfig
+from cbqstream.numerics.input_statistics import Statistic
+from cbqstream.numerics.losses import HEAD_TOKENS
+from cbqstream.numerics.slabs import SLAB_WEIGHTS
+from cbqstream.planning.sizes import ModelSizes
+from cbqstream.planning.work import Work
+from cbqstream.records import MemoryMode
+from cbqstream.rounding.cost import RoundingCost
+from cbqstream.rounding.registry import method_of
+from cbqstream.transforms.registry import active
+from cbqstream.transforms.transform import TransformCost
+from cbqstream.windows.step_sizes import SEGMENTS_PER_STEP
+
+PROCESS = {"cpu": 385 << 20, "cuda": 2 << 30}
+"""Resident memory of a process that has imported everything and done a little; on CUDA an estimate."""
+CONTEXT = 700 << 20
+"""Device memory of a CUDA context and its workspaces; an estimate."""
+TILES = 320 << 20
+"""Device memory for a tile of weights (`affine.row_tiles`): ten float32 values for each."""
+_HEAP = 1.25
+"""What glibc keeps between allocations, fitted to runs (benchmarks/plan_check.py)."""
+STREAM_BYTES = 2
+"""Size of a value of a stream."""
+_LOGIT_COPIES = 6
+
+
+def rounding_cost(config: QuantizeConfig, sizes: ModelSizes) -> RoundingCost:
+    """Cost of learning the rounding of all layers of a block."""
+    method, settings = method_of(config.reconstruction), config.reconstruction
+    return reduce(add, (method.cost(settings, rows, columns) for rows, columns in sizes.layers.values()))
+
+
+def transform_cost(config: QuantizeConfig) -> TransformCost:
+    """Cost of all transforms that the settings ask for."""
+    costs = [transform.cost() for transform in active(config.transforms, config.scheme)]
+    return TransformCost(sum(cost.copies for cost in costs), sum(cost.search_bytes for cost in costs))
+
+
+def scale_bytes(config: QuantizeConfig, sizes: ModelSizes, each: int) -> int:
+    """Memory of `each` bytes for every scale of a block."""
+    size = config.scheme.group_size
+    return each * sum(rows * (1 if size is None else columns // size) for rows, columns in sizes.layers.values())
+
+
+def packed_bytes(config: QuantizeConfig, sizes: ModelSizes) -> int:
+    """Size of the shard of a finished block."""
+    codes, chosen = 0, config.schemes
+    for name, (rows, columns) in sizes.layers.items():
+        path = name.removesuffix(".weight")
+        bits = 8 * sizes.stored if config.is_ignored(path) else chosen.of(path).num_bits
+        codes += rows * -(-columns * bits // 32) * 4
+    zero_points = 0 if config.scheme.symmetric else scale_bytes(config, sizes, 1) * config.scheme.num_bits // 8
+    rest = sizes.block_bytes - sizes.weights * sizes.stored
+    return codes + scale_bytes(config, sizes, sizes.stored) + zero_points + rest
+
+
+def state_bytes(config: QuantizeConfig, sizes: ModelSizes, staying: int) -> int:
+    """Size of the window state of `staying` blocks."""
+    return staying * (rounding_cost(config, sizes).state_bytes + scale_bytes(config, sizes, 8))
+
+
+def host_bytes(config: QuantizeConfig, sizes: ModelSizes, device: str) -> dict[str, int]:
+    """Resident memory besides the computation, by what it is for."""
+    host = {"process": PROCESS[device]}
+    if device == "cuda":  # a layer in slabs beside its block while that is packed, or the embeddings as they are read
+        packing = packed_bytes(config, sizes) + 9 * min(sizes.largest, SLAB_WEIGHTS)
+        host["packing"] = max(packing, sizes.stored * sizes.vocabulary * sizes.hidden)
+    if config.reconstruction.end_to_end_epochs:
+        host["step sizes before an epoch"] = sizes.num_blocks * scale_bytes(config, sizes, 4)
+    segment = STREAM_BYTES * config.calibration.seq_len * sizes.hidden
+    read = 2 * (READ_DEPTH + 1) * config.reconstruction.batch_size
+    return host | {"read ahead": read * segment, "written behind": (WRITE_DEPTH + 1) * segment}
+
+
+def device_bytes(
+    config: QuantizeConfig, sizes: ModelSizes, memory_mode: MemoryMode, blocks: int, width: int
+) -> dict[str, int]:
+    """Memory for the computation at its largest moment, by what it is for.
+
+    Args:
+        config: settings of the run.
+        sizes: sizes of the model.
+        memory_mode: what is traded for memory.
+        blocks: blocks in a window.
+        width: bytes of a value of the compute dtype.
+    """
+    window = _window_bytes(config, sizes, memory_mode, blocks, width)
+    learns, settings = method_of(config.reconstruction).learns, config.reconstruction
+    head = _head_bytes(sizes, width)
+    moments = [window | (head if settings.head_weight and learns else {})]
+    moments.append({"embeddings": (width + sizes.stored) * sizes.vocabulary * sizes.hidden})
+    if settings.end_to_end_epochs and learns:
+        moments.append(_end_to_end_bytes(config, sizes, width))
+    search = transform_cost(config).search_bytes
+    if memory_mode.offload and search:  # the layers of a smoothing pair are in memory together
+        moments.append({"step sizes": window["step sizes"], "rescaling": search * sizes.largest})
+    if Statistic.GRAM in method_of(settings).statistics:
+        grams = blocks * sum(4 * columns * columns for _, columns in sizes.layers.values())
+        moments.append({"weights": window["weights"], "activations": window["activations"], "Gram matrices": grams})
+    return max(moments, key=lambda parts: sum(parts.values()))
+
+
+def _window_bytes(
+    config: QuantizeConfig, sizes: ModelSizes, memory_mode: MemoryMode, blocks: int, width: int
+) -> dict[str, int]:
+    """Memory of a window while it is trained."""
+    settings, seq_len = config.reconstruction, config.calibration.seq_len
+    batch = settings.batch_size * seq_len
+    kept = 1 if memory_mode.activation_checkpointing else blocks
+    attention = 8 * sizes.eager_heads * batch * seq_len  # scores and their softmax, of all heads
+    layers = sizes.largest if memory_mode.offload else blocks * sizes.weights
+    rest = sizes.block_bytes - sizes.weights * sizes.stored
+    cost = rounding_cost(config, sizes)
+    offloaded = blocks * cost.offloaded_bytes
+    if memory_mode.offload:
+        rows, columns = sizes.largest_layer
+        offloaded = method_of(settings).cost(settings, rows, columns).offloaded_bytes
+    return {
+        "weights": blocks * rest + layers * sizes.stored * (1 + transform_cost(config).copies),
+        "rounding": blocks * (cost.resident_bytes - cost.offloaded_bytes) + offloaded,
+        "step sizes": blocks * scale_bytes(config, sizes, 24),
+        "scratch": 2 * width * min(sizes.largest, SLAB_WEIGHTS),
+        "activations": int(_HEAP * width * batch * ((kept + 1) * _saved(config, sizes) + (8 + blocks) * sizes.hidden))
+        + (kept + 1) * attention,
+    }
+
+
+def _saved(config: QuantizeConfig, sizes: ModelSizes) -> int:
+    """Values that a block saves for the backward pass, for a token."""
+    return 2 * sizes.outputs + (4 * sizes.hidden if config.scheme.activation_bits else 0)
+
+
+def _head_bytes(sizes: ModelSizes, width: int) -> dict[str, int]:
+    """Memory of the head, and of the logits of the tokens that are computed together."""
+    logits = _LOGIT_COPIES * 4 * HEAD_TOKENS * sizes.vocabulary
+    return {"head and logits": width * sizes.vocabulary * sizes.hidden + logits}
+
+
+def _end_to_end_bytes(config: QuantizeConfig, sizes: ModelSizes, width: int) -> dict[str, int]:
+    """Memory of the end-to-end stage."""
+    settings, seq_len = config.reconstruction, config.calibration.seq_len
+    together = min(SEGMENTS_PER_STEP, settings.batch_size) * seq_len
+    # states between all blocks, and one block with gradients
+    of_block = 2 * _saved(config, sizes) + (9 + sizes.num_blocks) * sizes.hidden
+    seen = 2 * 8 * sizes.eager_heads * together * seq_len
+    rest = sizes.block_bytes - sizes.weights * sizes.stored
+    logits = _head_bytes(sizes, width)["head and logits"] - width * sizes.vocabulary * sizes.hidden
+    return {
+        "weights": rest + width * 2 * sizes.weights + 8 * sizes.largest,
+        "step sizes": sizes.num_blocks * scale_bytes(config, sizes, 20),  # s0, theta, gradient, two moments
+        "activations": int(_HEAP * width * together * of_block) + seen,
+        "embedding, head and logits": width * (sizes.outer_bytes // sizes.stored) + logits,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class OffloadFile:
+    """The file to which the layers of a window are offloaded, bytes; it only grows."""
+
+    size: int = 0
+    read: int = 0
+    written: int = 0
+
+    @classmethod
+    def of(cls, config: QuantizeConfig, sizes: ModelSizes, in_window: int, work: Work) -> Self:
+        """The file of a run.
+
+        A training step reads every layer three times, because activations are computed again, and writes what changed. Everything else
+        reads every layer once per batch.
+        """
+        values = rounding_cost(config, sizes).offloaded_bytes
+        each = sizes.weights * sizes.stored * (1 + transform_cost(config).copies) + values
+        finished = sizes.weights + packed_bytes(config, sizes)  # codes, alone and packed
+        read = (3 * work.steps + work.hard_batches + work.stream_batches) * each
+        written = work.steps * values + work.windows * in_window * each + work.blocks * finished
+        return cls(in_window * (each + finished), int(read), int(written))
+
+
+def disk_bytes(
+    config: QuantizeConfig, sizes: ModelSizes, quantized: int, staying: int, offloaded: OffloadFile
+) -> Mapping[str, int]:
+    """Disk space at the fullest moment, besides the source, by what it is for.
+
+    Args:
+        config: settings of the run.
+        sizes: sizes of the model.
+        quantized: blocks that are quantized.
+        staying: blocks that stay in a window.
+        offloaded: file of offloaded layers.
+    """
+    tokens = config.calibration.num_samples * config.calibration.seq_len
+    learns = method_of(config.reconstruction).learns
+    rewritten = 2 if learns and config.reconstruction.end_to_end_epochs else 1  # the last epoch writes all blocks again
+    return {
+        "streams": 5 * tokens * sizes.hidden * STREAM_BYTES,
+        "blocks": quantized * packed_bytes(config, sizes) * rewritten,
+        "window states": 2 * state_bytes(config, sizes, staying),
+        "rest of the model": sizes.source_bytes - quantized * sizes.block_bytes,
+        "layers of a window": offloaded.size,
+    }

@@ -1,0 +1,25 @@
+"""What a rounding method costs in memory, traffic and arithmetic, as planning sums it."""
+
+from dataclasses import dataclass
+from typing import Self
+
+
+@dataclass(frozen=True, slots=True)
+class RoundingCost:
+    """Cost of learning the rounding of one layer, besides the layer's weight and its scales."""
+
+    resident_bytes: int = 0
+    """Memory on the device while the window is optimized: rounding values, gradients and optimizer states."""
+    state_bytes: int = 0
+    """Size in the window state, which a block that stays takes into the next window."""
+    offloaded_bytes: int = 0
+    """Part of `resident_bytes` that is of the size of the weight and is offloaded with it; read with the weight, written after a step."""
+    step_bytes: int = 0
+    """Bytes that one training step reads and writes in device memory to make the weight twice and to update the rounding."""
+    step_flop: int = 0
+    """Floating-point operations of that, besides the layer's own matrix products."""
+
+    def __add__(self, other: Self) -> "RoundingCost":
+        return RoundingCost(
+            *(getattr(self, name) + getattr(other, name) for name in self.__slots__),
+        )

@@ -1,0 +1,109 @@
+"""Rounding method `lora_rounding`: AdaRound whose logits have a learned low-rank offset (LoRA-Rounding of CBQ, arXiv 2312.07950).
+
+Formulas: `numerics/adaround.py`. Adam learns the two factors; a penalty drives every weight up or down.
+"""
+
+import math
+from types import MappingProxyType
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from cbqstream.config import ReconstructionConfig
+from cbqstream.numerics.adaround import floor_and_sigmoid, logit_gradient, rectified
+from cbqstream.numerics.affine import Bound, clamp_levels, grouped, level_range, row_tiles, rows_of
+from cbqstream.rounding.cost import RoundingCost
+from cbqstream.rounding.rounding import Rounding, TrainingStep
+from cbqstream.runtime.scratch import Scratch
+from cbqstream.scheme import Scheme
+
+_BETA_START, _BETA_END, _WARM_UP = 20.0, 2.0, 0.2
+_FACTOR_BYTES = 16  # value, gradient and two moments of Adam, float32
+_STEP_BYTES = 600  # no fused kernel: every operation reads and writes a tile of float32 values
+_STEP_FLOP = 90
+
+
+class LoraRounding(Rounding):
+    """A weight whose rounding logits are V0 + A1 A2."""
+
+    name = "lora_rounding"
+    learned = MappingProxyType({"theta": True, "a1": True, "a2": False})
+
+    def __init__(
+        self,
+        w_OI: Tensor,
+        scale_OG: Tensor,
+        zero_point_OG: Tensor | None,
+        scheme: Scheme,
+        scratch: Scratch,
+        config: ReconstructionConfig,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__(w_OI, scale_OG, zero_point_OG, scheme, scratch)
+        rank = config.rounding_rank
+        start = torch.randn(w_OI.shape[0], rank, generator=generator).to(w_OI.device) / math.sqrt(rank)
+        self.a1 = nn.Parameter(start)
+        """A1, float32 [O, R]."""
+        self.a2 = nn.Parameter(torch.zeros(rank, w_OI.shape[1], device=w_OI.device))
+        """A2, float32 [R, I]; zero at the start."""
+        self._penalty_weight = config.penalty_weight
+        self._beta, self._penalty = _BETA_START, 0.0
+
+    @classmethod
+    def start(
+        cls,
+        w_OI: Tensor,
+        grid: tuple[Tensor, Tensor | None],
+        scheme: Scheme,
+        config: ReconstructionConfig,
+        generator: torch.Generator,
+        scratch: Scratch,
+    ) -> Self:
+        return cls(w_OI, *grid, scheme, scratch, config, generator)
+
+    @classmethod
+    def cost(cls, config: ReconstructionConfig, rows: int, columns: int) -> RoundingCost:
+        factors = config.rounding_rank * (rows + columns)
+        step_flop = rows * columns * (_STEP_FLOP + 10 * config.rounding_rank)  # A1 A2 three times, and both gradients
+        return RoundingCost(_FACTOR_BYTES * factors, 4 * factors, 0, rows * columns * _STEP_BYTES, step_flop)
+
+    def begin_step(self, step: TrainingStep) -> None:
+        annealed = max(0.0, (step.progress - _WARM_UP) / (1 - _WARM_UP))
+        self._beta = _BETA_START + (_BETA_END - _BETA_START) * annealed
+        self._penalty = self._penalty_weight / step.num_layers / self.weight.numel()
+
+    def soft_rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        w_OI, scale0_OG, a1_OR, (low, high) = self.weight[rows], self.scale0[rows], self.a1[rows], self._bounds(rows)
+        scale_OG1 = self.scale_of(rows).unsqueeze(-1)
+        w_hat = self.scratch.take("weight", w_OI.shape, dtype, w_OI.device)
+        for tile in row_tiles(w_OI):
+            floor, sigmoid = floor_and_sigmoid(w_OI[tile], scale0_OG[tile], a1_OR[tile], self.a2)
+            levels = clamp_levels(floor.add_(rectified(sigmoid)), rows_of(low, tile), rows_of(high, tile))
+            torch.mul(levels, scale_OG1[tile], out=grouped(w_hat[tile], scale_OG1.shape[1]))
+        return w_hat
+
+    def levels(self, rows: slice, scale_OG: Tensor) -> Tensor:
+        """Levels of the starting scale, whatever scale is stored. See `Rounding.levels`."""
+        floor, sigmoid = floor_and_sigmoid(self.weight[rows], self.scale0[rows], self.a1[rows], self.a2)
+        return clamp_levels(floor + (rectified(sigmoid) >= 0.5), *self._bounds(rows))
+
+    def gradients(self, rows: slice, gradient_OI: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of theta, A1 and A2. See `Rounding.gradients`."""
+        w_OI, scale0_OG, a1_OR, (low, high) = self.weight[rows], self.scale0[rows], self.a1[rows], self._bounds(rows)
+        scale_OG1 = self.scale_of(rows).unsqueeze(-1)
+        of_theta, of_a1, of_a2 = torch.empty_like(self.theta[rows]), torch.empty_like(a1_OR), torch.zeros_like(self.a2)
+        for tile in row_tiles(w_OI):
+            gradient = grouped(gradient_OI[tile].float(), scale_OG1.shape[1]) * scale_OG1[tile]
+            floor, sigmoid = floor_and_sigmoid(w_OI[tile], scale0_OG[tile], a1_OR[tile], self.a2)
+            reached = floor.add_(rectified(sigmoid))
+            levels = reached.clamp(rows_of(low, tile), rows_of(high, tile))  # type: ignore[arg-type]
+            of_theta[tile] = (levels * gradient).sum(-1)
+            of_v = logit_gradient(gradient, reached, levels, sigmoid, self._beta, self._penalty).flatten(1)
+            torch.mm(of_v, self.a2.t(), out=of_a1[tile])
+            of_a2.addmm_(a1_OR[tile].t(), of_v)
+        return of_theta, of_a1, of_a2
+
+    def _bounds(self, rows: slice) -> tuple[Bound, Bound]:
+        low, high = level_range(self.scheme, self.zero_point)
+        return rows_of(low, rows), rows_of(high, rows)

@@ -1,0 +1,84 @@
+"""Warnings about a model and its run, and the check that training does not fail again and again."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+from cbqstream.errors import InputError
+from cbqstream.models.experts import tokens_by_expert
+from cbqstream.models.families import EXPERT
+from cbqstream.records import RunWarning
+from cbqstream.rounding.registry import method_of
+from cbqstream.run.inputs import RunInputs
+from cbqstream.rundir.chain import Chain
+from cbqstream.windows.reconstruct import NOT_FINITE
+from cbqstream.windows.resident_block import ResidentBlock
+from cbqstream.windows.schedule import split_held_out
+
+_MOST_REVERTED = 0.1
+_NAMED = 8
+"""Number of experts that are named in a warning."""
+
+
+def require_finite_windows(chain: Chain) -> None:
+    """Refuse to continue if training fails again and again: the result would be rounded to nearest without a word.
+
+    Raises:
+        InputError: in more than a tenth of the windows, and in more than one, the loss became NaN or infinite.
+    """
+    failed = [report.index for report in chain.window_reports if report.reverted == NOT_FINITE]
+    if len(failed) > max(1, _MOST_REVERTED * chain.num_windows):
+        raise InputError(
+            chain.path,
+            f"in {len(failed)} windows the loss was not finite, first in window {failed[0] + 1}."
+            " Use a smaller --max-shift or --scale-lr in a new run.",
+        )
+
+
+def model_warnings(inputs: RunInputs) -> Iterator[RunWarning]:
+    """Warnings about the model and the settings of a run."""
+    kind, path = inputs.meta_model.config.model_type, inputs.meta_model.blocks_path
+    if not inputs.meta_model.is_tested:
+        yield RunWarning(
+            f'{inputs.config.model}: architecture "{kind}" is untested here; its blocks were found at "{path}".'
+        )
+    quantized = {_has_experts(layers) for layers in _layers_of_expert_blocks(inputs)}
+    if len(quantized) > 1:
+        yield RunWarning(
+            "the experts of some blocks are quantized and those of others are not, which transformers 5.24 does not load."
+            " Leave out --keep-first and --keep-last, or use another program."
+        )
+    settings, (training, held_out) = inputs.config.reconstruction, split_held_out(len(inputs.tokens))
+    method = method_of(settings)
+    if training == held_out and method.learns:
+        yield RunWarning(
+            f"none of {len(held_out)} segments can be held out: windows are judged by what they learn from. Use --num-samples 8 or more."
+        )
+    steps = settings.epochs * math.ceil(len(training) / settings.batch_size)
+    text = method.warning(settings, steps)
+    if text is not None:
+        yield RunWarning(text)
+    if inputs.model.get("auto_map"):
+        yield RunWarning(f"{inputs.config.model}: has code of its own (auto_map), which is not run.")
+
+
+def _layers_of_expert_blocks(inputs: RunInputs) -> Iterator[Sequence[str]]:
+    """The layers that are quantized, of each block that has experts."""
+    first, stop = inputs.config.keep_first, len(inputs.meta_model.blocks) - inputs.config.keep_last
+    for spec in inputs.meta_model.blocks:
+        if _has_experts(spec.linears):
+            yield list(inputs.layers(spec.index)) if first <= spec.index < stop else []
+
+
+def _has_experts(layers: Iterable[str]) -> bool:
+    return any(EXPERT.search(name) for name in layers)
+
+
+def undersampled_experts(prefix: str, block: ResidentBlock) -> RunWarning:
+    """Warning that names the experts of a block that saw too few tokens to learn from."""
+    counts = [count for path in tokens_by_expert(block.tokens).values() for count in path]
+    names = sorted({name.rpartition(".")[0] for name in block.undersampled})
+    shown_names = ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+    return RunWarning(
+        f"{prefix}: its {len(counts)} experts saw {min(counts):,} to {max(counts):,} tokens; rounded to nearest: {shown_names}."
+        " More --num-samples reach more of them."
+    )

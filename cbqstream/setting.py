@@ -1,0 +1,55 @@
+"""Fields of the settings dataclasses, and checks of their values."""
+
+from dataclasses import MISSING, field
+from typing import Any, Literal, get_args
+
+from cbqstream.errors import UsageError
+
+Panel = Literal["Model and output", "Calibration", "Method", "Limits", "Run"]
+"""Groups in which the command line shows the flags."""
+
+
+def setting(
+    default: Any = MISSING, *, help: str, panel: Panel = "Method", flag: str | None = None, from_factory: Any = MISSING
+) -> Any:
+    """A field of a settings dataclass.
+
+    Args:
+        default: value of the field; none is a required field.
+        help: description, one sentence without a full stop unless there are two.
+        panel: group in which the command line shows the flag.
+        flag: name of the flag, with _; the name of the field by default. An empty string: the field has no flag of its own.
+        from_factory: called for a default that is made anew each time.
+    """
+    metadata = {"help": help, "panel": panel, "flag": flag}
+    if from_factory is not MISSING:
+        return field(default_factory=from_factory, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def require(ok: bool, message: str) -> None:  # noqa: FBT001
+    """Raise a UsageError with a message unless a condition holds."""
+    if not ok:
+        raise UsageError(message)
+
+
+def require_choice(settings: Any, name: str, choices: Any) -> None:
+    """Refuse a field whose value is not one of a Literal.
+
+    Raises:
+        UsageError: it is not.
+    """
+    value, known = getattr(settings, name), get_args(choices)
+    if value not in known:
+        raise UsageError(f"{name} {value!r} is not {', '.join(known[:-1])} or {known[-1]}.")
+
+
+def require_at_least(settings: Any, least: int, *names: str) -> None:
+    """Refuse fields with values below `least`.
+
+    Raises:
+        UsageError: one is.
+    """
+    for name in names:
+        value = getattr(settings, name)
+        require(value >= least, f"{name} is {value}. It must be at least {least}.")

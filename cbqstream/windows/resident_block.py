@@ -1,0 +1,340 @@
+"""A block of the current window in memory, with its quantized layers.
+
+A block enters a window either for the first time (`watch_inputs`, then `start`) or with the state that the window before left (`resume`).
+A block that leaves the window is hardened; a block that stays gives its state to the next window.
+"""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from cbqstream.config import ReconstructionConfig, TransformConfig
+from cbqstream.disk import ScratchFile
+from cbqstream.errors import InputError
+from cbqstream.models.block import BlockArguments, build_block, run_block
+from cbqstream.models.experts import Experts
+from cbqstream.models.families import EXPERT, SmoothingPair
+from cbqstream.models.meta_model import MetaModel
+from cbqstream.numerics.affine import sqnr_db
+from cbqstream.numerics.input_statistics import InputStatistics, Statistic, sum_of
+from cbqstream.numerics.scale_search import minmax_grid, search_grid
+from cbqstream.records import Compute, QuantizedWeight, StoredTensors
+from cbqstream.rounding.nearest import Nearest
+from cbqstream.rounding.registry import method_of
+from cbqstream.runtime.offload import OffloadedTensor
+from cbqstream.runtime.scratch import Scratch
+from cbqstream.scheme import Scheme
+from cbqstream.transforms.registry import active
+from cbqstream.transforms.transform import BlockParts, Transform
+from cbqstream.windows.input_step import InputStep
+from cbqstream.windows.quantized_linear import Phase, QuantizedLinear, replace_linears
+
+_SAMPLED_TOKENS = 1024
+_SAMPLED_OF_EXPERT, _DENSER = 256, 16  # an expert sees one token in 8 to 32
+_FEWEST_TOKENS = 32
+_INPUT, _UNDERSAMPLED = "input.", "undersampled"
+
+
+@dataclass(frozen=True, slots=True)
+class BlockSettings:
+    """Settings with which a block is quantized."""
+
+    scheme: Scheme
+    """Scheme of most layers, for decisions that concern several of them."""
+    reconstruction: ReconstructionConfig
+    transforms: TransformConfig
+    scratch: Scratch = field(default_factory=Scratch)
+
+    def active_transforms(self) -> tuple[Transform, ...]:
+        """The transforms that the settings ask for, in the order in which they are applied."""
+        return tuple(transform(self.transforms) for transform in active(self.transforms, self.scheme))
+
+
+class ResidentBlock:
+    """A block in memory. It is mutable: its layers get roundings, are trained and are hardened, and it records what it learned.
+
+    Args:
+        index: number of the block in the model.
+        module: the block; its quantized layers are `QuantizedLinear`.
+        arguments: keyword arguments with which the model calls it.
+        layers: the quantized layers, by their name in the block.
+        pairs: places where channels can be rescaled.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        module: nn.Module,
+        arguments: BlockArguments,
+        layers: Mapping[str, QuantizedLinear] | None = None,
+        pairs: tuple[SmoothingPair, ...] = (),
+    ) -> None:
+        self.index = index
+        self.module = module
+        self.arguments = arguments
+        self.layers = layers or {}
+        self.parts = BlockParts(
+            module, {name: layer.scheme for name, layer in self.layers.items()}, pairs, self._placed
+        )
+        self.found: dict[str, dict[str, Tensor]] = {}
+        """Results of the transforms, by the name of the transform."""
+        self.tokens: dict[str, int] = {}
+        """Number of tokens from which the statistics of each layer were gathered."""
+        self.sqnr_db: dict[str, float] = {}
+        """Signal to quantization noise of the hard weights in decibels, by layer."""
+        self.undersampled: set[str] = set()
+        """Layers of experts that saw too few tokens to learn from; they are rounded to nearest."""
+        self._transforms: tuple[Transform, ...] = ()
+
+    def watch_inputs(self, num_tokens: int, settings: BlockSettings, *, all_experts: bool = False) -> None:
+        """Gather the statistics that `start` needs from the next `num_tokens` tokens.
+
+        Where a transform needs a sample of a layer's inputs, about 1,024 tokens are kept; of an expert the first 256 of a denser sample.
+
+        Args:
+            num_tokens: tokens that will pass the block.
+            settings: of the run.
+            all_experts: send every token to every expert.
+        """
+        self._send_all_tokens(all_experts)
+        stride = max(1, num_tokens // _SAMPLED_TOKENS)
+        sampled = {name for each in settings.active_transforms() for name in each.sampled_layers(self.parts)}
+        gram = Statistic.GRAM in method_of(settings.reconstruction).statistics
+        for name, layer in self.layers.items():
+            if name not in sampled:
+                layer.watch_inputs(None, gram=gram)
+            elif EXPERT.search(name) and not all_experts:
+                layer.watch_inputs(max(1, stride // _DENSER), _SAMPLED_OF_EXPERT, gram=gram)
+            else:
+                layer.watch_inputs(stride, gram=gram)
+
+    def _send_all_tokens(self, send: bool) -> None:  # noqa: FBT001
+        for module in self.module.modules():
+            if isinstance(module, Experts):
+                module.see_all = send
+
+    def start(self, settings: BlockSettings, generator: torch.Generator) -> None:
+        """Find the transforms, and give every layer its grid and rounding, from the weights and the statistics of the inputs.
+
+        Raises:
+            InputError: a layer never ran.
+        """
+        self._send_all_tokens(False)  # noqa: FBT003
+        statistics = self._take_statistics()
+        self._transforms = settings.active_transforms()
+        for transform in self._transforms:
+            self.found[transform.name] = transform.find(self.parts, statistics)
+        for name, layer in self.layers.items():
+            layer.start_input_step(statistics[name])
+            with layer.placed():
+                weight, second_moment = self._weight_to_round(layer), statistics[name].second_moment
+                if settings.reconstruction.init == "search":
+                    grid = search_grid(weight, second_moment, layer.scheme)
+                else:
+                    grid = minmax_grid(weight, layer.scheme)
+                self._give_rounding(name, weight, grid, settings, generator)
+                if layer.rounding is not None:
+                    layer.rounding.observe(statistics[name])
+
+    def _take_statistics(self) -> dict[str, InputStatistics]:
+        """Statistics of the inputs of each layer; an undersampled expert gets those of all experts of the block together."""
+        seen = {name: layer.take_statistics() for name, layer in self.layers.items()}
+        enough = min(_FEWEST_TOKENS, max(found.tokens for found in seen.values()))
+        self.tokens.update({name: found.tokens for name, found in seen.items()})
+        self.undersampled.update(name for name, found in seen.items() if found.tokens < enough and EXPERT.search(name))
+        pooled: dict[str, InputStatistics] = {}
+        for name in self.undersampled:
+            alike = EXPERT.sub(".*.", name)
+            if alike not in pooled:
+                whole = sum_of([found for other, found in seen.items() if EXPERT.sub(".*.", other) == alike])
+                stride = max(1, len(whole.sample) // _SAMPLED_TOKENS)
+                pooled[alike] = replace(whole, sample=whole.sample[::stride].clone())
+            seen[name] = pooled[alike]
+        for name, found in seen.items():
+            if not found.tokens:
+                raise InputError(
+                    f"block {self.index}", f"{name} is never called as a layer. Leave it out: --ignore {name}."
+                )
+        return seen
+
+    def _give_rounding(
+        self,
+        name: str,
+        weight: Tensor,
+        grid: tuple[Tensor, Tensor | None],
+        settings: BlockSettings,
+        generator: torch.Generator,
+    ) -> None:
+        """Give a layer, which is placed, the rounding of the settings; an undersampled one is rounded to nearest."""
+        layer = self.layers[name]
+        method = Nearest if name in self.undersampled else method_of(settings.reconstruction)
+        rounding = method.start(
+            weight, grid, layer.scheme, settings.reconstruction, generator, settings.scratch
+        ).requires_grad_(requires_grad=name not in self.undersampled)
+        layer.rounding = rounding
+        rounding.offload_beside(layer)
+
+    def resume(self, settings: BlockSettings, generator: torch.Generator, state: Mapping[str, Tensor]) -> None:
+        """Continue from the state that `window_state` gave in the window before."""
+        self._transforms = settings.active_transforms()
+        for transform in self._transforms:
+            self.found[transform.name] = _under(f"{transform.name}.", state)
+            transform.apply(self.parts, self.found[transform.name])
+        for name, layer in self.layers.items():
+            self._resume_layer(name, layer, settings, generator, _under(f"{name}.", state))
+
+    def _resume_layer(
+        self,
+        name: str,
+        layer: QuantizedLinear,
+        settings: BlockSettings,
+        generator: torch.Generator,
+        state: dict[str, Tensor],
+    ) -> None:
+        if state.pop(_UNDERSAMPLED, None) is not None:
+            self.undersampled.add(name)
+        step = _under(_INPUT, state)
+        if step:
+            layer.input_step = InputStep(step["scale0"], settings.scheme.activation_bits or 0)
+            layer.input_step.load(step)
+        state = {key: value for key, value in state.items() if not key.startswith(_INPUT)}
+        grid = (state["scale0"], state.get("zero_point"))
+        with layer.placed():
+            self._give_rounding(name, self._weight_to_round(layer), grid, settings, generator)
+        if layer.rounding is not None:
+            layer.rounding.load(state)
+
+    def state(self) -> dict[str, Tensor]:
+        """Copies of the state of every rounding, input step and transform, by name, without the tensors of the size of a weight."""
+        state: dict[str, Tensor] = {}
+        for name, layer in self.layers.items():
+            for prefix, part in (("", layer.rounding), (_INPUT, layer.input_step)):
+                if part is not None:
+                    state |= {f"{name}.{prefix}{key}": value for key, value in part.state().items()}
+        state |= {f"{name}.{_UNDERSAMPLED}": torch.ones(1, dtype=torch.uint8) for name in sorted(self.undersampled)}
+        return state | {
+            f"{transform}.{key}": value for transform, found in self.found.items() for key, value in found.items()
+        }
+
+    def window_state(self) -> dict[str, Tensor | OffloadedTensor]:
+        """Everything that the next window needs, by name."""
+        large: dict[str, Tensor | OffloadedTensor] = {}
+        for name, layer in self.layers.items():
+            if layer.rounding is not None:
+                large |= {f"{name}.{key}": value for key, value in layer.rounding.large_state().items()}
+        return self.state() | large
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Restore every rounding and input step from `state` or `window_state`; transforms stay applied."""
+        for name, layer in self.layers.items():
+            own = _under(f"{name}.", state)
+            own.pop(_UNDERSAMPLED, None)
+            if layer.input_step is not None:
+                layer.input_step.load(_under(_INPUT, own))
+            if layer.rounding is not None:
+                layer.rounding.load({key: value for key, value in own.items() if not key.startswith(_INPUT)})
+
+    def harden(self) -> Iterator[tuple[str, QuantizedWeight]]:
+        """The final quantized weights, layer by layer. A layer computes with its final weight once it was given."""
+        for name, layer in self.layers.items():
+            if layer.rounding is not None:
+                step = None if layer.input_step is None else layer.input_step.stored()
+                hard = replace(layer.rounding.harden(), input_scale=step)
+                with layer.placed():
+                    self.sqnr_db[name] = sqnr_db(layer.weight, hard)
+                layer.freeze(hard)
+                yield name, hard
+
+    def stored(self, name: str, value: Tensor) -> Tensor:
+        """A tensor of the block that no quantized layer holds, as the transforms leave it, in its dtype."""
+        for transform in self._transforms:
+            change = transform.stored(self.parts, self.found[transform.name]).get(name)
+            value = value if change is None else change(value)
+        return value
+
+    def _weight_to_round(self, layer: QuantizedLinear) -> Tensor:
+        weight = layer.weight
+        for transform in self._transforms:
+            weight = transform.weight_to_round(weight)
+        return weight
+
+    @contextmanager
+    def _placed(self, names: Collection[str]) -> Iterator[None]:
+        """Keep the weights of named layers in memory inside a `with`; other names are ignored."""
+        with ExitStack() as stack:
+            for name in set(names) & self.layers.keys():
+                stack.enter_context(self.layers[name].placed())
+            yield
+
+
+def read_block(
+    meta_model: MetaModel,
+    index: int,
+    source: StoredTensors,
+    schemes: Mapping[str, Scheme],
+    arguments: BlockArguments,
+    compute: Compute,
+    scratch: Scratch,
+    file: ScratchFile | None = None,
+) -> ResidentBlock:
+    """Block `index` with its original weights.
+
+    Args:
+        meta_model: the model it belongs to.
+        index: number of the block.
+        source: where its tensors are read from.
+        schemes: schemes of the layers that are quantized, by their name in the block.
+        arguments: keyword arguments with which the model calls the block.
+        compute: where the block is placed, and the dtype in which it computes.
+        scratch: buffers for weights that are needed for a moment.
+        file: file to which these layers are offloaded; None keeps them in memory.
+    """
+    device, dtype = compute.device, compute.dtype
+    without = () if file is None else schemes
+    module = build_block(meta_model, index, source, device=device, dtype=dtype, linear_dtype=None, without=without)
+    spec, layers = meta_model.blocks[index], replace_linears(module, schemes, scratch)
+    if file is not None:
+        for name, layer in layers.items():
+            layer.weight = source.read(spec.tensors[f"{name}.weight"], device=device)
+            layer.offload(file)
+    whole = set(spec.linears) - schemes.keys()  # rescaling channels would change layers that stay in full precision
+    for name in whole:
+        module.get_submodule(name).to(dtype)
+    pairs = meta_model.smoothing_pairs(index)
+    usable = tuple(pair for pair in pairs if not whole & {pair.smooth_layer, *pair.balance_layers})
+    return ResidentBlock(index, module, arguments, layers, usable)
+
+
+def _under(prefix: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The values whose name begins with `prefix`, by the rest of the name. Others are not read."""
+    return {name.removeprefix(prefix): values[name] for name in values if name.startswith(prefix)}
+
+
+def all_layers(blocks: Sequence[ResidentBlock]) -> Iterator[QuantizedLinear]:
+    """The layers of all blocks, in order."""
+    for block in blocks:
+        yield from block.layers.values()
+
+
+def run_blocks(
+    blocks: Sequence[ResidentBlock], x_BSD: Tensor, phase: Phase, *, activation_checkpointing: bool = False
+) -> Tensor:
+    """Hidden states [B, S, D] after the blocks, computed with the weights of `phase`.
+
+    With activation checkpointing, only the inputs of the blocks are kept for the backward pass, which runs each block again (Chen et al.
+    2016, arXiv 1604.06174). No rounding of the block has changed by then.
+    """
+    for layer in all_layers(blocks):
+        layer.phase = phase
+    for block in blocks:
+        if activation_checkpointing:
+            run = partial(run_block, block.module, arguments=block.arguments)
+            x_BSD = checkpoint(run, x_BSD, use_reentrant=False, preserve_rng_state=False)
+        else:
+            x_BSD = run_block(block.module, x_BSD, block.arguments)
+    return x_BSD
