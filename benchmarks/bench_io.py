@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""How fast weights and activations are read and written, beside the same bytes through plain files. GB/s, from and to the page cache.
+"""Measure how fast weights and activations are read and written, compared with plain files of the same size, in GB/s.
 
 Usage: bench_io.py WORK [--results FILE]
 
-Weights: a safetensors shard of 1 GiB, read tensor by tensor as a run reads it (with its SHA-256, finite) and without that; and again after
-it was dropped from the page cache, at once and when a thread has read it ahead for as long as a window computes. Activations:
-a stream of 64 segments of 512 x 4096 in bf16 (256 MiB), as a store keeps it: a chunk a segment with its checksum, synced and not synced.
+WORK must not exist; it is deleted at the end. Weights: a safetensors shard of 1 GiB, read tensor by tensor from the page cache as a run
+reads it (with SHA-256 and the check for finite values) and without these; and from the disk, after the shard was dropped from the page
+cache, at once and after a thread has read it ahead for as long as a window computes. Activations: a stream of 64 segments of 512 x 4096
+in bf16 (256 MiB) in an activation store, one chunk per segment with its checksum, synced and not synced.
 """
 
 import argparse
@@ -28,20 +29,21 @@ from cbqstream.disk import Disk
 
 RESULTS = Path(__file__).resolve().parent / "results" / "io.json"
 CPU = torch.device("cpu")
+TENSORS, TENSOR_SHAPE = 16, (4096, 8192)
 SHAPE = StreamShape(64, 512, 4096)
 WINDOW = 10.0
-"""Seconds; those of SmolLM2 take 40 on one core, those of larger models longer."""
+"""Seconds for reading ahead. A window of SmolLM2 takes 40 s on one core, a window of a larger model longer."""
 
 
-def forget(path: Path) -> None:
-    """Drop a file from the page cache."""
+def drop_from_page_cache(path: Path) -> None:
+    """Write a file to the disk, and drop it from the page cache."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def rate(size: int, work: Callable[[], object]) -> float:
-    """GB/s, the better of two."""
+    """GB/s of `work`, which moves `size` bytes. It runs twice, and the faster run counts."""
     times = []
     for _ in range(2):
         began = time.perf_counter()
@@ -52,51 +54,54 @@ def rate(size: int, work: Callable[[], object]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", type=Path)
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("work", type=Path, help="folder to create, on the file system to measure")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="JSON file to write")
     args = parser.parse_args()
     args.work.mkdir(parents=True)
     torch.set_num_threads(1)
     shard, plain = args.work / "shard.safetensors", args.work / "plain"
-    tensors = {f"t{index}": torch.full((4096, 8192), 0.5, dtype=torch.bfloat16) for index in range(16)}
-    save_file(tensors, shard)
+    save_file({f"t{index}": torch.full(TENSOR_SHAPE, 0.5, dtype=torch.bfloat16) for index in range(TENSORS)}, shard)
     infos, size = read_header(shard), shard.stat().st_size
-    found = {"file, read": rate(size, lambda: shard.read_bytes())}
-    for name, source in (("weights, read", Checkpoint), ("weights, read, hashed and looked at", VerifiedCheckpoint)):
-        opened = source(infos)
-        found[name] = rate(size, lambda opened=opened: [opened.read(tensor, device=CPU) for tensor in infos])
-    forget(shard)
-    opened, began = VerifiedCheckpoint(infos), time.perf_counter()
-    for tensor in infos:
-        opened.read(tensor, device=CPU)
+
+    def read_weights(source: Checkpoint | VerifiedCheckpoint) -> None:
+        for tensor in infos:
+            source.read(tensor, device=CPU)
+
+    found = {
+        "file, read": rate(size, lambda: shard.read_bytes()),
+        "weights, read": rate(size, lambda: read_weights(Checkpoint(infos))),
+        "weights, read and verified": rate(size, lambda: read_weights(VerifiedCheckpoint(Checkpoint(infos)))),
+    }
+    drop_from_page_cache(shard)
+    source, began = VerifiedCheckpoint(Checkpoint(infos)), time.perf_counter()
+    read_weights(source)
     found["weights, from the disk"] = size / (time.perf_counter() - began) / 1e9
-    forget(shard)
-    with opened.reading_ahead(list(infos)):
+    drop_from_page_cache(shard)
+    with source.reading_ahead(list(infos)):
         time.sleep(WINDOW)
     began = time.perf_counter()
-    for tensor in infos:
-        opened.read(tensor, device=CPU)
+    read_weights(source)
     found["weights, from the disk, read ahead"] = size / (time.perf_counter() - began) / 1e9
 
     segments = [torch.randn(SHAPE.seq_len, SHAPE.hidden_size).to(SHAPE.dtype) for _ in range(4)]
     size = SHAPE.num_segments * segments[0].nbytes
     content = bytes(segments[0].view(torch.uint8).numpy().data)
 
-    def write(durable: bool) -> None:
+    def write_stream(durable: bool) -> None:
         shutil.rmtree(args.work / "stream", ignore_errors=True)
         store = ZarrStore.create(args.work / "stream", SHAPE, Disk(), durable=durable)
         for segment in range(SHAPE.num_segments):
             store.write(segment, segments[segment % 4])
 
-    def read() -> None:
+    def read_stream() -> None:
         store = ZarrStore.open(args.work / "stream", SHAPE)
         for segment in range(SHAPE.num_segments):
             store.read(segment)
 
     found["file, written"] = rate(size, lambda: plain.write_bytes(content * SHAPE.num_segments))
-    found["stream, written"] = rate(size, lambda: write(durable=False))
-    found["stream, written and synced"] = rate(size, lambda: write(durable=True))
-    found["stream, read"] = rate(size, read)
+    found["stream, written"] = rate(size, lambda: write_stream(durable=False))
+    found["stream, written and synced"] = rate(size, lambda: write_stream(durable=True))
+    found["stream, read"] = rate(size, read_stream)
     for name, value in found.items():
         print(f"{name}: {value:.2f} GB/s")
     args.results.write_text(json.dumps(found, indent=1) + "\n")

@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""A training step of one window beside its matrix products alone, with random weights: seconds, ratio, peak memory.
+"""Measure a training step of one window with random weights, compared with its matrix products alone: seconds, ratio, peak memory.
 
-Usage: bench_window.py SHAPE [--blocks 2] [--batch 4] [--seq-len 512] [--scheme W4A16] [--group-size 64] [--rounding signround|lora]
-                       [--device cpu] [--threads 1] [--steps 5] [--repeats 3] [--name LABEL] [--results FILE]
-                       [--kernels plain] [--checkpointing] [--offload FILE] [--cap GIB]
+Usage: bench_window.py SHAPE [--blocks 2] [--batch 4] [--seq-len 512] [--scheme W4A16] [--group-size 64]
+                       [--rounding signround|lora_rounding] [--device cpu] [--threads 1] [--steps 5] [--repeats 3] [--name LABEL]
+                       [--results FILE] [--kernels plain] [--checkpointing] [--offload FILE] [--cap GIB]
 
-SHAPE is a Llama block: smollm2, 1b, 7b, 65b or 405b. The step is that of `reconstruct`: soft weights, forward, loss, backward, Adam; it is
-timed as the difference between training for 1 and for 1 + STEPS steps. The products are those of the step and nothing else: for each
-linear layer the output, the gradient of the weight, and that of the input where the step needs it, and attention forward and backward.
-Both are timed in turn, REPEATS times, and the medians are reported. On a CPU the clock is that of the process over all its threads, which
-other programs disturb little.
+SHAPE is the shape of a Llama block: smollm2, 1b, 7b, 65b or 405b. The step is that of `reconstruct`: soft weights, forward pass, loss,
+backward pass, Adam. Its time is the difference between training for 1 and for 1 + STEPS steps, divided by STEPS. The matrix products are
+those of the step: for each linear layer the output, the gradient of the weight, and the gradient of the input where the step needs it, and
+attention forward and backward. Both are timed in turn, REPEATS times, and the medians are reported. On a CPU the clock is the CPU time of
+the process over all its threads, which other programs disturb little.
 """
 
 import argparse
@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from cbqstream.windows.resident import BlockSettings, ResidentBlock, read_block
 from measure import save
 from torch import Tensor
 from torch.nn import functional
@@ -33,22 +32,24 @@ from cbqstream.disk import Disk, ScratchFile
 from cbqstream.models.embedding_and_head import load_embedding_and_head
 from cbqstream.models.meta_model import MetaModel
 from cbqstream.records import Compute, MemoryMode
-from cbqstream.runtime.device import compute_dtype, make_deterministic
+from cbqstream.rounding.registry import METHODS
+from cbqstream.runtime.device import compute_dtype, fixed_numerics
 from cbqstream.runtime.memory import GIB, peak_resident_bytes, return_large_blocks
 from cbqstream.scheme import Scheme
 from cbqstream.windows.propagate import propagate
 from cbqstream.windows.quantized_linear import Phase
 from cbqstream.windows.reconstruct import WindowData, reconstruct
+from cbqstream.windows.resident_block import BlockSettings, ResidentBlock, read_block
 
 RESULTS = Path(__file__).resolve().parent / "results" / "window.json"
 VOCABULARY = 64
 NEED_INPUT_GRADIENT = ("self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-"""Also in the first block, whose own input needs none."""
+"""Layers whose input needs a gradient in the first block too. The input of the block itself needs none."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a Llama block."""
+    """Shape of a Llama block."""
 
     hidden: int
     inner: int
@@ -56,7 +57,7 @@ class Shape:
     key_heads: int
 
     def config(self, blocks: int) -> dict:
-        """Content of a config.json."""
+        """Content of the config.json of a model with this many blocks."""
         return {
             "model_type": "llama",
             "hidden_size": self.hidden,
@@ -69,7 +70,7 @@ class Shape:
         }
 
     def linears(self) -> dict[str, tuple[int, int]]:
-        """Shape of each weight, [O, I]."""
+        """Shape [O, I] of each weight, by the name of the layer in the block."""
         small = self.hidden // self.heads * self.key_heads
         shapes = {"q": (self.hidden, self.hidden), "k": (small, self.hidden), "v": (small, self.hidden)}
         shapes = {f"self_attn.{name}_proj": shape for name, shape in shapes.items()}
@@ -91,7 +92,7 @@ SHAPES = {
 
 
 class RandomWeights:
-    """A source whose tensors are drawn when they are read."""
+    """A source of weights that draws each tensor when it is read."""
 
     def __init__(self, shape: Shape, blocks: int) -> None:
         self._shapes = {"model.embed_tokens.weight": (VOCABULARY, shape.hidden), "model.norm.weight": (shape.hidden,)}
@@ -102,11 +103,11 @@ class RandomWeights:
                 self._shapes[f"{prefix}.{norm}.weight"] = (shape.hidden,)
 
     def tensors(self) -> Mapping[str, tuple[int, ...]]:
-        """Shapes by name."""
+        """Shape of every tensor, by name."""
         return self._shapes
 
     def read(self, name: str, *, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-        """bf16, or what is asked for."""
+        """One tensor on `device`, drawn in bf16 and converted to `dtype`."""
         shape = self._shapes[name]
         if len(shape) == 1:
             return torch.ones(shape, device=device, dtype=dtype or torch.bfloat16)
@@ -115,13 +116,22 @@ class RandomWeights:
         return value.normal_(0, shape[1] ** -0.5, generator=generator).to(dtype or torch.bfloat16)
 
     def input_quantizer(self, name: str) -> None:
-        """None."""
+        """None: the source does not quantize inputs."""
 
 
 def window(
     shape: Shape, blocks: int, compute: Compute, seq_len: int, settings: BlockSettings, file: ScratchFile | None
 ) -> tuple[list[ResidentBlock], WindowData]:
-    """Blocks that are ready to be trained, and data for one batch."""
+    """Blocks that are ready to be trained, and inputs and targets for one batch.
+
+    Args:
+        shape: shape of the blocks.
+        blocks: number of blocks.
+        compute: device, dtype and batch size.
+        seq_len: tokens in a segment.
+        settings: settings with which the blocks are quantized.
+        file: file to which the layers are offloaded; None keeps them in memory.
+    """
     source = RandomWeights(shape, blocks)
     meta_model = MetaModel(Path("random"), shape.config(blocks), source.tensors())
     tokens = torch.arange(seq_len) % VOCABULARY
@@ -145,7 +155,7 @@ def window(
 
 
 def matrix_products(shape: Shape, blocks: int, compute: Compute, seq_len: int) -> Callable[[], None]:
-    """What multiplies matrices as one step does, and does nothing else."""
+    """A function that computes the matrix products of one training step, and nothing else."""
     device, dtype, tokens = compute.device, compute.dtype, compute.batch_size * seq_len
     operands = []
     for name, (rows, columns) in shape.linears().items():
@@ -171,77 +181,55 @@ def matrix_products(shape: Shape, blocks: int, compute: Compute, seq_len: int) -
     return multiply
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shape", choices=SHAPES)
-    parser.add_argument("--blocks", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--scheme", default="W4A16")
-    parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--rounding", default="signround")
-    parser.add_argument("--kernels", default="auto")
-    parser.add_argument("--checkpointing", action="store_true", help="keep the activations of one block only")
-    parser.add_argument("--offload", type=Path, help="keep one layer in memory, and the others in a file of this name")
-    parser.add_argument("--cap", type=float, help="GiB of device memory that may be used")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--name", default="")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    args = parser.parse_args()
-    device, shape = torch.device(args.device), SHAPES[args.shape]
-    return_large_blocks(memory_mode=bool(args.offload))
-    make_deterministic(args.threads)
-    compute = Compute(
-        device,
-        compute_dtype(device),
-        args.batch,
-        MemoryMode(activation_checkpointing=args.activation_checkpointing, offload=bool(args.offload)),
-    )
-    if args.cap is not None:
-        torch.cuda.set_per_process_memory_fraction(
-            args.cap * GIB / torch.cuda.get_device_properties(device).total_memory
-        )
-    settings = BlockSettings(
-        Scheme.named(args.scheme, group_size=None if args.group_size == -1 else args.group_size),
-        ReconstructionConfig(rounding=args.rounding, init="minmax", batch_size=args.batch, kernels=args.kernels),
-        TransformConfig(activations="never"),
-    )
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds that `work` takes: wall time on a CUDA device, CPU time of the process on the CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    began = clock()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return clock() - began
 
-    def seconds(work: Callable[[], object]) -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        clock = time.perf_counter if device.type == "cuda" else time.process_time
-        began = clock()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return clock() - began
 
+def measure(args: argparse.Namespace, device: torch.device) -> dict:
+    """Time the matrix products and the training step, and return the row of results."""
+    shape = SHAPES[args.shape]
+    mode = MemoryMode(activation_checkpointing=args.checkpointing, offload=args.offload is not None)
+    compute = Compute(device, compute_dtype(device), args.batch, mode)
+    reconstruction = ReconstructionConfig(
+        rounding=args.rounding, init="minmax", batch_size=args.batch, kernels=args.kernels
+    )
+    scheme = Scheme.named(args.scheme, group_size=None if args.group_size == -1 else args.group_size)
+    settings = BlockSettings(scheme, reconstruction, TransformConfig(smoothing="never"))
     multiply = matrix_products(shape, args.blocks, compute, args.seq_len)
+
+    def time_products() -> float:
+        return seconds(lambda: [multiply() for _ in range(args.steps)], device) / args.steps
+
     multiply()
-    products = [seconds(lambda: [multiply() for _ in range(args.steps)]) / args.steps]
-    if device.type == "cuda":  # what they need must not count in the peak
-        products += [seconds(lambda: [multiply() for _ in range(args.steps)]) / args.steps for _ in range(args.repeats)]
+    products = [time_products()]
+    if device.type == "cuda":  # the operands must not count in the peak of the training step
+        products += [time_products() for _ in range(args.repeats)]
         del multiply
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    opened = ExitStack()
-    file = opened.enter_context(Disk().scratch(args.offload)) if args.offload else None
-    blocks, data = window(shape, args.blocks, compute, args.seq_len, settings, file)
+    with ExitStack() as opened:
+        file = None if args.offload is None else opened.enter_context(Disk().scratch(args.offload))
+        blocks, data = window(shape, args.blocks, compute, args.seq_len, settings, file)
 
-    def train(steps: int) -> None:
-        config = ReconstructionConfig(rounding=args.rounding, init="minmax", batch_size=args.batch, epochs=steps)
-        reconstruct(blocks, data, config, torch.Generator().manual_seed(0), ResidentBlock.state)
+        def train(steps: int) -> None:
+            config = ReconstructionConfig(rounding=args.rounding, init="minmax", batch_size=args.batch, epochs=steps)
+            reconstruct(blocks, data, config, torch.Generator().manual_seed(0), ResidentBlock.state)
 
-    train(1)
-    steps = []
-    for _ in range(args.repeats):
-        if device.type == "cpu":
-            products.append(seconds(lambda: [multiply() for _ in range(args.steps)]) / args.steps)
-        steps.append((seconds(lambda: train(1 + args.steps)) - seconds(lambda: train(1))) / args.steps)
+        train(1)
+        steps = []
+        for _ in range(args.repeats):
+            if device.type == "cpu":
+                products.append(time_products())
+            difference = seconds(lambda: train(1 + args.steps), device) - seconds(lambda: train(1), device)
+            steps.append(difference / args.steps)
     row = {
         "products": statistics.median(products),
         "step": statistics.median(steps),
@@ -252,17 +240,57 @@ def main() -> None:
     }
     if device.type == "cuda":
         row |= {"device": torch.cuda.get_device_name(device), "peak_vram": torch.cuda.max_memory_allocated(device)}
-    memory = row.get("peak_vram", row["peak_rss"]) / GIB
-    name = f"{args.shape}, {args.blocks} blocks, {args.batch} x {args.seq_len}, {args.scheme} group {args.group_size}, {args.rounding}"
-    options = [f"{args.kernels} kernels"] if args.kernels != "auto" else []
-    options += (["recomputed"] if args.activation_checkpointing else []) + (["layers on disk"] if args.offload else [])
-    options += [f"cap {args.cap:g} GiB"] if args.cap else []
-    name = ", ".join([name, args.device, *options, *([args.name] if args.name else [])])
-    print(
-        f"{name}: products {row['products']:.3f} s, step {row['step']:.3f} s, ratio {row['ratio']:.2f}, peak {memory:.2f} GiB"
+    return row
+
+
+def name_of(args: argparse.Namespace) -> str:
+    """Name of the row of results."""
+    sizes = [args.shape, f"{args.blocks} blocks", f"{args.batch} x {args.seq_len}"]
+    parts = [*sizes, f"{args.scheme} group {args.group_size}", args.rounding, args.device]
+    options = {
+        f"{args.kernels} kernels": args.kernels != "auto",
+        "activation checkpointing": args.checkpointing,
+        "offloaded layers": args.offload is not None,
+        f"cap {args.cap or 0:g} GiB": args.cap is not None,
+        args.name: bool(args.name),
+    }
+    return ", ".join([*parts, *(option for option, given in options.items() if given)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shape", choices=SHAPES, help="shape of a block")
+    parser.add_argument("--blocks", type=int, default=2, help="blocks in the window")
+    parser.add_argument("--batch", type=int, default=4, help="segments in a training step")
+    parser.add_argument("--seq-len", type=int, default=512, help="tokens in a segment")
+    parser.add_argument("--scheme", default="W4A16", help="name of the scheme")
+    parser.add_argument("--group-size", type=int, default=64, help="columns that share a scale; -1 is per channel")
+    trained = [name for name, method in METHODS.items() if method.learns]
+    parser.add_argument("--rounding", choices=trained, default="signround", help="rounding method")
+    parser.add_argument("--kernels", choices=["auto", "plain"], default="auto", help="kernels of signround")
+    parser.add_argument("--checkpointing", action="store_true", help="use activation checkpointing")
+    parser.add_argument(
+        "--offload", type=Path, metavar="FILE", help="keep one layer in memory, and offload the others to this new file"
     )
+    parser.add_argument("--cap", type=float, metavar="GIB", help="limit of device memory, GiB (CUDA only)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--steps", type=int, default=5, help="training steps that are timed together")
+    parser.add_argument("--repeats", type=int, default=3, help="number of timings")
+    parser.add_argument("--name", default="", help="label that is added to the name of the row")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="JSON file to which the row is added")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    return_large_blocks(offloading=args.offload is not None)
+    if args.cap is not None:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(args.cap * GIB / total)
+    with fixed_numerics(device, args.threads):
+        row = measure(args, device)
+    name, memory = name_of(args), row.get("peak_vram", row["peak_rss"]) / GIB
+    times = f"products {row['products']:.3f} s, step {row['step']:.3f} s, ratio {row['ratio']:.2f}"
+    print(f"{name}: {times}, peak {memory:.2f} GiB")
     save(args.results, name, row)
-    opened.close()
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""What comes out, in the programs that people run: transformers from OUT, llama.cpp from the GGUF export of OUT.
+"""Run a result in other programs: transformers from OUT, and llama.cpp from the GGUF export of OUT.
 
-Usage: clients.py MODEL OUT WORK [--segments 16] [--seq-len 512] [--text FILE] [--results FILE]
+Usage: clients.py MODEL OUT WORK [--segments 16] [--seq-len 512] [--threads 1] [--text FILE] [--results FILE]
 
-MODEL is the source, OUT a result of 4 symmetric bits. Both programs continue a prompt greedily. The perplexity of llama.cpp (PyPI:
-xllamacpp) is that of the same tokens as the streamed evaluation's: each token is forced in its turn (--logit-bias leaves the reported
-probability as it is) after the tokens before it, which stay in the cache. llama.cpp computes with inputs of 8 bits on the CPU.
+MODEL is the source, OUT a result with symmetric weights of 4 bits, WORK a folder for the export, which is replaced. Both programs continue
+a prompt greedily. The perplexity of llama.cpp (Python package xllamacpp) is computed over the same tokens as the perplexity of the streamed
+evaluation: each token is forced with logit_bias, which leaves the reported probability unchanged, after the tokens before it, which stay in
+the cache. llama.cpp quantizes inputs to 8 bits on the CPU.
 """
 
 import argparse
@@ -27,10 +28,11 @@ from cbqstream.evaluation.model import EvaluatedModel
 HERE = Path(__file__).resolve().parent
 PROMPT = "The capital of France is"
 FORCE = 1000.0
+"""Logit bias that makes a token certain."""
 
 
 class LlamaCpp:
-    """A GGUF file in llama.cpp, on one thread."""
+    """A GGUF file in llama.cpp, with as many threads as torch uses."""
 
     def __init__(self, file: Path, context: int) -> None:
         settings = xllamacpp.CommonParams()
@@ -40,25 +42,25 @@ class LlamaCpp:
         self._server = xllamacpp.Server(settings)
 
     def complete(self, prompt: str | list[int], tokens: int, **options: object) -> dict:
-        """The answer of its completion endpoint."""
-        asked = {"prompt": prompt, "n_predict": tokens, "temperature": 0, "cache_prompt": True, **options}
-        found = self._server.handle_completions(asked)
-        return found if isinstance(found, dict) else json.loads(found)
+        """Response of the completion endpoint."""
+        request = {"prompt": prompt, "n_predict": tokens, "temperature": 0, "cache_prompt": True, **options}
+        response = self._server.handle_completions(request)
+        return response if isinstance(response, dict) else json.loads(response)
 
     def log_probability(self, before: list[int], token: int) -> float | None:
-        """Of a token after others; None where it is a part of a character, of which llama.cpp says nothing."""
+        """Log-probability of a token after others; None if the token is a part of a character, for which llama.cpp reports none."""
         answer = self.complete(before, 1, n_probs=1, logit_bias=[[token, FORCE]])
-        said = (answer["choices"][0]["logprobs"] or {}).get("content")
-        if not said:
+        reported = (answer["choices"][0]["logprobs"] or {}).get("content")
+        if not reported:
             return None
-        assert said[0]["id"] == token, said
-        return said[0]["logprob"]
+        assert reported[0]["id"] == token, reported
+        return reported[0]["logprob"]
 
 
 @torch.no_grad()
-def streamed_log_probabilities(model: Path, ids_NS: torch.Tensor) -> list[list[float]]:
-    """Of tokens 2 to S of each segment, by the streamed evaluation."""
-    streamed, found = EvaluatedModel.open(model, device="cpu"), []
+def streamed_log_probabilities(model: Path, ids_NS: torch.Tensor, threads: int) -> list[list[float]]:
+    """Log-probabilities of tokens 2 to S of each segment, by the streamed evaluation."""
+    streamed, found = EvaluatedModel.open(model, device="cpu", threads=threads), []
     with streamed.hidden_states([ids_NS]) as (stream,), streamed.head() as outer:
         for segment, ids_S in enumerate(ids_NS):
             logs_SV = torch.cat([logits.log_softmax(-1) for logits in outer.logits(stream.read(segment))])
@@ -68,14 +70,14 @@ def streamed_log_probabilities(model: Path, ids_NS: torch.Tensor) -> list[list[f
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("work", type=Path)
-    parser.add_argument("--segments", type=int, default=16)
-    parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--text", type=Path, default=HERE / "data" / "wikitext2-test.txt")
-    parser.add_argument("--results", type=Path, default=HERE / "results" / "clients.json")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("model", type=Path, help="folder of the original model")
+    parser.add_argument("out", type=Path, help="folder of the quantized model")
+    parser.add_argument("work", type=Path, help="folder for the GGUF export; it is deleted first")
+    parser.add_argument("--segments", type=int, default=16, help="segments for the perplexity")
+    parser.add_argument("--seq-len", type=int, default=512, help="tokens in a segment")
+    parser.add_argument("--text", type=Path, default=HERE / "data" / "wikitext2-test.txt", help="text of the segments")
+    parser.add_argument("--results", type=Path, default=HERE / "results" / "clients.json", help="JSON file for the row")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     shutil.rmtree(args.work, ignore_errors=True)
@@ -86,27 +88,27 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.out)
     model = AutoModelForCausalLM.from_pretrained(args.out, dtype=torch.float32).eval()
     inputs = tokenizer(PROMPT, return_tensors="pt")
-    said = model.generate(**inputs, max_new_tokens=16, do_sample=False)[0][inputs["input_ids"].shape[1] :]
-    print(f"transformers: {PROMPT!r} -> {tokenizer.decode(said)!r}")
+    generated = model.generate(**inputs, max_new_tokens=16, do_sample=False)[0][inputs["input_ids"].shape[1] :]
+    continuation = tokenizer.decode(generated)
+    print(f"transformers: {PROMPT!r} -> {continuation!r}")
 
     llama = LlamaCpp(file, args.seq_len + 8)
     text = llama.complete(PROMPT, 16)["choices"][0]["text"]
     print(f"llama.cpp:    {PROMPT!r} -> {text!r}")
     vocabulary = json.loads((args.model / "config.json").read_text())["vocab_size"]
     ids = load_segments(args.text, args.model, num_samples=args.segments, seq_len=args.seq_len, vocab_size=vocabulary)
-    expected = streamed_log_probabilities(args.out, ids)
+    expected = streamed_log_probabilities(args.out, ids, args.threads)
     began, pairs = time.monotonic(), []
     for segment, known in zip(ids.tolist(), expected, strict=True):
         for place in range(1, len(segment)):
-            heard = llama.log_probability(segment[:place], segment[place])
-            if heard is not None:
-                pairs.append((known[place - 1], heard))
+            reported = llama.log_probability(segment[:place], segment[place])
+            if reported is not None:
+                pairs.append((known[place - 1], reported))
     streamed, found = (math.exp(-sum(values) / len(pairs)) for values in zip(*pairs, strict=True))
-    print(
-        f"perplexity of {len(pairs):,} tokens: streamed {streamed:.4f}, llama.cpp {found:.4f}, ratio {found / streamed:.4f}"
-    )
+    perplexities = f"streamed {streamed:.4f}, llama.cpp {found:.4f}, ratio {found / streamed:.4f}"
+    print(f"perplexity of {len(pairs):,} tokens: {perplexities}")
     row = {"streamed": streamed, "llama.cpp": found, "tokens": len(pairs), "seconds": time.monotonic() - began}
-    save(args.results, args.out.name, {**row, "transformers says": tokenizer.decode(said), "llama.cpp says": text})
+    save(args.results, args.out.name, {**row, "transformers says": continuation, "llama.cpp says": text})
 
 
 if __name__ == "__main__":

@@ -1,24 +1,24 @@
 #!/usr/bin/env bash
-# Results in the programs that people run: transformers writes from four of them, llama.cpp from the GGUF export of one, and the gptq and awq
-# exports are unpacked by auto-round's code and compared with the dense export.
+# Run results in other programs: transformers generates text with four of them, llama.cpp runs the GGUF export of one, and auto-round unpacks
+# the gptq and awq exports, which are compared with the dense export.
 # Usage: benchmarks/clients.sh MODEL WORK AUTOROUND_PYTHON
-# MODEL is what tools/get_smollm2.py writes; AUTOROUND_PYTHON belongs to an environment with auto-round. Needs xllamacpp beside cbqstream.
-# Run it again after an interruption: it goes on where it was.
+# MODEL is the folder that tools/get_smollm2.py writes. AUTOROUND_PYTHON is the interpreter of an environment with auto-round. The environment
+# of this project needs xllamacpp. Run the script again after an interruption: it resumes.
 set -euo pipefail
 cd "$(dirname "$0")"
 model=$1 work=$2 autoround=$3
 prompt="The three primary colors are"
 mkdir -p "$work"
 
-made() {
+quantize() {
     python -m cbqstream quantize "$model" "$work/$1" --dataset data/c4-calibration.jsonl --num-samples 16 --seq-len 256 \
         --profile fast --group-size 64 --threads 1 "${@:2}" > "$work/$1.log"
 }
 
-made w4 --scheme W4A16
-made w4-asymmetric --scheme W4A16 --no-symmetric
-made w2 --scheme W2A16
-made w4a8 --scheme W4A8
+quantize w4 --scheme W4A16
+quantize w4-asymmetric --scheme W4A16 --no-symmetric
+quantize w2 --scheme W2A16
+quantize w4a8 --scheme W4A8
 for name in w4 w4a8 w2; do
     echo "transformers, $name: $(python ../tools/generate.py "$work/$name" "$prompt")"
 done

@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""This project beside its peers: one model, the same tokens, the same evaluation, one after the other on one machine.
+"""Compare cbqstream with GPTQ and auto-round: same model, calibration tokens, evaluation and hardware, one run at a time.
 
 Usage: compare.py MODEL WORK --autoround PYTHON --llmcompressor PYTHON [--threads N] [--only PART ...] [--dry-run]
 
-MODEL is the folder that tools/get_smollm2.py writes; WORK keeps the quantized models. PYTHON is the interpreter of a virtual environment
-that holds the peer: auto-round 0.16.1, llmcompressor 0.14.0. Calibration: the first 32 x 512 tokens of data/c4-calibration.jsonl.
-Perplexity: 64 x 512 tokens spread evenly over WikiText-2 test and validation, by plain transformers for the peers and by
-`cbqstream eval` for ours (they agree to four digits: accuracy.py).
-Cells that results/compare.json holds are not run again. --only takes parts of `row | method`.
+MODEL is the folder that tools/get_smollm2.py writes. Quantized models are kept in WORK. PYTHON is the interpreter of a virtual environment
+with the other program: auto-round 0.16.1, llmcompressor 0.14.0 (GPTQ). Calibration: the first 32 x 512 tokens of data/c4-calibration.jsonl.
+Perplexity: 64 x 512 tokens spread evenly over WikiText-2 test and validation, by plain transformers for the other programs and by
+`cbqstream eval` for cbqstream (the two agree to four digits, see accuracy.py).
+
+Cells that results/compare.json contains are not run again. --only takes parts of `row | method`.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from measure import CALIBRATION, cbqstream, cut_tokens, load, perplexity, run, save
+from measure import CALIBRATION, cbqstream, cut_tokens, load, perplexity, run, save, window_reports
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "compare.json"
@@ -27,20 +28,20 @@ SAMPLES, LENGTH = 32, 512
 
 @dataclass(frozen=True)
 class Grid:
-    """What a row asks of every program."""
+    """Format of the quantized layers in a row of the table."""
 
     scheme: str
     group_size: int
     symmetric: bool
 
-    def peer(self) -> list[str]:
-        """For the peers' scripts."""
+    def peer_flags(self) -> list[str]:
+        """Flags of the peer scripts."""
         weights, activations = re.fullmatch(r"W(\d+)A(\d+)", self.scheme).groups()
         flags = ["--bits", weights, "--act-bits", activations, "--group-size", str(self.group_size)]
         return flags if self.symmetric else [*flags, "--asymmetric"]
 
-    def ours(self) -> list[str]:
-        """For `cbqstream quantize`."""
+    def own_flags(self) -> list[str]:
+        """Flags of `cbqstream quantize`."""
         flags = ["--scheme", self.scheme, "--group-size", str(self.group_size)]
         return [*flags, "--symmetric" if self.symmetric else "--no-symmetric"]
 
@@ -54,50 +55,37 @@ ROWS = {
     "W4A4 group 64, symmetric": Grid("W4A4", 64, True),
 }
 PEERS = {
-    "GPTQ": ["gptq"],
-    "auto-round, 50 iterations": ["autoround", "--iters", "50"],
-    "auto-round, 200 iterations": ["autoround", "--iters", "200"],
-    "auto-round, 200 iterations, alg_ext": ["autoround", "--iters", "200", "--alg-ext"],
+    "GPTQ": "gptq",
+    "auto-round, 50 iterations": "autoround --iters 50",
+    "auto-round, 200 iterations": "autoround --iters 200",
+    "auto-round, 200 iterations, alg_ext": "autoround --iters 200 --alg-ext",
 }
-OURS = {
-    "round-to-nearest": [
-        "--rounding",
-        "nearest",
-        "--init",
-        "minmax",
-        "--cfp-activations",
-        "never",
-        "--num-samples",
-        "1",
-        "--seq-len",
-        "64",
-    ],
-    "cbqstream fast": ["--profile", "fast"],
-    "cbqstream": ["--profile", "default"],
-    "cbqstream, seed 1": ["--profile", "default", "--seed", "1"],
-    "cbqstream accurate": ["--profile", "accurate"],
+"""Name and flags of the peer script of each method."""
+OWN = {
+    "round-to-nearest": "--rounding nearest --init minmax --smoothing never --num-samples 1 --seq-len 64",
+    "cbqstream fast": "--profile fast",
+    "cbqstream": "--profile default",
+    "cbqstream, seed 1": "--profile default --seed 1",
+    "cbqstream accurate": "--profile accurate",
 }
-"""Round-to-nearest looks at the weights alone, so any text will do."""
+"""Flags of each method of this project. Round-to-nearest depends on the weights alone, so one short calibration segment is enough."""
 ONLY_AT_2_BITS = "auto-round, 200 iterations, alg_ext"
 
 
-def peer_cell(python: Path, method: list[str], grid: Grid, model: Path, tokens: Path, threads: int) -> dict:
-    """Run a peer in its own environment."""
-    script = HERE / f"peer_{method[0]}.py"
+def peer_cell(python: Path, script: str, flags: list[str], model: Path, tokens: Path) -> dict:
+    """Run a peer script in its own environment, and return what it reports."""
     texts = [str(text) for text in TEXTS]
-    made = run(
-        str(python), str(script), str(model), str(tokens), *texts, *grid.peer(), *method[1:], "--threads", str(threads)
-    )
+    made = run(str(python), str(HERE / f"peer_{script}.py"), str(model), str(tokens), *texts, *flags)
     return json.loads(made.output.strip().splitlines()[-1])
 
 
-def our_cell(method: list[str], grid: Grid, model: Path, out: Path, threads: int) -> dict:
-    """Quantize with this project, and measure what it wrote."""
+def own_cell(flags: list[str], model: Path, out: Path, threads: int) -> dict:
+    """Quantize with this project, and evaluate the result."""
     log = out.with_suffix(".jsonl")
     sizes = ["--num-samples", str(SAMPLES), "--seq-len", str(LENGTH), "--threads", str(threads)]
     source = ["--dataset", str(CALIBRATION), "--log-json", str(log)]
-    made = cbqstream("quantize", str(model), str(out), *grid.ours(), *sizes, *source, *method)
-    windows = [line for line in map(json.loads, log.read_text().splitlines()) if "window" in line]
+    made = cbqstream("quantize", str(model), str(out), *sizes, *source, *flags)
+    windows = window_reports(log)
     cell = {
         "seconds": made.seconds,
         "cpu_seconds": made.cpu_seconds,
@@ -105,19 +93,18 @@ def our_cell(method: list[str], grid: Grid, model: Path, out: Path, threads: int
         "changed": sum(window["changed"] for window in windows) / len(windows),
     }
     for text in TEXTS:
-        said = cbqstream("eval", str(out), "--text", str(text), "--threads", str(threads))
-        cell[text.stem] = perplexity(said)
+        cell[text.stem] = perplexity(cbqstream("eval", str(out), "--text", str(text), "--threads", str(threads)))
     return cell
 
 
 def table(cells: dict[str, dict]) -> str:
-    """The results as Markdown: perplexity on test and validation, seconds, GiB."""
+    """The results as a Markdown table: perplexity on test and validation, seconds, GiB."""
     lines = [
         "| grid | method | WikiText-2 test | validation | seconds | CPU seconds | peak RSS, GiB |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in ROWS:
-        for method in [*OURS, *PEERS]:
+        for method in [*OWN, *PEERS]:
             cell = cells.get(f"{row} | {method}")
             if cell is None:
                 continue
@@ -132,14 +119,16 @@ def table(cells: dict[str, dict]) -> str:
 
 
 def summary(cells: dict[str, dict]) -> str:
-    """A line a grid: perplexity on WikiText-2 test, and CPU minutes of the slower programs (wall time where those were not taken). Empty
-    where nothing was run."""
-    methods = ["round-to-nearest", *PEERS, *(name for name in OURS if name != "round-to-nearest")]
-    held = [method for method in methods if any(f"{row} | {method}" in cells for row in ROWS)]
-    lines = ["| | " + " | ".join(held) + " |", "|---" * (len(held) + 1) + "|"]
+    """The results as a Markdown table with a row per grid: perplexity on WikiText-2 test, and minutes of the slower programs.
+
+    Minutes are CPU time, or wall time where CPU time was not measured. A cell that was not run is empty.
+    """
+    methods = ["round-to-nearest", *PEERS, *(name for name in OWN if name != "round-to-nearest")]
+    measured = [method for method in methods if any(f"{row} | {method}" in cells for row in ROWS)]
+    lines = ["| | " + " | ".join(measured) + " |", "|---" * (len(measured) + 1) + "|"]
     for row in ROWS:
         figures = []
-        for method in held:
+        for method in measured:
             cell = cells.get(f"{row} | {method}")
             quick = cell is None or method in ("round-to-nearest", "GPTQ")
             minutes = "" if quick else f" ({cell.get('cpu_seconds', cell['seconds']) / 60:.0f} min)"
@@ -150,19 +139,18 @@ def summary(cells: dict[str, dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("work", type=Path)
-    parser.add_argument("--autoround", type=Path)
-    parser.add_argument("--llmcompressor", type=Path)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", nargs="+", default=[""])
-    parser.add_argument("--dry-run", action="store_true", help="say what is missing, and print the table")
+    parser.add_argument("model", type=Path, help="folder of the original model")
+    parser.add_argument("work", type=Path, help="folder for quantized models")
+    parser.add_argument("--autoround", type=Path, metavar="PYTHON", help="interpreter with auto-round")
+    parser.add_argument("--llmcompressor", type=Path, metavar="PYTHON", help="interpreter with llmcompressor")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--only", nargs="+", default=[""], help="run cells whose name contains one of these texts")
+    parser.add_argument("--dry-run", action="store_true", help="list the missing cells, and print the tables")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    tokens = cut_tokens(args.model, args.work / "calibration.npy", 0, SAMPLES)
     pythons = {"autoround": args.autoround, "gptq": args.llmcompressor}
     for row, grid in ROWS.items():
-        for method, flags in (PEERS | OURS).items():
+        for method, flags in (PEERS | OWN).items():
             name = f"{row} | {method}"
             wanted = any(part in name for part in args.only) and (method != ONLY_AT_2_BITS or "W2" in row)
             if name in load(RESULTS) or not wanted:
@@ -171,10 +159,15 @@ def main() -> None:
             if args.dry_run:
                 continue
             if method in PEERS:
-                cell = peer_cell(pythons[flags[0]], flags, grid, args.model, tokens, args.threads)
+                script, *own = flags.split()
+                if pythons[script] is None:
+                    parser.error(f"{name} needs --autoround and --llmcompressor; or leave it out with --only")
+                tokens = cut_tokens(args.model, args.work / "calibration.npy", 0, SAMPLES)
+                given = [*grid.peer_flags(), *own, "--threads", str(args.threads)]
+                cell = peer_cell(pythons[script], script, given, args.model, tokens)
             else:
                 out = args.work / re.sub(r"\W+", "-", name)
-                cell = our_cell(flags, grid, args.model, out, args.threads)
+                cell = own_cell([*grid.own_flags(), *flags.split()], args.model, out, args.threads)
             save(RESULTS, name, {**cell, "threads": args.threads})
     print(table(load(RESULTS)))
     print()

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""auto-round on the tokens that this project calibrates with, measured as this project is. Runs in a virtual environment of its own.
+"""Quantize with auto-round, on the calibration tokens and with the evaluation of compare.py.
 
 Usage: peer_autoround.py MODEL TOKENS.npy TEXT ... --bits 2 --group-size 64 [--asymmetric] [--act-bits 8] --iters 200 [--alg-ext]
 
-Prints one line of JSON (peer.py); perplexity is that of the model it leaves in memory, in float32.
+It runs in a virtual environment with auto-round. It prints one line of JSON (peer.py). The perplexity is that of the quantized model that
+auto-round leaves in memory, computed in float32.
 """
 
 import torch
@@ -13,9 +14,9 @@ from peer import arguments, load, report
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--iters", type=int, required=True)
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--alg-ext", action="store_true")
+    parser.add_argument("--iters", type=int, required=True, help="training steps per block")
+    parser.add_argument("--batch-size", type=int, default=4, help="segments in a training step")
+    parser.add_argument("--alg-ext", action="store_true", help="set enable_alg_ext")
     args = parser.parse_args()
     model, tokenizer, tokens = load(args)
     quantizer = AutoRound(

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""GPTQ as llm-compressor has it, on the tokens that this project calibrates with. Runs in a virtual environment of its own.
+"""Quantize with the GPTQ of llm-compressor, on the calibration tokens and with the evaluation of compare.py.
 
 Usage: peer_gptq.py MODEL TOKENS.npy TEXT ... --bits 3 --group-size 64 [--asymmetric] [--act-bits 8]
 
-Prints one line of JSON (peer.py); perplexity is that of the model it leaves in memory, in float32.
+It runs in a virtual environment with llmcompressor. It prints one line of JSON (peer.py). The perplexity is that of the quantized model
+that llm-compressor leaves in memory, computed in float32.
 """
 
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme

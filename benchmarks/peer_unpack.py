@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Every layer of a gptq or awq export, unpacked by auto-round's code, beside the dense export of the same result.
+"""Unpack every layer of a gptq or awq export with the code of auto-round, and compare it with the dense export of the same result.
 
 Usage: PYTHON_OF_AUTOROUND peer_unpack.py EXPORT DENSE
 
-Theirs gives `(u - z) * s`, which must round to the very bf16 weights of the dense export. Nothing of cbqstream is imported.
+auto-round computes `(u - z) * s`, which must round to exactly the bf16 weights of the dense export. The script does not import cbqstream.
+The exit code is 1 if a layer differs.
 """
 
 import json
@@ -17,11 +18,19 @@ from safetensors.torch import load_file
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a model folder, by name."""
     return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
 
 
 def through_layer(parts: dict[str, torch.Tensor], bits: int, size: int, kind: type) -> torch.Tensor:
-    """The weight of a layer of theirs: what it gives for the unit vectors."""
+    """Weight [O, I] of a layer of auto-round, computed as its output for the unit vectors.
+
+    Args:
+        parts: tensors of the layer, by name.
+        bits: width of the weights.
+        size: group size.
+        kind: class of the layer.
+    """
     inputs, outputs = parts["qweight"].shape[0] * 32 // bits, parts["qweight"].shape[1]
     layer = kind(bits, size, inputs, outputs, bias=False)
     layer.load_state_dict(parts, strict=False)
@@ -49,7 +58,7 @@ def main() -> None:
             kind = qlinear_torch_zp if config["checkpoint_format"] == "gptq" else qlinear_torch
             found = through_layer(parts, bits, size, kind.QuantLinear)
         same += torch.equal(found.to(torch.bfloat16), dense[f"{layer}.weight"])
-    print(f"{folder.name}: {same} of {len(layers)} layers are those of {Path(sys.argv[2]).name}, bit for bit")
+    print(f"{folder.name}: {same} of {len(layers)} layers are bit for bit equal to those of {Path(sys.argv[2]).name}")
     sys.exit(same != len(layers) or not layers)
 
 

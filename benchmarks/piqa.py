@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Accuracy on PIQA, streamed, of a model and of what became of it; beside it the answers of plain transformers to the first questions.
+"""Measure accuracy on PIQA by the streamed evaluation, and compare its answers to the first questions with those of plain transformers.
 
-Usage: piqa.py NAME=FOLDER ... [--questions 1838] [--plain 200] [--results FILE]
+Usage: piqa.py NAME=FOLDER ... [--questions 1838] [--plain 200] [--threads 1] [--results FILE]
 
-Plain transformers computes each request alone, unpadded. A row that is there already is left alone.
+FOLDER is an original or a quantized model, NAME the name of its row. Plain transformers computes each request alone, without padding. Rows
+that the result file contains are not measured again.
 """
 
 import argparse
@@ -23,7 +24,7 @@ DATA = HERE / "data" / "piqa-validation.jsonl"
 
 
 def plain_answers(folder: Path, number: int) -> list[int]:
-    """The likeliest choices, by transformers alone."""
+    """Number of the likeliest choice of each of the first `number` questions, by transformers alone."""
     packed = json.loads((folder / "config.json").read_text()).get("quantization_config")
     options = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if packed else {}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
@@ -42,11 +43,11 @@ def plain_answers(folder: Path, number: int) -> list[int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", metavar="NAME=FOLDER")
-    parser.add_argument("--questions", type=int, default=1838)
-    parser.add_argument("--plain", type=int, default=200)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--results", type=Path, default=HERE / "results" / "piqa.json")
+    parser.add_argument("models", nargs="+", metavar="NAME=FOLDER", help="name of a row, and folder of its model")
+    parser.add_argument("--questions", type=int, default=1838, help="number of questions")
+    parser.add_argument("--plain", type=int, default=200, help="number of questions for plain transformers")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--results", type=Path, default=HERE / "results" / "piqa.json", help="JSON file for the rows")
     args = parser.parse_args()
     for name, _, folder in (model.partition("=") for model in args.models):
         if name not in load(args.results):

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Perplexity of a model folder with plain transformers, the whole model in memory: the check on the streamed figure.
+"""Compute the perplexity of a model folder with plain transformers, as a check of the streamed evaluation.
 
 Usage: plain_perplexity.py FOLDER TEXT [--seq-len 512] [--num-samples 64] [--dequantize]
 
-The text is tokenized whole and cut without overlap; segments are spread evenly over it, both ends included.
---dequantize loads asymmetric compressed-tensors models, which transformers 5.23 does not load as they are.
+The whole model is in memory. The text is tokenized as a whole and cut without overlap; the segments are spread evenly over it, both ends
+included. --dequantize is needed for asymmetric compressed-tensors models, which transformers 5.23 does not load without it.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsC
 
 @torch.no_grad()
 def perplexity(model: torch.nn.Module, tokenizer, text: Path, *, seq_len: int = 512, num_samples: int = 64) -> float:
-    """Perplexity over `num_samples` segments of a text, each with a context of its own."""
+    """Perplexity over at most `num_samples` segments of a text. The context of a token is the part of its segment before it."""
     ids = tokenizer(text.read_text(), return_tensors="pt").input_ids[0]
     rows = len(ids) // seq_len
     segments = ids[: rows * seq_len].view(rows, seq_len)
@@ -35,11 +35,11 @@ def perplexity(model: torch.nn.Module, tokenizer, text: Path, *, seq_len: int = 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder")
-    parser.add_argument("text", type=Path)
-    parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--num-samples", type=int, default=64)
-    parser.add_argument("--dequantize", action="store_true")
+    parser.add_argument("folder", help="folder of the model")
+    parser.add_argument("text", type=Path, help="text file")
+    parser.add_argument("--seq-len", type=int, default=512, help="tokens in a segment")
+    parser.add_argument("--num-samples", type=int, default=64, help="largest number of segments")
+    parser.add_argument("--dequantize", action="store_true", help="dequantize the weights when they are loaded")
     args = parser.parse_args()
     options = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if args.dequantize else {}
     model = AutoModelForCausalLM.from_pretrained(args.folder, dtype=torch.float32, **options).eval()

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""What `cbqstream plan` says beside what the run then takes: peak resident memory, disk at its fullest, time.
+"""Compare the plan of a run with the run itself: peak resident memory, highest use of disk space, time.
 
 Usage: plan_check.py WORK [--only PART ...] [--plan-again] [--threads 1] [--results FILE]
 
-Random Llama-shaped checkpoints, quantized whole; roundings max_shift little, or every window of such a model would be reverted and nothing
-would be carried over. The space of the run directory and of the output is looked at every 20 ms, links counted
-once. Time is that of the process on its cores (user and system), and so is the plan's where nothing else runs; the plan is made first.
+Random Llama-shaped checkpoints are quantized as a whole. --max-shift is small, because otherwise the training of every window of such a
+model would be reverted and no window state would be stored. The size of the run directory and of the output is read every 20 ms; hard links
+are counted once. The time of a run is CPU time (user and system) divided by the number of threads. The plan is computed first; its time is
+comparable if no other program runs.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import threading
 from pathlib import Path
 
 from measure import cbqstream, load, save
-from random_model import random_tokens, written
+from random_model import ensure_checkpoint, random_tokens
 
 HERE = Path(__file__).resolve().parent
 RUNS: dict[str, tuple[dict, list[str]]] = {
@@ -48,41 +49,52 @@ RUNS: dict[str, tuple[dict, list[str]]] = {
 }
 
 
-class Space:
-    """The most that some folders held while this was entered, in bytes."""
+class DiskUse:
+    """Largest total size in bytes of a result, its run directory and the folder in which it is built, while the context is active."""
 
-    def __init__(self, folders: list[Path]) -> None:
-        self.folders = folders
-        self.most = 0
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.largest = 0
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch)
 
-    def __enter__(self) -> "Space":
+    def __enter__(self) -> "DiskUse":
         self._thread.start()
         return self
 
-    def __exit__(self, *what: object) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._done.set()
         self._thread.join()
 
     def _watch(self) -> None:
         while not self._done.wait(0.02):
-            held: dict[int, int] = {}
-            for top in self.folders:
-                for folder, _, files in os.walk(top):
-                    for file in files:
-                        try:
-                            status = (Path(folder) / file).stat()
-                        except FileNotFoundError:
-                            continue
-                        held[status.st_ino] = status.st_size
-            self.most = max(self.most, sum(held.values()))
+            self.largest = max(self.largest, self._total())
+
+    def _total(self) -> int:
+        sizes: dict[int, int] = {}
+        for top in [self.out, *self.out.parent.glob(f"{self.out.name}.*")]:
+            for folder, _, files in os.walk(top):
+                for file in files:
+                    try:
+                        status = (Path(folder) / file).stat()
+                    except FileNotFoundError:
+                        continue
+                    sizes[status.st_ino] = status.st_size
+        return sum(sizes.values())
 
 
-def measured(work: Path, model: dict, flags: list[str], threads: int, before: dict | None) -> dict:
-    """The plan of a run, and the run; or what it took `before`."""
+def measure(work: Path, model: dict, flags: list[str], threads: int, before: dict | None) -> dict:
+    """Planned and measured memory (bytes), disk space (bytes) and time (seconds) of a run.
+
+    Args:
+        work: folder for the checkpoint and the run.
+        model: sizes of the checkpoint.
+        flags: flags of `quantize` and `plan`.
+        threads: CPU threads.
+        before: an earlier row, whose measurements are used instead of a new run.
+    """
     folder = work / "-".join(f"{key}{value}" for key, value in model.items())
-    written(folder, **model)
+    ensure_checkpoint(folder, **model)
     size, length = (int(flags[flags.index(name) + 1]) for name in ("--num-samples", "--seq-len"))
     vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
     tokens = random_tokens(work / "tokens.npy", vocabulary, size * length)
@@ -95,33 +107,32 @@ def measured(work: Path, model: dict, flags: list[str], threads: int, before: di
     totals = {"ram": plan["ram_total"], "disk": plan["disk_total"], "seconds": plan["seconds_total"]}
     if before is not None:
         return {name: [total, before[name][1]] for name, total in totals.items()}
-    building = list(out.parent.glob(f"{out.name}.*"))
-    with Space([Path(f"{out}.run"), out, *building]) as space:
+    with DiskUse(out) as use:
         made = cbqstream("quantize", str(folder), str(out), "--dataset", str(tokens), *common)
-    taken = {"ram": made.peak_rss, "disk": space.most, "seconds": made.cpu_seconds / threads}
+    taken = {"ram": made.peak_rss, "disk": use.largest, "seconds": made.cpu_seconds / threads}
     return {name: [total, taken[name]] for name, total in totals.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", type=Path)
-    parser.add_argument("--only", nargs="+", default=[""])
-    parser.add_argument("--plan-again", action="store_true", help="hold another plan against the runs that are known")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--results", type=Path, default=HERE / "results" / "plan.json")
+    parser.add_argument("work", type=Path, help="folder for checkpoints and runs")
+    parser.add_argument("--only", nargs="+", default=[""], help="measure rows whose name contains one of these texts")
+    parser.add_argument("--plan-again", action="store_true", help="compute new plans, and keep the stored measurements")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--results", type=Path, default=HERE / "results" / "plan.json", help="JSON file for the rows")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     for name, (model, flags) in RUNS.items():
         if any(part in name for part in args.only):
             before = load(args.results).get(name) if args.plan_again else None
-            save(args.results, name, measured(args.work, model, flags, args.threads, before))
+            save(args.results, name, measure(args.work, model, flags, args.threads, before))
     print("| run | memory, GiB: plan, run | ratio | disk, MiB: plan, run | ratio | seconds: plan, run | ratio |")
     print("|---|---|---|---|---|---|---|")
     for name, row in load(args.results).items():
         cells = []
         for part, unit in (("ram", 1 << 30), ("disk", 1 << 20), ("seconds", 1)):
-            said, seen = row[part]
-            cells += [f"{said / unit:.2f}, {seen / unit:.2f}", f"{said / seen:.2f}"]
+            planned, measured = row[part]
+            cells += [f"{planned / unit:.2f}, {measured / unit:.2f}", f"{planned / measured:.2f}"]
         print(f"| {name} | {' | '.join(cells)} |")
 
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Every profile with every scheme on one window of the real SmolLM2-135M: nothing may be non-finite; how many codes each changes.
+"""Run every profile with every scheme on one window of SmolLM2-135M, and check that all losses and perplexities are finite.
 
 Usage: profiles.py MODEL WORK [--only PART ...] [--threads N] [--dry-run]
 
-MODEL is the folder that tools/get_smollm2.py writes; WORK keeps what is made on the way. Blocks 10 and 11 are quantized, calibrated on
-16 x 256 tokens of data/c4-calibration.jsonl; perplexity is on tokens 48 x 512 to 56 x 512 of the same file. Results in
-results/profiles.json are not measured again; --only takes parts of `profile | scheme`.
+MODEL is the folder that tools/get_smollm2.py writes. Quantized models are kept in WORK. Blocks 10 and 11 are quantized, calibrated on
+16 x 256 tokens of data/c4-calibration.jsonl; the perplexity is over tokens 48 x 512 to 56 x 512 of the same file. Rows that
+results/profiles.json contains are not measured again. --only takes parts of `profile | scheme`.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from measure import CALIBRATION, cbqstream, cut_tokens, load, perplexity, save
+from measure import CALIBRATION, cbqstream, cut_tokens, load, perplexity, save, window_reports
 
 from cbqstream.profiles import PROFILES
 
@@ -25,10 +25,10 @@ SCHEMES = ("W4A16", "W3A16", "W2A16", "W8A8", "W4A8", "W4A4")
 
 
 def measure(model: Path, work: Path, held_out: Path, profile: str, scheme: str, threads: list[str]) -> dict:
-    """Quantize one window and evaluate.
+    """Quantize one window, and evaluate the result.
 
     Raises:
-        SystemExit: something is not finite, or the window ended worse than it began.
+        SystemExit: a loss or the perplexity is not finite, or the loss of the window increased.
     """
     out = work / f"{profile}-{scheme}"
     log = out.with_suffix(".jsonl")
@@ -39,13 +39,13 @@ def measure(model: Path, work: Path, held_out: Path, profile: str, scheme: str, 
     blocks = ["--keep-first", "10", "--keep-last", "18"]
     chosen = ["--profile", profile, "--scheme", scheme, "--group-size", "64"]
     made = cbqstream("quantize", str(model), str(out), *chosen, *data, *blocks, *threads)
-    said = cbqstream("eval", str(out), "--text", str(held_out), "--num-samples", "8", *threads)
+    evaluated = cbqstream("eval", str(out), "--text", str(held_out), "--num-samples", "8", *threads)
     lines = [json.loads(line) for line in log.read_text().splitlines()]
-    (window,) = (line for line in lines if "window" in line)
+    (window,) = window_reports(log)
     row = {
         **{name: window[name] for name in ("loss_before", "loss_after", "changed")},
         "divergence": [line["loss_after"] for line in lines if "epoch" in line],
-        "perplexity": perplexity(said),
+        "perplexity": perplexity(evaluated),
         "cpu_seconds": made.cpu_seconds,
     }
     values = [row["loss_before"], row["loss_after"], row["perplexity"], *row["divergence"]]
@@ -55,7 +55,7 @@ def measure(model: Path, work: Path, held_out: Path, profile: str, scheme: str, 
 
 
 def table(rows: dict[str, dict]) -> str:
-    """The results as Markdown."""
+    """The results as a Markdown table."""
     lines = ["| profile | scheme | loss | codes changed | perplexity | CPU seconds |", "|---|---|---|---|---|---|"]
     for profile in PROFILES:
         for scheme in SCHEMES:
@@ -69,14 +69,13 @@ def table(rows: dict[str, dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("work", type=Path)
-    parser.add_argument("--only", nargs="+", default=[""])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--dry-run", action="store_true", help="measure nothing; print what is there")
+    parser.add_argument("model", type=Path, help="folder of the original model")
+    parser.add_argument("work", type=Path, help="folder for quantized models")
+    parser.add_argument("--only", nargs="+", default=[""], help="measure rows whose name contains one of these texts")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--dry-run", action="store_true", help="measure nothing; print the stored results")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    held_out = cut_tokens(args.model, args.work / "held-out-8.npy", 48, 56)
     threads = ["--threads", str(args.threads)]
     for profile in PROFILES:
         for scheme in SCHEMES:
@@ -84,6 +83,7 @@ def main() -> None:
             if args.dry_run or name in load(RESULTS) or not any(part in name for part in args.only):
                 continue
             print(name, file=sys.stderr, flush=True)
+            held_out = cut_tokens(args.model, args.work / "held-out-8.npy", 48, 56)
             save(RESULTS, name, measure(args.model, args.work, held_out, profile, scheme, threads))
     print(table(load(RESULTS)))
 

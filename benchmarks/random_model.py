@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Llama-shaped checkpoints of random bf16 weights, one shard a block, and random tokens.
+"""Write a Llama-shaped checkpoint of random bf16 weights with one shard per block.
 
 Usage: random_model.py FOLDER --hidden D --blocks N [--inner I] [--experts E] [--heads H] [--key-value-heads H] [--vocabulary V]
                        [--real N]
 
-With --experts a block is that of Qwen3-MoE, 8 of its experts compute a token, and I is the width of an expert. With --real only that
-many blocks have weights; the others are zeros, as files without a byte on disk. Prints the size of the weights in bytes. A program that
-measures runs this as a process of its own: the peak memory of a child begins with what its parent holds.
+With --experts a block is a block of Qwen3-MoE, 8 of its experts compute a token, and I is the width of an expert. With --real only the
+first N blocks have weights; the others are zeros in sparse files that take no disk space. Prints the size of the weights in bytes. Scripts
+that measure memory run this one as a separate process, because the peak memory of a child process starts at the memory of its parent.
 """
 
 import argparse
@@ -21,8 +21,16 @@ from measure import run
 HEAD_DIM, CHOSEN = 128, 8
 
 
-def written(folder: Path, **sizes: int) -> int:
-    """Write a checkpoint, if it is not there, and return the size of its weights in bytes. Sizes are the flags."""
+def ensure_checkpoint(folder: Path, **sizes: int) -> int:
+    """Write a checkpoint in a separate process, if it does not exist.
+
+    Args:
+        folder: folder of the checkpoint.
+        sizes: flags of this script, with _ instead of -.
+
+    Returns:
+        Size of the weights in bytes.
+    """
     done = folder / "model.safetensors.index.json"
     if not done.exists():
         flags = [part for name, value in sizes.items() for part in (f"--{name.replace('_', '-')}", str(value))]
@@ -31,13 +39,21 @@ def written(folder: Path, **sizes: int) -> int:
 
 
 def random_tokens(path: Path, vocabulary: int, number: int) -> Path:
-    """Token ids in the file `path`, and its path."""
+    """Write `number` random token ids below `vocabulary` to `path`, and return `path`."""
     np.save(path, np.random.default_rng(0).integers(0, vocabulary, number))
     return path
 
 
 def block_shapes(hidden: int, inner: int, query: int, key_value: int, experts: int) -> dict[str, tuple[int, ...]]:
-    """Shape of each tensor of a block by its name there."""
+    """Shape of each tensor of a block, by its name in the block.
+
+    Args:
+        hidden: hidden size.
+        inner: width of the feed-forward layer, or of an expert.
+        query: number of outputs of the query projection.
+        key_value: number of outputs of the key and value projections.
+        experts: number of experts; 0 is a dense block.
+    """
     matrices = {
         "self_attn.q_proj": (query, hidden),
         "self_attn.k_proj": (key_value, hidden),
@@ -58,7 +74,7 @@ def block_shapes(hidden: int, inner: int, query: int, key_value: int, experts: i
 
 
 def write_zeros(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
-    """A shard of zeros in bf16 that takes no room."""
+    """Write a shard of bf16 zeros as a sparse file."""
     header: dict[str, Any] = {}
     end = 0
     for name, shape in shapes.items():
@@ -71,8 +87,8 @@ def write_zeros(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
 
 
 def write_checkpoint(folder: Path, args: argparse.Namespace) -> int:
-    """Write it and return the size of its weights in bytes."""
-    import torch  # here, because who imports this to start it as a process should hold little itself
+    """Write the checkpoint, and return the size of its weights in bytes."""
+    import torch  # imported here so that scripts which only start this one as a process stay small
     from safetensors.torch import save_file
 
     hidden, inner = args.hidden, args.inner or args.hidden * 11 // 4
@@ -126,15 +142,21 @@ def write_checkpoint(folder: Path, args: argparse.Namespace) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--hidden", type=int, required=True)
-    parser.add_argument("--blocks", type=int, required=True)
-    parser.add_argument("--inner", type=int)
-    parser.add_argument("--experts", type=int, default=0)
-    parser.add_argument("--heads", type=int)
-    parser.add_argument("--key-value-heads", type=int)
-    parser.add_argument("--vocabulary", type=int, default=1024)
-    parser.add_argument("--real", type=int)
+    parser.add_argument("folder", type=Path, help="folder to create")
+    parser.add_argument("--hidden", type=int, required=True, help="hidden size")
+    parser.add_argument("--blocks", type=int, required=True, help="number of blocks")
+    parser.add_argument(
+        "--inner", type=int, help="width of the feed-forward layer or of an expert; 11/4 of the hidden size"
+    )
+    parser.add_argument("--experts", type=int, default=0, help="experts per block; 0 writes dense blocks")
+    parser.add_argument(
+        "--heads", type=int, help="attention heads of 128 channels; by default they add up to the hidden size"
+    )
+    parser.add_argument(
+        "--key-value-heads", type=int, help="key and value heads; as many as attention heads by default"
+    )
+    parser.add_argument("--vocabulary", type=int, default=1024, help="vocabulary size")
+    parser.add_argument("--real", type=int, help="number of blocks with random weights; all by default")
     args = parser.parse_args()
     print(write_checkpoint(args.folder, args))
 

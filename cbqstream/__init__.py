@@ -1,6 +1,6 @@
-"""cbqstream: Cross-Block Quantization of language models far larger than the machine, streamed.
+"""cbqstream: Cross-Block Quantization of language models that are far larger than memory.
 
-The names here are the public interface; everything else may change.
+The names in `__all__` are the public interface. Everything else may change.
 """
 
 from importlib import import_module
@@ -41,7 +41,7 @@ _NEED_TORCH = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import what needs torch when it is first used, so that settings and errors are there in milliseconds."""
+    """Import functions that need torch at their first use, so that importing settings and errors takes milliseconds."""
     if name in _NEED_TORCH:
         return getattr(import_module(_NEED_TORCH[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""`python -m cbqstream`."""
+"""Entry point of `python -m cbqstream`."""
 
 from cbqstream.cli.main import main
 

@@ -45,7 +45,7 @@ class CalibrationConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WindowConfig:
-    """How the transformer blocks are divided into windows."""
+    """Division of the transformer blocks into windows."""
 
     size: int = setting(2, help="Blocks that are optimized together", flag="window_size")
     overlap: int = setting(1, help="Blocks that a window shares with the next one")
@@ -88,7 +88,7 @@ class TransformConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReconstructionConfig:
-    """How a window is optimized. Formulas: `numerics/`; rounding methods: `rounding/`."""
+    """Settings with which a window is optimized. Formulas: `numerics/`; rounding methods: `rounding/`."""
 
     rounding: RoundingName = setting(
         "signround",
@@ -100,9 +100,11 @@ class ReconstructionConfig:
     schedule: Schedule = setting("linear", help="How learning rates fall to zero: linear or cosine")
     epochs: int = setting(6, help="Passes over the calibration segments per window")
     batch_size: int = setting(4, help="Segments in a training step")
-    max_shift: float = setting(0.25, help="signround: how far a rounding value can move in a window, in step sizes")
-    rounding_lr: float = setting(1e-2, help="lora_rounding: learning rate of the factors (Adam)")
-    rounding_rank: int = setting(5, help="lora_rounding: rank of the factors")
+    max_shift: float = setting(
+        0.25, help="how far a rounding value can move in a window, in step sizes", method="signround"
+    )
+    rounding_lr: float = setting(1e-2, help="learning rate of the factors (Adam)", method="lora_rounding")
+    rounding_rank: int = setting(5, help="rank of the factors", method="lora_rounding")
     scale_lr: float = setting(1e-3, help="Learning rate of the logarithm of the weight scales (Adam)")
     activation_scale_lr: float = setting(1e-4, help="Learning rate of the logarithm of learned input scales (Adam)")
     target_mix: float = setting(
@@ -120,8 +122,10 @@ class ReconstructionConfig:
         0, help="Passes after the last window in which the scales of all blocks are trained together"
     )
     end_to_end_lr: float = setting(2e-3, help="Learning rate of the logarithm of the scales in these passes (Adam)")
-    penalty_weight: float = setting(0.1, help="lora_rounding: weight of the penalty that drives rounding up or down")
-    kernels: Kernels = setting("auto", help="signround: auto (Triton on CUDA) or plain (torch alone)")
+    penalty_weight: float = setting(
+        0.1, help="weight of the penalty that drives rounding up or down", method="lora_rounding"
+    )
+    kernels: Kernels = setting("auto", help="auto (Triton on CUDA) or plain (torch alone)", method="signround")
     token_balance: float = setting(
         1.0, help="0: squared error of every token as it is; 1: relative to the token's power"
     )

@@ -1,4 +1,4 @@
-"""Every durable change of the file system. No other module opens a file for writing, renames, links or deletes.
+"""All durable changes of the file system. No other module opens a file for writing, renames, links or deletes.
 
 The rules that make a crash harmless are in `rundir/journal.py`. This module provides operations that are each either done and durable, or
 not done. Operations are numbered from 1, and an observer is called before each one, so that a test can stop the program at any of them.

@@ -1,14 +1,15 @@
-"""The exceptions of cbqstream: one class per exit code, so one class per thing a caller can do about it.
+"""The exceptions of cbqstream: one class for each exit code, so a caller can tell from the class how to react.
 
     CbqstreamError
-    +-- UsageError         2   an argument or a combination of settings that cannot work
-    +-- InputError        65   a file that was given is missing, broken, or not of a kind that is read
-    +-- DeviceMemoryError 69   the device is too small for the window
-    +-- StorageError      74   a write, an fsync or a rename failed; a full disk
-    +-- StoppedError      75   stopped safely, or another process holds the run: run the same command again
+    +-- UsageError         2   an argument or a combination of settings cannot work
+    +-- InputError        65   a given file is missing or broken, or its kind is not supported
+    +-- DeviceMemoryError 69   the device has too little memory for a window
+    +-- StorageError      74   a write, an fsync or a rename failed, or the disk is full
+    +-- StoppedError      75   the run stopped safely, or another process is working on it; run the same command again
     +-- IdentityError     78   the run directory belongs to other inputs or settings
 
-Every message is one line: where, what, remedy. Any other exception that reaches the command line is a bug (exit code 1).
+A message is one line that states where the error is, what is wrong and what to do. Any other exception that reaches the command line is
+a bug (exit code 1).
 """
 
 from pathlib import Path
@@ -17,13 +18,13 @@ _SHOWN = 120
 
 
 def shown(text: str) -> str:
-    """`text` from a file, safe to print: escaped and cut to 120 characters, so that it cannot steer a terminal."""
+    """Text from a file, safe to print: escaped, so that it cannot control a terminal, and cut to 120 characters."""
     escaped = ascii(text)[1:-1]
     return escaped if len(escaped) <= _SHOWN else escaped[:_SHOWN] + "..."
 
 
 class CbqstreamError(Exception):
-    """Base of all errors that cbqstream raises on purpose."""
+    """Base class of all errors that cbqstream raises on purpose."""
 
     exit_code = 1
 
@@ -35,12 +36,12 @@ class UsageError(CbqstreamError):
 
 
 class InputError(CbqstreamError):
-    """A file that was given is missing, broken, or not of a kind that is read.
+    """A given file is missing or broken, or its kind is not supported.
 
     Args:
         place: the file or folder.
-        what: what is wrong, with the numbers, ending in a full stop; then the remedy.
-        tensor: the tensor concerned, if one is.
+        what: what is wrong, with the numbers, as a sentence that ends with a period; then the remedy.
+        tensor: name of the affected tensor, if the error is about one.
     """
 
     exit_code = 65
@@ -57,11 +58,11 @@ class DeviceMemoryError(CbqstreamError):
 
 
 class StorageError(CbqstreamError):
-    """The file system refused a write, an fsync or a rename.
+    """A write, an fsync or a rename failed.
 
     Args:
-        message: the line.
-        full: whether it was for lack of room.
+        message: the message, one line.
+        full: whether the reason is a full disk.
     """
 
     exit_code = 74
@@ -72,7 +73,7 @@ class StorageError(CbqstreamError):
 
 
 class StoppedError(CbqstreamError):
-    """The run stopped safely, or another process holds it; the same command continues it."""
+    """The run stopped safely, or another process is working on it; the same command resumes it."""
 
     exit_code = 75
 

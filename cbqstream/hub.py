@@ -1,5 +1,7 @@
-"""Models on the Hugging Face Hub: from there into the local cache, and results to there. Endpoint, token, cache and offline mode are what
-huggingface_hub takes from the environment."""
+"""Download of models from the Hugging Face Hub into the local cache, and upload of results to the Hub.
+
+huggingface_hub reads the endpoint, the token, the folder of the cache and the offline mode from the environment.
+"""
 
 import errno
 import re
@@ -23,7 +25,7 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 from cbqstream.errors import InputError, StorageError, UsageError, shown
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_NEVER_READ = [
+_NOT_DOWNLOADED = [
     "*/*",
     "consolidated*",
     *(f"*.{suffix}" for suffix in ("bin", "pt", "pth", "ckpt", "h5", "msgpack", "gguf", "onnx")),
@@ -39,43 +41,57 @@ _FAILURES: tuple[type[Exception], ...] = (
     ValueError,
     RuntimeError,
 )
-"""What huggingface_hub raises; second the base of all errors of its HTTP client, which is another one in other versions."""
+"""Exceptions that huggingface_hub raises.
+
+The second one is the base class of all errors of its HTTP client. It is found in this way because versions use different HTTP clients.
+"""
 
 
 def fetch(model: str, revision: str | None = None) -> Path:
-    """The folder of a model: itself, or for a name such as `owner/name` the snapshot in the local cache, downloaded where it is not there.
+    """Folder of a model, which is downloaded into the local cache first if necessary.
 
     Args:
-        model: a folder, or a name on the Hub.
+        model: a folder, or a name on the Hub such as `owner/name`.
         revision: branch, tag or commit; only for a name.
 
+    Returns:
+        `model` itself if it is a folder; for a name, the folder of the snapshot in the local cache.
+
     Raises:
-        InputError: there is neither, or it cannot be had.
-        UsageError: a revision of a folder.
-        StorageError: there is no room for it.
+        InputError: there is neither a folder nor a model on the Hub with this name, or the download failed.
+        UsageError: a revision was given for a folder.
+        StorageError: there is not enough disk space for the download.
     """
     if revision is not None and Path(model).exists():
         raise UsageError(f"{model} is a folder. --revision is for a name on the Hub.")
     if not is_name(model, revision):
-        return Path(model)  # who opens it says what is wrong with it
-    with _asking_for(model):
-        return Path(snapshot_download(model, revision=revision, ignore_patterns=_NEVER_READ))
+        return Path(model)  # the caller raises an error if this path is not a model folder
+    with _hub_errors(model):
+        return Path(snapshot_download(model, revision=revision, ignore_patterns=_NOT_DOWNLOADED))
 
 
 def fetch_headers(model: str, revision: str | None = None) -> tuple[Path, dict[str, dict[str, Any]]]:
-    """What is said of a model on the Hub, without its weights: a folder with its config.json, and the header of each shard by its name.
+    """Download the description of a model on the Hub without its weights.
+
+    Args:
+        model: a name on the Hub.
+        revision: branch, tag or commit.
+
+    Returns:
+        A folder with config.json, and the header of each shard by the name of its file.
 
     Raises:
-        InputError: it cannot be had.
+        InputError: the Hub has no such model, or the download failed.
+        StorageError: there is not enough disk space for config.json.
     """
     disable_progress_bars()
-    with _asking_for(model):
+    with _hub_errors(model):
         config = Path(hf_hub_download(model, "config.json", revision=revision))
         try:
             shards = HfApi().get_safetensors_metadata(model, revision=revision).files_metadata
-        # what a header that is JSON, and no header, does to it
+        # huggingface_hub raises these for a header that is JSON but does not describe tensors
         except (TypeError, AttributeError, LookupError) as error:
-            raise InputError(model, f"the header of a shard is not plausible ({_told(error)}).") from error
+            raise InputError(model, f"the header of a shard is not plausible ({_reason(error)}).") from error
     return config.parent, {
         file: {name: {**asdict(info), "data_offsets": [*info.data_offsets]} for name, info in held.tensors.items()}
         for file, held in shards.items()
@@ -83,54 +99,70 @@ def fetch_headers(model: str, revision: str | None = None) -> tuple[Path, dict[s
 
 
 def is_name(model: str, revision: str | None = None) -> bool:
-    """Whether a model is to be looked for on the Hub: it is no folder, and could be a name there."""
+    """Whether a model has to be looked up on the Hub: it is not a local path, and it can be a name on the Hub."""
     return not Path(model).exists() and (revision is not None or _ID.fullmatch(model) is not None)
 
 
 @contextmanager
-def _asking_for(model: str) -> Iterator[None]:
-    """What the Hub answers instead of a model, in one line."""
+def _hub_errors(model: str) -> Iterator[None]:
+    """Replace the exceptions of a download, inside a `with`, by errors with a message of one line."""
     try:
         yield
     except GatedRepoError as error:
-        raise InputError(model, "needs an agreement on the Hub. Accept it there, and log in: hf auth login.") from error
+        raise InputError(
+            model, "access to the model is restricted. Accept its terms on the Hub, and log in: hf auth login."
+        ) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         what = "no such folder, and the Hub was not reached or is turned off (HF_HUB_OFFLINE)"
         raise InputError(model, f"{what}. Download it first: hf download {model}.") from error
     except _FAILURES as error:
         if getattr(error, "errno", None) == errno.ENOSPC:
-            raise StorageError(f"{model}: no room in the cache. Free some, or set HF_HOME.", full=True) from error
-        raise InputError(model, f"no such folder, and not had from the Hub: {_told(error)}") from error
+            raise StorageError(
+                f"{model}: the disk of the Hub cache is full. Free some space, or set HF_HOME.", full=True
+            ) from error
+        raise InputError(
+            model,
+            f"no such folder, and the download from the Hub failed ({_reason(error)}). Check the name and the connection.",
+        ) from error
 
 
 def require_name(name: str) -> None:
-    """Refuse what cannot be a name on the Hub, before hours of work.
+    """Refuse a text that cannot be a name on the Hub; called before a run, not hours later at the upload.
 
     Raises:
-        UsageError: it is none.
+        UsageError: the text is not of the form OWNER/NAME.
     """
     if _ID.fullmatch(name) is None:
-        raise UsageError(f"{shown(name)} is not a name on the Hub, such as OWNER/NAME.")
+        raise UsageError(f"{shown(name)} is not a name on the Hub. Give a name such as OWNER/NAME.")
 
 
 def push(folder: Path, name: str, *, private: bool) -> str:
-    """Upload a model folder; its address. The repository is made where it does not exist.
+    """Upload a model folder to the Hub.
+
+    Args:
+        folder: the model folder.
+        name: name of the repository on the Hub, OWNER/NAME. The repository is created if it does not exist.
+        private: whether a new repository is private.
+
+    Returns:
+        Address of the repository.
 
     Raises:
-        UsageError: the name is none.
-        StorageError: it was not taken.
+        UsageError: the name cannot be a name on the Hub.
+        StorageError: the upload failed.
     """
     require_name(name)
     try:
         api = HfApi()
-        made = api.create_repo(name, private=private, exist_ok=True)
-        api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message="Quantized with cbqstream")
+        repository = api.create_repo(name, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repository.repo_id, folder_path=folder, commit_message="Quantized with cbqstream")
     except _FAILURES as error:
         remedy = "Check the name, and log in: hf auth login."
-        raise StorageError(f"{name}: the Hub did not take {folder}: {_told(error)} {remedy}") from error
-    return str(made)
+        raise StorageError(f"{name}: the upload of {folder} to the Hub failed ({_reason(error)}). {remedy}") from error
+    return str(repository)
 
 
-def _told(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
+    """First line of the message of an exception, safe to print; its class if the message is empty."""
     lines = str(error).strip().splitlines()
     return shown(lines[0] if lines else type(error).__name__)

@@ -59,6 +59,8 @@ class Option:
     panel: Panel
     default: Any
     """Value if the flag is not given; None if it is required, or if the profile has the default."""
+    method: str | None
+    """The rounding method that alone uses the option."""
     section: str | None
     """Field of `QuantizeConfig` that holds the field of the option; None if it is a field of `QuantizeConfig` itself."""
     field: str
@@ -78,7 +80,8 @@ def _options_of(cls: Any, section: str | None) -> dict[str, Option]:
             continue
         default = None if item.default is MISSING or section in _OF_PROFILE else item.default
         kind = _KINDS.get(name) or _kind(hints[item.name])
-        found[name] = Option(name, kind, item.metadata["help"], item.metadata["panel"], default, section, item.name)
+        about = item.metadata
+        found[name] = Option(name, kind, about["help"], about["panel"], default, about["method"], section, item.name)
     return found
 
 
@@ -98,7 +101,7 @@ OPTIONS: Mapping[str, Option] = MappingProxyType(
         **{name: option for section, cls in SECTIONS.items() for name, option in _options_of(cls, section).items()},
     }
 )
-"""Every option, by name."""
+"""All options, by name."""
 
 
 def config_from_options(values: Mapping[str, Any], profile: str = "default") -> QuantizeConfig:
@@ -124,12 +127,19 @@ def config_from_options(values: Mapping[str, Any], profile: str = "default") -> 
             place = own if option.section is None else sections[option.section]
             place[option.field] = _CONVERTED.get(name, _unchanged)(value)
     parts = PROFILES[profile]
-    return QuantizeConfig(
+    config = QuantizeConfig(
         scheme=Scheme.named(own.pop("scheme", _SCHEME), **sections["scheme"]),
         calibration=CalibrationConfig(**sections["calibration"]),
         **{section: replace(getattr(parts, section), **sections[section]) for section in _OF_PROFILE},
         **own,
     )
+    for name, value in values.items():
+        if value is not None and OPTIONS[name].method not in (None, config.reconstruction.rounding):
+            used = config.reconstruction.rounding
+            raise UsageError(
+                f"{name} is a setting of {OPTIONS[name].method}, and the rounding is {used}. Leave it out."
+            )
+    return config
 
 
 def _unchanged(value: Any) -> Any:
@@ -156,6 +166,11 @@ def profile_defaults(profile: Profile) -> dict[str, Any]:
 
 def recipe_of(config: QuantizeConfig) -> str:
     """A recipe in TOML, as `recipe.py` reads it, with every setting on which results depend except threads and device."""
-    found = {name: value for name, value in options_of(config).items() if name not in _NOT_IN_RECIPE}
+    methods = (None, config.reconstruction.rounding)
+    found = {
+        name: value
+        for name, value in options_of(config).items()
+        if name not in _NOT_IN_RECIPE and OPTIONS[name].method in methods
+    }
     lines = [(name.replace("_", "-"), value) for name, value in found.items() if value not in (None, ())]
     return "".join(f"{flag} = {json.dumps(value)}\n" for flag, value in lines)  # such JSON is TOML too

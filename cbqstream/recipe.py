@@ -1,4 +1,4 @@
-"""A file of settings in TOML: each key is a flag of the command line, written with - or _."""
+"""Recipes: files of settings in TOML, in which each key is a flag of the command line, written with - or _."""
 
 import difflib
 import tomllib
@@ -7,18 +7,21 @@ from pathlib import Path
 
 from cbqstream.errors import UsageError, shown
 
-_NOT_IN_A_FILE = ("recipe", "help")
+_COMMAND_LINE_ONLY = ("recipe", "help")
 
 
 def read_recipe(path: Path, flags: Sequence[str]) -> dict[str, str | list[str]]:
-    """Values by flag, as they would be written on the command line.
+    """Read a recipe.
 
     Args:
-        path: of the file.
-        flags: names of all flags, with _.
+        path: the file.
+        flags: names of all flags, written with _.
+
+    Returns:
+        Values by flag, as they would be written on the command line.
 
     Raises:
-        UsageError: the file cannot be read, is not TOML, has a key that is no flag, or a value that a flag cannot have.
+        UsageError: the file cannot be read or is not TOML, a key is not a flag, or a value is not one that a flag can have.
     """
     if path.suffix != ".toml":
         raise UsageError(f"{path}: recipes are TOML (NAME.toml).")
@@ -28,7 +31,7 @@ def read_recipe(path: Path, flags: Sequence[str]) -> dict[str, str | list[str]]:
         raise UsageError(f"{path}: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: not TOML ({shown(str(error))}).") from error
-    known = [flag for flag in flags if flag not in _NOT_IN_A_FILE]
+    known = [flag for flag in flags if flag not in _COMMAND_LINE_ONLY]
     values: dict[str, str | list[str]] = {}
     for key, value in content.items():
         flag = key.replace("-", "_")
@@ -36,8 +39,8 @@ def read_recipe(path: Path, flags: Sequence[str]) -> dict[str, str | list[str]]:
             nearest = difflib.get_close_matches(flag, known, 1)
             raise UsageError(f'{path}: unknown key "{shown(key)}"{f" ({nearest[0]}?)" if nearest else ""}.')
         if flag in values:
-            raise UsageError(f'{path}: "{key}" is there twice, once with - and once with _.')
+            raise UsageError(f'{path}: "{key}" appears twice, once with - and once with _.')
         if not all(isinstance(one, (str, int, float)) for one in (value if isinstance(value, list) else [value])):
-            raise UsageError(f'{path}: "{key}" is not one value, nor a list of values.')
+            raise UsageError(f'{path}: "{key}" is neither a value nor a list of values.')
         values[flag] = [str(one) for one in value] if isinstance(value, list) else str(value)
     return values

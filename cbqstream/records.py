@@ -116,7 +116,7 @@ class QuantizedWeight:
 
 @dataclass(frozen=True, slots=True)
 class MemoryMode:
-    """What is traded for memory: it takes time and changes no bit of the result."""
+    """Measures that save memory. They take time and change no bit of the result."""
 
     activation_checkpointing: bool = False
     """Keep the activations of one block in training, and compute those of the others again."""
@@ -200,7 +200,7 @@ class EpochReport:
     loss_before: float
     """Divergence of the predictions from those of the original model on the held-out segments, with the scales as they would be stored."""
     loss_after: float
-    """The same after the epoch; never above `loss_before`."""
+    """Divergence after the epoch; never above `loss_before`."""
     costs: Costs | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -239,7 +239,7 @@ class WindowReport:
     loss_before: float
     """Loss of the hard window on the held-out segments before training."""
     loss_after: float
-    """The same after training; never above `loss_before`."""
+    """Loss after training; never above `loss_before`."""
     reverted: str | None
     """Why the training was reverted: `held-out loss increased` or `not finite`; None if it was kept."""
     changed: float

@@ -10,7 +10,13 @@ Panel = Literal["Model and output", "Calibration", "Method", "Limits", "Run"]
 
 
 def setting(
-    default: Any = MISSING, *, help: str, panel: Panel = "Method", flag: str | None = None, from_factory: Any = MISSING
+    default: Any = MISSING,
+    *,
+    help: str,
+    panel: Panel = "Method",
+    flag: str | None = None,
+    method: str | None = None,
+    from_factory: Any = MISSING,
 ) -> Any:
     """A field of a settings dataclass.
 
@@ -19,9 +25,15 @@ def setting(
         help: description, one sentence without a full stop unless there are two.
         panel: group in which the command line shows the flag.
         flag: name of the flag, with _; the name of the field by default. An empty string: the field has no flag of its own.
+        method: the rounding method that alone uses the field.
         from_factory: called for a default that is made anew each time.
     """
-    metadata = {"help": help, "panel": panel, "flag": flag}
+    metadata = {
+        "help": help if method is None else f"{method}: {help}",
+        "panel": panel,
+        "flag": flag,
+        "method": method,
+    }
     if from_factory is not MISSING:
         return field(default_factory=from_factory, metadata=metadata)
     return field(default=default, metadata=metadata)

@@ -1,4 +1,4 @@
-"""Fixtures: tiny checkpoints of every family, and the real SmolLM2 where it was prepared."""
+"""Fixtures of all tests: tiny checkpoints of every family, settings of small runs, devices, and the real SmolLM2-135M."""
 
 import gc
 import os
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before triton is loaded
+    os.environ["TRITON_INTERPRET"] = "1"  # must be set before triton is imported
 
 from hypothesis import settings
 
@@ -27,26 +27,29 @@ SMOLLM2 = Path(os.environ.get("CBQSTREAM_TEST_MODEL", Path(__file__).parent.pare
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    """Tiny tensors are faster on one thread, and results do not depend on the machine."""
+    """Compute with one thread, which is fastest for tiny tensors. Results then do not depend on the number of cores."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small_collections() -> None:
-    """A window ends with a collection of garbage, which need not look at all of torch and transformers: half of a tiny run otherwise."""
+def imported_modules_excluded_from_garbage_collection() -> None:
+    """Exclude the objects of torch and transformers from garbage collection.
+
+    Every window ends with a garbage collection. With these objects, it would take half of the time of a tiny run.
+    """
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
-def whole_collection_at_the_end() -> Iterator[None]:
-    """What is not collected then is taken for a leak by the libraries that made it."""
+def full_garbage_collection_at_the_end() -> Iterator[None]:
+    """Include all objects in garbage collection again after the last test; some libraries report objects that are left over as leaks."""
     yield
     gc.unfreeze()
 
 
 class TinyModels(dict[str, Path]):
-    """A checkpoint folder of each family, made when it is asked for; read only."""
+    """Checkpoint folder of each family, by its name. A folder is made when it is first used. Tests must not change it."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -59,26 +62,47 @@ class TinyModels(dict[str, Path]):
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory) -> TinyModels:
-    """A checkpoint folder of every family; read only."""
+    """Checkpoint folder of each family, by its name. Tests must not change a folder."""
     return TinyModels(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="session")
 def tokens(tmp_path_factory) -> Path:
-    """Random token ids for 16 segments."""
+    """File with random token ids for 16 calibration segments."""
     return save_tokens(tmp_path_factory.mktemp("tokens") / "tokens.npy", 16 * SEQ_LEN)
 
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """The real SmolLM2-135M, made by tools/get_smollm2.py."""
+    """Folder of the real SmolLM2-135M, which tools/get_smollm2.py writes."""
     assert (SMOLLM2 / "config.json").is_file(), f"{SMOLLM2} is missing. Run: python tools/get_smollm2.py {SMOLLM2}"
     return SMOLLM2
 
 
+@pytest.fixture(
+    params=[
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+            ],
+        ),
+    ]
+)
+def device(request) -> str:
+    """Name of the device of a test. The test runs on the CPU, and with the marker `gpu` on the CUDA device if there is one."""
+    return request.param
+
+
 @pytest.fixture
 def make_config(tiny_models, tokens, tmp_path):
-    """A function that makes the settings of a small, fast run."""
+    """A function that makes the settings of a small, fast run.
+
+    The function takes the family of the model, the name of the output folder and the scheme. Other options are fields of
+    `QuantizeConfig` and `CalibrationConfig`, or a dict of fields of `ReconstructionConfig`. The default device is the CPU.
+    """
 
     def make(family: str = "llama", *, name: str = "out", scheme: Scheme | None = None, **options) -> QuantizeConfig:
         reconstruction = {"epochs": 2, "batch_size": 4, **options.pop("reconstruction", {})}
@@ -94,7 +118,7 @@ def make_config(tiny_models, tokens, tmp_path):
             ),
             reconstruction=ReconstructionConfig(**reconstruction),
             threads=1,
-            device="cpu",
+            device=options.pop("device", "cpu"),
             **options,
         )
 
@@ -103,7 +127,7 @@ def make_config(tiny_models, tokens, tmp_path):
 
 @pytest.fixture
 def with_outliers(tmp_path):
-    """A function that makes a checkpoint whose norms have a large channel, as trained models do."""
+    """A function that makes a checkpoint in which one channel of the norms of all blocks is 50 times as large, as in trained models."""
 
     def make(family: str, dtype: torch.dtype = torch.bfloat16) -> Path:
         model = make_model(family)

@@ -1,4 +1,4 @@
-"""A process that is gone, as far as the run directory can tell."""
+"""Simulated kills: a run that stops between two operations on disk and leaves the run directory as a killed process leaves it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,23 +12,23 @@ from cbqstream.rundir.chain import Chain
 
 
 class KilledError(BaseException):
-    """Stands for a process that is gone."""
+    """Raised in place of a kill. The package does not handle it."""
 
 
 def windows_committed(run: Path) -> int:
-    """How many windows and epochs a run directory holds."""
+    """Number of windows and epochs that are committed in a run directory."""
     return Chain.read(run).next_window if (run / "run.json").exists() else 0
 
 
 def quantize_until(config: QuantizeConfig, stop: Callable[[int, str, Path], bool]) -> None:
-    """Quantize, and die before the first durable operation of which `stop(number, name, path)` is true."""
+    """Quantize, and simulate a kill before the first operation on disk for which `stop(number, name, path)` is true."""
 
     dead = False
 
     def die(number: int, name: str, path: Path) -> None:
         nonlocal dead
         dead = dead or stop(number, name, path)
-        if dead:  # it does not clean up either
+        if dead:  # a killed process does not clean up, so every later operation fails too
             raise KilledError
 
     with pytest.raises(KilledError):

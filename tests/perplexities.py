@@ -1,4 +1,4 @@
-"""Perplexity of a tiny model in two ways that must agree."""
+"""Perplexity of a model, computed by this project and by transformers. Tests require that the two agree."""
 
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,14 @@ from tiny import auto_class
 
 
 def streamed_perplexity(folder: Path, ids_NS: Tensor) -> float:
-    """By this project, block by block; all segments at once, as transformers has them."""
+    """Perplexity by the streamed evaluation of this project, with all segments in one batch as in `plain_perplexity`."""
     compute = Compute(torch.device("cpu"), torch.float32, len(ids_NS))
     return perplexity(EvaluatedModel(*open_model(folder), compute), ids_NS)
 
 
 @torch.no_grad()
 def plain_perplexity(folder: Path, ids_NS: Tensor, **options: Any) -> float:
-    """By transformers alone."""
+    """Perplexity by transformers alone. Options are those of `from_pretrained`."""
     options = {"dtype": torch.float32, **options}
     model = auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, **options).eval()
     logits = model(ids_NS, use_cache=False).logits.float()

@@ -1,9 +1,10 @@
-"""Print the SHA-256 of the results of tiny runs, to show that a change leaves every result as it was.
+"""Print the SHA-256 of the results of tiny runs, to check that a change of the code changes no result.
 
-Usage: python tools/checksums.py [CASE ...] > before.txt; ...change the code...; python tools/checksums.py [CASE ...] | diff before.txt -
+Usage: checksums.py [CASE ...]
 
-The runs cover every rounding method, activation quantization, a mixture of experts with offloaded layers, the end-to-end stage, and the run
-of the fault-injection tests. They use one thread, so results depend on the versions of the libraries and on the CPU alone.
+Save the output before a change, and compare it with the output after the change. The runs cover every rounding method, activation
+quantization, a mixture of experts with offloaded layers, the end-to-end stage, and the run of the fault-injection tests. They use one
+thread, so the results depend only on the code, the versions of the libraries, and the CPU.
 """
 
 import hashlib
@@ -51,7 +52,14 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def config_of(folder: Path, name: str, case: dict[str, Any], models: dict[str, Path]) -> QuantizeConfig:
-    """The settings of a case."""
+    """Settings of the run of a case.
+
+    Args:
+        folder: folder with the tokens, in which the result is written.
+        name: name of the case.
+        case: row of `CASES`.
+        models: folders of the models, by family.
+    """
     profile = PROFILES[case.get("profile", "default")]
     sizes = {"epochs": 2, "batch_size": 4, **case.get("reconstruction", {})}
     kept = {key: case[key] for key in ("keep_first", "override", "quantize_lm_head") if key in case}
@@ -70,7 +78,7 @@ def config_of(folder: Path, name: str, case: dict[str, Any], models: dict[str, P
 
 
 def fault_injection_run(folder: Path, models: dict[str, Path]) -> QuantizeConfig:
-    """The run that the fault-injection tests stop everywhere."""
+    """Settings of the run that the fault-injection tests interrupt at every operation."""
     save_tokens(folder / "few-tokens.npy", 4 * SEQ_LEN)
     data = CalibrationConfig(dataset=str(folder / "few-tokens.npy"), num_samples=4, seq_len=SEQ_LEN)
     learned = ReconstructionConfig(epochs=4, batch_size=4)
@@ -79,7 +87,7 @@ def fault_injection_run(folder: Path, models: dict[str, Path]) -> QuantizeConfig
 
 
 def lines(name: str, out: Path) -> Iterator[str]:
-    """A checksum for each shard of a result, and one for the losses of its windows and epochs."""
+    """Lines with a checksum of each shard of a result, and one of the losses of its windows and epochs."""
     for shard in sorted(out.glob("*.safetensors")):
         yield f"{hashlib.sha256(shard.read_bytes()).hexdigest()}  {name}/{shard.name}"
     reports = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -88,7 +96,7 @@ def lines(name: str, out: Path) -> Iterator[str]:
 
 
 def main() -> None:
-    """Make the runs of the cases that are named, or of all, in a temporary folder."""
+    """Run the given cases, or all of them, in a temporary folder."""
     names = sys.argv[1:] or [*CASES, "fault-injection"]
     plan = inputs.fitting_plan
     with tempfile.TemporaryDirectory() as work:

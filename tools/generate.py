@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Continue a prompt with a model folder, using transformers alone.
+"""Continue a prompt with the model in a folder, with transformers alone.
 
 Usage: generate.py FOLDER PROMPT [--dequantize]
 
---dequantize is for zero points, which transformers 5.24 does not load as they are.
+--dequantize is needed for weights with zero points, which transformers 5.24 does not load without it.
 """
 
 import os
@@ -26,8 +26,8 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     with torch.no_grad():
-        written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, do_sample=False)
-    print(tokenizer.decode(written[0], skip_special_tokens=True))
+        generated = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, do_sample=False)
+    print(tokenizer.decode(generated[0], skip_special_tokens=True))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# What only a GPU can show: the tests marked gpu, the Triton kernels against the plain passes, and windows of 65B and 405B shape under caps of
-# memory, with their share of the limit of matrix products. Two parts of less than ten minutes each: `tests` and `windows`.
-# Usage: tools/gpu_check.sh [OUT] [tests|windows]      (OUT: folder for results; default benchmarks/results; both parts by default)
-# PYTHON is an interpreter with torch for CUDA. Where it lacks packages and the machine has no network, WHEELS is a folder that was filled with
+# Run the checks that need a CUDA device, in two parts of less than ten minutes each. `tests`: the tests marked gpu, and the Triton kernels
+# compared with PlainKernels. `windows`: training steps of windows of the shapes of 65B and 405B models with limits of device memory, compared
+# with their matrix products alone.
+# Usage: tools/gpu_check.sh [OUT] [tests|windows]      (OUT: folder for results, default benchmarks/results; both parts by default)
+# PYTHON is an interpreter with torch for CUDA. If it lacks packages and there is no network, WHEELS is a folder that was filled with
 #   pip download --dest WHEELS --no-deps --python-version 3.12 --only-binary :all: zarr numcodecs google-crc32c donfig typing-extensions \
 #       compressed-tensors pydantic pydantic-core annotated-types typing-inspection loguru safetensors accelerate transformers tokenizers \
 #       huggingface-hub psutil filelock typer annotated-doc shellingham rich markdown-it-py mdurl pygments hypothesis sortedcontainers \
 #       pytest iniconfig pluggy packaging gguf numpy pyyaml regex tqdm click requests httpx2 hf-xet
-# for the version of PYTHON. Anything else that is missing names itself.
+# for the version of PYTHON. An import error names any other package that is missing.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -24,7 +25,7 @@ export PYTHONPATH=$PWD:${PYTHONPATH:-}
 "$python" -c 'import torch; assert torch.cuda.is_available(), "no CUDA device"; print(torch.__version__, torch.cuda.get_device_name())' || exit 69
 
 failed=0
-if [ "$part" != windows ]; then  # files by name: others import what a GPU machine need not have
+if [ "$part" != windows ]; then  # named files only: other test files import packages that are not needed here
     timeout 420 "$python" -m pytest -q -m gpu tests/integration/test_gpu.py || failed=1
     timeout 120 "$python" -m pytest -q tests/unit/test_triton.py || failed=1
 fi

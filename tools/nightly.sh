@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The fault-injection suite with all its counts (about an hour and a half on one core), and the page that says what came of it.
+# Run the complete fault-injection tests, and write the page with their counts. Takes about an hour and a half on one core.
 # Usage: tools/nightly.sh [PYTEST ARGUMENTS]
-# Counts are kept in build/fault-tally.jsonl. With arguments, such as --last-failed, some tests are run again and their counts replaced.
+# Counts are stored in build/fault-tally.jsonl. With arguments, such as --last-failed, only some tests run, and their counts are replaced.
 . "$(dirname "$0")/setup.sh" test
 tally=$PWD/build/fault-tally.jsonl
 mkdir -p build

@@ -1,1 +1,4 @@
-"""Activations at a boundary between blocks, one segment at a time. Only `zarr_store.py` knows how they lie on disk."""
+"""Activations at a boundary between blocks, stored and read one segment at a time.
+
+Their format on disk is defined in `zarr_store.py` alone.
+"""

@@ -1,4 +1,4 @@
-"""The loop that moves streams: read a batch of segments, compute, write the results."""
+"""The loop that computes a stream from other streams: read a batch of segments, compute, write the results."""
 
 from collections.abc import Callable, Sequence
 
@@ -17,7 +17,7 @@ def map_segments(
     device: torch.device,
     compute: Callable[..., Tensor],
 ) -> None:
-    """Store in `destination` what `compute` makes of every segment; reading and writing overlap with computing.
+    """Apply `compute` to all segments and store the results; reading and writing overlap with computing.
 
     Args:
         sources: stores with the same number of segments.

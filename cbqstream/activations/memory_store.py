@@ -1,4 +1,4 @@
-"""Activations in RAM, for tests and small jobs."""
+"""Activations in memory, for tests and small jobs."""
 
 from torch import Tensor
 
@@ -14,10 +14,12 @@ class MemoryStore(ActivationStore):
         self._segments: dict[int, Tensor] = {}
 
     def write(self, segment: int, x_SD: Tensor) -> None:
+        """Store a copy of one segment. See `ActivationStore.write`."""
         self._check(segment, x_SD)
         self._segments[segment] = x_SD.detach().to("cpu", self.shape.dtype, copy=True)
 
     def read(self, segment: int) -> Tensor:
+        """Return a copy of one segment. See `ActivationStore.read`."""
         self._check(segment)
         if segment not in self._segments:
             raise InputError("memory", f"segment {segment} was never written.")

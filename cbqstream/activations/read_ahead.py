@@ -1,4 +1,4 @@
-"""Reading the next batches on a thread while the present one is being computed."""
+"""Reading of the next batches on a thread while the current batch is being computed."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -15,10 +15,18 @@ READ_DEPTH = 2
 def read_batches(
     stores: Sequence[ActivationStore], batches: Sequence[Sequence[int]], device: torch.device
 ) -> Iterator[list[Tensor]]:
-    """For each batch of segment numbers, one tensor [B, S, D] per store, in the dtype of that store, on `device`.
+    """Yield batches of segments that a thread reads in advance.
 
-    At most two batches are held besides the one that was given out. An error in reading is raised at its batch. Batches for CUDA are copied
-    asynchronously from pinned memory.
+    At most two batches are in memory besides the current batch. If reading a batch fails, the error is raised when that batch is due.
+    Batches for CUDA are copied asynchronously from pinned memory.
+
+    Args:
+        stores: stores to read from.
+        batches: the segment numbers of each batch.
+        device: device of the batches.
+
+    Yields:
+        For each batch, one tensor [B, S, D] per store, in the dtype of that store.
     """
     pinned = device.type == "cuda"
 
@@ -45,11 +53,11 @@ def read_batches(
 
 
 def in_shuffled_batches(segments: Sequence[int], batch_size: int, generator: torch.Generator) -> list[list[int]]:
-    """`segments` in a random order, `batch_size` at a time."""
+    """Batches of `batch_size` segments in a random order; the last batch may be smaller."""
     order = torch.randperm(len(segments), generator=generator).tolist()
     return in_batches([segments[position] for position in order], batch_size)
 
 
 def in_batches(segments: Sequence[int], batch_size: int) -> list[list[int]]:
-    """`segments` in order, `batch_size` at a time; the last batch may be smaller."""
+    """Batches of `batch_size` segments in the given order; the last batch may be smaller."""
     return [list(segments[start : start + batch_size]) for start in range(0, len(segments), batch_size)]

@@ -1,4 +1,7 @@
-"""The interface of an activation store: one stream of hidden states at one boundary. N segments, S tokens, D hidden."""
+"""The interface of an activation store, which holds one stream of hidden states at one boundary.
+
+Shapes: N segments, S tokens in a segment, D hidden dimension.
+"""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -11,16 +14,21 @@ from cbqstream.disk import Measure, unmeasured
 
 @dataclass(frozen=True, slots=True)
 class StreamShape:
-    """Shape and dtype of a stream: `num_segments` tensors [S, D] of one dtype (bfloat16, float16 or float32)."""
+    """Shape and dtype of a stream: N tensors [S, D] of one dtype (bfloat16, float16 or float32)."""
 
     num_segments: int
+    """Number of segments, N."""
     seq_len: int
+    """Tokens in a segment, S."""
     hidden_size: int
+    """Size of a hidden state, D."""
     dtype: torch.dtype = torch.bfloat16
 
 
 class ActivationStore(ABC):
-    """Hidden states x_SD by segment number. A segment is read back bit for bit; reading one that was not written is an error.
+    """Hidden states x_SD by segment number.
+
+    A stored segment is read back bit for bit. Reading a segment that was not written raises an error.
 
     Args:
         shape: shape and dtype of the stream.
@@ -33,7 +41,7 @@ class ActivationStore(ABC):
 
     @abstractmethod
     def write(self, segment: int, x_SD: Tensor) -> None:
-        """Store one segment, converted to the dtype of the store. Overwrites.
+        """Store one segment in the dtype of the store, and overwrite an earlier value.
 
         Raises:
             IndexError: there is no such segment.
@@ -42,7 +50,7 @@ class ActivationStore(ABC):
 
     @abstractmethod
     def read(self, segment: int) -> Tensor:
-        """One segment, [S, D] on the CPU, in the dtype of the store.
+        """Read one segment: [S, D] on the CPU, in the dtype of the store.
 
         Raises:
             IndexError: there is no such segment.
@@ -51,7 +59,7 @@ class ActivationStore(ABC):
 
     def _check(self, segment: int, x_SD: Tensor | None = None) -> None:
         if not 0 <= segment < self.shape.num_segments:
-            raise IndexError(f"segment {segment} of {self.shape.num_segments}")
+            raise IndexError(f"segment {segment} is outside a stream of {self.shape.num_segments} segments")
         expected = (self.shape.seq_len, self.shape.hidden_size)
         if x_SD is not None and tuple(x_SD.shape) != expected:
             raise ValueError(f"segment of shape {tuple(x_SD.shape)}, expected {expected}")

@@ -1,4 +1,4 @@
-"""Writing segments on a thread while the next ones are being computed."""
+"""Writing of segments on a thread while the next segments are being computed."""
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -14,9 +14,11 @@ WRITE_DEPTH = 4
 
 @contextmanager
 def write_behind(store: ActivationStore) -> Iterator[Callable[[int, Tensor], None]]:
-    """A function with the arguments of `store.write` that returns at once; everything is written, in order, when the `with` ends.
+    """Provide a function that writes segments in the background, inside a `with`.
 
-    At most four segments wait to be written. An error in writing is raised at a later call or at the end, and nothing is written after it.
+    The function has the arguments of `store.write` and does not wait for the write unless more than four segments are waiting. Segments are
+    written in the order of the calls, and all of them are written when the `with` ends. If a write fails, the error is raised by a later
+    call or at the end, and no further segments are written.
     """
     waiting: deque[Future[None]] = deque()
     failed = False
@@ -33,7 +35,7 @@ def write_behind(store: ActivationStore) -> Iterator[Callable[[int, Tensor], Non
             waiting.popleft().result()
 
     def submit(segment: int, x_SD: Tensor) -> None:
-        # converted here, so that what waits is small and not on the device
+        # converted before it waits, so that it takes little memory, and none on the device
         waiting.append(pool.submit(write, segment, x_SD.detach().to("cpu", store.shape.dtype)))
         if len(waiting) > WRITE_DEPTH:
             wait()

@@ -1,8 +1,8 @@
 """Activations on disk: a Zarr v3 array [N, S, D], one chunk per segment, codecs bytes and crc32c.
 
-Zarr has no bfloat16, so its bits are stored as uint16 and the dtype is named in the attributes. Zarr would read a missing chunk as zeros,
-so its file is looked for first. Metadata is compared with the expected metadata, not trusted. Files are written through `disk.py`; the
-caller syncs the folder of a durable store.
+Zarr has no bfloat16, so its bits are stored as uint16, and the attributes name the dtype. Zarr reads a missing chunk as zeros, so the chunk
+file is checked first. Metadata is not trusted: it is compared with the expected metadata. Files are written through `disk.py`. The caller
+syncs the folder of a durable store.
 """
 
 import asyncio
@@ -25,12 +25,12 @@ from cbqstream.errors import InputError
 
 METADATA = "zarr.json"
 _CRC_BYTES = 4
-_CARRIERS = {torch.bfloat16: "uint16", torch.float16: "float16", torch.float32: "float32"}
-_VIEWS = {torch.bfloat16: torch.uint16, torch.float16: torch.float16, torch.float32: torch.float32}
+_ZARR_DTYPES = {torch.bfloat16: "uint16", torch.float16: "float16", torch.float32: "float32"}
+_STORAGE_DTYPES = {torch.bfloat16: torch.uint16, torch.float16: torch.float16, torch.float32: torch.float32}
 
 
 class _DiskStore(WrapperStore[LocalStore]):
-    """A folder in which Zarr keeps an array, and in which every file is written through `disk.py`."""
+    """A Zarr store in a folder that writes all files through `disk.py`."""
 
     def __init__(self, store: LocalStore, disk: Disk, *, durable: bool) -> None:
         super().__init__(store)
@@ -54,7 +54,7 @@ class _DiskStore(WrapperStore[LocalStore]):
 
 
 class ZarrStore(ActivationStore):
-    """A stream in the folder `path`. Made by `create` or `open`."""
+    """A stream in a folder; created by `create` or `open`."""
 
     def __init__(self, path: Path, shape: StreamShape, array: "zarr.Array[Any]", measure: Measure = unmeasured) -> None:
         super().__init__(shape, measure)
@@ -63,13 +63,14 @@ class ZarrStore(ActivationStore):
 
     @classmethod
     def create(cls, path: Path, shape: StreamShape, disk: Disk, *, durable: bool) -> "ZarrStore":
-        """A new, empty store. `path` must not exist; its parent must.
+        """Create a new, empty store.
 
         Args:
-            path: a folder.
+            path: folder of the store. It must not exist, but its parent must.
             shape: shape and dtype of the stream.
-            disk: does the writing, and measures it.
-            durable: every segment is written once and synced; else segments may be overwritten.
+            disk: writes the files and measures the time.
+            durable: whether segments are synced. Each segment of a durable store can be written only once; segments of other stores can be
+                overwritten.
         """
         disk.make_folder(path)
         array = _new_array(_DiskStore(LocalStore(path), disk, durable=durable), shape)
@@ -77,7 +78,14 @@ class ZarrStore(ActivationStore):
 
     @classmethod
     def open(cls, path: Path, shape: StreamShape, measure: Measure = unmeasured) -> "ZarrStore":
-        """A store that exists. Its metadata is compared with the metadata of a new store of this shape before Zarr reads it.
+        """Open an existing store for reading.
+
+        Its metadata is compared with the metadata of a new store of this shape before Zarr reads it.
+
+        Args:
+            path: folder of the store.
+            shape: expected shape and dtype of the stream.
+            measure: counts the time that is spent waiting for segments.
 
         Raises:
             InputError: the store is missing, or has another shape or dtype.
@@ -92,11 +100,13 @@ class ZarrStore(ActivationStore):
         return cls(path, shape, zarr.open_array(str(path), mode="r"), measure)
 
     def write(self, segment: int, x_SD: Tensor) -> None:
+        """Write the chunk of one segment. See `ActivationStore.write`."""
         self._check(segment, x_SD)
-        stored = x_SD.detach().to("cpu", self.shape.dtype).contiguous().view(_VIEWS[self.shape.dtype])
+        stored = x_SD.detach().to("cpu", self.shape.dtype).contiguous().view(_STORAGE_DTYPES[self.shape.dtype])
         self._array[segment] = stored.numpy()
 
     def read(self, segment: int) -> Tensor:
+        """Read the chunk of one segment. See `ActivationStore.read`."""
         self._check(segment)
         if not self._chunk(segment).is_file():
             raise InputError(self._chunk(segment), f"segment {segment} is missing.")
@@ -107,7 +117,7 @@ class ZarrStore(ActivationStore):
         return torch.from_numpy(values).view(self.shape.dtype)
 
     def checksums(self) -> list[list[int]]:
-        """[size in bytes, crc32c] of every chunk file, by segment; the crc32c is the last four bytes of the chunk.
+        """Size in bytes and crc32c of the chunk file of each segment; the crc32c is the last four bytes of the file.
 
         Raises:
             InputError: a chunk is missing.
@@ -124,7 +134,11 @@ class ZarrStore(ActivationStore):
         return table
 
     def require(self, checksums: Sequence[Sequence[int]], *, read: bool) -> None:
-        """Check that the store still has these checksums; with `read`, by reading every segment.
+        """Check that the store still has the given checksums.
+
+        Args:
+            checksums: the result of `checksums` at an earlier time.
+            read: whether to read every segment too, which compares its content with its crc32c.
 
         Raises:
             InputError: the store has changed, or is damaged.
@@ -132,7 +146,7 @@ class ZarrStore(ActivationStore):
         for segment in range(self.shape.num_segments) if read else ():
             self.read(segment)
         if self.checksums() != checksums:
-            raise InputError(self.path, "not what was committed.")
+            raise InputError(self.path, "is not what was committed (its checksums do not match).")
 
     def _chunk(self, segment: int) -> Path:
         return self.path / f"c.{segment}.0.0"
@@ -143,7 +157,7 @@ def _new_array(store: Store, shape: StreamShape) -> "zarr.Array[Any]":
         store=store,
         shape=(shape.num_segments, shape.seq_len, shape.hidden_size),
         chunks=(1, shape.seq_len, shape.hidden_size),
-        dtype=_CARRIERS[shape.dtype],
+        dtype=_ZARR_DTYPES[shape.dtype],
         serializer=BytesCodec(endian="little"),
         filters=None,
         compressors=(Crc32cCodec(),),

@@ -1,1 +1,1 @@
-"""Text or tokens in, segments of token ids out."""
+"""Calibration data: text or token ids are read and cut into segments of token ids."""

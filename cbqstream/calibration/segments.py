@@ -1,4 +1,7 @@
-"""Segments of token ids: which ones are taken is a function of the file and the numbers alone. N segments, S tokens."""
+"""Segments of token ids from a file of text or token ids.
+
+The selected segments depend only on the content of the files and on the given numbers. Shapes: N segments, S tokens in a segment.
+"""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -18,10 +21,11 @@ from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.errors import InputError
 
 Choice = Literal["first", "spread"]
+"""Selection of segments: the first segments of a file, or segments that are spread evenly over it."""
 
 _TOKENIZER = "tokenizer.json"
 _SEPARATOR = "\n\n"
-_CHARACTERS_A_TOKEN = 8
+_CHARACTERS_PER_TOKEN = 8
 _UNSURE_TOKENS = 32
 
 
@@ -35,19 +39,26 @@ def load_segments(
     choice: Choice = "first",
     begun: bool = False,
 ) -> Tensor:
-    """Token ids, int64 [N, S]: the text joined with blank lines, tokenized whole and cut without overlap.
+    """Load segments of token ids from a file.
+
+    The documents of a text are joined with blank lines and tokenized as one text. The tokens are cut into segments without overlap.
 
     Args:
-        data: .npy or .safetensors of token ids, or a file of text (see `text.py`).
+        data: token ids in a .npy or .safetensors file, or a file of text (see `text.py`).
         model: folder with the tokenizer.
-        num_samples: N.
-        seq_len: S.
-        vocab_size: ids must be below.
-        choice: `first` N segments, or `spread` evenly over the file, both ends included (all of them if there are fewer).
-        begun: whether every segment of a text begins as the tokenizer begins a text, as with BOS; else only the first does.
+        num_samples: number of segments, N.
+        seq_len: tokens in a segment, S.
+        vocab_size: size of the vocabulary; all ids must be smaller.
+        choice: `first` selects the first N segments. `spread` selects N segments that are spread evenly over the file, both ends
+            included, or all segments if there are fewer.
+        begun: whether every segment of a text starts with the tokens that the tokenizer puts before a text, such as BOS. If False, only the
+            first segment of the file does.
+
+    Returns:
+        Token ids, int64 [N, S].
 
     Raises:
-        InputError: the file cannot be read, or has too few tokens, or a token is outside the vocabulary.
+        InputError: the file cannot be read or has too few tokens, or a token is outside the vocabulary.
     """
     token_file, beginning = TOKEN_FILES.get(data.suffix.lower()), list[int]()
     if token_file is not None:
@@ -55,7 +66,7 @@ def load_segments(
     else:
         ids, beginning = _tokenize(data, model, num_samples * seq_len if choice == "first" else None)
     start = beginning if begun else []
-    ids = ids[len(start) :]  # it is put before every segment
+    ids = ids[len(start) :]  # removed from the text, because these tokens are put before every segment
     length = seq_len - len(start)
     rows = len(ids) // length
     needed = num_samples * length if choice == "first" else length
@@ -79,37 +90,43 @@ def load_segments(
 
 
 def segments_digest(ids_NS: Tensor) -> str:
-    """SHA-256 over the shape and the ids, in hex."""
+    """SHA-256 of the shape and the ids, in hex."""
     header = f"{list(ids_NS.shape)}".encode()
     return hashlib.sha256(header + ids_NS.to(torch.int64).numpy().astype("<i8").tobytes()).hexdigest()
 
 
-def _beginning(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts before a text: BOS, more, or nothing."""
+def _tokens_before_text(tokenizer: Any) -> list[int]:
+    """Tokens that the tokenizer puts before a text: BOS, several tokens or none."""
     bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
     ids: list[int] = tokenizer("a")["input_ids"]
     return next((ids[:at] for at in range(len(ids)) if ids[at : at + len(bare)] == bare), [])
 
 
 def _tokenize(data: Path, model: Path, wanted: int | None) -> tuple[Tensor, list[int]]:
-    """Token ids of the file, all of them or at least `wanted` if there are so many, and those before a text. No more text is held than
-    that needs."""
-    limit = None if wanted is None else wanted * _CHARACTERS_A_TOKEN
+    """Token ids of a file of text, and the tokens that the tokenizer puts before a text.
+
+    Args:
+        data: file of text.
+        model: folder with the tokenizer.
+        wanted: number of ids that are needed; None returns all. If the file has more, at least this number is returned, and no more of the
+            text is kept in memory than that needs.
+    """
+    limit = None if wanted is None else wanted * _CHARACTERS_PER_TOKEN
     text, complete = _text(data, limit)
     tokenizer: Any = load_tokenizer(model)
     while True:
         ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
         if complete or limit is None:
-            return ids, _beginning(tokenizer)
-        ids = ids[:-_UNSURE_TOKENS]  # the cut may have changed how the last words were split
+            return ids, _tokens_before_text(tokenizer)
+        ids = ids[:-_UNSURE_TOKENS]  # the text was cut, which may have changed how its last words are split into tokens
         if wanted is not None and len(ids) >= wanted:
-            return ids, _beginning(tokenizer)
+            return ids, _tokens_before_text(tokenizer)
         limit *= 2
         text, complete = _text(data, limit)
 
 
 def _text(data: Path, limit: int | None) -> tuple[str, bool]:
-    """The documents joined with blank lines, up to about `limit` characters, and whether that is the whole file."""
+    """The documents joined with blank lines, cut after `limit` characters, and whether the text is complete."""
     parts, length = [], 0
     for document in documents(data):
         parts.append(document)
@@ -120,10 +137,10 @@ def _text(data: Path, limit: int | None) -> tuple[str, bool]:
 
 
 def load_tokenizer(model: Path) -> Any:
-    """The tokenizer of a model folder.
+    """Load the tokenizer of a model folder.
 
     Raises:
-        InputError: it has none that transformers can load.
+        InputError: the folder has no tokenizer that transformers can load.
     """
     if (model / _TOKENIZER).exists():
         read_json(model, _TOKENIZER)
@@ -143,20 +160,20 @@ def _npy(path: Path) -> Tensor:
     if not isinstance(values, np.ndarray):
         raise InputError(path, "not a .npy file of numbers.")
     if not np.issubdtype(values.dtype, np.integer):
-        raise InputError(path, f"holds {values.dtype}, token ids are integers.")
+        raise InputError(path, f"holds {values.dtype} values, but token ids are integers.")
     return torch.from_numpy(values.astype(np.int64)).flatten()
 
 
 def _safetensors(path: Path) -> Tensor:
     infos = read_header(path)
     if len(infos) != 1:
-        raise InputError(path, f"holds {len(infos)} tensors, needs one of token ids.")
+        raise InputError(path, f"holds {len(infos)} tensors. Give a file with one tensor of token ids.")
     (name,) = infos
     values = Checkpoint(infos).read(name, device=torch.device("cpu"))
     if values.is_floating_point() or values.dtype == torch.bool:
-        raise InputError(path, f"holds {values.dtype}, token ids are integers.", tensor=name)
+        raise InputError(path, f"holds {values.dtype} values, but token ids are integers.", tensor=name)
     return values.to(torch.int64).flatten()
 
 
 TOKEN_FILES: Mapping[str, Callable[[Path], Tensor]] = MappingProxyType({".npy": _npy, ".safetensors": _safetensors})
-"""What reads files of token ids, by their ending; others hold text."""
+"""Functions that read files of token ids, by the suffix of the file name; files with other suffixes hold text."""

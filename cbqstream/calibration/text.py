@@ -1,4 +1,7 @@
-"""Documents of a text, jsonl or parquet file, one at a time. A document of jsonl or parquet is the field `text`."""
+"""Documents of a plain text, jsonl or parquet file, read one at a time.
+
+In jsonl and parquet files, the field `text` of each row is a document.
+"""
 
 import importlib
 import json
@@ -14,19 +17,21 @@ _MAX_LINE = 1 << 26
 
 
 def documents(path: Path) -> Iterator[str]:
-    """The documents of a file in order; a file that is not .jsonl or .parquet is one document of plain text.
+    """Yield the documents of a file in order; a file that is not .jsonl or .parquet is one document of plain text.
 
     Raises:
         InputError: the file is missing, not UTF-8, not jsonl or parquet, or has no field `text`.
-        UsageError: parquet is asked for and pyarrow is not installed.
+        UsageError: the file is parquet and pyarrow is not installed.
     """
     if not path.is_file():
-        raise InputError(path, "no such file." if not path.is_dir() else "a folder; give a file of text.")
+        raise InputError(path, "no such file." if not path.is_dir() else "a folder. Give a file of text.")
     reader = {".jsonl": _jsonl, ".parquet": _parquet}.get(path.suffix.lower(), _plain)
     try:
         yield from reader(path)
     except UnicodeEncodeError as error:
-        raise InputError(path, "holds half of a surrogate pair, which is no character.") from error
+        raise InputError(
+            path, "holds an unpaired surrogate, which is not a valid character. Remove it from the text."
+        ) from error
     except UnicodeDecodeError as error:
         raise InputError(path, f"not UTF-8 text (byte {error.start}).") from error
 
@@ -34,7 +39,8 @@ def documents(path: Path) -> Iterator[str]:
 def _plain(path: Path) -> Iterator[str]:
     if path.stat().st_size > _MAX_PLAIN:
         raise InputError(
-            path, f"larger than {_MAX_PLAIN >> 20} MiB, which is held in memory. Give a part of it, or .jsonl."
+            path,
+            f"larger than {_MAX_PLAIN >> 20} MiB, and plain text is read as a whole. Give a part of it, or a .jsonl file.",
         )
     yield path.read_text(encoding="utf-8")
 
@@ -52,7 +58,7 @@ def _jsonl(path: Path) -> Iterator[str]:
                 raise InputError(path, f'line {number} is not a JSON object with a field "{_FIELD}".') from error
             if not isinstance(text, str):
                 raise InputError(path, f'line {number}: "{_FIELD}" is not a string.')
-            text.encode()  # JSON can spell what UTF-8 cannot
+            text.encode()  # raises UnicodeEncodeError: JSON escapes can contain unpaired surrogates, which UTF-8 cannot encode
             yield text
 
 

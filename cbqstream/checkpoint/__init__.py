@@ -1,1 +1,1 @@
-"""Reading a checkpoint: what it holds is checked from headers alone, and tensors are read one at a time by name."""
+"""Reading of checkpoints: contents are checked from headers alone, and tensors are read one at a time by name."""

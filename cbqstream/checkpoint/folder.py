@@ -1,4 +1,7 @@
-"""Which files of a model folder hold its tensors: one `model.safetensors`, or the shards of an index. JSON files are read here too."""
+"""Tensors and JSON files of a model folder.
+
+The tensors are stored in one `model.safetensors`, or in shards that are listed in an index.
+"""
 
 import json
 from functools import partial
@@ -17,10 +20,10 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
-    """A JSON object from a file of a model folder.
+    """Read a JSON object from a file of a model folder.
 
     Raises:
-        InputError: the folder or the file is missing, too large, or not a JSON object.
+        InputError: the folder or the file is missing, or the file is too large or is not a JSON object.
     """
     path = folder / name
     if not folder.is_dir():
@@ -40,18 +43,18 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
 
 
 def is_size(value: Any) -> bool:
-    """Whether a value of config.json, or a side of a weight, can be the size of something."""
+    """Whether a value of config.json, or a dimension of a weight, is a plausible size: an integer from 1 to 2^20."""
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 1 << 20
 
 
 def method_of(quantization_config: object) -> str:
-    """What a quantization_config of config.json says that it is, to be shown."""
+    """Name of the method in a `quantization_config` of config.json, safe to print; "None" if it has no name."""
     found = quantization_config.get("quant_method") if isinstance(quantization_config, dict) else None
     return shown(str(found))
 
 
 def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, of which programs differ in what they read when a key is there twice."""
+    """A JSON object without repeated keys; programs disagree about the value of a key that appears twice."""
     value = dict(pairs)
     if len(value) < len(pairs):
         names = [name for name, _ in pairs]
@@ -60,10 +63,11 @@ def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def find_tensors(folder: Path) -> dict[str, TensorInfo]:
-    """Every tensor of a model folder by name, from headers alone.
+    """Find all tensors of a model folder by name, from headers alone.
 
     Raises:
-        InputError: no safetensors, an index that names what is not there or leaves the folder, or a broken header.
+        InputError: the folder has no safetensors, the index disagrees with the shards or names a file outside the folder, or a header is
+            broken.
     """
     if (folder / INDEX).exists():
         return _from_index(folder)
@@ -111,7 +115,10 @@ def _from_index(folder: Path) -> dict[str, TensorInfo]:
 
 
 def _require_inside(folder: Path, shard: Path) -> None:
-    """A link may lead to another file of the folder, or from a snapshot of the Hugging Face cache to its blobs."""
+    """Refuse a shard that is a link to a file outside the model folder.
+
+    A link may lead to another file of the folder, or from a snapshot in the Hugging Face cache to the blobs of the cache.
+    """
     real, home = shard.resolve(), folder.resolve()
     if home in real.parents or (home.parent.name == "snapshots" and home.parent.parent / "blobs" == real.parent):
         return

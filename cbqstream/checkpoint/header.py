@@ -1,6 +1,6 @@
-"""The header of a safetensors file, checked against the file before anything is allocated for what it describes.
+"""The header of a safetensors file, which is checked against the file before memory is allocated for the tensors.
 
-Format: 8 bytes little-endian N, N bytes of JSON `{name: {dtype, shape, data_offsets}}`, then the data without holes.
+Format: 8 bytes with the length N, little-endian; N bytes of JSON, `{name: {dtype, shape, data_offsets}}`; then the data without gaps.
 """
 
 import json
@@ -42,10 +42,10 @@ _OTHER_KINDS = (
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """The tensors of a safetensors file by name, in the order of their data.
+    """Read the header of a safetensors file: the tensors by name, in the order of their data.
 
     Raises:
-        InputError: the file is missing, not a regular file, not safetensors, truncated, or its header contradicts itself or the file.
+        InputError: the file is missing, not a regular file, not safetensors or truncated, or its header contradicts itself or the file.
     """
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -63,7 +63,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             raise InputError(path, f"header of {length:,} bytes exceeds the {MAX_HEADER_BYTES:,} limit.")
         if 8 + length > status.st_size:
             raise InputError(
-                path, f"header says {length} bytes, file has {status.st_size} (truncated?). Download it again."
+                path, f"header is {length} bytes long, file has {status.st_size} (truncated?). Download it again."
             )
         file.seek(8)
         entries = _parse(path, file.read(length))
@@ -71,7 +71,11 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def described(path: Path, entries: Mapping[str, Any]) -> dict[str, TensorInfo]:
-    """The tensors of a header that was read elsewhere, by name. What else is in the file `path` is not known.
+    """The tensors of a header that was read elsewhere, by name, without a check against the file.
+
+    Args:
+        path: the file that the header describes; it need not exist.
+        entries: the entries of the header by tensor name, without metadata.
 
     Raises:
         InputError: an entry is not plausible.
@@ -82,7 +86,7 @@ def described(path: Path, entries: Mapping[str, Any]) -> dict[str, TensorInfo]:
 def _refuse_other_kinds(path: Path, start: bytes) -> None:
     if not start:
         raise InputError(path, "empty file (0 bytes). Download it again.")
-    if start[8:9] == b"{":  # a header of 640 bytes begins like a pickle
+    if start[8:9] == b"{":  # safetensors; with a header of 640 bytes, the file starts with the first bytes of a pickle
         return
     for magic, what in _OTHER_KINDS:
         if start.startswith(magic):

@@ -1,4 +1,8 @@
-"""Lazy reads by name. Tensors come by pread into their own memory: never mmap, never a whole file, never the whole model."""
+"""Lazy reading of tensors by name.
+
+Each tensor is read with pread into memory of its own. Files are never mapped into memory, and neither a whole file nor the whole model is
+read at once.
+"""
 
 import hashlib
 import threading
@@ -20,7 +24,11 @@ _SAMPLE_BYTES = 4 << 10
 
 
 class Checkpoint:
-    """Tensors described by `infos` and read on demand."""
+    """Tensors of files that are read on demand.
+
+    Args:
+        infos: location of each tensor, by name.
+    """
 
     def __init__(self, infos: Mapping[str, TensorInfo]) -> None:
         self.infos = infos
@@ -28,19 +36,24 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: Path) -> Self:
-        """The tensors of a model folder: `model.safetensors`, or shards and their index.
+        """Open a model folder with a `model.safetensors`, or with shards and their index.
 
         Raises:
-            InputError: see `find_tensors`.
+            InputError: the folder has no valid safetensors, see `find_tensors`.
         """
         return cls(find_tensors(folder))
 
     def tensors(self) -> Mapping[str, tuple[int, ...]]:
-        """Shape of every tensor by name."""
+        """Shapes of all tensors by name."""
         return {name: info.shape for name, info in self.infos.items()}
 
     def read(self, name: str, *, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-        """One tensor on `device`, in `dtype` or as stored.
+        """Read one tensor.
+
+        Args:
+            name: name of the tensor.
+            device: device of the result.
+            dtype: dtype of the result; by default, the dtype in which the tensor is stored.
 
         Raises:
             InputError: the file changed or can no longer be read.
@@ -58,13 +71,14 @@ class Checkpoint:
         return tensor.to(device=device, dtype=dtype or info.dtype)
 
     def under(self, prefix: str, device: torch.device) -> Mapping[str, Tensor]:
-        """The tensors whose name begins with `prefix`, by the rest of it; each is read when it is asked for."""
-        return _Under(self, prefix, device)
+        """The tensors whose names begin with `prefix`, by the rest of their names; each access reads a tensor."""
+        return _PrefixedTensors(self, prefix, device)
 
     def fingerprint(self) -> str:
-        """SHA-256, in hex, over names, dtypes, shapes, and 4 KiB from the start, the middle and the end of every tensor.
+        """SHA-256 in hex of the names, dtypes and shapes, and of 4 KiB at the start, the middle and the end of each tensor.
 
-        Reading every byte of a large model takes minutes; another training run changes every tensor, so a sample shows it.
+        Reading every byte of a large model would take minutes. The sample detects a model from another training run, because training
+        changes every tensor.
         """
         digest = hashlib.sha256()
         for name in sorted(self.infos):
@@ -77,13 +91,14 @@ class Checkpoint:
         return digest.hexdigest()
 
     def input_quantizer(self, name: str) -> None:
-        """None: a dense checkpoint quantizes no inputs."""
+        """Return None, because a dense checkpoint quantizes no inputs."""
 
     @contextmanager
     def reading_ahead(self, names: Iterable[str]) -> Iterator[None]:
-        """For the length of a `with`, a thread brings these tensors into the page cache, where the system keeps them as long as it can.
+        """Read tensors into the page cache on a thread, inside a `with`.
 
-        It takes none of the process's memory, and whoever reads them then meets the errors that it meets.
+        The operating system keeps the page cache as long as it can. The cached tensors take no memory of the process. Errors are ignored
+        here, because `read` raises them later.
         """
         stopped = threading.Event()
 
@@ -103,7 +118,7 @@ class Checkpoint:
             thread.join()
 
     def raw(self, name: str) -> Iterator[bytes]:
-        """The bytes of one tensor as they lie in the file, in pieces of 16 MiB.
+        """Yield the bytes of one tensor as they are stored in the file, in pieces of 16 MiB.
 
         Raises:
             InputError: the file became shorter.
@@ -120,7 +135,9 @@ class Checkpoint:
                 yield piece
 
 
-class _Under(Mapping[str, Tensor]):
+class _PrefixedTensors(Mapping[str, Tensor]):
+    """Tensors of a checkpoint whose names begin with a prefix, by the rest of their names."""
+
     def __init__(self, source: Checkpoint, prefix: str, device: torch.device) -> None:
         self._source, self._prefix, self._device = source, prefix, device
 

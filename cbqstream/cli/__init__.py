@@ -1,1 +1,1 @@
-"""The command line: arguments to settings, settings to a run. torch is imported only by the commands that compute."""
+"""The command line, which makes settings from arguments and runs commands. Only commands that compute import torch."""

@@ -1,21 +1,22 @@
-"""The application, flags that several commands share, and output."""
+"""The application, the flags that several commands share, and output."""
 
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from typer.core import TyperArgument, TyperCommand
 
 app = typer.Typer(
     name="cbqstream",
-    help="Quantize language models that are far larger than the machine.\n\n"
+    help="Quantize language models that are far larger than memory.\n\n"
     "Start with `cbqstream quantize MODEL OUT --scheme W4A16 --dataset TEXT`."
     " An interrupted run resumes with the same command, or with `cbqstream resume OUT.run`.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
+    rich_markup_mode=None,  # tables of rich cut off long names of flags in a terminal of 80 columns
 )
 
 NumSamples = Annotated[int, typer.Option(help="Number of segments, spread evenly over the text.")]
@@ -25,7 +26,12 @@ Threads = Annotated[int | None, typer.Option(help="CPU threads; the physical cor
 BlocksPath = Annotated[
     str | None, typer.Option(help="Module path of the list of transformer blocks, if it is not found.")
 ]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a MODEL that is a name on the Hub.")]
+Revision = Annotated[
+    str | None,
+    typer.Option(
+        help="Branch, tag or commit of a MODEL that is a name on the Hub.", rich_help_panel="Model and output"
+    ),
+]
 StopAfterWindow = Annotated[
     int | None, typer.Option(help="Stop after this window, with exit code 75.", rich_help_panel="Run")
 ]
@@ -48,8 +54,28 @@ LogJson = Annotated[
 ]
 
 
+class GroupedCommand(TyperCommand):
+    """A command whose help shows the flags in groups, one for each panel."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the groups in the order of their first flags."""
+        groups: dict[str, list[Any]] = {}
+        for parameter in self.get_params(ctx):
+            title = "Arguments" if isinstance(parameter, TyperArgument) else "Options"
+            rows = groups.setdefault(getattr(parameter, "rich_help_panel", None) or title, [])
+            rows.append(parameter.get_help_record(ctx))
+        for title, rows in groups.items():
+            with formatter.section(title):
+                formatter.write_dl(rows)
+
+
 def folder_of(model: str, revision: str | None) -> Path:
-    """Folder of a model; a model on the Hub is downloaded into the local cache."""
+    """Folder of a model, which is downloaded into the local cache if it is a name on the Hub.
+
+    Args:
+        model: a folder, or `owner/name` on the Hub.
+        revision: branch, tag or commit of a model on the Hub.
+    """
     from cbqstream.hub import fetch
 
     return fetch(model, revision)
@@ -61,20 +87,20 @@ def say(line: str) -> None:
 
 
 def fail(message: str, code: int) -> NoReturn:
-    """Print an error and exit."""
+    """Print an error to standard error, and exit with an exit code."""
     complain(message)
     sys.exit(code)
 
 
 def complain(message: str) -> None:
-    """Print an error."""
+    """Print an error to standard error."""
     Console(stderr=True).print(
         f"cbqstream: error: {message}", highlight=False, soft_wrap=True, markup=False, emoji=False
     )
 
 
 def dashed(argument: str) -> str:
-    """An argument with - instead of _ in the name of its flag."""
+    """Command-line argument with `-` instead of `_` in the name of its flag; its value is not changed."""
     if not argument.startswith("--"):
         return argument
     flag, equals, value = argument.partition("=")

@@ -1,4 +1,4 @@
-"""The entry point. Flags may be written with - or _, and an expected error is one line and an exit code."""
+"""The entry point of the command line. Flags may be written with `-` or `_`. An expected error prints one line and gives an exit code."""
 
 import sys
 from typing import NoReturn
@@ -12,7 +12,8 @@ from cbqstream.runtime.interruption import Interrupted, interrupt_on_signals
 def main() -> NoReturn:
     """Run the command line, and exit."""
     try:
-        interrupt_on_signals()  # inside: a signal may arrive before both handlers are set, or while an error is printed
+        # inside `try`, because a signal may arrive before both handlers are set, or while an error is printed
+        interrupt_on_signals()
         _answer([dashed(argument) for argument in sys.argv[1:]])
     except Interrupted as stop:
         fail(str(stop), StoppedError.exit_code)
@@ -20,12 +21,13 @@ def main() -> NoReturn:
 
 
 def _answer(arguments: list[str]) -> None:
+    """Run a command, and exit with a message if an expected error is raised."""
     try:
         app(arguments)
     except CbqstreamError as error:
         fail(str(error), error.exit_code)
     except (MemoryError, RuntimeError) as error:
-        from cbqstream.runtime.memory import is_out_of_memory  # not at the start, which it would slow down
+        from cbqstream.runtime.memory import is_out_of_memory  # imported here, because it would slow the start down
 
         if not is_out_of_memory(error):
             raise

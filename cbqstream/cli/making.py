@@ -13,6 +13,7 @@ from rich.console import Console
 from cbqstream.cli.app import (
     AllowNumericsChange,
     AllowSharedRunDir,
+    GroupedCommand,
     LogJson,
     Revision,
     StopAfterWindow,
@@ -31,7 +32,11 @@ def quantize(
     *,
     revision: Revision = None,
     push_to: Annotated[
-        str | None, typer.Option(help="OWNER/NAME on the Hub: upload the result after a check; a new one is private.")
+        str | None,
+        typer.Option(
+            help="OWNER/NAME on the Hub: upload the result after a check; a new one is private.",
+            rich_help_panel="Model and output",
+        ),
     ] = None,
     stop_after_window: StopAfterWindow = None,
     allow_numerics_change: AllowNumericsChange = False,
@@ -43,7 +48,7 @@ def quantize(
         from cbqstream.hub import require_name
 
         require_name(push_to)
-    config = config_of(settings)  # before a model is downloaded
+    config = config_of(settings)  # first, so that wrong settings are reported before a model is downloaded
     config = replace(config, model=str(folder_of(config.model, revision).absolute()))
     to_resume = "the same command" if push_to is not None else None
     _run(config, log_json, stop_after_window, allow_numerics_change, allow_shared_run_dir, to_resume)
@@ -62,7 +67,7 @@ def plan(
         bool, typer.Option("--without-time", help="Do not measure this machine, which takes five seconds.")
     ] = False,
 ) -> None:
-    """Show what `quantize` would need with the same flags: memory, disk, time. Reads headers, writes nothing.
+    """Show the memory, disk space and time that `quantize` would need with the same flags. Reads headers and writes nothing.
 
     MODEL is a folder or a name on the Hub. OUT and --dataset may be left out.
     """
@@ -79,8 +84,8 @@ def plan(
         say(line)
 
 
-app.command()(with_settings(quantize))
-app.command()(with_settings(plan, optional=True))
+app.command(cls=GroupedCommand)(with_settings(quantize))
+app.command(cls=GroupedCommand)(with_settings(plan, optional=True))
 
 
 @app.command()
@@ -110,7 +115,7 @@ def _run(
     from cbqstream.report.progress import Progress
     from cbqstream.run.pipeline import quantize as run_pipeline
 
-    gc.freeze()  # imported modules stay alive, so no window need search them for garbage
+    gc.freeze()  # imported modules stay alive, so garbage collection need not visit them
     try:
         with Progress(Console(), log_json) as progress:
             out = run_pipeline(
@@ -123,12 +128,12 @@ def _run(
     except (Interrupted, StoppedError) as stop:
         raise StoppedError(f"{stop} To resume: {to_resume or _to_resume(config)}") from stop
     finally:
-        gc.unfreeze()  # nanobind reports what is not collected at exit as a leak
+        gc.unfreeze()  # nanobind reports objects that are not collected at exit as leaks
     say(f"done: {out}")
 
 
 def _to_resume(config: QuantizeConfig) -> str:
-    """The command that resumes a run: `resume` if it would do the same as the command that was given."""
+    """Command that resumes a run: `cbqstream resume` if it has the same effect as the command that was interrupted."""
     from cbqstream.rundir.chain import Chain
 
     try:

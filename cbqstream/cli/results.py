@@ -110,7 +110,7 @@ def evaluate(
     """Evaluate MODEL with one block in memory at a time: perplexity, divergence, accuracy, tasks of lm-eval, or a sample."""
     from cbqstream.report.progress import Progress
 
-    asked = [what for what in (text, choices, tasks, sample) if what is not None]
+    asked = [mode for mode in (text, choices, tasks, sample) if mode is not None]
     if len(asked) != 1 or (against is not None and text is None):
         raise UsageError("eval needs --text, with or without --against, or one of --choices, --tasks and --sample.")
     for flag, value, mode, other in (
@@ -121,7 +121,7 @@ def evaluate(
         ("--bos", bos or None, "--text", text),
     ):
         if value is not None and other is None:
-            raise UsageError(f"{flag} is for {mode}.")
+            raise UsageError(f"{flag} is for {mode}. Leave it out.")
     folder, reference = folder_of(model, revision), None if against is None else folder_of(against, None)
     with Progress(Console(stderr=True)) as progress:
         options: EvaluationOptions = {

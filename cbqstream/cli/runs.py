@@ -11,7 +11,7 @@ from cbqstream.errors import InputError, UsageError
 
 @app.command()
 def status(run: Annotated[Path, typer.Argument(help="The run directory.")]) -> None:
-    """Show the progress of a run. Reads only."""
+    """Show the progress of a run without changing it."""
     from cbqstream.report.status import status_lines
     from cbqstream.rundir.chain import Chain
 
@@ -33,7 +33,7 @@ def check(
     ] = False,
     blocks_path: BlocksPath = None,
 ) -> None:
-    """Verify a run or a finished model without changing it. Problems are listed, and the exit code is then 65."""
+    """Verify a run or a finished model without changing it. If problems are found, they are listed and the exit code is 65."""
     from cbqstream.commands.check import check as look
 
     found = look(path, read_data=read_data, blocks_path=blocks_path, load=load)
@@ -79,7 +79,7 @@ def clean(
     out = chain.run.config.out
     if not unfinished and not (chain.is_complete and chain.is_result(Path(out))):
         done = f"{chain.next_window} of {chain.num_commits} commits are done"
-        what = f"{done}, and its result is not at {out}" if chain.is_complete else done
-        raise UsageError(f"{run}: {what}. Run cbqstream resume {run}, or delete it with --unfinished.")
+        state = f"{done}, and its result is not at {out}" if chain.is_complete else done
+        raise UsageError(f"{run}: {state}. Run cbqstream resume {run}, or delete it with --unfinished.")
     discard(run, Disk(), shared=allow_shared_run_dir)
     say(f"deleted: {run}")

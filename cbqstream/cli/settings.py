@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from typer.core import TyperOption
@@ -12,17 +12,16 @@ from cbqstream.config import QuantizeConfig
 from cbqstream.options import OPTIONS, Option, config_from_options, profile_defaults
 from cbqstream.profiles import PROFILES
 from cbqstream.recipe import read_recipe
+from cbqstream.setting import Panel
 
 _ARGUMENTS = ("model", "out")
-_PROFILE_HELP = (
-    "paper, fast, default or accurate. Single flags change parts of a profile; defaults shown are of `default`"
-)
+_PROFILE_HELP = "paper, fast, default or accurate. Single flags change parts of a profile; defaults in parentheses are those of `default`"
 _RECIPE_HELP = "TOML file with flags, such as group-size = 64; flags on the command line take precedence"
 _DEFAULTS = profile_defaults(PROFILES["default"])
 
 
 def _take_recipe(context: typer.Context, recipe: Path | None) -> None:
-    """Make the values of a recipe the defaults of their flags."""
+    """Callback of `--recipe` that makes the values of a recipe the defaults of their flags."""
     if recipe is not None:
         flags = {parameter.name or "": parameter for parameter in context.command.params}
         found = read_recipe(recipe, [name for name, flag in flags.items() if isinstance(flag, TyperOption)])
@@ -31,32 +30,47 @@ def _take_recipe(context: typer.Context, recipe: Path | None) -> None:
         context.default_map = {**(context.default_map or {}), **found, **lists}
 
 
+def _shown(name: str, default: Any) -> str:
+    """Default of an option as the help shows it: the value, or the name of the flag if it is a bool."""
+    if not isinstance(default, bool):
+        return str(default)
+    flag = name.replace("_", "-")
+    return flag if default else f"no-{flag}"
+
+
 def _parameter(option: Option, *, optional: bool) -> inspect.Parameter:
-    """The parameter of a command for an option."""
+    """Parameter of a command for an option.
+
+    Args:
+        option: the option.
+        optional: whether OUT and --dataset may be left out.
+    """
     text = f"{option.help}."
     kind: Any = option.kind if option.default is not None and option.kind is not list[str] else option.kind | None
     default = None if option.kind is list[str] else option.default
     required = option.name in ("model", "out", "dataset") and not (optional and option.name != "model")
     if option.name in _ARGUMENTS:
-        info: Any = typer.Argument(help=text)
+        info: Any = typer.Argument(help=text, metavar=option.name.upper())
         kind = str if required else str | None
     else:
-        shown = str(_DEFAULTS[option.name]) if option.has_profile_default else True
+        shown = _shown(option.name, _DEFAULTS[option.name]) if option.has_profile_default else True
         info = typer.Option(help=text, rich_help_panel=option.panel, show_default=shown)
     if option.name == "scheme":
         kind, default = str, "W4A16"
     if required:
         kind, default = str, inspect.Parameter.empty
-    return inspect.Parameter(
-        option.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info]
-    )
+    return _keyword(option.name, default, Annotated[kind, info])
+
+
+def _keyword(name: str, default: Any, annotation: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def with_settings(command: Callable[..., None], *, optional: bool = False) -> Callable[..., None]:
-    """Give a command the flags of all options, `--profile` and `--recipe`, before its own.
+    """Make a command with the flags of all options, `--profile` and `--recipe`, followed by the flags of the given command.
 
     Args:
-        command: takes its own flags by name, and `settings`, the values of the others by name.
+        command: function with its own flags as keyword arguments, and with the argument `settings`, the values of the other flags by name.
         optional: whether OUT and --dataset may be left out.
     """
     own = [
@@ -64,21 +78,14 @@ def with_settings(command: Callable[..., None], *, optional: bool = False) -> Ca
         for name, parameter in inspect.signature(command, eval_str=True).parameters.items()
         if name != "settings"
     ]
-    extra = {
-        "profile": (str, "default", typer.Option(help=f"{_PROFILE_HELP}.", rich_help_panel="Method")),
-        "recipe": (
-            Path | None,
-            None,
-            typer.Option(help=f"{_RECIPE_HELP}.", rich_help_panel="Run", is_eager=True, callback=_take_recipe),
-        ),
-    }
-    more = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
-        for name, (kind, default, info) in extra.items()
-    ]
-    options = [_parameter(option, optional=optional) for option in OPTIONS.values()]
-    first = [parameter for parameter in options if parameter.name in _ARGUMENTS]
-    parameters = [*first, *more, *(parameter for parameter in options if parameter.name not in _ARGUMENTS), *own]
+    profile = typer.Option(help=f"{_PROFILE_HELP}.", rich_help_panel="Method")
+    recipe = typer.Option(help=f"{_RECIPE_HELP}.", rich_help_panel="Run", is_eager=True, callback=_take_recipe)
+    panels: dict[str, list[inspect.Parameter]] = {panel: [] for panel in get_args(Panel)}
+    panels["Method"].append(_keyword("profile", "default", Annotated[str, profile]))
+    panels["Run"].append(_keyword("recipe", None, Annotated[Path | None, recipe]))
+    for option in OPTIONS.values():
+        panels[option.panel].append(_parameter(option, optional=optional))
+    parameters = [*(parameter for panel in panels.values() for parameter in panel), *own]  # the help has this order
     own_names = {parameter.name for parameter in own}
 
     def run(**values: Any) -> None:
@@ -92,7 +99,7 @@ def with_settings(command: Callable[..., None], *, optional: bool = False) -> Ca
 
 
 def config_of(settings: Mapping[str, Any]) -> QuantizeConfig:
-    """The settings of a run, from the values of the flags.
+    """Settings of a run from the values of the flags, by name.
 
     Raises:
         UsageError: a value cannot work.

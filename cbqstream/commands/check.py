@@ -1,4 +1,4 @@
-"""Check that a run directory, or a finished model, is what was written. Nothing is changed, and no lock is taken."""
+"""Check of a run directory or a finished model for missing, damaged or changed data. It changes nothing and takes no lock."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -28,17 +28,27 @@ CPU = torch.device("cpu")
 
 @dataclass(slots=True)
 class Findings:
-    """Result of a check: what was checked and what is wrong, one line each."""
+    """Result of a check."""
 
     facts: list[str] = field(default_factory=list)
+    """Descriptions of the parts that were checked, one line each."""
     problems: list[str] = field(default_factory=list)
+    """Problems that were found, one line each."""
 
     def attempt(self, check: Callable[..., object], *arguments: object) -> bool:
-        """Run a check; an expected error is recorded as a problem. Returns whether there was none."""
+        """Run a check and record an expected error as a problem.
+
+        Args:
+            check: the check; it raises an error if it finds a problem.
+            arguments: arguments of the check.
+
+        Returns:
+            Whether the check found no problem.
+        """
         try:
             check(*arguments)
         except DeviceMemoryError:
-            raise  # it is not a problem of what is checked
+            raise  # not a problem of the data
         except (CbqstreamError, OSError) as error:
             self.problems.append(str(error))
             return False
@@ -50,9 +60,10 @@ def check(path: Path, *, read_data: bool, blocks_path: str | None = None, load: 
 
     Args:
         path: the folder.
-        read_data: read every byte and compare it with what was committed; otherwise only names, sizes, headers and records.
-        blocks_path: module path of a model's list of transformer blocks; found by default, or what the run was given.
-        load: load a finished model with transformers, and compare its logits with the streamed evaluation.
+        read_data: read all data and compare it with the committed checksums; otherwise only names, sizes, headers and records are
+            compared.
+        blocks_path: module path of the list of transformer blocks of a model; found by default. For a run, its settings have it.
+        load: load a finished model with transformers, and compare its logits with those of the streamed evaluation.
 
     Raises:
         InputError: the records of a run are damaged, or the folder is neither a run nor a model.
@@ -63,12 +74,14 @@ def check(path: Path, *, read_data: bool, blocks_path: str | None = None, load: 
             chain = Chain.read(path)
             found = _check_run(chain, read_data=read_data, load=load)
             if not found.problems or Chain.read(path).last == chain.last:
-                return found  # otherwise another process has continued the run meanwhile
+                return found  # otherwise another process committed during the check, which is repeated
     if (path / "config.json").exists():
         found = Findings()
         found.attempt(_check_model, path, blocks_path, read_data, load, {}, found)
         return found
-    raise InputError(path, "neither a run directory (run.json is missing) nor a model (config.json is missing).")
+    raise InputError(
+        path, "neither a run directory (run.json is missing) nor a model (config.json is missing). Give one of them."
+    )
 
 
 def _check_run(chain: Chain, *, read_data: bool, load: bool) -> Findings:
@@ -96,11 +109,12 @@ def _check_run(chain: Chain, *, read_data: bool, load: bool) -> Findings:
 
 
 def _how(intact: int, *, read_data: bool) -> str:
+    """Description of how files were compared with the commits."""
     return f"{intact} read and as committed" if read_data else "of the right size (--read-data compares their content)"
 
 
 def _streams(chain: Chain, *, read_data: bool) -> str:
-    """A line about the streams. Streams that are lost or damaged are not a problem: they are recomputed."""
+    """A line about the streams. Missing or damaged streams are not a problem, because they are recomputed."""
     folder, committed = chain.acts(chain.next_window), chain.committed_acts or {}
     shape = StreamShape(*chain.run.stream)
     try:
@@ -117,13 +131,18 @@ def _read_source_again(chain: Chain, folder: Path, found: Findings) -> None:
     names = chain.source_digests
     same = [found.attempt(_require, source, folder, name) for name in names]
     if source.fingerprint() != chain.run.identity.source_weights:
-        found.problems.append(f"{folder}: the weights are not those that this run began with. Restore them.")
+        found.problems.append(f"{folder}: the weights changed since this run began. Restore them.")
     found.facts.append(f"source: {sum(same)} of {len(names)} tensors that were read are unchanged")
 
 
 def _require(source: VerifiedCheckpoint, folder: Path, name: str) -> None:
+    """Read a tensor of the source again, which compares its checksum.
+
+    Raises:
+        InputError: the tensor is missing or changed.
+    """
     if name not in source.infos:
-        raise InputError(folder, "missing.", tensor=name)
+        raise InputError(folder, "missing. Restore the weights.", tensor=name)
     source.read(name, device=CPU)
 
 
@@ -161,7 +180,7 @@ def _check_model(
 
 
 def _joined_otherwise(meta_model: MetaModel, source: WeightSource) -> Iterator[str]:
-    """Problems with layers that inference engines compute as one and that have different schemes."""
+    """A line for each layer whose scheme differs from that of the layers with which inference engines compute it as one layer."""
     for spec in meta_model.blocks:
         first: dict[str, tuple[str, object]] = {}
         for name in spec.linears:
@@ -175,5 +194,6 @@ def _require_finite(folder: Path, name: str, source: WeightSource) -> None:
     values = source.read(name, device=CPU)
     if not values.is_floating_point() or not values.numel():
         return
-    if not all(math.isfinite(extreme) for extreme in torch.aminmax(values)):  # isfinite would copy them
-        raise InputError(folder, "holds values that are not finite.", tensor=name)
+    # not `torch.isfinite`, which would copy the tensor
+    if not all(math.isfinite(extreme) for extreme in torch.aminmax(values)):
+        raise InputError(folder, "holds values that are not finite. Copy the model again.", tensor=name)

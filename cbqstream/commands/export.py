@@ -1,4 +1,4 @@
-"""Export of a finished model to another format, shard by shard, from its codes and scales. Nothing is quantized again."""
+"""Export of a finished model to another format, shard by shard, with the same codes and scales."""
 
 import re
 from collections.abc import Iterable
@@ -23,10 +23,19 @@ from cbqstream.runtime.offload import OffloadedTensor
 
 
 def export(model: Path, out: Path, format_name: str, disk: Disk | None = None) -> Path:
-    """Write `model`, a result of `quantize`, into `out` in another format. One layer is in memory at a time.
+    """Write a finished model into a new folder in another format. One layer is in memory at a time.
+
+    Args:
+        model: folder of a result of `quantize`.
+        out: folder to write; it must not exist, or be empty.
+        format_name: a name in `EXPORTS`, or `gguf`.
+        disk: used for durable writes; a new one by default.
+
+    Returns:
+        Absolute path of `out`.
 
     Raises:
-        UsageError: the format cannot hold the model exactly, or `out` is occupied.
+        UsageError: the format cannot represent the model exactly, or `out` is occupied.
         InputError: the model is not quantized, or is damaged.
     """
     disk, out = disk or Disk(), out.absolute()
@@ -58,10 +67,17 @@ def _write_gguf(disk: Disk, model: Path, building: Path, config: dict[str, Any],
 def _write_shards(
     disk: Disk, building: Path, source: PackedCheckpoint, format_name: str
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Write the shards in the new format. Returns the shard of each tensor, and the SHA-256 of each shard."""
+    """Write the shards in the new format.
+
+    Returns:
+        File name of the shard of each tensor, and SHA-256 of each shard.
+
+    Raises:
+        UsageError: the format does not support a layer.
+    """
     for layer, shape in source.layers.items():
         if EXPORTS[format_name].only_blocks and not re.search(r"\.\d+\.", layer):
-            raise UsageError(f"format {format_name} has no place for a quantized {layer}. Use gguf or dense.")
+            raise UsageError(f"format {format_name} does not support a quantized {layer}. Use gguf or dense.")
         require_whole_words(format_name, layer, shape, source.schemes.of(layer))
     weight_map: dict[str, str] = {}
     sums: dict[str, str] = {}
@@ -75,14 +91,25 @@ def _write_shards(
 def _write_shard(
     disk: Disk, path: Path, source: PackedCheckpoint, file: Path, format_name: str
 ) -> tuple[list[str], FileDigest]:
-    """Write one shard in the new format. Returns the names of its tensors, and its digest."""
+    """Write one shard in the new format.
+
+    Args:
+        disk: used for durable writes.
+        path: file to write.
+        source: the quantized model.
+        file: shard of the quantized model whose tensors are written.
+        format_name: name of the format.
+
+    Returns:
+        Names of the tensors, and digest of the file.
+    """
     infos = source.checkpoint.infos
     layers = [layer for layer in source.layers if infos[f"{layer}.{PACKED}"].file == file]
     others = [name for name, info in source.others.items() if info.file == file]
     if not layers:
         return others, copy_tensors(disk, path, source.checkpoint, others)
     tensors: dict[str, Tensor | OffloadedTensor] = {name: source.read(name, device=CPU) for name in others}
-    # the header comes first, so encoded layers are offloaded until all are there
+    # the header, which is written first, needs all shapes, so encoded layers are offloaded until then
     with disk.scratch(path.with_suffix(".layers")) as scratch:
         for layer in layers:
             encoded = EXPORTS[format_name].encode(source.packed(layer), source.scale_dtype(layer))
@@ -94,15 +121,20 @@ def _config(config: dict[str, Any], source: PackedCheckpoint, format_name: str) 
     """Content of config.json with the quantization_config of the new format."""
     others = {key: value for key, value in config.items() if key != "quantization_config"}
     ignored = _modules(config["quantization_config"]["ignore"], source.checkpoint.infos)
-    experts = sorted(
-        {joined_with(path) for path in ignored if EXPERT.search(path)}
-    )  # engines look for them under one name
+    # inference engines look all experts of a block up under one name
+    experts = sorted({joined_with(path) for path in ignored if EXPERT.search(path)})
     made = EXPORTS[format_name].config(source.schemes.default, [*ignored, *experts], sorted(source.layers))
     return others if made is None else {**others, "quantization_config": made}
 
 
 def _modules(ignored: list[str], names: Iterable[str]) -> list[str]:
-    """Paths of the modules that compressed-tensors ignores; a pattern is replaced by the modules with a weight that it matches."""
+    """Paths of the modules that are not quantized.
+
+    Args:
+        ignored: the entry `ignore` of a quantization_config: paths, and patterns after `re:`, which are replaced by the modules that they
+            match.
+        names: names of the tensors of the checkpoint.
+    """
     patterns = [name.removeprefix("re:") for name in ignored if name.startswith("re:")]
     whole = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
     matched = [path for path in whole if any(re.match(pattern, path) for pattern in patterns)]

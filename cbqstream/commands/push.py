@@ -12,7 +12,7 @@ def push(out: Path, name: str, *, private: bool = True, blocks_path: str | None 
     """Check a result as `cbqstream check --read-data` does, and upload it.
 
     Args:
-        out: a result of `quantize`, or a model that is not quantized. Other formats and run directories are refused.
+        out: folder of a result of `quantize`, or of a model that is not quantized. Other formats and run directories are refused.
         name: `owner/name` on the Hub; the repository is created if it does not exist.
         private: whether a new repository is private.
         blocks_path: module path of the list of transformer blocks; found by default.
@@ -21,13 +21,13 @@ def push(out: Path, name: str, *, private: bool = True, blocks_path: str | None 
         Address of the repository.
 
     Raises:
-        UsageError: the name cannot be that of a repository.
+        UsageError: `name` is not a valid name of a repository.
         InputError: the check found a problem.
         StorageError: the upload failed.
     """
-    require_name(name)  # before the whole model is read
+    require_name(name)  # first, because the check reads the whole model
     if (out / "run.json").exists():
-        raise InputError(out, "a run directory, which cannot be pushed. Give the model that the run made.")
+        raise InputError(out, "a run directory, which cannot be uploaded. Give the folder of the finished model.")
     problems = check(out, read_data=True, blocks_path=blocks_path).problems
     if problems:
         raise InputError(out, f"not pushed: {problems[0]}")

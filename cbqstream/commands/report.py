@@ -1,4 +1,4 @@
-"""The report of a run or of a result: a page and figures in a folder of their own."""
+"""The report of a run or of a result: an HTML page and figures in a new folder."""
 
 import json
 from collections.abc import Mapping
@@ -39,9 +39,9 @@ def report(
     Args:
         path: a run directory, finished or not, or a result.
         folder: folder to write; it must not exist, or be empty.
-        text: text on which the perplexity of the source and of the result is measured; None measures nothing.
-        num_samples: see `evaluate`.
-        seq_len: see `evaluate`.
+        text: text on which the perplexity of the source and of the result is measured; None leaves perplexity out.
+        num_samples: number of segments of the text, see `evaluate`.
+        seq_len: tokens in a segment, see `evaluate`.
         options: see `EvaluationOptions`.
 
     Returns:
@@ -75,7 +75,7 @@ def report(
 
 
 def _of_run(chain: Chain) -> tuple[Facts, dict[str, Path]]:
-    """Facts of a run, and the models that belong to it."""
+    """Facts of a run, and the folders of the source and, if it is finished, of the result."""
     config = chain.run.config
     infos = {name: info for shard in chain.shards() for name, info in read_header(shard).items()}
     source = PackedCheckpoint(Checkpoint(infos), config.schemes)
@@ -99,8 +99,12 @@ def _of_run(chain: Chain) -> tuple[Facts, dict[str, Path]]:
 
 
 def _of_result(folder: Path) -> tuple[Facts, dict[str, Path]]:
+    """Facts of a result without its run directory, and its folder."""
     if not (folder / "config.json").exists():
-        raise InputError(folder, "neither a run directory (run.json is missing) nor a model (config.json is missing).")
+        raise InputError(
+            folder,
+            "neither a run directory (run.json is missing) nor a model (config.json is missing). Give one of them.",
+        )
     config = read_json(folder, "config.json").get("quantization_config")
     if not config:
         raise InputError(folder / "config.json", "the model is not quantized. Give a result of cbqstream quantize.")
@@ -125,6 +129,11 @@ def _of_result(folder: Path) -> tuple[Facts, dict[str, Path]]:
 
 
 def _metrics(path: Path) -> list[WindowReport | EpochReport]:
+    """Reports in a file metrics.jsonl.
+
+    Raises:
+        InputError: the file is missing or cannot be read.
+    """
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         return [report_from_dict(dict(line)) for line in lines]
@@ -135,18 +144,18 @@ def _metrics(path: Path) -> list[WindowReport | EpochReport]:
 
 
 def _not_metrics(path: Path) -> InputError:
-    return InputError(path, "not what quantize wrote. Give the run directory of the model.")
+    return InputError(path, "not a file that quantize wrote. Give the run directory of the model.")
 
 
 def _stored(source: PackedCheckpoint) -> tuple[int, int]:
-    """Number of weights in the quantized layers, and bytes of their codes, scales and zero points."""
+    """Number of weights in the quantized layers, and size in bytes of their codes, scales and zero points."""
     parts = [info for name, info in source.checkpoint.infos.items() if name not in source.others]
     weights = sum(rows * columns for rows, columns in source.layers.values())
     return weights, sum(info.num_bytes for info in parts if not info.name.endswith(f".{SHAPE}"))
 
 
 def _sizes(models: Mapping[str, Path]) -> dict[str, int]:
-    """Bytes of the tensors of each model that can be read; the source of a run may be gone."""
+    """Size in bytes of the tensors of each model. A model that cannot be read is left out, because the source of a run may be deleted."""
     sizes = {}
     for name, folder in models.items():
         with suppress(InputError):

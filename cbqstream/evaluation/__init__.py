@@ -1,1 +1,1 @@
-"""Measuring a model that never fits in memory, quantized or not, block by block."""
+"""Evaluation of models that do not fit in memory, quantized or not, block by block."""

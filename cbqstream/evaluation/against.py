@@ -1,4 +1,4 @@
-"""How far the predictions of a model are from those of another on a text, streamed."""
+"""Divergence of the predictions of a model from those of a reference model on a text, with one block in memory at a time."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +14,14 @@ from cbqstream.evaluation.perplexity import segments
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Means over all tokens."""
+    """Comparison of the predictions of two models, as means over all tokens."""
 
     divergence: float
-    """KL(reference || model) of the next token, nats."""
+    """KL(reference || model) of the distribution of the next token, in nats."""
     top1: float
-    """Share of tokens after which both find the same one likeliest."""
+    """Share of tokens after which both models have the same most likely next token."""
     num_segments: int
+    """Number of segments of the text."""
 
 
 @torch.no_grad()
@@ -34,17 +35,28 @@ def compare(
     bos: bool = False,
     **options: Unpack[EvaluationOptions],
 ) -> Comparison:
-    """Compare a model with `reference`; the other arguments as of `evaluate`. Both heads are in memory at the end.
+    """Compare the predictions of a model with those of a reference. At the end the heads of both models are in memory.
+
+    Args:
+        model: folder of a model, quantized by this project or not.
+        reference: folder of the reference model.
+        text: text or token ids.
+        num_samples: number of segments, spread evenly over the text; all of them if the text has fewer.
+        seq_len: tokens in a segment.
+        bos: see `evaluate`.
+        options: see `EvaluationOptions`.
 
     Raises:
         InputError: a model or the text cannot be read.
-        UsageError: the two have other vocabularies, or a setting cannot work.
+        UsageError: the models have vocabularies of different sizes, or a setting cannot work.
     """
     require_counts(num_samples=num_samples)
     first, second = EvaluatedModel.open(reference, **options), EvaluatedModel.open(model, **options)
     sizes = second.meta_model.vocab_size, first.meta_model.vocab_size
     if sizes[0] != sizes[1]:
-        raise UsageError(f"{model} has {sizes[0]:,} tokens, {reference} {sizes[1]:,}. Compare like with like.")
+        raise UsageError(
+            f"the vocabulary of {model} has {sizes[0]:,} tokens, that of {reference} {sizes[1]:,}. Give another reference."
+        )
     tokens_NS = segments(second, model, text, num_samples, seq_len, bos=bos)
     with (
         first.hidden_states([tokens_NS]) as (goal,),

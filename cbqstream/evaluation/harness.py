@@ -1,4 +1,4 @@
-"""lm-eval's tasks on a model that does not fit in memory: importing this puts the class `cbqstream` into lm-eval's registry.
+"""Tasks of lm-eval on a model that does not fit in memory. Importing this module registers the model class `cbqstream` in lm-eval.
 
 import lm_eval
 import cbqstream.evaluation.harness
@@ -17,7 +17,7 @@ from cbqstream.evaluation.model import EvaluatedModel, require_counts
 
 try:
     import lm_eval
-    import lm_eval.models  # puts its own classes into the registry, which it does not where another came first
+    import lm_eval.models  # registers the classes of lm-eval, which lm-eval omits if another class is registered first
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
     from lm_eval.tasks import TaskManager
@@ -26,19 +26,21 @@ except ImportError as missing:
     raise UsageError("tasks need lm-eval. Install it: pip install 'cbqstream[eval]'.") from missing
 
 Encoded = tuple[tuple[str, str] | None, Sequence[int], Sequence[int]]
-"""Context and continuation as texts, if they are, and as tokens."""
+"""Context and continuation as texts, or None if they have no texts, and the tokens of the context and of the continuation."""
 
 
 @register_model("cbqstream")
 class StreamedLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
-    """Scores as lm-eval's own `hf` does, with every block read once for all requests of a task. Generates nothing.
+    """A model of lm-eval that computes the scores of the class `hf` of lm-eval and reads every block once for all requests of a task.
+
+    It does not generate text.
 
     Args:
         model: folder of a model, quantized by this project or not.
-        batch_size: requests at once.
-        device: auto, cpu, cuda or cuda:N.
-        max_batch_size: of no use here; lm-eval always gives it.
-        options: the rest of `EvaluationOptions`.
+        batch_size: requests in a batch; 4 by default.
+        device: auto, cpu, cuda or cuda:N; auto by default.
+        max_batch_size: ignored; lm-eval always passes it.
+        options: the other fields of `EvaluationOptions`.
     """
 
     def __init__(
@@ -60,17 +62,24 @@ class StreamedLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
 
     @property
     def eot_token_id(self) -> int:
-        """Of the tokenizer."""
+        """Id of the token that ends a text."""
         return int(self.tokenizer.eos_token_id)
 
     @property
     def prefix_token_id(self) -> int:
-        """Stands before a text that has no context."""
+        """Id of the token that precedes a text without context: BOS, or the token that ends a text if there is no BOS."""
         first = self.tokenizer.bos_token_id
         return self.eot_token_id if first is None else int(first)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **unused: Any) -> list[int]:  # noqa: FBT001
-        """Token ids; what begins with the first token of a text gets no other."""
+        """Token ids of a text.
+
+        Args:
+            string: the text.
+            add_special_tokens: whether special tokens are added; None adds them unless the text already begins with the text of the
+                prefix token.
+            unused: ignored.
+        """
         if add_special_tokens is None:
             first = self.tokenizer.decode(self.prefix_token_id)
             add_special_tokens = not (first and string.startswith(first))
@@ -88,7 +97,12 @@ class StreamedLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         return answers
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:  # noqa: FBT001, FBT002
-        """Log-likelihood of whole texts, in windows of the model's length."""
+        """Log-likelihoods of whole texts, computed in segments as long as the model supports.
+
+        Args:
+            requests: requests of lm-eval, each with one text.
+            disable_tqdm: ignored.
+        """
         windows: list[Encoded] = []
         counts = []
         for (text,) in (request.args for request in requests):
@@ -103,13 +117,13 @@ class StreamedLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:  # noqa: FBT001, FBT002
-        """Refused.
+        """Raise an error, because generating text would read the whole model once for each token.
 
         Raises:
             UsageError: always.
         """
         raise UsageError(
-            f"{len(requests)} requests want text to be generated. Streamed, each token would read the whole model once."
+            f"{len(requests)} requests generate text, for which each token would read the whole model once."
             " Leave out tasks of the kind generate_until."
         )
 
@@ -123,37 +137,37 @@ def evaluate_tasks(
     include_path: Path | None = None,
     **options: Any,
 ) -> Mapping[str, Any]:
-    """Run tasks of lm-eval.
+    """Run tasks of lm-eval on a model, with one block in memory at a time.
 
     Args:
         model: folder of a model, quantized by this project or not.
-        tasks: their names, in which * may stand for anything.
-        num_fewshot: examples before each question; what the task says by default.
-        limit: the first so many documents of each task; all by default.
-        include_path: folder with tasks of your own.
-        options: see `EvaluationOptions`; its listener is told of progress.
+        tasks: names of tasks; `*` matches any text.
+        num_fewshot: examples before each question; the number of the task by default.
+        limit: largest number of documents of each task, from the start; all by default.
+        include_path: folder with further tasks.
+        options: see `EvaluationOptions`.
 
     Returns:
-        What `lm_eval.simple_evaluate` returns.
+        The result of `lm_eval.simple_evaluate`.
 
     Raises:
         InputError: the model cannot be read.
-        UsageError: there is no such task, one generates text, or a setting cannot work.
+        UsageError: a task does not exist or generates text, or a setting cannot work.
     """
     require_counts(limit=limit)
     if num_fewshot is not None and num_fewshot < 0:
         raise UsageError(f"num_fewshot is {num_fewshot}. It must not be negative.")
     if include_path is not None and not include_path.is_dir():
-        raise UsageError(f"{include_path}: no such folder.")
+        raise UsageError(f"{include_path}: no such folder. Give the folder of the tasks.")
     manager = TaskManager(include_path=None if include_path is None else str(include_path))
     unknown = [name for name in tasks if not manager.match_tasks([name])]
     if unknown:
         raise UsageError(f"lm-eval has no task {', '.join(unknown)}. `lm-eval ls tasks` lists them.")
     names = manager.match_tasks(list(tasks))
     writing = [name for name, task in manager.load(names)["tasks"].items() if task.OUTPUT_TYPE == "generate_until"]
-    if writing:  # before the others take hours
+    if writing:  # checked first, because the other tasks may take hours
         raise UsageError(
-            f"{', '.join(writing)} want text to be generated. Streamed, each token would read the whole model once. Leave them out."
+            f"{', '.join(writing)} generate text, for which each token would read the whole model once. Leave them out."
         )
     streamed = StreamedLM(str(model), **options)
     found: Mapping[str, Any] = lm_eval.simple_evaluate(
@@ -163,5 +177,5 @@ def evaluate_tasks(
 
 
 def table(found: Mapping[str, Any]) -> str:
-    """The results in Markdown, as lm-eval prints them."""
+    """Table of the results in Markdown, as lm-eval prints it."""
     return str(make_table(found))

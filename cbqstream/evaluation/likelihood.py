@@ -1,4 +1,4 @@
-"""Log-likelihoods of continuations, streamed: all requests go through each block together."""
+"""Log-likelihoods of continuations. Each block is read once and run on all requests."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,15 +9,16 @@ import torch
 from cbqstream.evaluation.model import EvaluatedModel
 
 _LENGTHS = 32
-"""Requests are filled up on the right to multiples of so many tokens; what is there no token before it sees."""
+"""Requests are padded on the right to a multiple of this number of tokens. In a causal model, padding on the right changes no score."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """Token ids, of which the last ones are scored."""
+    """Token ids of a text whose last tokens are scored."""
 
     ids: tuple[int, ...]
     scored: int
+    """Number of tokens that are scored, from 1 to all but one."""
 
     def __post_init__(self) -> None:
         if not 0 < self.scored < len(self.ids):
@@ -25,20 +26,20 @@ class Request:
 
 
 class Scored(NamedTuple):
-    """Of the last tokens of a request."""
+    """Score of the last tokens of a request."""
 
     log_likelihood: float
-    """Nats."""
+    """Sum of the log-likelihoods of the tokens, in nats."""
     greedy: bool
-    """Whether each of them is the likeliest."""
+    """Whether each of the tokens is the most likely one at its position."""
 
 
 @torch.no_grad()
 def log_likelihoods(model: EvaluatedModel, requests: Sequence[Request]) -> list[Scored]:
-    """Score the last tokens of each request. The very last one is not seen by the model: nothing comes after it.
+    """Scores of the last tokens of each request. The model does not read the last token of a request, after which nothing is predicted.
 
     Raises:
-        UsageError: a request is longer than the model's positions.
+        UsageError: a request is longer than the learned positions of the model.
     """
     if not requests:
         return []
@@ -66,5 +67,6 @@ def log_likelihoods(model: EvaluatedModel, requests: Sequence[Request]) -> list[
 
 
 def _seen(request: Request, length: int) -> list[int]:
+    """Token ids that the model reads for a request, padded to `length`."""
     ids = request.ids[:-1]
     return [*ids, *[0] * (length - len(ids))]

@@ -1,4 +1,4 @@
-"""A model as transformers loads it, compared with the streamed evaluation. The whole model is in memory."""
+"""Comparison of a model that transformers loads as a whole with the evaluation block by block."""
 
 import io
 import warnings
@@ -28,19 +28,22 @@ from cbqstream.runtime.memory import is_out_of_memory, release_free_memory
 
 _TOKENS = 16
 _NEAR, _FAR = 0.02, 0.2
-"""Allowed differences as shares of the largest logit: of float32, and of rounding weights to bf16 or inputs to the next code."""
+"""Allowed differences of a logit, as shares of the largest logit.
+
+The first is for differences of float32 arithmetic. The second is for weights rounded to bf16, or inputs rounded to a neighboring code.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """How a model was loaded, and the difference of its logits from those of the streamed evaluation."""
+    """Result of loading a model with transformers and comparing its logits with those of the streamed evaluation."""
 
     dequantized: bool
-    """Whether it was loaded with `dequantize=True`, that is with dense bf16 weights whose inputs are not quantized."""
+    """Whether the model was loaded with `dequantize=True`, that is with dense bf16 weights and without quantized inputs."""
     difference: float
     """Largest difference of a logit, as a share of the largest logit."""
     same: int
-    """Number of tokens after which both have the same most likely token."""
+    """Number of tokens after which both evaluations have the same most likely next token."""
     tokens: int
     """Number of all tokens."""
 
@@ -52,11 +55,17 @@ class Loaded:
 
 @torch.no_grad()
 def load_beside_streamed(folder: Path, **options: Unpack[EvaluationOptions]) -> Loaded:
-    """Load a model with transformers, plainly or else with `dequantize=True`, and compare its logits on a few tokens.
+    """Load a model with transformers and compare its logits on 16 tokens with those of the streamed evaluation.
+
+    If transformers cannot load the model without options, it is loaded with `dequantize=True`. The whole model is in memory.
+
+    Args:
+        folder: folder of a model, quantized by this project or not.
+        options: see `EvaluationOptions`.
 
     Raises:
-        InputError: it cannot be loaded either way, or its logits differ.
-        DeviceMemoryError: it does not fit in memory.
+        InputError: transformers cannot load the model either way, or its logits differ.
+        DeviceMemoryError: the model does not fit in memory.
     """
     streamed = EvaluatedModel.open(folder, **options)
     with fixed_numerics(streamed.compute.device, streamed.threads):
@@ -70,7 +79,7 @@ def _compare(folder: Path, streamed: EvaluatedModel) -> Loaded:
     found_SV, dequantized = None, False
     with suppress(InputError):
         found_SV = _logits(streamed.meta_model.config, folder, ids_1S)
-    if found_SV is None:  # after the error was handled, which would keep the first model in memory
+    if found_SV is None:  # outside the `with`: while its error is being handled, the first model stays in memory
         release_free_memory()
         dense = {"quantization_config": CompressedTensorsConfig(dequantize=True)}
         found_SV, dequantized = _logits(streamed.meta_model.config, folder, ids_1S, **dense), True
@@ -81,7 +90,7 @@ def _compare(folder: Path, streamed: EvaluatedModel) -> Loaded:
     exact = not dequantized and not inputs_rounded
     other = difference > _NEAR if exact else difference > _FAR and 2 * same < loaded.tokens
     if other or not torch.isfinite(found_SV).all():
-        raise InputError(folder, f"gives other logits in transformers. {loaded}.")
+        raise InputError(folder, f"its logits in transformers differ from the streamed ones. {loaded}.")
     return loaded
 
 
@@ -94,9 +103,11 @@ def _logits(config: Any, folder: Path, ids_1S: Tensor, **options: Any) -> Tensor
             logits_SV: Tensor = model(ids_1S, use_cache=False).logits[0].float()
         except Exception as error:
             if is_out_of_memory(error):
-                raise DeviceMemoryError(f"{folder}: does not fit in memory as a whole. Leave out --load.") from error
-            what = shown(str(error).partition("\n")[0])
-            raise InputError(folder, f"transformers {version('transformers')} does not load it: {what}") from error
+                raise DeviceMemoryError(
+                    f"{folder}: the whole model does not fit in memory. Leave out --load."
+                ) from error
+            reason = shown(str(error).partition("\n")[0])
+            raise InputError(folder, f"transformers {version('transformers')} cannot load it: {reason}") from error
     return logits_SV
 
 

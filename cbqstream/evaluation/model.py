@@ -30,7 +30,7 @@ Listener = Callable[[str], None]
 
 
 class EvaluationOptions(TypedDict, total=False):
-    """How a model is run."""
+    """Options with which a model is run."""
 
     batch_size: int
     """Segments in a batch; 4 by default."""

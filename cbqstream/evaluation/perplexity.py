@@ -1,4 +1,4 @@
-"""Streamed perplexity: the hidden states of all segments lie on disk, and one block at a time is in memory."""
+"""Perplexity of a model on a text, with one block in memory at a time and the hidden states of all segments on disk."""
 
 import math
 from dataclasses import dataclass
@@ -14,15 +14,16 @@ from cbqstream.errors import UsageError
 from cbqstream.evaluation.model import EvaluatedModel, EvaluationOptions, require_counts
 
 _LARGEST = 700.0
-"""Nats; exp of more is not a number that floats hold."""
+"""Largest loss, in nats, whose exponential is computed; a float cannot represent the exponential of much larger losses."""
 
 
 @dataclass(frozen=True, slots=True)
 class Perplexity:
-    """Perplexity over `num_segments` segments."""
+    """Perplexity of a model on a text."""
 
     perplexity: float
     num_segments: int
+    """Number of segments of the text."""
 
 
 def evaluate(
@@ -39,14 +40,15 @@ def evaluate(
     Args:
         model: folder of a model, quantized by this project or not.
         text: text or token ids.
-        num_samples: segments; all of them if the text has fewer.
+        num_samples: number of segments; all of them if the text has fewer.
         seq_len: tokens in a segment.
-        bos: begin every segment as the tokenizer begins a text; by the usual convention only the first of a text does.
+        bos: begin every segment with the special tokens with which the tokenizer begins a text. By the usual convention only the first
+            segment of a text has them.
         options: see `EvaluationOptions`.
 
     Raises:
         InputError: the model or the text cannot be read.
-        UsageError: a number or folder that cannot work, or a device that is not there.
+        UsageError: a number, folder or device cannot work.
     """
     require_counts(num_samples=num_samples)
     folder = Path(model)
@@ -58,13 +60,22 @@ def evaluate(
 def segments(
     streamed: EvaluatedModel, folder: Path, text: Path, num_samples: int, seq_len: int, *, bos: bool
 ) -> Tensor:
-    """Token ids int64 [N, S] of segments spread evenly over a text.
+    """Segments spread evenly over a text, as token ids int64 [N, S].
+
+    Args:
+        streamed: the model, which limits the length of a segment and the token ids.
+        folder: folder of the model, for its tokenizer.
+        text: text or token ids.
+        num_samples: number of segments N; all of them if the text has fewer.
+        seq_len: tokens S in a segment.
+        bos: begin every segment with the special tokens with which the tokenizer begins a text.
 
     Raises:
-        UsageError: token ids cannot be begun.
+        InputError: the text cannot be read.
+        UsageError: `bos` is set for a file of token ids, or the segments are too long.
     """
     if bos and text.suffix.lower() in TOKEN_FILES:
-        raise UsageError(f"{text}: token ids are taken as they are. Leave out --bos, or give text.")
+        raise UsageError(f"{text}: token ids are used unchanged. Leave out --bos, or give text.")
     streamed.meta_model.check_length(seq_len)
     size = streamed.meta_model.vocab_size
     sizes = {"num_samples": num_samples, "seq_len": seq_len, "vocab_size": size}
@@ -73,7 +84,12 @@ def segments(
 
 @torch.no_grad()
 def perplexity(model: EvaluatedModel, tokens_NS: Tensor) -> float:
-    """exp of the mean negative log-likelihood of tokens 2..S of every segment."""
+    """Exponential of the mean negative log-likelihood of the tokens 2 to S of all segments.
+
+    Args:
+        model: the model.
+        tokens_NS: token ids of the segments, int64.
+    """
     with model.hidden_states([tokens_NS]) as (stream,), model.head() as outer:
         total = 0.0
         for segment, ids_S in enumerate(tokens_NS):

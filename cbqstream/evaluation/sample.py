@@ -1,4 +1,4 @@
-"""A few words from a model that does not fit in memory. Slow: the whole model is read once for each token."""
+"""Continuation of a prompt by a model that does not fit in memory. It is slow, because each token reads the whole model once."""
 
 from pathlib import Path
 from typing import Unpack
@@ -12,16 +12,16 @@ from cbqstream.evaluation.model import EvaluatedModel, EvaluationOptions, requir
 
 @torch.no_grad()
 def sample(model: Path, prompt: str, *, num_tokens: int = 16, **options: Unpack[EvaluationOptions]) -> str:
-    """What a model writes after a prompt: the likeliest token each time, until it ends the text or `num_tokens` are there.
+    """Continue a prompt with the most likely token each time, until the model ends the text or `num_tokens` tokens are written.
 
     Args:
         model: folder of a model, quantized by this project or not.
-        prompt: how the text begins.
-        num_tokens: how many to write at most.
+        prompt: the beginning of the text.
+        num_tokens: largest number of tokens to write.
         options: see `EvaluationOptions`.
 
     Returns:
-        What follows the prompt.
+        The continuation, without the prompt.
 
     Raises:
         InputError: the model or its tokenizer cannot be read.
@@ -31,7 +31,7 @@ def sample(model: Path, prompt: str, *, num_tokens: int = 16, **options: Unpack[
     streamed, tokenizer = EvaluatedModel.open(model, **options), load_tokenizer(model)
     ids: list[int] = tokenizer(prompt)["input_ids"]
     if not ids:
-        raise UsageError("the prompt has no tokens. Give some words.")
+        raise UsageError("the prompt has no tokens. Give at least one word.")
     streamed.meta_model.check_length(len(ids) + num_tokens)
     first = len(ids)
     while len(ids) < first + num_tokens:
@@ -41,4 +41,4 @@ def sample(model: Path, prompt: str, *, num_tokens: int = 16, **options: Unpack[
         if ids[-1] == tokenizer.eos_token_id:
             break
     before, after = (str(tokenizer.decode(part, skip_special_tokens=True)) for part in (ids[:first], ids))
-    return after.removeprefix(before)  # the rest alone would lose the space that it begins with
+    return after.removeprefix(before)  # decoded alone, the continuation would lose its leading space

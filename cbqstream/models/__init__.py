@@ -1,1 +1,1 @@
-"""Architectures: which tensors make a block, and how transformers runs it. Only this folder builds transformers modules."""
+"""Architectures: the tensors of a block, and the modules of transformers that run it. Only this package builds transformers modules."""

@@ -1,4 +1,4 @@
-"""One transformer block with its weights: built, run, and freed."""
+"""One transformer block with its weights: building and running it."""
 
 import copy
 from collections.abc import Callable, Collection, Mapping
@@ -16,9 +16,12 @@ from cbqstream.records import WeightSource
 
 
 class SlabLinear(nn.Linear):
-    """A linear layer so large that windows multiply it in slabs of rows.
+    """A linear layer that is multiplied in slabs of rows, as windows multiply a layer that is so large.
 
-    A product of another shape may differ in the last bits, so the same layer is multiplied in the same slabs everywhere.
+    A product of another shape may differ in the last bits, so a layer is multiplied in the same slabs everywhere.
+
+    Args:
+        linear: the layer whose weight and bias are used.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -26,20 +29,21 @@ class SlabLinear(nn.Linear):
         self.weight, self.bias = linear.weight, linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
+        """The output [..., O] for inputs [..., I]."""
         return linear_in_slabs(x, self.weight.shape, self.weight.__getitem__, self.bias)
 
 
 @dataclass(frozen=True, slots=True)
 class BlockArguments:
-    """The keyword arguments that a model hands to a block."""
+    """Keyword arguments with which a model calls a block."""
 
     values: Mapping[str, Any]
-    """By name, as they are for one segment."""
+    """Arguments for one segment, by name."""
     by_segment: Collection[str] = ()
-    """Names of arguments whose first dimension runs over the segments of a batch, and then over something else."""
+    """Names of the arguments whose first dimension is the number of segments times another number, such as that of heads."""
 
     def for_batch(self, size: int) -> dict[str, Any]:
-        """The arguments for a batch of `size` segments."""
+        """Arguments for a batch of `size` segments."""
         return {
             name: value.repeat(size, *(1 for _ in value.shape[1:]))
             if name in self.by_segment and value is not None
@@ -58,16 +62,16 @@ def build_block(
     linear_dtype: torch.dtype | None,
     without: Collection[str] = (),
 ) -> nn.Module:
-    """Block `index` with its weights, frozen, on `device`; its layers quantize their inputs where the source says so.
+    """Build a block with its weights, frozen. Its linear layers quantize their inputs if `source` has an input quantizer for them.
 
     Args:
-        meta_model: the model it belongs to.
+        meta_model: the model to which the block belongs.
         index: number of the block.
-        source: where its tensors are read from.
-        device: where it is placed.
-        dtype: dtype of everything but the weights of linear layers.
-        linear_dtype: dtype of those weights; None keeps them as they are stored.
-        without: linear layers whose weights stay on the meta device.
+        source: source of its tensors.
+        device: device of its tensors.
+        dtype: dtype of all parameters except the weights of linear layers; buffers keep their dtype.
+        linear_dtype: dtype of the weights of linear layers; None keeps the dtype in which they are stored.
+        without: names of linear layers whose weights stay on the meta device.
 
     Raises:
         InputError: a tensor cannot be read.
@@ -104,13 +108,13 @@ def _quantize_input(quantizer: Callable[[Tensor], Tensor], linear: nn.Module, in
 def run_block(
     block: nn.Module, x_BSD: Tensor, arguments: BlockArguments, weights: Mapping[str, Tensor] | None = None
 ) -> Tensor:
-    """Hidden states [B, S, D] after the block, called as the model calls it.
+    """Hidden states [B, S, D] after the block, which is called as the model calls it.
 
     Args:
         block: the block.
-        x_BSD: its input.
-        arguments: keyword arguments.
-        weights: tensors that replace those of the block, by name.
+        x_BSD: hidden states before the block.
+        arguments: keyword arguments of the block.
+        weights: tensors that replace parameters of the block, by name.
     """
     named = arguments.for_batch(len(x_BSD))
     output: Tensor | tuple[Tensor, ...] = (

@@ -1,7 +1,8 @@
-"""Embedding and head of a model: what it computes before its first block and after its last one, in its own forward pass.
+"""Embedding and head of a model: the parts of its forward pass before the first block and after the last block.
 
-The blocks are replaced by stand-ins here. On the way in they record what the model hands to each block; on the way out the last stand-in
-returns finished hidden states. So masks, rotary embeddings, scalings, the final norm and the head are the model's own for every family.
+The forward pass of the model in transformers is run with stand-ins in place of the blocks. To compute the embedding, the stand-ins record
+the arguments with which the model calls each block. To compute the head, the last stand-in returns finished hidden states. Masks, rotary
+embeddings, scalings, the final norm and the head are therefore those of transformers for every family.
 """
 
 import inspect
@@ -17,18 +18,21 @@ from cbqstream.models.meta_model import MetaModel, path_of
 from cbqstream.records import WeightSource
 
 _LOGIT_TOKENS = 256
+"""Number of tokens whose logits are computed together."""
 _NO_CACHE = {"use_cache": False, "past_key_values": None, "layer_past": None}
+"""Keyword arguments of blocks that turn the cache of keys and values off, under the names that families use."""
 
 Part = Literal["embedding", "head"]
+"""Part of a model that is loaded without the other one."""
 
 
 class _StandIn(nn.Module):
-    """Replaces a block: records its arguments, and returns `replacement` or its input."""
+    """Module that replaces a block. It records its arguments, and returns `replacement`, or its input if that is None."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         self._parameters_of_block = tuple(inspect.signature(block.forward).parameters)
-        self._facts = vars(block)  # a model may ask a block for its kind of attention
+        self._facts = vars(block)  # models read attributes of blocks, such as the kind of attention
         self.seen: Tensor | None = None
         self.arguments: dict[str, Any] = {}
         self.replacement: Tensor | None = None
@@ -47,7 +51,14 @@ class _StandIn(nn.Module):
 
 
 class EmbeddingAndHead:
-    """Embedding and head in memory. Made by `load_embedding_and_head`."""
+    """Embedding and head of a model in memory, made by `load_embedding_and_head`.
+
+    Args:
+        meta_model: the model, whose weights outside the blocks are in memory.
+        stand_ins: modules that replace the blocks in the model.
+        device: device of the weights.
+        dtype: dtype of the weights.
+    """
 
     def __init__(
         self, meta_model: MetaModel, stand_ins: list[_StandIn], device: torch.device, dtype: torch.dtype
@@ -70,7 +81,7 @@ class EmbeddingAndHead:
         return seen[0]
 
     def block_arguments(self, ids_S: Tensor) -> list[BlockArguments]:
-        """The keyword arguments of each block, for batches of segments as long as `ids_S`."""
+        """Keyword arguments of each block, for batches of segments with the length of `ids_S`, int64 [S]."""
         self.embed(ids_S)
         return [
             BlockArguments(
@@ -82,12 +93,12 @@ class EmbeddingAndHead:
 
     @torch.no_grad()
     def logits(self, x_SD: Tensor) -> Iterator[Tensor]:
-        """Logits, float32 [at most 256, vocabulary], of the output of the last block, in the order of its tokens."""
+        """Logits of hidden states [S, D] after the last block, in pieces float32 [at most 256, vocabulary] in the order of the tokens."""
         for x_TD in torch.split(x_SD, _LOGIT_TOKENS):
             yield self.head(x_TD.to(self._device))
 
     def head(self, x_TD: Tensor) -> Tensor:
-        """Logits, float32 [T, vocabulary], of T tokens of the output of the last block; differentiable."""
+        """Logits, float32 [T, vocabulary], of hidden states [T, D] after the last block; differentiable in them."""
         self._stand_ins[-1].replacement = x_TD.unsqueeze(0)
         output = self._model(**self._dummy(len(x_TD), x_TD.dtype))
         self._stand_ins[-1].replacement = None
@@ -95,13 +106,16 @@ class EmbeddingAndHead:
         return logits
 
     def _learn_what_blocks_return(self) -> None:
-        """Find out whether blocks return hidden states [B, S, D], or a tuple of which the model takes the first."""
+        """Find out whether the model expects hidden states [B, S, D] from its blocks, or a tuple whose first value they are.
+
+        Stand-ins return a tensor [1, 2, D] first. A model that takes the first value of a tuple then takes the first segment of the tensor.
+        """
         width = self._model.config.get_text_config().hidden_size
         for stand_in in self._stand_ins:
             stand_in.replacement = torch.zeros(1, 2, width, device=self._device, dtype=self._dtype)
         self._model.base_model(**self._dummy(2, self._dtype))
         second = self._stand_ins[1].seen if len(self._stand_ins) > 1 else None
-        gives_tuple = second is not None and second.dim() == 2  # the model took the first segment of a tensor
+        gives_tuple = second is not None and second.dim() == 2  # only the first segment of the tensor
         for stand_in in self._stand_ins:
             stand_in.gives_tuple, stand_in.replacement = gives_tuple, None
 
@@ -112,7 +126,7 @@ class EmbeddingAndHead:
         return {"inputs_embeds": zeros, "position_ids": self._positions(length), "use_cache": False}
 
     def _positions(self, length: int) -> Tensor:
-        """Positions 0 to length - 1, [1, S]; OPT would count them with a cumsum that is not deterministic on CUDA."""
+        """Positions 0 to length - 1, [1, S]. Without them, OPT computes positions with a cumsum that is not deterministic on CUDA."""
         return torch.arange(length, device=self._device).unsqueeze(0)
 
 
@@ -120,7 +134,14 @@ class EmbeddingAndHead:
 def load_embedding_and_head(
     meta_model: MetaModel, source: WeightSource, *, device: torch.device, dtype: torch.dtype, only: Part | None = None
 ) -> Iterator[EmbeddingAndHead]:
-    """Embedding, final norm and head in memory inside a `with`; with `only`, one of the two large matrices.
+    """Load embedding, final norm and head into memory inside a `with`.
+
+    Args:
+        meta_model: the model.
+        source: source of the tensors.
+        device: device of the tensors.
+        dtype: dtype of the tensors.
+        only: part that is needed. The large matrix of the other part is then not loaded, unless the two matrices are tied.
 
     Raises:
         InputError: a tensor cannot be read.
@@ -134,7 +155,7 @@ def load_embedding_and_head(
     try:
         for name, stored in meta_model.outer.items():
             if unused is not None and name == f"{path_of(model, unused)}.weight":
-                continue  # where it is tied to the other one, the other one is read
+                continue  # a tied matrix is read under the name of the other part
             if stored not in read:
                 read[stored] = source.read(stored, device=device, dtype=dtype)
             _set_parameter(model, name, nn.Parameter(read[stored], requires_grad=False))

@@ -1,8 +1,9 @@
-"""Model families: for each, the facts that its code in transformers does not tell, in one record.
+"""Model families: one record for each, with the facts that its code in transformers does not contain.
 
-What a block computes, its attention mask, rotary embedding and keyword arguments, and the final norm and head are the family's own code in
-transformers, run unchanged. The list of blocks and the layers in them are found. A row adds where channels can be rescaled, and what
-differs from the defaults of `Family`. A family without a row runs too, with the defaults, and the user is told that it is untested.
+Blocks, attention masks, rotary embeddings, keyword arguments of blocks, the final norm and the head are the code of transformers, which is
+run unchanged. The list of blocks and the layers in them are found automatically. A row of `FAMILIES` adds the smoothing pairs of a family
+and the facts that differ from the defaults of `Family`. A family without a row runs with the defaults, and a warning reports that it is
+untested.
 """
 
 import re
@@ -14,24 +15,32 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class SmoothingPair:
-    """A place in a block where channels can be rescaled: a smoothed layer, and the layers that balance it.
+    """A smoothed layer of a block and the layers that balance it, between which channels can be rescaled.
 
-    In names `*` stands for any number, the same in all of them.
+    In the names of layers, `*` matches any number, which is the same in all names of a pair.
     """
 
     smooth_layer: str
-    """A norm, or a linear layer between which and the balance layers every channel passes on its own, homogeneously."""
+    """Name of a norm or linear layer.
+
+    Everything between it and the balance layers acts on each channel alone and is homogeneous: multiplying a channel by a positive
+    number multiplies the result by the same number.
+    """
     balance_layers: tuple[str, ...]
-    """Linear layers; together they are all that reads the channels."""
+    """Names of linear layers. No other module reads the channels."""
     only_if: tuple[str, Any] | None = None
-    """A setting of config.json and the value under which the pair is valid; None if it always is."""
+    """Name of a setting of config.json, and the value with which the pair is valid; None if the pair is always valid."""
 
     def holds(self, config: Any) -> bool:
-        """Whether the pair is valid under a configuration."""
+        """Whether the pair is valid for the configuration of a model."""
         return self.only_if is None or bool(getattr(config, self.only_if[0], None) == self.only_if[1])
 
     def in_block(self, modules: Collection[str]) -> "list[SmoothingPair]":
-        """The pair at every place of a block with those modules that has all of its layers."""
+        """Pairs of a block without `*`, one for each number with which all layers of the pair are in the block.
+
+        Args:
+            modules: names of the modules of the block.
+        """
         pattern = re.compile(re.escape(self.smooth_layer).replace(r"\*", r"(\d+)"))
         found = []
         for name in modules:
@@ -47,22 +56,25 @@ class SmoothingPair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertLayout:
-    """How transformers holds the experts of a block fused, and how they are called as separate layers."""
+    """Layout of the fused experts of a block in transformers, and names of the separate layers."""
 
     fused: Mapping[str, tuple[str, ...]]
-    """For each fused tensor [experts, out, in], the layers that its rows are, in order."""
+    """Names of the layers whose weights form the rows of each fused tensor [experts, out, in], in order, by the name of the tensor."""
     required: Mapping[str, Any]
-    """Attributes of the fused module and the values that are supported, where the module has them."""
+    """Supported values of attributes of the fused module, by name. An attribute that the module does not have is not checked."""
 
 
 @dataclass(frozen=True, slots=True)
 class GgufArchitecture:
-    """How llama.cpp calls a family."""
+    """Architecture of a family in llama.cpp."""
 
     name: str
     """Member of `gguf.MODEL_ARCH`."""
     interleaved: bool
-    """Whether its rotary embedding turns neighboring channels, not halves of a head: rows of queries and keys are stored in that order."""
+    """Whether the rotary embedding of llama.cpp rotates pairs of neighboring channels, and not the two halves of a head.
+
+    The rows of queries and keys are then stored in another order.
+    """
 
 
 _GATED_EXPERTS = ExpertLayout(
@@ -82,17 +94,20 @@ class Family:
     """Facts of a model family."""
 
     pairs: tuple[SmoothingPair, ...] = ()
-    """Where channels can be rescaled."""
+    """Smoothing pairs of a block."""
     never_quantized: tuple[str, ...] = ("gate", "router", "router_gate", "shared_expert_gate", "dt_proj")
-    """Last parts of the names of linear layers that stay in full precision: routers, and what state space models use as a weight."""
+    """Last parts of the names of linear layers that stay in full precision.
+
+    They are routers, and layers whose weight state space models use directly.
+    """
     experts: ExpertLayout = _GATED_EXPERTS
-    """How experts are held."""
+    """Layout of the experts."""
     arguments_by_segment: tuple[str, ...] = ("alibi",)
-    """Keyword arguments of blocks whose first dimension runs over the segments of a batch, and then over something else."""
+    """Keyword arguments of blocks whose first dimension is the number of segments times another number, such as that of heads."""
     eager_attention: bool = False
-    """Whether transformers has only eager attention for it, which keeps matrices [S, S] for all heads."""
+    """Whether transformers has only eager attention for the family, which stores a matrix [S, S] for every head."""
     gguf: GgufArchitecture | None = None
-    """How llama.cpp calls it; None if it is not exported to GGUF."""
+    """Architecture in llama.cpp; None if the family is not exported to GGUF."""
 
 
 _Q_K_V = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -102,11 +117,11 @@ _INTO_MLP = SmoothingPair("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_
 _GATED = SmoothingPair("mlp.up_proj", ("mlp.down_proj",))
 _EXPERTS = SmoothingPair("mlp.experts.*.up_proj", ("mlp.experts.*.down_proj",))
 _LLAMA = (_INTO_ATTENTION, _VALUES, _INTO_MLP, _GATED)
-_NORMS_AFTER = (_VALUES, _GATED)  # or norms that scale by 1 + weight, which no smoothing keeps exact
+_NORMS_AFTER = (_VALUES, _GATED)  # also for norms that scale by 1 + weight, in which smoothing is not exact
 _GLM = (_INTO_ATTENTION, _VALUES, SmoothingPair("post_attention_layernorm", ("mlp.gate_up_proj",)))
 _PARALLEL = SmoothingPair("input_layernorm", (*_Q_K_V, "mlp.gate_proj", "mlp.up_proj"))
 _FUSED_HEADS = "self_attention.query_key_value"
-_PRE_NORM = ("do_layer_norm_before", True)  # else the residual sum reads the norms too
+_PRE_NORM = ("do_layer_norm_before", True)  # otherwise the residual sum reads the output of the norms too
 _OPT = (
     SmoothingPair("self_attn_layer_norm", _Q_K_V, _PRE_NORM),
     SmoothingPair("self_attn.v_proj", ("self_attn.out_proj",)),
@@ -130,10 +145,11 @@ _NEOX = (
     SmoothingPair("input_layernorm", ("attention.query_key_value",)),
     SmoothingPair("post_attention_layernorm", ("mlp.dense_h_to_4h",)),
 )
+# without fc1 and fc2, because GELU between them is not homogeneous
 _PHI = (
     SmoothingPair("input_layernorm", (*_Q_K_V, "mlp.fc1")),
     SmoothingPair("self_attn.v_proj", ("self_attn.dense",)),
-)  # GELU
+)
 _PHI3 = (
     SmoothingPair("input_layernorm", ("self_attn.qkv_proj",)),
     SmoothingPair("post_attention_layernorm", ("mlp.gate_up_proj",)),
@@ -147,7 +163,7 @@ _STABLELM = (
 )
 _OLMO = (SmoothingPair("self_attn.v_proj", ("self_attn.o_proj",), ("clip_qkv", None)), _GATED)
 _STARCODER2 = (_INTO_ATTENTION, _VALUES, SmoothingPair("post_attention_layernorm", ("mlp.c_fc",)))
-# the router reads the norm before the experts too, so that one is left as it is
+# the norm before the experts is not smoothed, because the router reads it too
 _QWEN_MOE = (
     _INTO_ATTENTION,
     _VALUES,
@@ -160,7 +176,7 @@ _MIXTRAL = (_INTO_ATTENTION, _VALUES, _EXPERTS)
 _LATENT_KEYS = "self_attn.kv_a_proj_with_mqa"
 _DEEPSEEK = (
     SmoothingPair("input_layernorm", ("self_attn.q_a_proj", _LATENT_KEYS)),
-    SmoothingPair("input_layernorm", ("self_attn.q_proj", _LATENT_KEYS)),  # without a rank for queries
+    SmoothingPair("input_layernorm", ("self_attn.q_proj", _LATENT_KEYS)),  # models without low-rank queries
     SmoothingPair("self_attn.q_a_layernorm", ("self_attn.q_b_proj",)),
     SmoothingPair("self_attn.kv_a_layernorm", ("self_attn.kv_b_proj",)),
     _INTO_MLP,
@@ -204,10 +220,10 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "starcoder2": Family(pairs=_STARCODER2),
     }
 )
-"""By `model_type` of config.json: the families that are tested."""
+"""Families that are tested, by `model_type` of config.json."""
 
 UNTESTED = Family()
-"""Facts that are assumed of a family without a row."""
+"""Facts that are assumed for a family without a row."""
 
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
 """Matches the number of the expert in the path of an expert's layer."""
@@ -219,22 +235,32 @@ JOINED: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
     }
 )
-"""Layers that inference engines compute as one, by the name of the joined layer in vLLM."""
+"""Layers that inference engines compute as one layer, by the name of that layer in vLLM."""
 
 
 def family_of(model_type: str) -> Family:
-    """The facts of the family of a model."""
+    """Facts of the family with a `model_type` of config.json."""
     return FAMILIES.get(model_type, UNTESTED)
 
 
 def smoothing_pairs(family: Family, config: Any, modules: Collection[str]) -> tuple[SmoothingPair, ...]:
-    """The smoothing pairs of a block with those modules that are valid under a configuration."""
+    """Smoothing pairs of a block.
+
+    Args:
+        family: family of the model.
+        config: configuration of the model in transformers, with which some pairs are not valid.
+        modules: names of the modules of the block.
+    """
     holding = [pair for pair in family.pairs if pair.holds(config)]
     return tuple(found for pair in holding for found in pair.in_block(modules))
 
 
 def joined_with(layer: str) -> str:
-    """A name shared by all layers of a block that inference engines compute as one with this layer; they need one scheme."""
+    """Name shared by all layers of a block that inference engines compute as one layer, which must therefore have the same scheme.
+
+    Args:
+        layer: name of a layer, in the block or in the checkpoint.
+    """
     expert = EXPERT.search(layer)
     if expert is not None:
         return f"{layer[: expert.start()]}.experts"

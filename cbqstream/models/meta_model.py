@@ -1,6 +1,6 @@
 """A model without weights: the modules of transformers on the meta device, matched with the tensors of a checkpoint.
 
-`from_pretrained` is never called and no code of the checkpoint is run: the configuration is built from a known `model_type`.
+`from_pretrained` is never called, and code that a checkpoint contains is never run. The configuration is built from a known `model_type`.
 """
 
 import re
@@ -42,8 +42,10 @@ _OTHER_SIZES = (
 )
 """Sizes that not every architecture has, and that may be null."""
 _USUAL_LENGTH = 2048
+"""Length that is assumed of a model whose configuration has none."""
 _NEVER_READ = ("auto_map", "quantization_config", "model_type", "transformers_version", "architectures")
-_A_SIZE = f"it must be a whole number from 1 to {1 << 20:,}"
+"""Keys of config.json that are not passed to the configuration of transformers."""
+_A_SIZE = f"It must be a whole number from 1 to {1 << 20:,}"
 
 
 class MetaModel:
@@ -52,7 +54,7 @@ class MetaModel:
     Args:
         folder: folder of the model, for messages.
         config: content of its config.json.
-        tensors: shape of each dense tensor that can be read, by name.
+        tensors: shape of every dense tensor of the checkpoint, by name.
         blocks_path: module path of the list of transformer blocks; found by default.
 
     Raises:
@@ -86,9 +88,9 @@ class MetaModel:
             for key in _SIZES:
                 if not is_size(getattr(self._text, key, None)):
                     raise InputError(
-                        folder / "config.json", f"{key} is {shown(str(getattr(self._text, key, None)))}, {_A_SIZE}."
+                        folder / "config.json", f"{key} is {shown(str(getattr(self._text, key, None)))}. {_A_SIZE}."
                     )
-            # a multimodal model contains a text model, which is what is quantized
+            # a multimodal model contains a text model, and only the text model is quantized
             causal = type(self.config) in MODEL_FOR_CAUSAL_LM_MAPPING
             auto: Any = AutoModelForCausalLM if causal else AutoModelForImageTextToText
             with init_empty_weights(include_buffers=False):
@@ -108,7 +110,7 @@ class MetaModel:
         if not any(spec.linears for spec in self.blocks):
             raise InputError(
                 folder / "config.json",
-                f"the blocks of {type(self.hf_model).__name__} have no linear layers (GPT-2 has its own kind, which no format here holds).",
+                f"the blocks of {type(self.hf_model).__name__} have no linear layers (those of GPT-2 are Conv1D). Use another model.",
             )
         self._refuse_extra_blocks()
         for index in range(len(layers)):
@@ -116,7 +118,7 @@ class MetaModel:
         self.outer: Mapping[str, str] = self._outer_tensors()
 
     def smoothing_pairs(self, index: int) -> tuple[SmoothingPair, ...]:
-        """The places in a block where channels can be rescaled."""
+        """Smoothing pairs of block `index`, without those whose smoothed layer has no weight."""
         modules = dict(self.templates[index].named_modules())
         found = smoothing_pairs(self.family, self._text, modules.keys())
         return tuple(pair for pair in found if getattr(modules[pair.smooth_layer], "weight", None) is not None)
@@ -128,7 +130,7 @@ class MetaModel:
 
     @property
     def never_quantized(self) -> tuple[str, ...]:
-        """Paths of modules whose weight matrix no window quantizes: linear layers outside the blocks, such as the head, and routers."""
+        """Module paths of matrices that no window quantizes: linear layers outside the blocks, such as the head, and routers."""
         outside = (name for name, module in self.hf_model.named_modules() if isinstance(module, nn.Linear))
         inside = (
             f"{spec.prefix}.{name}"
@@ -140,7 +142,7 @@ class MetaModel:
 
     @property
     def head(self) -> tuple[str, str]:
-        """Module path of the head, and the name of its weight in the checkpoint (that of the embeddings if the head is tied)."""
+        """Module path of the head, and name of its weight in the checkpoint, which is that of the embeddings if the head is tied."""
         path = path_of(self.hf_model, self.hf_model.get_output_embeddings())
         return path, self.outer[f"{path}.weight"]
 
@@ -156,15 +158,15 @@ class MetaModel:
 
     @property
     def max_length(self) -> int:
-        """Number of tokens that the model was made for, by its configuration."""
+        """Largest number of tokens of a text, from the configuration of the model; 2,048 if the configuration has none."""
         known = (getattr(self._text, name, None) for name in ("max_position_embeddings", "seq_length"))
         return int(next((length for length in known if length), _USUAL_LENGTH))
 
     def check_length(self, seq_len: int) -> None:
-        """Refuse segments that are longer than the learned positions of the model. Computed positions have no limit.
+        """Check that segments are not longer than the learned positions of the model. Computed positions have no limit.
 
         Raises:
-            UsageError: the segment is too long, or too short to predict anything.
+            UsageError: `seq_len` exceeds the learned positions, or is below 2, so that no token is predicted.
         """
         tokens = self.hf_model.get_input_embeddings()
         decoder = self.hf_model.get_submodule(self._decoder_path)
@@ -174,32 +176,38 @@ class MetaModel:
             raise UsageError(f"seq_len is {seq_len}. It must be 2{most}.")
 
     def _refuse_implausible(self, config: Mapping[str, Any], model_type: str) -> None:
-        """Refuse an unknown architecture and impossible sizes before anything is built from them."""
+        """Check architecture and sizes before modules are built from them.
+
+        Raises:
+            InputError: the architecture is unknown, or a size is not plausible.
+        """
         path = self.folder / "config.json"
         if model_type not in CONFIG_MAPPING:
-            remedy = (
-                "needs remote code, which is never run" if config.get("auto_map") else "is not one of transformers'"
-            )
-            raise InputError(path, f'architecture "{shown(model_type)}" {remedy}.')
+            reason = "needs remote code, which is never run" if config.get("auto_map") else "is not in transformers"
+            raise InputError(path, f'architecture "{shown(model_type)}" {reason}. Use another model.')
         config = {**config, **(config.get("text_config") or {})}
         other_names = getattr(CONFIG_MAPPING[model_type], "attribute_map", {})
         sizes = {key: config.get(key, config.get(other_names.get(key, key))) for key in (*_SIZES, *_OTHER_SIZES)}
         for key, value in sizes.items():
             if value is not None and not is_size(value):
-                raise InputError(path, f"{key} is {shown(str(value))}, {_A_SIZE}.")
+                raise InputError(path, f"{key} is {shown(str(value))}. {_A_SIZE}.")
         if int(sizes["num_hidden_layers"] or 0) > len(self._tensors):
             raise InputError(
                 path,
-                f"num_hidden_layers is {sizes['num_hidden_layers']:,}, the weights hold {len(self._tensors):,} tensors.",
+                f"num_hidden_layers is {sizes['num_hidden_layers']:,}, but the weights have {len(self._tensors):,} tensors.",
             )
 
     @property
     def _decoder_path(self) -> str:
-        """Module path of the decoder, which holds the blocks, the embeddings and the final norm."""
+        """Module path of the decoder, which contains the blocks, the embeddings and the final norm."""
         return self.blocks_path.rpartition(".")[0]
 
     def _find_blocks(self) -> str:
-        """Module path of the largest list that has as many modules as the model has blocks."""
+        """Module path of the list with the most weights among the lists whose length is the number of blocks.
+
+        Raises:
+            InputError: there is no list of that length.
+        """
         lists = {
             name: sum(value.numel() for value in module.parameters())
             for name, module in self.hf_model.named_modules()
@@ -208,7 +216,7 @@ class MetaModel:
         if not lists:
             raise InputError(
                 self.folder / "config.json",
-                f"no list of {self._text.num_hidden_layers} blocks in {type(self.hf_model).__name__}. Name it with --blocks-path.",
+                f"no list of {self._text.num_hidden_layers} blocks in {type(self.hf_model).__name__}. Give its path with --blocks-path.",
             )
         return str(max(lists.items(), key=itemgetter(1))[0])
 
@@ -216,7 +224,7 @@ class MetaModel:
         """The list of blocks.
 
         Raises:
-            InputError: there is none at that path.
+            InputError: `blocks_path` is not the path of a list of modules.
         """
         try:
             layers = self.hf_model.get_submodule(self.blocks_path)
@@ -224,11 +232,16 @@ class MetaModel:
             layers = None
         if not isinstance(layers, nn.ModuleList) or not len(layers):
             lists = [name for name, module in self.hf_model.named_modules() if isinstance(module, nn.ModuleList)]
-            text = f'--blocks-path "{shown(self.blocks_path)}" is not a list of blocks. Lists: {", ".join(lists[:5]) or "none"}.'
-            raise InputError(self.folder / "config.json", text)
+            problem = f'--blocks-path "{shown(self.blocks_path)}" is not a list of blocks. Lists: {", ".join(lists[:5]) or "none"}.'
+            raise InputError(self.folder / "config.json", problem)
         return layers
 
     def _block_spec(self, index: int, block: nn.Module) -> BlockSpec:
+        """Names of the tensors and linear layers of a block.
+
+        Raises:
+            InputError: a tensor is missing from the checkpoint, or has another shape.
+        """
         prefix = f"{self.blocks_path}.{index}"
         names = {
             local: self._stored_name(f"{prefix}.{local}", tuple(value.shape))
@@ -243,29 +256,41 @@ class MetaModel:
         return BlockSpec(index, prefix, names, linears)
 
     def _outer_tensors(self) -> dict[str, str]:
-        """Name in the checkpoint of every parameter outside the blocks, by its name in the model; a tied one has the name of its twin."""
+        """Name in the checkpoint of every parameter of the decoder outside the blocks and of the head, by its name in the model.
+
+        A parameter that is tied to another one has the name of the other one in the checkpoint.
+        """
         tied: Mapping[str, str] = getattr(self.hf_model, "_tied_weights_keys", None) or {}
         head = {id(value) for value in self.hf_model.get_output_embeddings().parameters()}
         names = {}
         for name, value in self.hf_model.named_parameters(remove_duplicate=False):
             if not name.startswith(f"{self._decoder_path}.") and id(value) not in head:
-                continue  # a tower for images
+                continue  # a parameter of an image tower
             twin = tied.get(name) if self.config.tie_word_embeddings else None
             names[name] = self._stored_name(twin or name, tuple(value.shape))
         return names
 
     def _stored_name(self, name: str, shape: tuple[int, ...]) -> str:
-        """Name of a tensor in the checkpoint; some checkpoints leave out the prefix of the base model."""
+        """Name in the checkpoint of the tensor with a name in the model. Some checkpoints omit the prefix of the base model.
+
+        Raises:
+            InputError: the tensor is missing, or has another shape.
+        """
         stored = self._stored.get(name) or self._stored.get(name.removeprefix(f"{self.hf_model.base_model_prefix}."))
         if stored is None:
-            raise InputError(self.folder, "missing from the weights, config.json needs it.", tensor=name)
+            raise InputError(self.folder, "missing from the weights. Download the model again.", tensor=name)
         if self._tensors[stored] != shape:
             found, needed = list(self._tensors[stored]), list(shape)
-            raise InputError(self.folder, f"shape {found}, config.json needs {needed}.", tensor=stored)
+            raise InputError(self.folder, f"has shape {found}, but config.json requires {needed}.", tensor=stored)
         return stored
 
     def _refuse_extra_blocks(self) -> None:
-        # such as layers that predict further tokens
+        """Check that the checkpoint has no blocks besides those of the model.
+
+        Raises:
+            InputError: it has more blocks.
+        """
+        # names that transformers ignores, such as those of layers that predict further tokens
         ignored = getattr(self.hf_model, "_keys_to_ignore_on_load_unexpected", None) or ()
         prefix = self.blocks[0].prefix.removesuffix("0")
         held = {
@@ -276,7 +301,9 @@ class MetaModel:
             and not any(re.search(pattern, name) for pattern in ignored)
         }
         if len(held) > len(self.blocks):
-            raise InputError(self.folder, f"config.json says {len(self.blocks)} blocks, weights hold {len(held)}.")
+            raise InputError(
+                self.folder, f"config.json describes {len(self.blocks)} blocks, but the weights have {len(held)}."
+            )
 
 
 def path_of(hf_model: nn.Module, wanted: nn.Module) -> str:

@@ -1,4 +1,4 @@
-"""Names of tensors in checkpoints and in modules, related by the rules with which transformers itself reads checkpoints."""
+"""Names of tensors in checkpoints and in modules, related by the rules with which transformers reads checkpoints."""
 
 import re
 from collections.abc import Iterable
@@ -11,12 +11,12 @@ from cbqstream.models.families import ExpertLayout
 
 
 def stored_names(model: Any, stored: Iterable[str], layout: ExpertLayout) -> dict[str, str]:
-    """Name in the checkpoint of every tensor in `stored`, by its name in a model whose experts are separate.
+    """Name in the checkpoint of every tensor, by its name in a model whose experts are separate modules.
 
     Args:
         model: a model of transformers.
         stored: names in the checkpoint.
-        layout: how transformers fuses the experts of the model.
+        layout: layout of the fused experts of the model in transformers.
     """
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
@@ -33,7 +33,7 @@ def stored_names(model: Any, stored: Iterable[str], layout: ExpertLayout) -> dic
 
 
 def _expert_names(rule: WeightConverter, layout: ExpertLayout) -> list[tuple[re.Pattern[str], str]]:
-    """Patterns of the names in checkpoints of the layers that a rule would fuse, and the names of these layers in separate experts."""
+    """Patterns that match the names in checkpoints of the layers that a rule fuses, and replacements that give the names in the model."""
     fused = rule.target_patterns[0].rpartition(".")[2] if len(rule.target_patterns) == 1 else ""
     if len(layout.fused.get(fused, ())) != len(rule.source_patterns):
         return []

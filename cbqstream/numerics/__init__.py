@@ -1,1 +1,1 @@
-"""The formulas: pure functions from tensors to tensors. No I/O, no modules, no state, no device moves."""
+"""Formulas as pure functions from tensors to tensors, without I/O, modules, state or moves between devices."""

@@ -1,4 +1,7 @@
-"""Statistics of the inputs of a linear layer. T tokens, I input columns."""
+"""Statistics of the inputs of a linear layer.
+
+Shapes: B batch, S sequence, T tokens, I input columns.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +14,7 @@ from torch import Tensor
 
 
 class Statistic(Enum):
-    """Statistics that are gathered only where a rounding method needs them."""
+    """Statistics that are gathered only if a rounding method needs them."""
 
     GRAM = auto()
     """X^T X of all inputs."""
@@ -19,7 +22,7 @@ class Statistic(Enum):
 
 @dataclass(frozen=True, slots=True)
 class InputStatistics:
-    """Sums and extremes of the inputs of a layer, per column, and a sample of its tokens."""
+    """Sums and extremes of the inputs of a layer per column, and a sample of its tokens."""
 
     squares: Tensor
     """Sum of x^2, float64 [I]."""
@@ -28,11 +31,11 @@ class InputStatistics:
     high: Tensor
     """Largest value, float32 [I]."""
     sample: Tensor
-    """Some tokens, float32 [T, I]."""
+    """Sampled tokens, float32 [T, I]."""
     tokens: int
-    """Number of tokens."""
+    """Number of all tokens."""
     gram: Tensor | None = None
-    """X^T X, float32 [I, I], if it was asked for."""
+    """X^T X, float32 [I, I]; None if it was not computed."""
 
     @classmethod
     def of(cls, x: Tensor, stride: int | None, before: int = 0, *, gram: bool = False) -> "InputStatistics":
@@ -40,8 +43,10 @@ class InputStatistics:
 
         Args:
             x: inputs, any float dtype.
-            stride: every `stride`-th token is sampled, starting at half a stride, as the first token is special in many models; or None.
-            before: tokens that came before this batch; they count if the batch is shorter than half a stride, as one of an expert may be.
+            stride: sample every `stride`-th token; None samples no tokens. Sampling starts at half a stride, because the first token is
+                special in many models.
+            before: number of tokens in earlier batches. If a batch has at most half a stride of tokens, as a batch of an expert may have,
+                sampling continues the positions of the earlier batches.
             gram: whether to compute X^T X.
         """
         rows = x.detach().flatten(0, -2).float()
@@ -52,7 +57,7 @@ class InputStatistics:
 
     @classmethod
     def none(cls, columns: int, device: torch.device) -> "InputStatistics":
-        """Statistics of a layer that saw no token."""
+        """Statistics of a layer without any input token."""
         zeros = torch.zeros(columns, device=device)
         return cls(zeros.double(), zeros, zeros, zeros.new_empty(0, columns), 0)
 
@@ -68,7 +73,7 @@ class InputStatistics:
         )
 
     def divided(self, scale_I: Tensor) -> "InputStatistics":
-        """Statistics of the same inputs divided by a scale per column."""
+        """Statistics of these inputs divided by a scale per column."""
         squares = self.squares / scale_I.double().square()
         gram = None if self.gram is None else self.gram / scale_I / scale_I.unsqueeze(1)
         return InputStatistics(
@@ -77,11 +82,11 @@ class InputStatistics:
 
     @property
     def second_moment(self) -> Tensor:
-        """E[x^2], float32 [I]."""
+        """Mean square E[x^2] of the inputs per column, float32 [I]."""
         return (self.squares / self.tokens).float()
 
 
 def sum_of(statistics: Sequence[InputStatistics]) -> InputStatistics:
-    """Statistics of all tokens of several layers whose inputs have the same columns."""
+    """Statistics of the tokens of several layers together; the inputs of all layers have the same columns."""
     total = reduce(add, (replace(found, sample=found.sample[:0]) for found in statistics))
     return replace(total, sample=torch.cat([found.sample for found in statistics]))

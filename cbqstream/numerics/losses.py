@@ -1,22 +1,26 @@
-"""The reconstruction loss. B batch, S sequence, D hidden; everything in float32.
+"""The reconstruction loss of a window, computed in float32.
+
+Shapes: B batch, S sequence, T tokens, D hidden dimension. The loss of the output h for the target T is
 
     E(h, T) = sum_t sum_c w_t b_c (h_tc - T_tc)^2 + kl_weight * mean_t KL(softmax(T_t) || softmax(h_t))
 
-Sums are over tokens t and channels c, the softmax is over the hidden dimension (CBQ, arXiv 2312.07950, eq. 6). CBQ's squared error has
-w and b constant; but then a few massive tokens and channels own it, so each can be measured against its own power, more or less:
+Sums are over tokens t and channels c, and the softmax is over the hidden dimension (CBQ, arXiv 2312.07950, eq. 6). In CBQ, w and b are
+constant, so a few massive tokens and channels dominate the squared error. Here, two settings weight the error of each token and channel
+relative to its own power:
 
-- `w_t = p_t^-beta / sum_t p_t^(1 - beta)` with `p_t = ||T_t||^2`. At the token balance beta = 1 every token's relative error counts the
-  same (what reads a residual stream norms it first); at 0 a token counts as much as it is large.
-- `b_c = m_c^-balance / sum_c m_c^(1 - balance)` with `m_c = sum_t w_t T_tc^2`, the channel's share of the power. At balance 0 it is 1,
-  at 1 every channel's relative error counts the same.
+- `w_t = p_t^-beta / sum_t p_t^(1 - beta)` with the power `p_t = ||T_t||^2` of a token. With a token balance beta of 1, the relative errors
+  of all tokens have equal weight, because the layers that read a residual stream normalize it first. With 0, squared errors have equal
+  weight, so large tokens contribute most.
+- `b_c = m_c^-balance / sum_c m_c^(1 - balance)` with `m_c = sum_t w_t T_tc^2`, the share of the power that is in channel c. With a channel
+  balance of 0, b is 1. With 1, the relative errors of all channels have equal weight.
 
-The denominators keep E = 1 for h = 0, so that windows are comparable.
+The denominators make the squared error 1 for h = 0, so that the losses of windows are comparable.
 
-For the squared error, being near T1 and T2 at once is being near their mean: ||h - T1||^2 + ||h - T2||^2 = 2 ||h - (T1 + T2)/2||^2
-+ const. So one mixed target `a T1 + (1 - a) T2` is kept.
+The squared error for two targets T1 and T2 is, up to a constant, the squared error for their mean:
+||h - T1||^2 + ||h - T2||^2 = 2 ||h - (T1 + T2)/2||^2 + const. So only one mixed target `a T1 + (1 - a) T2` is stored.
 
-Where the window ends with the last block, the divergence of the model's own predictions is added (`head_divergence`): the next-token
-distribution of its hidden states against that of the original model's, mean_t KL(softmax(head(T1_t)) || softmax(head(h_t))).
+If a window ends with the last block, the divergence of the next-token predictions is added (`head_divergence`). It compares the
+predictions from h with those of the original model: mean_t KL(softmax(head(T1_t)) || softmax(head(h_t))).
 """
 
 from collections.abc import Callable
@@ -30,28 +34,42 @@ from torch.nn import functional
 _SMALLEST_SHARE = 1e-6
 _SMALLEST_POWER = 1e-20
 HEAD_TOKENS = 128
+"""Number of tokens whose logits are in memory at once."""
 
 Head = Callable[[Tensor], Tensor]
-"""Hidden states [T, D] of the last block to logits, float32 [T, vocabulary]; differentiable."""
+"""A function from hidden states [T, D] of the last block to logits, float32 [T, vocabulary]; differentiable."""
 
 
 @dataclass(frozen=True, slots=True)
 class LossShape:
-    """How the loss weighs tokens, channels and its two terms."""
+    """Weights of the tokens, the channels and the two terms of the reconstruction loss."""
 
     kl_weight: float
+    """Weight of the KL divergence over the hidden dimension."""
     token_balance: float
+    """Exponent beta of the token weights, 0 to 1."""
     channel_balance: float
+    """Exponent of the channel weights, 0 to 1."""
     robust_tokens: int
+    """Number of tokens per sequence that the loss leaves out: the tokens with the largest target norm."""
 
 
 def mixed_target(reference: Tensor, homologous: Tensor, a: float) -> Tensor:
-    """`a T1 + (1 - a) T2`. Any shape."""
+    """Mixed target `a T1 + (1 - a) T2`, for two targets of any shape.
+
+    Args:
+        reference: T1, the output of the original model.
+        homologous: T2, the output of the original blocks for quantized inputs.
+        a: share of T1, 0 to 1.
+    """
     return torch.lerp(homologous, reference, a)
 
 
 def token_weights(target_BSD: Tensor, robust_tokens: int) -> Tensor:
-    """Weights [B, S] with sum 1: none for the `robust_tokens` of each sequence whose target is largest, equal for the others."""
+    """Token weights before balancing, [B, S] with sum 1.
+
+    The weight is 0 for the `robust_tokens` tokens of each sequence with the largest target norm, and equal for all other tokens.
+    """
     weights_BS = torch.ones(target_BSD.shape[:2], device=target_BSD.device)
     if robust_tokens:
         norms_BS = target_BSD.float().square().sum(-1)
@@ -61,13 +79,13 @@ def token_weights(target_BSD: Tensor, robust_tokens: int) -> Tensor:
 
 
 def channel_weights(share_D: Tensor, balance: float) -> Tensor:
-    """b_c, [D], from the share of each channel in the power."""
+    """Channel weights b_c, [D], from the share of the power that is in each channel."""
     unscaled_D = (share_D + _SMALLEST_SHARE).pow(-balance)
     return unscaled_D / (unscaled_D * share_D).sum()
 
 
 def reconstruction_loss(h_BSD: Tensor, target_BSD: Tensor, shape: LossShape) -> Tensor:
-    """E(h, T), a float32 scalar, differentiable in `h_BSD`."""
+    """Reconstruction loss E(h, T), a float32 scalar that is differentiable in `h_BSD`."""
     h_BSD, target_BSD = h_BSD.float(), target_BSD.float()
     weights_BS = token_weights(target_BSD, shape.robust_tokens)
     power_BS = target_BSD.square().sum(-1).clamp(min=_SMALLEST_POWER)
@@ -87,7 +105,10 @@ def reconstruction_loss(h_BSD: Tensor, target_BSD: Tensor, shape: LossShape) -> 
 
 
 class _HeadDivergence(torch.autograd.Function):
-    """Some tokens at a time, with the gradient computed on the way, so that logits of few tokens are in memory at once."""
+    """Divergence of next-token predictions, computed for a few tokens at a time.
+
+    The gradient is computed in the forward pass, so that the logits of only `HEAD_TOKENS` tokens are in memory at once.
+    """
 
     @staticmethod
     def forward(ctx: Any, h_TD: Tensor, reference_TD: Tensor, head: Head, with_gradient: bool) -> Tensor:  # noqa: FBT001
@@ -112,6 +133,15 @@ class _HeadDivergence(torch.autograd.Function):
 
 
 def head_divergence(h_TD: Tensor, reference_TD: Tensor, head: Head) -> Tensor:
-    """mean_t KL(softmax(head(reference_t)) || softmax(head(h_t))), a float32 scalar, differentiable in `h_TD`."""
+    """Divergence of next-token predictions, mean_t KL(softmax(head(reference_t)) || softmax(head(h_t))).
+
+    Args:
+        h_TD: hidden states of the last block.
+        reference_TD: hidden states of the last block of the original model.
+        head: the head of the model.
+
+    Returns:
+        A float32 scalar that is differentiable in `h_TD`.
+    """
     divergence: Tensor = _HeadDivergence.apply(h_TD, reference_TD, head, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
     return divergence

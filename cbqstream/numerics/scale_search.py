@@ -1,12 +1,13 @@
-"""Where scales and zero points start.
+"""Starting values of scales and zero points.
 
-`minmax` is the convention of compressed-tensors: the range of the group, always with zero in it, over all codes. `search` shrinks that
-range and keeps, per group, the candidate with the smallest error weighted by the second moment of the inputs,
+`minmax` spreads all codes over the range of a group, extended to contain zero, which is the convention of compressed-tensors. `search`
+scales this range by factors, most of them below 1, and selects for each group the range with the smallest error weighted by the second
+moment of the inputs,
 
-    sum_k E[x_k^2] (w_k - w_hat_k)^2,
+    sum_k E[x_k^2] (w_k - w_hat_k)^2.
 
-which is the layer's output error with the off-diagonal of E[x x^T] left out (the imatrix of llama.cpp and auto-round).
-Shapes as in `affine.py`.
+This is the error of the output of the layer without the off-diagonal elements of E[x x^T] (the imatrix of llama.cpp and auto-round).
+Shapes are named as in `affine.py`.
 """
 
 from collections.abc import Iterator
@@ -22,21 +23,29 @@ _ASYMMETRIC_RATIOS = 16
 
 
 def minmax_grid(w_OI: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
-    """Scale float32 [O, G] and zero point int8 [O, G] (None if symmetric) from the range of each group."""
+    """Scale and zero point from the range of each group.
+
+    Args:
+        w_OI: weight, any float dtype.
+        scheme: how the weight will be stored.
+
+    Returns:
+        Scale float32 [O, G], and zero point int8 [O, G] or None if symmetric.
+    """
     w_OGK = grouped(w_OI.float(), num_groups(w_OI.shape[1], scheme.group_size))
     return _grid(w_OGK.amin(-1), w_OGK.amax(-1), scheme)
 
 
 def search_grid(w_OI: Tensor, second_moment_I: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point of the smallest weighted error among shrunk ranges; the plain range is one of them.
+    """Scale and zero point with the smallest weighted error among scaled ranges of each group, the full range included.
 
     Args:
         w_OI: weight, any float dtype.
         second_moment_I: E[x^2] per input column, float32.
-        scheme: how it will be stored.
+        scheme: how the weight will be stored.
 
     Returns:
-        scale float32 [O, G], zero point int8 [O, G] or None.
+        Scale float32 [O, G], and zero point int8 [O, G] or None if symmetric.
     """
     importance_GK = second_moment_I.float().view(num_groups(w_OI.shape[1], scheme.group_size), -1)
     tiles = [_search_rows(w_OI[rows], importance_GK, scheme) for rows in row_tiles(w_OI)]
@@ -46,7 +55,7 @@ def search_grid(w_OI: Tensor, second_moment_I: Tensor, scheme: Scheme) -> tuple[
 
 
 def _search_rows(w_OI: Tensor, importance_GK: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """Scale float32 and zero point int8 (zero if symmetric), both [O, G], of a tile of rows."""
+    """Scale float32 and zero point int8, both [O, G], of a tile of rows; the zero point is 0 if symmetric."""
     w_OGK = grouped(w_OI.float(), importance_GK.shape[0])
     low_OG, high_OG = w_OGK.amin(-1), w_OGK.amax(-1)
     best_error = torch.full_like(low_OG, torch.inf)
@@ -64,7 +73,10 @@ def _search_rows(w_OI: Tensor, importance_GK: Tensor, scheme: Scheme) -> tuple[T
 
 
 def _ratios(scheme: Scheme) -> Iterator[tuple[float, float]]:
-    """Factors of the low and the high end of the range; fewer bits gain from smaller ones."""
+    """Factors of the low and the high end of the range.
+
+    The smallest factor depends on the number of bits: with fewer bits, smaller ranges reduce the error.
+    """
     smallest = {2: 0.3, 3: 0.45, 4: 0.6}.get(scheme.num_bits, 0.75)
     yield 1.0, 1.0
     if scheme.symmetric:
@@ -76,7 +88,7 @@ def _ratios(scheme: Scheme) -> Iterator[tuple[float, float]]:
 
 
 def _grid(low_OG: Tensor, high_OG: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point that spread the codes over [low, high], made to contain zero."""
+    """Scale and zero point that spread the codes over the range [low, high], extended to contain zero."""
     low_OG, high_OG = low_OG.clamp(max=0), high_OG.clamp(min=0)
     steps = scheme.qmax - scheme.qmin
     if scheme.symmetric:

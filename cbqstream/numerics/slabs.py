@@ -1,4 +1,7 @@
-"""Products with a weight that is made some rows at a time, so that memory for it does not grow with the layer."""
+"""Products with a weight that is computed one slab at a time, so that its memory does not grow with the layer.
+
+A slab is a slice of the rows of a weight.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -6,23 +9,30 @@ from torch import Tensor
 from torch.nn import functional
 
 SLAB_WEIGHTS = 1 << 26
-"""At most, in a slab; the layers of most models up to 7B are one."""
+"""Largest number of weights in a slab; in most models up to 7B, each layer is a single slab."""
 
 
 def slabs(shape: Sequence[int]) -> Iterator[slice]:
-    """Slices of rows of a weight [O, I]."""
+    """Slices of the rows of a weight with shape [O, I], one per slab."""
     rows = max(1, SLAB_WEIGHTS // shape[1])
     for start in range(0, shape[0], rows):
         yield slice(start, min(start + rows, shape[0]))
 
 
 def in_slabs(shape: Sequence[int]) -> bool:
-    """Whether a weight [O, I] is more than one."""
+    """Whether a weight with shape [O, I] is divided into more than one slab."""
     return len(list(slabs(shape))) > 1
 
 
 def linear_in_slabs(x: Tensor, shape: Sequence[int], make: Callable[[slice], Tensor], bias: Tensor | None) -> Tensor:
-    """`x @ w^T + bias`, [..., O], where `make` gives some rows of w [O, I], each time in the same memory if it likes."""
+    """`x @ w^T + bias`, [..., O], with a weight w that is computed slab by slab.
+
+    Args:
+        x: inputs [..., I].
+        shape: shape of w, [O, I].
+        make: returns the given rows of w. It may return the same memory every time.
+        bias: [O], or None.
+    """
     parts = list(slabs(shape))
     if len(parts) == 1:
         return functional.linear(x, make(parts[0]), bias)

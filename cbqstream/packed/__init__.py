@@ -1,1 +1,1 @@
-"""The quantized checkpoint: compressed-tensors `pack-quantized`, one shard per finished block."""
+"""The quantized checkpoint in the format `pack-quantized` of compressed-tensors, one shard per finished block, and its exports."""

@@ -15,6 +15,7 @@ from cbqstream.records import BlockSpec, QuantizedWeight, StoredTensors
 from cbqstream.runtime.offload import OffloadedTensor
 
 HEAD = "head.safetensors"
+"""File name of the shard of a quantized head."""
 
 
 def shard_name(index: int) -> str:
@@ -34,16 +35,17 @@ def write_block(
     """Write the shard of a block into `folder`.
 
     Args:
-        disk: does the writing.
+        disk: used for the durable write.
         folder: an existing folder.
-        spec: the block.
-        weights: names of layers in the block, and their quantized weights; one at a time need be in memory.
-        stored: gives a tensor that no quantized layer holds, as it is stored, from its name in the block and its value in the source.
+        spec: names of the tensors of the block.
+        weights: name in the block and quantized weight of each quantized layer, generated one at a time.
+        stored: function that gives the stored value of a tensor outside the quantized layers from its name in the block and its value
+            in the source.
         source: the source checkpoint.
-        file: file to which packed weights are offloaded until all are there; None keeps them in memory.
+        file: file to which packed weights are offloaded until all layers are packed; None keeps them in memory.
 
     Returns:
-        Name and digest of the file.
+        File name and digest of the shard.
     """
     tensors: dict[str, Tensor | OffloadedTensor] = {}
     left = dict(spec.tensors)
@@ -61,7 +63,18 @@ def write_block(
 def write_head(
     disk: Disk, folder: Path, name: str, weight: QuantizedWeight, scale_dtype: torch.dtype
 ) -> tuple[Path, FileDigest]:
-    """Write the shard of the head, whose weight has the name `name` in the source."""
+    """Write the shard of a quantized head into `folder`.
+
+    Args:
+        disk: used for the durable write.
+        folder: an existing folder.
+        name: name of the head's weight in the source.
+        weight: the quantized weight.
+        scale_dtype: dtype in which the scales are stored.
+
+    Returns:
+        Path and digest of the shard.
+    """
     tensors = encode_in_slabs(weight, scale_dtype=scale_dtype)
     path = folder / HEAD
     named = {f"{name.removesuffix('.weight')}.{part}": value for part, value in tensors.items()}
@@ -69,14 +82,24 @@ def write_head(
 
 
 def read_scales(shard: Path, *, device: torch.device) -> dict[str, Tensor]:
-    """Scales of the layers in a shard, float32 [O, G], by the path of the layer in the checkpoint."""
+    """Scales of the quantized layers in a shard, float32 [O, G], by the path of the layer in the checkpoint."""
     source = Checkpoint(read_header(shard))
     names = [name for name in source.infos if name.endswith(f".{SCALE}")]
     return {name.removesuffix(f".{SCALE}"): source.read(name, device=device, dtype=torch.float32) for name in names}
 
 
 def rewrite_scales(disk: Disk, folder: Path, shard: Path, scales: Mapping[str, Tensor]) -> FileDigest:
-    """Write a copy of `shard` with other scales, by the path of the layer, into `folder` under the same name."""
+    """Write a copy of a shard with other scales into `folder`, under the same file name.
+
+    Args:
+        disk: used for the durable write.
+        folder: an existing folder.
+        shard: the shard to copy.
+        scales: new scales [O, G] by the path of the layer in the checkpoint; they are stored in the dtype of the old ones.
+
+    Returns:
+        Digest of the new file.
+    """
     source = Checkpoint(read_header(shard))
     tensors = {name: source.read(name, device=torch.device("cpu")) for name in source.infos}
     for layer, scale_OG in scales.items():

@@ -1,17 +1,23 @@
-"""Other formats of a quantized layer, code for code: what each stores, what it cannot hold, and what config.json says of it.
+"""Formats to which a quantized layer is exported: tensors of the layer, schemes that are supported, and the quantization_config.
 
-I inputs, O outputs, G groups. Codes and zero points are unsigned in all of them: `u = q + 2^(b-1)`.
+An export keeps every code. I is the number of inputs of a layer, O of outputs, G of groups in a row, and b of bits of a code. `gptq`,
+`gptq_v2` and `awq` store codes and zero points unsigned, `u = q + 2^(b-1)`.
 
-    dense     weight     dtype of the scales [O, I]                 (q - z) s, rounded to that dtype
+    format    tensor     dtype and shape              content
+    dense     weight     dtype of the scales [O, I]   (q - z) s, rounded to that dtype
 
-    gptq      qweight    int32 [I b/32, O]      32/b codes a word along I, the first in the lowest bits      (GPTQModel, vLLM)
-              qzeros     int32 [G, O b/32]      the same along O; minus one in `gptq`, as they are in `gptq_v2`
-              scales     float16 [G, O]
-              g_idx      int32 [I]              group of each column
+    gptq      qweight    int32 [I b/32, O]            32/b codes in each word along I, the first in the lowest bits
+              qzeros     int32 [G, O b/32]            zero points minus one, packed in the same way along O
+              scales     float16 [G, O]               scales
+              g_idx      int32 [I]                    group of each column
 
-    awq       qweight    int32 [I, O/8]         eight codes a word along O, in the order 0 2 4 6 1 3 5 7     (AutoAWQ "gemm")
-              qzeros     int32 [G, O/8]         the same
-              scales     float16 [G, O]
+    gptq_v2   as gptq                                 zero points without the minus one
+
+    awq       qweight    int32 [I, O/8]               eight codes in each word along O, in the order 0 2 4 6 1 3 5 7
+              qzeros     int32 [G, O/8]               zero points, packed in the same way
+              scales     float16 [G, O]               scales
+
+GPTQModel and vLLM read `gptq`. `awq` is the version "gemm" of AutoAWQ.
 """
 
 import re
@@ -33,32 +39,47 @@ _WORD = 32
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _AWQ_GROUPS = (16, 32, 64, 128)
 _GPTQ_GROUPS = (*_AWQ_GROUPS, 256, 512, 1024, None)
-"""Columns that share a scale, for which GPTQModel has kernels."""
+"""Group sizes for which GPTQModel has kernels; None is one scale per channel."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExportFormat:
-    """A format that quantized layers can be written in."""
+    """A format to which quantized layers can be exported, and that is stored as shards of tensors."""
 
     encode: Callable[[QuantizedWeight, torch.dtype], dict[str, Tensor]]
-    """Stored tensors of a layer by the last part of their name; the dtype is that of the layer's scales in the checkpoint."""
+    """Gives the stored tensors of a layer, by the last part of their name.
+
+    The arguments are the quantized weight and the dtype of the layer's scales in the checkpoint.
+    """
     cannot: Callable[[Scheme], str | None]
-    """Why a scheme cannot be held exactly, or None."""
+    """Gives the reason why the format cannot represent a scheme exactly, or None."""
     fills: Callable[[int], tuple[int, int]]
-    """Of what rows and columns must be multiples, for weights of some bits."""
+    """Gives the numbers that must divide the rows and the columns of a weight, from the width of its codes in bits."""
     config: Callable[[Scheme, Sequence[str], Sequence[str]], dict[str, Any] | None]
-    """quantization_config, of the scheme and the paths of modules that are not quantized, and of those that are; None is no entry."""
+    """Gives the quantization_config of config.json, or None for a config.json without one.
+
+    The arguments are the scheme, the paths of the modules that are not quantized, and the paths of the quantized modules.
+    """
     only_blocks: bool = True
-    """Whether readers look for quantized layers in the blocks alone: a quantized head would not be found."""
+    """Whether programs that read the format expect quantized layers in the blocks only, so that a quantized head is not supported."""
 
 
 def pack_words(values: Tensor, num_bits: int, order: Sequence[int] | None = None) -> Tensor:
-    """32/b unsigned values a word along the last dimension, int32 [..., N b/32]; value `order[j]` of a word has its bits from `j b` on."""
+    """Pack groups of 32/b unsigned values into words of 32 bits, along the last dimension.
+
+    Args:
+        values: unsigned integers [..., N] of b bits.
+        num_bits: b, the number of bits of a value.
+        order: positions of the values in a word: value `order[j]` of each group occupies the bits from `j b` on. None is ascending order.
+
+    Returns:
+        The words, int32 [..., N b/32].
+    """
     per_word = _WORD // num_bits
     words = values.to(torch.int64).reshape(*values.shape[:-1], -1, per_word)
     packed = torch.zeros(words.shape[:-1], dtype=torch.int64)
-    for place, source in enumerate(order or range(per_word)):
-        packed |= words[..., source] << (place * num_bits)
+    for position, source in enumerate(order or range(per_word)):
+        packed |= words[..., source] << (position * num_bits)
     return torch.where(packed >= 1 << (_WORD - 1), packed - (1 << _WORD), packed).to(torch.int32)
 
 
@@ -93,9 +114,9 @@ def _cannot_gptq(scheme: Scheme) -> str | None:
     if scheme.activation_bits is not None:
         return f"inputs of {scheme.activation_bits} bits"
     if not scheme.symmetric:
-        return "zero points (readers take the middle)"
+        return "zero points other than the middle code"
     if scheme.num_bits not in (4, 8):
-        return f"{scheme.num_bits} bits (4 and 8 can)"
+        return f"{scheme.num_bits} bits (4 and 8 are supported)"
     return _unknown_groups(scheme, _GPTQ_GROUPS)
 
 
@@ -105,15 +126,15 @@ def _cannot_awq(scheme: Scheme) -> str | None:
     if scheme.group_size is None:
         return "one scale per channel"
     if scheme.num_bits != 4:
-        return f"{scheme.num_bits} bits (4 can)"
+        return f"{scheme.num_bits} bits (4 is supported)"
     return _unknown_groups(scheme, _AWQ_GROUPS)
 
 
 def _unknown_groups(scheme: Scheme, known: Sequence[int | None]) -> str | None:
-    """A reader takes only some sizes of groups."""
+    """Reason why programs that read the format do not support the group size of a scheme, or None."""
     if scheme.group_size in known:
         return None
-    return f"groups of {scheme.group_size} ({', '.join(str(size) for size in known if size)} can)"
+    return f"groups of {scheme.group_size} ({', '.join(str(size) for size in known if size)} are supported)"
 
 
 def _whole_words(num_bits: int) -> tuple[int, int]:
@@ -130,8 +151,8 @@ def _gptq_config(version: str) -> Callable[[Scheme, Sequence[str], Sequence[str]
             "sym": True,
             "lm_head": False,
             "checkpoint_format": version,
-            "dynamic": {f"-:^{re.escape(path)}$": {} for path in not_quantized},  # for GPTQModel and vLLM
-            "modules_in_block_to_quantize": [list(quantized)],  # for transformers, which knows nothing of `dynamic`
+            "dynamic": {f"-:^{re.escape(path)}$": {} for path in not_quantized},  # read by GPTQModel and vLLM
+            "modules_in_block_to_quantize": [list(quantized)],  # read by transformers, which ignores `dynamic`
         }
 
     return config
@@ -160,40 +181,53 @@ EXPORTS: Mapping[str, ExportFormat] = MappingProxyType(
         "awq": ExportFormat(_awq, _cannot_awq, lambda bits: (_WORD // bits, 1), _awq_config),
     }
 )
-"""By the name that `cbqstream export --format` takes: formats that are shards of tensors."""
+"""Formats that are stored as shards of tensors, by their name for `cbqstream export --format`."""
 
 GGUF = "gguf"
+"""Name of the format that is stored as one file; see `gguf_file.py`."""
 _CANNOT = {**{name: made.cannot for name, made in EXPORTS.items()}, GGUF: cannot_gguf}
 
 
 def require_whole_words(name: str, layer: str, shape: Sequence[int], scheme: Scheme) -> None:
-    """Refuse a layer [O, I] whose codes leave a part of a word empty.
+    """Check that the codes of a layer fill whole words in a format.
+
+    Args:
+        name: name of the format in `EXPORTS`.
+        layer: path of the layer, for the message.
+        shape: [O, I] of its weight.
+        scheme: scheme of the layer.
 
     Raises:
-        UsageError: they do.
+        UsageError: the number of rows or columns is not a multiple that the format needs.
     """
-    for length, multiple, what in zip(shape, EXPORTS[name].fills(scheme.num_bits), ("rows", "columns"), strict=True):
+    for length, multiple, side in zip(shape, EXPORTS[name].fills(scheme.num_bits), ("rows", "columns"), strict=True):
         if length % multiple:
-            raise UsageError(f"format {name} needs multiples of {multiple} {what}, {layer} has {length}. Use dense.")
+            raise UsageError(
+                f"format {name} needs a multiple of {multiple} {side}, but {layer} has {length}. Use --format dense."
+            )
 
 
 def require_exact(name: str, schemes: LayerSchemes) -> None:
-    """Refuse what a format cannot hold.
+    """Check that a format can represent the schemes of a model exactly; `dense` is accepted although it rounds the weights.
+
+    Args:
+        name: name of the format, as `cbqstream export --format` takes it.
+        schemes: schemes of the layers of the model.
 
     Raises:
-        UsageError: it cannot; the message names the formats that can.
+        UsageError: the format does not exist, or cannot represent the schemes; the message then names the formats that can.
     """
     if name not in _CANNOT:
-        raise UsageError(f"format {name!r} is not {', '.join(_CANNOT)}.")
+        raise UsageError(f"format {name!r} is not supported. Use {', '.join(_CANNOT)}.")
     reason = _why_not(name, schemes)
     if reason is not None:
         able = [other for other in _CANNOT if other != "dense" and _why_not(other, schemes) is None]
-        can = f"Formats that can: {', '.join(able)}" if able else "No format but OUT's own can"
-        raise UsageError(f"format {name} cannot hold {reason} exactly. {can}; dense rounds the weights.")
+        can = f"Formats that can: {', '.join(able)}" if able else "No other format can"
+        raise UsageError(f"format {name} cannot represent {reason} exactly. {can}; dense rounds the weights.")
 
 
 def _why_not(name: str, schemes: LayerSchemes) -> str | None:
     if any(scheme != schemes.default for _, scheme in schemes.others) and name not in ("dense", GGUF):
-        return "layers of different widths"
+        return "layers with different schemes"
     reasons = [_CANNOT[name](scheme) for scheme in (schemes.default, *(scheme for _, scheme in schemes.others))]
     return next((reason for reason in reasons if reason is not None), None)

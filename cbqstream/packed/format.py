@@ -1,11 +1,12 @@
-"""The format `pack-quantized` of compressed-tensors: names, bit layout (theirs) and the quantization_config of config.json.
+"""The format `pack-quantized` of compressed-tensors: names and bit layout of the tensors, and the quantization_config of config.json.
 
-A linear layer `NAME` is stored as
+compressed-tensors defines names and bit layout, and its functions pack and unpack here. A linear layer `NAME` with a weight [O, I] and G
+groups in a row is stored as
 
-    NAME.weight_packed      int32 [O, ceil(I * num_bits / 32)]           codes + 2^(num_bits - 1), dense along the row
+    NAME.weight_packed      int32 [O, ceil(I * num_bits / 32)]           codes + 2^(num_bits - 1), without gaps along the row
     NAME.weight_scale       dtype of the original weight [O, G]
-    NAME.weight_zero_point  int32 [ceil(O * num_bits / 32), G]           if asymmetric; packed along dim 0
-    NAME.weight_shape       int64 [2]
+    NAME.weight_zero_point  int32 [ceil(O * num_bits / 32), G]           if asymmetric; packed along dimension 0
+    NAME.weight_shape       int64 [2]                                    O and I
     NAME.input_scale        dtype of the original weight [1]             if inputs have one step size
 """
 
@@ -28,7 +29,7 @@ from cbqstream.scheme import ActivationStrategy, LayerSchemes, Scheme
 PACKED, SCALE, ZERO_POINT, SHAPE = "weight_packed", "weight_scale", "weight_zero_point", "weight_shape"
 INPUT_SCALE = "input_scale"
 _WORD = 32
-_SLAB_ROWS = 128 * _WORD  # zero points of whole slabs fill whole words
+_SLAB_ROWS = 128 * _WORD  # a multiple of 32, so that the zero points of every slab but the last fill whole words
 METHOD, FORMAT = "compressed-tensors", "pack-quantized"
 _ACTIVATIONS: dict[ActivationStrategy, dict[str, Any]] = {
     "token": {"type": "int", "symmetric": True, "strategy": "token", "dynamic": True},
@@ -37,12 +38,20 @@ _ACTIVATIONS: dict[ActivationStrategy, dict[str, Any]] = {
 
 
 def parts_of(scheme: Scheme) -> tuple[str, ...]:
-    """What a weight is decoded from."""
+    """Last parts of the names of the tensors from which a weight is decoded."""
     return (PACKED, SCALE, SHAPE) if scheme.symmetric else (PACKED, SCALE, SHAPE, ZERO_POINT)
 
 
 def encode(weight: QuantizedWeight, *, scale_dtype: torch.dtype) -> dict[str, Tensor]:
-    """The stored tensors of one weight, on the CPU, by the last part of their name."""
+    """Pack a weight.
+
+    Args:
+        weight: the quantized weight, on any device.
+        scale_dtype: dtype in which scales and the step size of the inputs are stored.
+
+    Returns:
+        The stored tensors, on the CPU, by the last part of their name.
+    """
     bits = weight.scheme.num_bits
     tensors = {
         PACKED: pack_to_int32(weight.codes.cpu(), bits),
@@ -57,7 +66,10 @@ def encode(weight: QuantizedWeight, *, scale_dtype: torch.dtype) -> dict[str, Te
 
 
 def encode_in_slabs(weight: QuantizedWeight, *, scale_dtype: torch.dtype) -> dict[str, Tensor]:
-    """What `encode` gives, some rows at a time: packing a head of a billion weights at once would take many times its size."""
+    """Pack a weight in slabs of rows; the result is that of `encode`.
+
+    Packing a head of a billion weights at once would take many times its size.
+    """
     slabs = [
         encode(weight.rows(slice(start, start + _SLAB_ROWS)), scale_dtype=scale_dtype)
         for start in range(0, weight.codes.shape[0], _SLAB_ROWS)
@@ -67,7 +79,12 @@ def encode_in_slabs(weight: QuantizedWeight, *, scale_dtype: torch.dtype) -> dic
 
 
 def decode(tensors: dict[str, Tensor], scheme: Scheme) -> QuantizedWeight:
-    """The inverse of `encode`."""
+    """Unpack a weight: the inverse of `encode`, except that the step size of the inputs is not restored.
+
+    Args:
+        tensors: stored tensors by the last part of their name, at least those of `parts_of(scheme)`, on one device.
+        scheme: scheme of the weight.
+    """
     rows, columns = tensors[SHAPE].tolist()
     codes = torch.empty(rows, columns, dtype=torch.int8, device=tensors[PACKED].device)
     for start in range(0, rows, _SLAB_ROWS):  # unpacking at once takes up to eight times the size of the codes
@@ -81,13 +98,14 @@ def decode(tensors: dict[str, Tensor], scheme: Scheme) -> QuantizedWeight:
 
 
 def quantization_config(schemes: LayerSchemes, not_quantized: Sequence[str]) -> dict[str, Any]:
-    """What config.json says of the quantization; only keys that compressed-tensors 0.17 knows.
+    """The quantization_config of config.json, with keys of compressed-tensors 0.17 only.
 
     Args:
-        schemes: of the layers. Where several groups have a layer as a target, a regular expression goes before `Linear` for who reads it.
-        not_quantized: module paths, or regular expressions of them after `re:`.
+        schemes: schemes of the layers. Each becomes a group of layers, the default one with the target `Linear` and the others with
+            regular expressions. Programs that read the file give regular expressions precedence over `Linear`.
+        not_quantized: module paths, or regular expressions for module paths after `re:`.
     """
-    # of layers that it computes as one, vLLM looks for its own name, then for `Linear`, and for the parts only then
+    # vLLM looks a joined layer up by its own name first, then by `Linear`, and by the names of its parts last
     joined = [
         (re.sub(rf"\b{leaves[0]}\b", name, pattern), scheme)
         for pattern, scheme in schemes.others
@@ -125,10 +143,10 @@ def _group(targets: list[str], scheme: Scheme) -> dict[str, Any]:
 
 
 def schemes_of(config: dict[str, Any]) -> LayerSchemes:
-    """The schemes that a quantization_config of `quantization_config` describes.
+    """Schemes of the layers, read from a quantization_config that `quantization_config` made.
 
     Raises:
-        UsageError: it is of another method, or of a form that is not written here.
+        UsageError: it describes another method, or has a form that `quantization_config` does not make.
     """
     try:
         found = [_read_group(config, group) for group in config["config_groups"].values()]
@@ -171,16 +189,19 @@ def _read_group(config: dict[str, Any], group: dict[str, Any]) -> tuple[str, Sch
 
 
 def faults_of(config: dict[str, Any], checkpoint: Checkpoint) -> Iterator[str]:
-    """What is wrong with the quantized layers of a checkpoint: parts that are missing or of another shape, and a config that is not read.
+    """Problems of the quantized layers of a checkpoint, one line each: missing parts, wrong shapes, an invalid quantization_config.
 
     Args:
-        config: the quantization_config.
-        checkpoint: of which only the shapes of weights are read.
+        config: the quantization_config of config.json.
+        checkpoint: the checkpoint. Only its headers and the tensors `weight_shape` are read.
+
+    Raises:
+        UsageError: the quantization_config has a form that is not supported.
     """
     try:
         QuantizationConfig.model_validate(config)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        yield f"quantization_config is not read by compressed-tensors: {shown(str(error).splitlines()[0])}."
+        yield f"compressed-tensors cannot read the quantization_config: {shown(str(error).splitlines()[0])}."
     schemes = schemes_of(config)
     infos = checkpoint.infos
     for name in infos:
@@ -190,7 +211,7 @@ def faults_of(config: dict[str, Any], checkpoint: Checkpoint) -> Iterator[str]:
         scheme = schemes.of(layer)
         missing = sorted(other for other in parts_of(scheme) if f"{layer}.{other}" not in infos)
         if missing:
-            yield f"{layer}: {', '.join(missing)} missing."
+            yield f"{layer}: {', '.join(missing)} missing. Download or copy the model again."
             continue
         if infos[f"{layer}.{SHAPE}"].shape != (2,):
             yield f"{layer}: {SHAPE} is not two numbers."
@@ -199,11 +220,11 @@ def faults_of(config: dict[str, Any], checkpoint: Checkpoint) -> Iterator[str]:
         for other, shape in shapes_of(scheme, rows, columns).items():
             found = infos[f"{layer}.{other}"].shape
             if found != shape:
-                yield f"{layer}: {other} is {list(found)}, {list(shape)} belong to {scheme.num_bits} bits of {[rows, columns]}."
+                yield f"{layer}: {other} has shape {list(found)}, but {scheme.num_bits} bits of {[rows, columns]} need {list(shape)}."
 
 
 def shapes_of(scheme: Scheme, rows: int, columns: int) -> dict[str, tuple[int, int]]:
-    """Of the parts of a weight [rows, columns]."""
+    """Shapes of the stored parts of a weight [rows, columns], by the last part of their name."""
     groups = 1 if scheme.group_size is None else columns // scheme.group_size
     shapes = {PACKED: (rows, _words(columns, scheme)), SCALE: (rows, groups)}
     return shapes if scheme.symmetric else {**shapes, ZERO_POINT: (_words(rows, scheme), groups)}
@@ -214,4 +235,7 @@ def _words(codes: int, scheme: Scheme) -> int:
 
 
 def _not_read_here(config: object) -> UsageError:
-    return UsageError(f"the model is already quantized ({method_of(config)}) in a form that is not read here.")
+    return UsageError(
+        f"the model is already quantized ({method_of(config)}) in a form that is not supported."
+        " Give the original model, or a result of cbqstream quantize."
+    )

@@ -1,7 +1,9 @@
-"""Quantized weights as blocks of GGUF, code for code (ggml-quants; `gguf.quants` of the gguf package reads them the same).
+"""Quantized weights as blocks of GGUF, with every code kept.
 
-u are unsigned codes, s a scale, z an unsigned zero point. A row of a weight is a row of blocks.
+The layouts are those of ggml-quants in llama.cpp; `gguf.quants` of the gguf package decodes them in the same way. Each row of a weight is a
+row of blocks. u are unsigned codes, q signed codes, s is a scale and z an unsigned zero point. d and dmin are fields of a block.
 
+    type   width         content of a block                                                     decoded weight
     Q4_0   32 columns    d = s; nibbles u, columns 0-15 low, 16-31 high                         d (u - 8)
     Q8_0   32 columns    d = s; bytes q                                                         d q
     Q4_K   256 columns   d = dmin = s; 8 sub-blocks of scale 1 and minimum z; nibbles u         d u - dmin z
@@ -21,22 +23,25 @@ from cbqstream.records import QuantizedWeight
 from cbqstream.scheme import Scheme
 
 _SMALL, _LARGE = 32, 256
+"""Numbers of columns of a block."""
 
 
 def exact_half(scale: Tensor) -> Tensor:
-    """Scales as float16. Those made here hold 8 bits and are at least 2^-17 (`numerics/affine.py`), so they are the same numbers.
+    """Scales converted to float16 without a change of value.
+
+    Scales of this project have 8 significant bits and are at least 2^-17 (`numerics/affine.py`), so the conversion is exact.
 
     Raises:
-        UsageError: they are not: another program made them.
+        UsageError: the conversion changes a value, because another program made the scales.
     """
     half = scale.to(torch.float16)
     if not torch.equal(half.float(), scale.float()):
-        raise UsageError("float16, which this format stores scales in, does not hold them exactly. Use dense.")
+        raise UsageError("the format stores scales in float16, which would round them. Use --format dense.")
     return half
 
 
 def _parts(weight: QuantizedWeight, columns: int) -> tuple[Tensor, Tensor, Tensor]:
-    """u [O, N, columns], the two bytes of s [O, N, 2] and z [O, N, 1], of N blocks a row; all uint8."""
+    """Parts of a weight, all uint8: u [O, N, columns], the two bytes of s [O, N, 2] and z [O, N, 1], for N blocks in a row."""
     rows, width = weight.codes.shape
     blocks = width // columns
     repeats = blocks // weight.scale.shape[1]
@@ -52,13 +57,13 @@ def _nibbles(low: Tensor, high: Tensor) -> Tensor:
 
 
 def _merged(parts: Tensor, width: int) -> Tensor:
-    """Parts [..., P, C] of so many bits in common bytes [..., C], the first in the lowest bits."""
+    """Bytes [..., C] that each combine P values of `width` bits from `parts` [..., P, C], the first in the lowest bits."""
     shifts = width * torch.arange(parts.shape[-2]).unsqueeze(-1)
     return (parts.long() << shifts).sum(-2).to(torch.uint8)
 
 
 def _two_bits(u: Tensor) -> Tensor:
-    """The lowest two bits of 256 columns, [O, N, 64]: four of 32 columns each share the bytes of a half."""
+    """Bytes [O, N, 64] with the lowest two bits of 256 columns; a byte combines columns j, j + 32, j + 64 and j + 96 of one half."""
     return _merged((u & 3).reshape(*u.shape[:-1], 2, 4, _SMALL), 2).flatten(-2)
 
 
@@ -69,7 +74,7 @@ def _q4_0(weight: QuantizedWeight) -> Tensor:
 
 def _q8_0(weight: QuantizedWeight) -> Tensor:
     u, d, _ = _parts(weight, _SMALL)
-    return torch.cat([d, u ^ 0x80], dim=-1)  # two's complement
+    return torch.cat([d, u ^ 0x80], dim=-1)  # two's complement of q
 
 
 def _q4_k(weight: QuantizedWeight) -> Tensor:
@@ -89,7 +94,8 @@ def _q2_k(weight: QuantizedWeight) -> Tensor:
 def _q3_k(weight: QuantizedWeight) -> Tensor:
     u, d, _ = _parts(weight, _LARGE)
     mask = _merged((u >> 2).reshape(*u.shape[:-1], 8, _SMALL), 1)
-    low, high = torch.full_like(u[..., :8], 0x11), torch.full_like(u[..., :4], 0xAA)  # 33 = 1 + 16 * 2, sixteen times
+    # the low and high bits of the scale 33 = 1 + 16 * 2, for sixteen sub-blocks
+    low, high = torch.full_like(u[..., :8], 0x11), torch.full_like(u[..., :4], 0xAA)
     return torch.cat([mask, _two_bits(u), low, high, d], dim=-1)
 
 
@@ -103,28 +109,32 @@ _KINDS: Mapping[tuple[int, bool], tuple[str, int, Callable[[QuantizedWeight], Te
         (2, False): ("Q2_K", _LARGE, _q2_k),
     }
 )
-"""By width and whether it is symmetric: type, columns of a block, and who makes the blocks."""
+"""Name of the block type, columns of a block and function that makes the blocks, by width and whether the scheme is symmetric."""
 
 
 def cannot_gguf(scheme: Scheme) -> str | None:
-    """Why a scheme cannot be held exactly, or None."""
+    """Reason why GGUF cannot represent a scheme exactly, or None."""
     if scheme.activation_bits is not None:
         return f"inputs of {scheme.activation_bits} bits"
     kind = _KINDS.get((scheme.num_bits, scheme.symmetric))
     if kind is None:
         return f"{scheme.num_bits} bits {'without' if scheme.symmetric else 'with'} zero points"
     if scheme.group_size is not None and scheme.group_size % kind[1]:
-        return f"groups of {scheme.group_size} ({kind[0]} can: multiples of {kind[1]}, or one scale per channel)"
+        return f"groups of {scheme.group_size} ({kind[0]} supports multiples of {kind[1]}, or one scale per channel)"
     return None
 
 
 def block_kind(scheme: Scheme) -> tuple[str, int]:
-    """Name of the type of blocks of a scheme that can be held, and columns of a block."""
+    """Name of the block type of a scheme that GGUF can represent, and number of columns of a block."""
     name, columns, _ = _KINDS[scheme.num_bits, scheme.symmetric]
     return name, columns
 
 
 def encode_blocks(weight: QuantizedWeight) -> Tensor:
-    """Blocks of the rows of a weight, uint8 [O, bytes of a row]."""
+    """Blocks of a weight whose scheme GGUF can represent, uint8 [O, bytes of a row].
+
+    Raises:
+        UsageError: float16 cannot represent a scale exactly.
+    """
     _, _, encode = _KINDS[weight.scheme.num_bits, weight.scheme.symmetric]
     return encode(weight).flatten(1)

@@ -1,6 +1,6 @@
-"""A quantized model as one GGUF file for llama.cpp, through the gguf package: metadata, tokenizer, names and blocks.
+"""A quantized model as one GGUF file for llama.cpp, written with the gguf package: metadata, tokenizer, tensor names and blocks.
 
-Tensors are read one at a time. Embeddings, head and layers in full precision keep their dtype; norms and biases are float32.
+Tensors are read one at a time. Embeddings, the head and layers in full precision keep their dtype. Norms and biases are stored in float32.
 """
 
 import json
@@ -27,21 +27,24 @@ _DTYPES = {
     torch.float32: gguf.GGMLQuantizationType.F32,
 }
 _PATTERNS = {
-    # as llama.cpp calls them, with what tells them apart in tokenizer.json
+    # names of pre-tokenizers in llama.cpp, and the pattern in tokenizer.json that identifies each
     "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
 _NOT_WEIGHTS = (".rotary_emb.inv_freq",)
-"""What old checkpoints hold besides, and llama.cpp computes itself."""
+"""Ends of the names of tensors that old checkpoints contain and that llama.cpp computes itself."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Architecture:
-    """Of llama.cpp."""
+    """An architecture of llama.cpp."""
 
     name: gguf.MODEL_ARCH
     interleaved: bool
-    """Whether its rotary embedding turns neighbors, not halves, so that rows of queries and keys are stored in another order."""
+    """Whether the rotary embedding of llama.cpp rotates pairs of neighboring channels, and not the two halves of a head.
+
+    The rows of queries and keys are then stored in another order.
+    """
 
 
 _ARCHITECTURES: Mapping[str, _Architecture] = MappingProxyType(
@@ -55,30 +58,31 @@ _ARCHITECTURES: Mapping[str, _Architecture] = MappingProxyType(
 
 
 def write_gguf(path: Path, folder: Path, config: Mapping[str, Any], source: PackedCheckpoint) -> None:
-    """Write the file `path`, which must not exist.
+    """Write a model into one GGUF file.
 
     Args:
-        path: where to.
-        folder: of the model, for its tokenizer.
-        config: its settings, those that config.json leaves out among them.
-        source: its weights.
+        path: the file to write; it must not exist.
+        folder: folder of the model, from which the tokenizer is read.
+        config: settings of the model, including the defaults of settings that are missing from config.json.
+        source: weights of the model.
 
     Raises:
-        UsageError: llama.cpp's form of the architecture or its rotary embedding is not known here, or a row does not fill its blocks.
-        InputError: it has no tokenizer that is known.
+        UsageError: the architecture, its rotary embedding or its activation function is not supported, or the columns of a layer are not a
+            multiple of the columns of a block.
+        InputError: the tokenizer is missing or is not supported.
     """
     architecture = _architecture(config)
     for layer, (_, columns) in source.layers.items():
         blocks, width = block_kind(source.schemes.of(layer))
         if columns % width:
             raise UsageError(
-                f"gguf: {blocks} has blocks of {width} columns, {layer} has {columns}. Use another format."
+                f"gguf: {blocks} has blocks of {width} columns, but {layer} has {columns}. Use another format."
             )
     names = gguf.get_tensor_name_map(architecture.name, int(config["num_hidden_layers"]))
-    turns = _head_counts(config) if architecture.interleaved else {}
+    rotated = _head_counts(config) if architecture.interleaved else {}
 
     def arranged(name: str, rows: Tensor) -> Tensor:
-        heads = next((heads for leaf, heads in turns.items() if re.search(rf"\.{leaf}\.(weight|bias)$", name)), None)
+        heads = next((heads for leaf, heads in rotated.items() if re.search(rf"\.{leaf}\.(weight|bias)$", name)), None)
         return rows if heads is None else neighbors(rows, heads)
 
     order = sorted(name for name in source.tensors() if not name.endswith(_NOT_WEIGHTS))
@@ -90,7 +94,7 @@ def write_gguf(path: Path, folder: Path, config: Mapping[str, Any], source: Pack
             new = names.get_name(name, try_suffixes=(".weight", ".bias"))
             if new is None:
                 raise UsageError(
-                    f"gguf: {name} has no place in {gguf.MODEL_ARCH_NAMES[architecture.name]}. Use another format."
+                    f"gguf: {gguf.MODEL_ARCH_NAMES[architecture.name]} has no tensor for {name}. Use another format."
                 )
             shape, kind = _stored(name, source)
             writer.add_tensor_info(new, shape, np.dtype(np.uint8), int(np.prod(shape)), kind)
@@ -102,23 +106,28 @@ def write_gguf(path: Path, folder: Path, config: Mapping[str, Any], source: Pack
 
 
 def neighbors(rows: Tensor, heads: int) -> Tensor:
-    """Rows [heads D, ...], whose rotary pairs are the halves of a head, with the pairs side by side."""
+    """Reorder rows so that the two rows of each rotary pair are neighbors.
+
+    Args:
+        rows: weight or bias of queries or keys, [heads D, ...] with head dimension D; rows i and i + D/2 of a head are a pair.
+        heads: number of heads.
+    """
     return rows.reshape(heads, 2, len(rows) // heads // 2, -1).transpose(1, 2).reshape(rows.shape)
 
 
 def _architecture(config: Mapping[str, Any]) -> _Architecture:
     found = _ARCHITECTURES.get(str(config.get("model_type")))
     if found is None:
-        raise UsageError(f"gguf: written for {', '.join(_ARCHITECTURES)} only. Use another format.")
+        raise UsageError(f"gguf: supports {', '.join(_ARCHITECTURES)} only. Use another format.")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise UsageError(
-            f'gguf: rotary embeddings of the type "{shown(str(kind))}" are not written. Use another format.'
+            f'gguf: rotary embeddings of the type "{shown(str(kind))}" are not supported. Use another format.'
         )
     if config.get("hidden_act", "silu") != "silu":
         raise UsageError(
-            f"gguf: llama.cpp computes silu here, not {shown(str(config['hidden_act']))}. Use another format."
+            f"gguf: the activation must be silu, not {shown(str(config['hidden_act']))}. Use another format."
         )
     return found
 
@@ -129,7 +138,7 @@ def _head_counts(config: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _stored(name: str, source: PackedCheckpoint) -> tuple[tuple[int, ...], gguf.GGMLQuantizationType]:
-    """Shape in bytes, and type, of a tensor."""
+    """Stored shape of a tensor, whose last dimension counts bytes, and type of its blocks or values."""
     layer = name.removesuffix(".weight")
     if layer in source.layers:
         shape: tuple[int, ...] = source.layers[layer]
@@ -142,7 +151,7 @@ def _stored(name: str, source: PackedCheckpoint) -> tuple[tuple[int, ...], gguf.
 
 
 def _rows(name: str, source: PackedCheckpoint) -> Tensor:
-    """A tensor as it is stored: the bytes of its blocks, or its values."""
+    """A tensor as it is stored: the bytes of its blocks if it is quantized, otherwise its values."""
     layer = name.removesuffix(".weight")
     if layer in source.layers:
         return encode_blocks(source.packed(layer))
@@ -176,8 +185,8 @@ def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> No
         kind = gguf.TokenType.CONTROL if token.get("special") else gguf.TokenType.USER_DEFINED
         words[int(token["id"])] = (token["content"], kind)
     if max(words) >= vocab_size:
-        what = f"has a token {max(words)}, the model {vocab_size} rows of embeddings. Resize them first."
-        raise InputError(folder / "tokenizer.json", what)
+        problem = f"has a token {max(words)}, but the model has {vocab_size} rows of embeddings. Resize the embeddings."
+        raise InputError(folder / "tokenizer.json", problem)
     tokens = [words.get(index, (f"[PAD{index}]", gguf.TokenType.UNUSED)) for index in range(vocab_size)]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(_splitter(folder, content))
@@ -187,16 +196,16 @@ def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> No
         special = gguf.SpecialVocab(folder, load_merges=True, n_vocab=len(tokens))
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(
-            folder, f"special tokens are not read by gguf: {shown(str(error))}. Correct its files."
+            folder, f"gguf cannot read the special tokens: {shown(str(error))}. Correct the tokenizer files."
         ) from error
     special.add_to_gguf(writer, quiet=True)
 
 
 def _byte_level_bpe(folder: Path) -> dict[str, Any]:
-    """Content of tokenizer.json.
+    """Content of tokenizer.json, which must be a byte-level BPE.
 
     Raises:
-        InputError: it is missing, or another kind of tokenizer.
+        InputError: the file is missing, cannot be read, or describes another kind of tokenizer.
     """
     path = folder / "tokenizer.json"
     try:
@@ -204,16 +213,20 @@ def _byte_level_bpe(folder: Path) -> dict[str, Any]:
         model, decoder = content["model"], content.get("decoder") or {}
         known = model["type"] == "BPE" and not model.get("byte_fallback") and decoder.get("type") == "ByteLevel"
     except FileNotFoundError as error:
-        raise InputError(path, "missing, which GGUF needs.") from error
+        raise InputError(path, "missing. Add it, or use another format.") from error
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise InputError(path, f"cannot be read: {shown(str(error))}.") from error
+        raise InputError(path, f"cannot be read: {shown(str(error))}. Copy it again.") from error
     if not known:
-        raise InputError(path, "not a byte-level BPE, the only kind that is written to GGUF here.")
+        raise InputError(path, "not a byte-level BPE, the only supported kind. Use another format.")
     return content
 
 
 def _splitter(folder: Path, content: Mapping[str, Any]) -> str:
-    """What llama.cpp calls the way in which text is split before BPE."""
+    """Name in llama.cpp of the pre-tokenizer, which splits text before BPE.
+
+    Raises:
+        InputError: the pre-tokenizer or the normalizer is not supported.
+    """
     steps = list(_steps(content.get("pre_tokenizer") or {}))
     kinds = [step.get("type") for step in steps]
     last = steps[-1] if steps else {}
@@ -229,12 +242,13 @@ def _splitter(folder: Path, content: Mapping[str, Any]) -> str:
             if isolated and pattern == known:
                 return name
     raise InputError(
-        folder / "tokenizer.json", "splits text in a way that is not known here, so llama.cpp would split it otherwise."
+        folder / "tokenizer.json",
+        "its pre-tokenizer or normalizer is not supported: llama.cpp would split text differently. Use another format.",
     )
 
 
 def _normalizes_nothing_but_nfc(normalizer: Any) -> bool:
-    """Whether text goes to llama.cpp as it is; NFC is what text is in anyway."""
+    """Whether a normalizer changes no text that is in NFC already, as almost all text is; llama.cpp normalizes nothing."""
     return normalizer is None or normalizer == {"type": "NFC"}
 
 

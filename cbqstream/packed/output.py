@@ -1,6 +1,7 @@
-"""Putting the finished checkpoint together: links to the shards of the blocks, copies of the rest, index and config.json last.
+"""Assembly of the folder of a finished checkpoint, and the checks of its place and its checksums.
 
-`SHA256SUMS` has the checksum of every shard, as `sha256sum --check` reads it.
+The folder has links to the shards of the blocks, or copies of them, and copies of the other tensors and files of the source. The index and
+config.json are written last. `SHA256SUMS` has the checksum of every shard, in the format of `sha256sum --check`.
 """
 
 import json
@@ -17,36 +18,39 @@ from cbqstream.packed.shard import copy_tensors
 from cbqstream.records import StoredTensors
 
 REST = "rest.safetensors"
+"""File name of the shard with the tensors that are copied from the source."""
 SUMS = "SHA256SUMS"
+"""File name of the list of checksums."""
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
 
 
 def is_occupied(out: Path) -> bool:
-    """Whether something is in the way of a result."""
+    """Whether `out` is a file, or a folder that is not empty."""
     return out.exists() and (not out.is_dir() or any(out.iterdir()))
 
 
 def require_replaceable(out: Path) -> None:
-    """Refuse a place that no finished folder can be renamed to.
+    """Check that a finished folder can be renamed to `out`.
 
     Raises:
-        UsageError: it is a link or a mount point.
+        UsageError: `out` is a link or a mount point.
     """
-    if out.is_symlink() or out.absolute().is_mount():  # of "." the parent is "."
+    # an absolute path, because `is_mount` compares a path with its parent, and the parent of "." is "."
+    if out.is_symlink() or out.absolute().is_mount():
         raise UsageError(
-            f"{out}: a link or a mount point, which cannot be replaced by a finished folder. Use a folder in it."
+            f"{out}: a link or a mount point, which a finished folder cannot replace. Use a folder inside it."
         )
 
 
 def require_free(out: Path, other: str) -> None:
-    """Refuse a place that cannot become a new folder.
+    """Check that a new folder can be written at `out`.
 
     Args:
-        out: the place.
-        other: what the user is to give instead.
+        out: path of the new folder.
+        other: argument for which the message asks for another value.
 
     Raises:
-        UsageError: something is there, or the folder that it would be in is not.
+        UsageError: `out` is a link or a mount point or is not empty, or its parent folder does not exist.
     """
     require_replaceable(out)
     if is_occupied(out):
@@ -57,7 +61,13 @@ def require_free(out: Path, other: str) -> None:
 
 @contextmanager
 def filled_folder(disk: Disk, out: Path, digest: str) -> Iterator[Path]:
-    """A folder to fill and to publish as `out`; it is deleted where something goes wrong before, an interruption too."""
+    """Make a folder to fill inside a `with`, and to publish as `out`. An error or an interruption deletes it.
+
+    Args:
+        disk: used for all writes.
+        out: path of the folder when it is complete.
+        digest: text that makes the name of the unfinished folder unique, see `building_folder`.
+    """
     building = building_folder(out, digest)
     disk.remove_tree(building)
     disk.make_folder(building)
@@ -68,9 +78,13 @@ def filled_folder(disk: Disk, out: Path, digest: str) -> Iterator[Path]:
 
 
 def building_folder(out: Path, digest: str) -> Path:
-    """What `out` is called until it is complete, for the run with this digest: two runs must not fill one folder.
+    """Path of the folder `out` until it is complete.
 
-    It belongs to this program: whatever lies there is deleted.
+    The path depends on the digest of the run, so that two runs never fill the same folder. Existing content of the folder is deleted.
+
+    Args:
+        out: path of the complete folder.
+        digest: digest of the run; the first eight characters become part of the name.
     """
     return out.with_name(f"{out.name}.{digest[:8]}.cbqstream.tmp")
 
@@ -87,18 +101,18 @@ def assemble(
     config: dict[str, Any],
     texts: Mapping[str, str],
 ) -> None:
-    """Make the folder `out` from the shards of the blocks; until its last rename it is called `building`.
+    """Make the folder `out` from the shards of the blocks and the source. It has the path `building` until it is complete.
 
     Args:
-        disk: for durable writes.
-        out: must not exist, or be empty.
-        building: beside it, see `building_folder`.
-        source_folder: its tokenizer and other files are copied byte for byte; its weights are not.
-        source: its tensors.
-        shards: finished blocks, and the SHA-256 of each.
-        replaced: names of the source's tensors that the shards stand for; all others are copied byte for byte.
+        disk: used for durable writes.
+        out: path of the result; it must not exist, or be an empty folder.
+        building: path until the folder is complete, see `building_folder`.
+        source_folder: folder of the source. Its tokenizer and other files are copied byte for byte; its weights are not.
+        source: tensors of the source.
+        shards: paths of the shards of the finished blocks, and the SHA-256 of each.
+        replaced: names of the tensors of the source that the shards replace; all other tensors are copied byte for byte.
         config: content of the new config.json.
-        texts: files that are written instead of those of the source, if it has such.
+        texts: text files to write, by name. They replace files of the source that have the same name.
     """
     disk.remove_tree(building)
     disk.make_folder(building)
@@ -126,18 +140,22 @@ def complete_folder(
     sums: Mapping[str, str],
     config: dict[str, Any],
 ) -> None:
-    """To what lies in `building` add what else a model folder has, config.json last, and call it `out`.
+    """Add checksums, files of the source, index and config.json to the shards in `building`, and rename the folder to `out`.
 
     Args:
-        disk, out, building, source_folder, config: as above.
-        weight_map: shard by tensor.
-        sums: SHA-256 by shard.
+        disk: used for durable writes.
+        out: path of the result; it must not exist, or be an empty folder.
+        building: folder with all shards.
+        source_folder: folder of the source. Files that are not weights, and that `building` does not have, are copied byte for byte.
+        weight_map: file name of the shard of each tensor, by the name of the tensor.
+        sums: SHA-256 of each shard, by its file name.
+        config: content of the new config.json, which is written last.
     """
     table = "".join(f"{sha256}  {name}\n" for name, sha256 in sorted(sums.items()))
     disk.write(building / SUMS, [table.encode()], mode=0o666)
     for file in sorted(source_folder.iterdir()):
-        is_ours = file.name in ("config.json", INDEX) or file.suffix in _WEIGHTS
-        if file.is_file() and not is_ours and not (building / file.name).exists():
+        is_replaced = file.name in ("config.json", INDEX) or file.suffix in _WEIGHTS
+        if file.is_file() and not is_replaced and not (building / file.name).exists():
             disk.copy(file, building / file.name)
     total = sum((building / name).stat().st_size for name in set(weight_map.values()))
     _write_json(
@@ -148,14 +166,17 @@ def complete_folder(
 
 
 def require_sums(folder: Path, intact: Mapping[str, str]) -> int | None:
-    """Compare the shards of a folder with its checksums. How many there are; None where there are no checksums.
+    """Compare the shards of a model folder with its list of checksums.
 
     Args:
-        folder: of which all shards are read but those that are
-        intact: by their name, the SHA-256 that they are known to have.
+        folder: the model folder.
+        intact: SHA-256 of the shards that were verified already, by file name. All other shards are read.
+
+    Returns:
+        Number of checksums in the list, or None if the folder has no list.
 
     Raises:
-        InputError: one is not what was written, is missing, or has none.
+        InputError: the list cannot be read, or a shard has another checksum or none.
     """
     file = folder / SUMS
     if not file.is_file():
@@ -167,7 +188,7 @@ def require_sums(folder: Path, intact: Mapping[str, str]) -> int | None:
         raise InputError(file, "not a list of checksums. Remove it, or copy it again.") from error
     for shard in sorted({info.file for info in find_tensors(folder).values()}):
         if sums.get(shard.name) != (intact.get(shard.name) or digest_of_file(shard).sha256):
-            raise InputError(shard, f"is not what was written (by its SHA-256 in {SUMS}). Copy it again.")
+            raise InputError(shard, f"is not what was written (its SHA-256 does not match {SUMS}). Copy it again.")
     return len(sums)
 
 

@@ -1,6 +1,7 @@
-"""Writing a safetensors file piece by piece, so that tensors can be copied from another file without being in memory.
+"""Writing of safetensors files in pieces, so that tensors can be copied from another file without being in memory.
 
-The bytes are a function of the tensors alone: sorted by name, and metadata that older versions of transformers ask for.
+The bytes of a file depend only on its tensors: tensors are sorted by name, and the metadata is constant. Older versions of transformers
+require the metadata.
 """
 
 import json
@@ -20,7 +21,16 @@ _ALIGNMENT = 8
 
 
 def write_tensors(disk: Disk, path: Path, tensors: Mapping[str, Tensor | OffloadedTensor]) -> FileDigest:
-    """Write tensors to a new, durable safetensors file; those that lie in another one are read when it is their turn."""
+    """Write tensors to a new, durable safetensors file, in the order of their names.
+
+    Args:
+        disk: used for the durable write.
+        path: the file to write.
+        tensors: values by name; an offloaded tensor is read when it is written.
+
+    Returns:
+        Digest of the file.
+    """
     names = sorted(tensors)
 
     def chunks() -> Iterator[bytes]:
@@ -36,7 +46,17 @@ def write_tensors(disk: Disk, path: Path, tensors: Mapping[str, Tensor | Offload
 
 
 def copy_tensors(disk: Disk, path: Path, source: StoredTensors, names: list[str]) -> FileDigest:
-    """Copy tensors byte for byte from a checkpoint into a new, durable safetensors file."""
+    """Copy tensors byte for byte from a checkpoint into a new, durable safetensors file.
+
+    Args:
+        disk: used for the durable write.
+        path: the file to write.
+        source: the checkpoint.
+        names: names of the tensors.
+
+    Returns:
+        Digest of the file.
+    """
     names = sorted(names)
 
     def chunks() -> Iterator[bytes]:
@@ -49,6 +69,7 @@ def copy_tensors(disk: Disk, path: Path, source: StoredTensors, names: list[str]
 
 
 def _header(entries: list[tuple[str, str, list[int], int]]) -> bytes:
+    """Header of a file whose tensors have the given names, dtypes, shapes and sizes in bytes, in the order of their data."""
     table: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, dtype, shape, size in entries:

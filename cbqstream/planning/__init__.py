@@ -1,1 +1,1 @@
-"""What a run will need, before it starts."""
+"""Memory, disk space and time that a run will need, computed before it starts."""

@@ -1,4 +1,4 @@
-"""Smaller settings that a plan suggests where a run does not fit, or takes too long."""
+"""Smaller settings, which a plan suggests for a run that does not fit or takes too long."""
 
 from dataclasses import replace
 
@@ -6,11 +6,11 @@ from cbqstream.config import QuantizeConfig
 from cbqstream.rounding.registry import METHODS, method_of
 
 _SHAPE = 4096, 4096
-"""A layer for which the memory of rounding methods is compared."""
+"""[O, I] of the layer for which the memory of rounding methods is compared."""
 
 
 def smaller_settings(config: QuantizeConfig) -> dict[str, QuantizeConfig]:
-    """Settings that need less memory or time, by the flags that ask for them."""
+    """Settings that need less memory or time, by the flags that select them."""
     settings, calibration, method = config.reconstruction, config.calibration, method_of(config.reconstruction)
     others = {}
     if settings.batch_size > 1:

@@ -1,4 +1,4 @@
-"""Memory and disk space that a run will need, summed over what methods, transforms, formats and stores declare."""
+"""Memory and disk space that a run will need, from the costs that rounding methods and transforms declare and the sizes of the model."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,16 +22,17 @@ from cbqstream.transforms.transform import TransformCost
 from cbqstream.windows.step_sizes import SEGMENTS_PER_STEP
 
 PROCESS = {"cpu": 385 << 20, "cuda": 2 << 30}
-"""Resident memory of a process that has imported everything and done a little; on CUDA an estimate."""
+"""Resident memory of a process after all imports and some computation; an estimate on CUDA."""
 CONTEXT = 700 << 20
 """Device memory of a CUDA context and its workspaces; an estimate."""
 TILES = 320 << 20
-"""Device memory for a tile of weights (`affine.row_tiles`): ten float32 values for each."""
+"""Device memory for a tile of weights (`affine.row_tiles`): ten float32 values for each weight."""
 _HEAP = 1.25
-"""What glibc keeps between allocations, fitted to runs (benchmarks/plan_check.py)."""
+"""Ratio of the memory that glibc holds for activations to their size, fitted to runs (benchmarks/plan_check.py)."""
 STREAM_BYTES = 2
 """Size of a value of a stream."""
 _LOGIT_COPIES = 6
+"""Number of float32 copies of the logits that are in memory together."""
 
 
 def rounding_cost(config: QuantizeConfig, sizes: ModelSizes) -> RoundingCost:
@@ -41,19 +42,19 @@ def rounding_cost(config: QuantizeConfig, sizes: ModelSizes) -> RoundingCost:
 
 
 def transform_cost(config: QuantizeConfig) -> TransformCost:
-    """Cost of all transforms that the settings ask for."""
+    """Cost of all transforms that the settings select."""
     costs = [transform.cost() for transform in active(config.transforms, config.scheme)]
     return TransformCost(sum(cost.copies for cost in costs), sum(cost.search_bytes for cost in costs))
 
 
 def scale_bytes(config: QuantizeConfig, sizes: ModelSizes, each: int) -> int:
-    """Memory of `each` bytes for every scale of a block."""
+    """Memory for all scales of a block with `each` bytes for a scale."""
     size = config.scheme.group_size
     return each * sum(rows * (1 if size is None else columns // size) for rows, columns in sizes.layers.values())
 
 
 def packed_bytes(config: QuantizeConfig, sizes: ModelSizes) -> int:
-    """Size of the shard of a finished block."""
+    """Size in bytes of the shard of a finished block."""
     codes, chosen = 0, config.schemes
     for name, (rows, columns) in sizes.layers.items():
         path = name.removesuffix(".weight")
@@ -65,14 +66,20 @@ def packed_bytes(config: QuantizeConfig, sizes: ModelSizes) -> int:
 
 
 def state_bytes(config: QuantizeConfig, sizes: ModelSizes, staying: int) -> int:
-    """Size of the window state of `staying` blocks."""
+    """Size in bytes of the window state of `staying` blocks."""
     return staying * (rounding_cost(config, sizes).state_bytes + scale_bytes(config, sizes, 8))
 
 
 def host_bytes(config: QuantizeConfig, sizes: ModelSizes, device: str) -> dict[str, int]:
-    """Resident memory besides the computation, by what it is for."""
+    """Resident memory in addition to that of the computation, in bytes by purpose.
+
+    Args:
+        config: settings of the run.
+        sizes: sizes of the model.
+        device: `cpu` or `cuda`.
+    """
     host = {"process": PROCESS[device]}
-    if device == "cuda":  # a layer in slabs beside its block while that is packed, or the embeddings as they are read
+    if device == "cuda":  # the packed block and one slab of a layer, or the embeddings while they are read
         packing = packed_bytes(config, sizes) + 9 * min(sizes.largest, SLAB_WEIGHTS)
         host["packing"] = max(packing, sizes.stored * sizes.vocabulary * sizes.hidden)
     if config.reconstruction.end_to_end_epochs:
@@ -85,13 +92,13 @@ def host_bytes(config: QuantizeConfig, sizes: ModelSizes, device: str) -> dict[s
 def device_bytes(
     config: QuantizeConfig, sizes: ModelSizes, memory_mode: MemoryMode, blocks: int, width: int
 ) -> dict[str, int]:
-    """Memory for the computation at its largest moment, by what it is for.
+    """Peak memory of the computation, in bytes by purpose.
 
     Args:
         config: settings of the run.
         sizes: sizes of the model.
-        memory_mode: what is traded for memory.
-        blocks: blocks in a window.
+        memory_mode: memory mode of the run.
+        blocks: number of blocks in a window.
         width: bytes of a value of the compute dtype.
     """
     window = _window_bytes(config, sizes, memory_mode, blocks, width)
@@ -113,11 +120,11 @@ def device_bytes(
 def _window_bytes(
     config: QuantizeConfig, sizes: ModelSizes, memory_mode: MemoryMode, blocks: int, width: int
 ) -> dict[str, int]:
-    """Memory of a window while it is trained."""
+    """Memory of a window while it is trained, in bytes by purpose."""
     settings, seq_len = config.reconstruction, config.calibration.seq_len
     batch = settings.batch_size * seq_len
     kept = 1 if memory_mode.activation_checkpointing else blocks
-    attention = 8 * sizes.eager_heads * batch * seq_len  # scores and their softmax, of all heads
+    attention = 8 * sizes.eager_heads * batch * seq_len  # scores and their softmax for all heads
     layers = sizes.largest if memory_mode.offload else blocks * sizes.weights
     rest = sizes.block_bytes - sizes.weights * sizes.stored
     cost = rounding_cost(config, sizes)
@@ -136,51 +143,60 @@ def _window_bytes(
 
 
 def _saved(config: QuantizeConfig, sizes: ModelSizes) -> int:
-    """Values that a block saves for the backward pass, for a token."""
+    """Number of values that a block saves for the backward pass for each token."""
     return 2 * sizes.outputs + (4 * sizes.hidden if config.scheme.activation_bits else 0)
 
 
 def _head_bytes(sizes: ModelSizes, width: int) -> dict[str, int]:
-    """Memory of the head, and of the logits of the tokens that are computed together."""
+    """Memory of the head and of the logits that are computed together, in bytes by purpose."""
     logits = _LOGIT_COPIES * 4 * HEAD_TOKENS * sizes.vocabulary
     return {"head and logits": width * sizes.vocabulary * sizes.hidden + logits}
 
 
 def _end_to_end_bytes(config: QuantizeConfig, sizes: ModelSizes, width: int) -> dict[str, int]:
-    """Memory of the end-to-end stage."""
+    """Memory of the end-to-end stage, in bytes by purpose."""
     settings, seq_len = config.reconstruction, config.calibration.seq_len
     together = min(SEGMENTS_PER_STEP, settings.batch_size) * seq_len
-    # states between all blocks, and one block with gradients
+    # hidden states between all blocks, and the activations of one block with gradients
     of_block = 2 * _saved(config, sizes) + (9 + sizes.num_blocks) * sizes.hidden
-    seen = 2 * 8 * sizes.eager_heads * together * seq_len
+    attention = 2 * 8 * sizes.eager_heads * together * seq_len
     rest = sizes.block_bytes - sizes.weights * sizes.stored
     logits = _head_bytes(sizes, width)["head and logits"] - width * sizes.vocabulary * sizes.hidden
     return {
         "weights": rest + width * 2 * sizes.weights + 8 * sizes.largest,
         "step sizes": sizes.num_blocks * scale_bytes(config, sizes, 20),  # s0, theta, gradient, two moments
-        "activations": int(_HEAP * width * together * of_block) + seen,
+        "activations": int(_HEAP * width * together * of_block) + attention,
         "embedding, head and logits": width * (sizes.outer_bytes // sizes.stored) + logits,
     }
 
 
 @dataclass(frozen=True, slots=True)
 class OffloadFile:
-    """The file to which the layers of a window are offloaded, bytes; it only grows."""
+    """The file to which the layers of a window are offloaded, in bytes. The file never shrinks during a window."""
 
     size: int = 0
+    """Largest size of the file."""
     read: int = 0
+    """Number of bytes read during the run."""
     written: int = 0
+    """Number of bytes written during the run."""
 
     @classmethod
     def of(cls, config: QuantizeConfig, sizes: ModelSizes, in_window: int, work: Work) -> Self:
         """The file of a run.
 
-        A training step reads every layer three times, because activations are computed again, and writes what changed. Everything else
-        reads every layer once per batch.
+        A training step reads every layer three times, because activations are computed again, and writes the values of the rounding.
+        Other passes read every layer once per batch.
+
+        Args:
+            config: settings of the run.
+            sizes: sizes of the model.
+            in_window: number of blocks in a window.
+            work: work of the run.
         """
         values = rounding_cost(config, sizes).offloaded_bytes
         each = sizes.weights * sizes.stored * (1 + transform_cost(config).copies) + values
-        finished = sizes.weights + packed_bytes(config, sizes)  # codes, alone and packed
+        finished = sizes.weights + packed_bytes(config, sizes)  # the codes, and the packed tensors
         read = (3 * work.steps + work.hard_batches + work.stream_batches) * each
         written = work.steps * values + work.windows * in_window * each + work.blocks * finished
         return cls(in_window * (each + finished), int(read), int(written))
@@ -189,18 +205,19 @@ class OffloadFile:
 def disk_bytes(
     config: QuantizeConfig, sizes: ModelSizes, quantized: int, staying: int, offloaded: OffloadFile
 ) -> Mapping[str, int]:
-    """Disk space at the fullest moment, besides the source, by what it is for.
+    """Peak disk space without the source, in bytes by purpose.
 
     Args:
         config: settings of the run.
         sizes: sizes of the model.
-        quantized: blocks that are quantized.
-        staying: blocks that stay in a window.
+        quantized: number of blocks that are quantized.
+        staying: number of blocks that stay for the next window.
         offloaded: file of offloaded layers.
     """
     tokens = config.calibration.num_samples * config.calibration.seq_len
     learns = method_of(config.reconstruction).learns
-    rewritten = 2 if learns and config.reconstruction.end_to_end_epochs else 1  # the last epoch writes all blocks again
+    # the last epoch rewrites the shards of all blocks
+    rewritten = 2 if learns and config.reconstruction.end_to_end_epochs else 1
     return {
         "streams": 5 * tokens * sizes.hidden * STREAM_BYTES,
         "blocks": quantized * packed_bytes(config, sizes) * rewritten,

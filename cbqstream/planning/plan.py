@@ -1,7 +1,8 @@
-"""What a run will need, from headers, config.json and settings alone: no weight is read and no model is built.
+"""The plan of a run: the memory, disk space and time that it will need.
 
-Everything is counted for the largest block, in the order in which a window does things (`run/pipeline.py`); `benchmarks/plan_check.py`
-compares the counts with real runs. The time is computed from rates that are measured on this machine, on layers of the model's shape.
+A plan is computed from headers, config.json and settings. No weight is read, and no model is built. Sizes are those of the largest block,
+and the counts follow the steps of a window (`run/pipeline.py`). `benchmarks/plan_check.py` compares plans with real runs. The time is
+computed from rates that are measured on this machine, on layers with the shapes of the model.
 """
 
 from collections.abc import Mapping
@@ -46,43 +47,45 @@ _MODES = (
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a run needs: bytes, seconds, floating-point operations."""
+    """Requirements of a run, in bytes, seconds and floating-point operations."""
 
     windows: int
     """Number of windows."""
     ram: Mapping[str, int]
-    """Peak resident memory, by what it is for; the sum counts."""
+    """Parts of the peak resident memory, by purpose; the peak is their sum."""
     vram: Mapping[str, int]
-    """Peak memory of a CUDA device, by what it is for; empty on the CPU."""
+    """Parts of the peak memory of a CUDA device, by purpose; empty on the CPU."""
     disk: Mapping[str, int]
-    """Disk space at the fullest moment, besides the source, by what it is for."""
+    """Parts of the peak disk space, without the source, by purpose."""
     source: int
     """Size of the source."""
     bytes_read: int
+    """Number of bytes read from disk."""
     bytes_written: int
+    """Number of bytes written to disk."""
     flop: float
     """Floating-point operations of matrix products and of the rounding."""
     rounding_bytes: int
-    """Bytes that the rounding reads and writes in memory during training."""
+    """Number of bytes that the rounding reads and writes in memory during training."""
     seconds: Mapping[str, float]
-    """Time, by what it goes to; empty if no rates were given."""
+    """Parts of the time, by kind of work; empty if the plan was made without rates."""
     memory_mode: MemoryMode
-    """What is traded for memory to stay within the limits."""
+    """Memory mode that keeps the run within the limits."""
     smaller: "Mapping[str, Plan]" = field(default_factory=dict)
-    """Plans with smaller settings, by the flags that ask for them."""
+    """Plans with smaller settings, by the flags that select them."""
 
     def largest(self, name: Literal["ram", "vram"]) -> int:
-        """Peak memory, all parts together."""
+        """Peak resident memory (`ram`) or device memory (`vram`), the sum of all parts."""
         return sum((self.ram if name == "ram" else self.vram).values())
 
     @property
     def disk_total(self) -> int:
-        """Disk space, all parts together."""
+        """Peak disk space, the sum of all parts."""
         return sum(self.disk.values())
 
     @property
     def seconds_total(self) -> float:
-        """Time, all parts together; 0 if no rates were given."""
+        """Time in seconds, the sum of all parts; 0 if the plan was made without rates."""
         return sum(self.seconds.values())
 
     def to_dict(self) -> dict[str, Any]:
@@ -106,20 +109,22 @@ def make_plan(
     rates: Rates | None = None,
     memory_mode: MemoryMode = _MODES[0],
 ) -> Plan:
-    """Count what a run needs in a given memory mode.
+    """Make the plan of a run in a given memory mode.
 
     Args:
         config: settings of the run.
         sizes: sizes of the model.
         device: `cpu` or `cuda`.
-        rates: rates of the machine, for the time.
-        memory_mode: what is traded for memory.
+        rates: rates of the machine, from which the time is computed; None gives a plan without time.
+        memory_mode: memory mode of the run.
 
     Raises:
-        UsageError: nothing is left to quantize.
+        UsageError: the settings leave no block to quantize.
     """
     if config.keep_first + config.keep_last >= sizes.num_blocks:
-        raise UsageError(f"keep_first and keep_last leave none of the {sizes.num_blocks} blocks to quantize.")
+        raise UsageError(
+            f"keep_first and keep_last leave none of the {sizes.num_blocks} blocks to quantize. Use smaller values."
+        )
     settings, calibration, learns = config.reconstruction, config.calibration, method_of(config.reconstruction).learns
     windows = schedule(config.keep_first, sizes.num_blocks - config.keep_last, config.window)
     in_window = max(window.stop - window.start for window in windows)
@@ -156,10 +161,16 @@ def make_plan(
 
 
 def fitting_plan(config: QuantizeConfig, sizes: ModelSizes, device: str, rates: Rates | None = None) -> Plan:
-    """The plan of the first memory mode that stays within the limits of the settings.
+    """Make the plan of the first memory mode that stays within the memory limits of the settings.
+
+    Args:
+        config: settings of the run.
+        sizes: sizes of the model.
+        device: `cpu` or `cuda`.
+        rates: rates of the machine, from which the time is computed; None gives a plan without time.
 
     Raises:
-        DeviceMemoryError: none does; the message names smaller settings that would.
+        DeviceMemoryError: no memory mode stays within the limits; the message names smaller settings that do.
     """
     for mode in _MODES[:-1]:
         made = make_plan(config, sizes, device, rates, mode)
@@ -176,14 +187,14 @@ def fitting_plan(config: QuantizeConfig, sizes: ModelSizes, device: str, rates: 
         for flags, other in smaller_settings(config).items()
         if _over(config, smaller := make_plan(other, sizes, device, memory_mode=_MODES[-1])) is None
     ]
-    remedy = f"These fit: {', '.join(fits)}" if fits else "No smaller batch or window fits either; give it more"
+    remedy = f"These settings fit: {', '.join(fits)}" if fits else "No smaller setting fits; use a higher limit"
     raise DeviceMemoryError(
         f"--max-{name} {limit / GIB:.2f} GiB: this run needs {made.largest(name) / GIB:.2f} ({', '.join(needs)}). {remedy}."
     )
 
 
 def _over(config: QuantizeConfig, made: Plan) -> tuple[Literal["ram", "vram"], int] | None:
-    """The limit that a plan exceeds."""
+    """Name and size in bytes of a memory limit that a plan exceeds, or None."""
     if config.max_vram is not None and made.largest("vram") > config.max_vram:
         return "vram", config.max_vram
     if config.max_ram is not None and made.largest("ram") > config.max_ram:
@@ -192,10 +203,10 @@ def _over(config: QuantizeConfig, made: Plan) -> tuple[Literal["ram", "vram"], i
 
 
 def plan(config: QuantizeConfig, *, with_time: bool = True, revision: str | None = None) -> Plan:
-    """What a run will need.
+    """Make the plan of a run.
 
     Args:
-        config: settings of the run; the dataset is not read, and of a model that is a name on the Hub only headers are fetched.
+        config: settings of the run. The dataset is not read. If the model is a name on the Hub, only headers are fetched.
         with_time: measure the speed of this machine, which takes five seconds.
         revision: branch, tag or commit of a model on the Hub.
 
@@ -205,7 +216,7 @@ def plan(config: QuantizeConfig, *, with_time: bool = True, revision: str | None
     Raises:
         InputError: the model cannot be read.
         UsageError: the settings do not fit the model.
-        DeviceMemoryError: the run does not fit the limits of the settings.
+        DeviceMemoryError: the run does not fit the memory limits of the settings.
     """
     name = config.model
     sizes = ModelSizes.of_name(name, revision) if is_name(name, revision) else ModelSizes.of(Path(name))

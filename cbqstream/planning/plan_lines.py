@@ -5,7 +5,7 @@ from cbqstream.report.progress import duration
 from cbqstream.runtime.memory import GIB
 
 _SPREAD = 0.3
-"""Uncertainty of the time: a machine that runs for hours is not as fast as in a few seconds of measurement."""
+"""Uncertainty of the time, because a machine that runs for hours is slower than in a few seconds of measurement."""
 
 
 def plan_lines(plan: Plan) -> list[str]:
@@ -16,7 +16,7 @@ def plan_lines(plan: Plan) -> list[str]:
             listed = ", ".join(f"{part} {size / GIB:.2f}" for part, size in parts.items() if size >= GIB / 200)
             lines.append(f"{label}: {sum(parts.values()) / GIB:.2f} GiB ({listed})")
     moved = f"{plan.bytes_read / GIB:.1f} GiB read, {plan.bytes_written / GIB:.1f} GiB written"
-    lines.append(f"source: {plan.source / GIB:.2f} GiB; in all {moved}, {plan.flop:.1e} floating-point operations")
+    lines.append(f"source: {plan.source / GIB:.2f} GiB; {moved}, {plan.flop:.1e} floating-point operations")
     if plan.memory_mode.activation_checkpointing:
         lines.append("activation checkpointing: needed to stay within the limit")
     if plan.memory_mode.offload:
@@ -31,8 +31,8 @@ def plan_lines(plan: Plan) -> list[str]:
 
 
 def _difference(plan: Plan, other: Plan) -> str:
-    """What other settings change."""
-    told = []
+    """Differences in memory, disk space and time between a plan and one with other settings."""
+    differences = []
     for label, before, after in (
         ("device memory", plan.largest("vram"), other.largest("vram")),
         ("memory", plan.largest("ram"), other.largest("ram")),
@@ -40,7 +40,7 @@ def _difference(plan: Plan, other: Plan) -> str:
     ):
         change = (after - before) / GIB
         if abs(change) >= 0.005:
-            told.append(f"{label} {change:+.2f} GiB")
+            differences.append(f"{label} {change:+.2f} GiB")
     if plan.seconds:
-        told.append(f"time {100 * (other.seconds_total / plan.seconds_total - 1):+.0f} %")
-    return ", ".join(told) or "no change"
+        differences.append(f"time {100 * (other.seconds_total / plan.seconds_total - 1):+.0f} %")
+    return ", ".join(differences) or "no change"

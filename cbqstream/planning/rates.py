@@ -1,4 +1,4 @@
-"""Speed of this machine, measured in a few seconds on layers of a model's shape."""
+"""Speed of this machine, measured in a few seconds on layers with the shapes of a model."""
 
 import math
 import time
@@ -10,52 +10,53 @@ from torch.nn import functional
 
 from cbqstream.config import QuantizeConfig
 from cbqstream.rounding.registry import method_of
-from cbqstream.rounding.rounding import TrainingStep
+from cbqstream.rounding.rounding import RoundingStart, TrainingStep
 from cbqstream.runtime.scratch import Scratch
 
 _MEASURED = {"cpu": (4 << 20, 1024), "cuda": (64 << 20, 8192)}
-"""Largest number of weights and of tokens; on CUDA a smaller product takes less time than its launches."""
+"""Largest numbers of weights and of tokens of a measured product. On CUDA, kernel launches would dominate the time of smaller products."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Seconds on this machine."""
+    """Times of elementary operations on this machine, in seconds."""
 
     product: float
-    """For one weight, token and training step: output, gradient of the input, gradient of the weight."""
+    """Time for one weight, token and training step: output, gradient of the input and gradient of the weight."""
     weight: float
-    """For one weight and training step, whatever the tokens: its rounding, forward twice and backward."""
+    """Time for one weight and training step that does not depend on the number of tokens: its rounding, twice forward and once backward."""
     value: float
-    """For reading or writing one value of the activations."""
+    """Time to read or write one value of the activations."""
 
 
 def measure_rates(
     config: QuantizeConfig, layers: Sequence[tuple[int, int]], device: torch.device, dtype: torch.dtype
 ) -> Rates:
-    """Measure the rates of this machine, as if a run had its cores for itself.
+    """Measure the rates of this machine for a run that has all cores to itself.
 
-    Two products of different length, with a layer as wide as the largest one of the model and the rounding of the settings, separate the
-    time per weight from the time per token.
+    Products with two different numbers of tokens separate the time per weight from the time per token. The layer has as many columns as
+    the largest layer of the model, and the rounding method of the settings.
 
     Args:
         config: settings of the run.
         layers: [O, I] of the layers of a block.
-        device: device on which is measured.
+        device: device to measure.
         dtype: dtype in which blocks compute.
     """
     weights, tokens = _MEASURED[device.type]
     rows, columns = max(layers, key=math.prod)
     rows = max(16, min(rows, weights // columns))
     groups = 1 if config.scheme.group_size is None else columns // config.scheme.group_size
-    weight = torch.full((rows, columns), 0.1, device=device, dtype=torch.bfloat16)
-    rounding = method_of(config.reconstruction).start(
-        weight,
-        (torch.full((rows, groups), 0.3, device=device), None),
-        replace(config.scheme, symmetric=True),
-        config.reconstruction,
-        torch.Generator().manual_seed(0),
-        Scratch(),
+    start = RoundingStart(
+        weight=torch.full((rows, columns), 0.1, device=device, dtype=torch.bfloat16),
+        scale=torch.full((rows, groups), 0.3, device=device),
+        zero_point=None,
+        scheme=replace(config.scheme, symmetric=True),
+        config=config.reconstruction,
+        generator=torch.Generator().manual_seed(0),
+        scratch=Scratch(),
     )
+    rounding = method_of(config.reconstruction)(start)
     rounding.begin_step(TrainingStep(progress=0.0, rate_left=1.0, total=1000, num_layers=1))
     batch = config.reconstruction.batch_size * config.calibration.seq_len
     many = max(4, min(batch, tokens))
@@ -77,12 +78,16 @@ def measure_rates(
     return Rates(
         product=a_token / (rows * columns),
         weight=max(0.0, fast - few * a_token) / (rows * columns),
-        value=_timed(elementwise, device) / (11 * gate.numel()),  # reads and writes of the two passes
+        value=_timed(elementwise, device)
+        / (11 * gate.numel()),  # 11 reads and writes of each value in the forward and backward pass
     )
 
 
 def _timed(work: Callable[[], object], device: torch.device, seconds: float = 1.2) -> float:
-    """Median time of a call, from as many calls as fit. On the CPU, process time per core, so that other programs do not count."""
+    """Median time of a call in seconds, from the calls that fit into `seconds`, at least one.
+
+    On the CPU it is the process time per core, which does not include the time of other programs.
+    """
     times: list[float] = []
     end = time.perf_counter() + seconds
     cuda = device.type == "cuda"

@@ -1,4 +1,4 @@
-"""Sizes of the parts of a model, from the headers of its shards and config.json alone."""
+"""Sizes of the parts of a model, computed from the headers of its shards and config.json."""
 
 import math
 import re
@@ -17,25 +17,28 @@ from cbqstream.records import TensorInfo
 
 @dataclass(frozen=True, slots=True)
 class ModelSizes:
-    """Sizes of a model; those of a block are of the largest block."""
+    """Sizes of a model. Sizes of a block are those of the largest block."""
 
     num_blocks: int
+    """Number of blocks."""
     hidden: int
+    """Width of the hidden states."""
     vocabulary: int
+    """Number of token ids."""
     layers: Mapping[str, tuple[int, int]]
     """[O, I] of each linear layer of a block, by the name of its weight in the checkpoint."""
     experts: float
     """Share of the experts of a block that compute a token; 1 without experts."""
     stored: int
-    """Bytes of a stored weight."""
+    """Size of a stored weight in bytes."""
     block_bytes: int
-    """Bytes of a block."""
+    """Size of a block in bytes."""
     source_bytes: int
-    """Bytes of all tensors."""
+    """Size of all tensors in bytes."""
     outer_bytes: int
-    """Bytes of the tensors outside the blocks."""
+    """Size of the tensors outside the blocks in bytes."""
     eager_heads: int = 0
-    """Number of heads whose attention keeps matrices [S, S], in families that have only eager attention; else 0."""
+    """Number of attention heads in families that have only eager attention, which stores a matrix [S, S] for each head; otherwise 0."""
 
     @property
     def weights(self) -> int:
@@ -54,12 +57,12 @@ class ModelSizes:
 
     @property
     def outputs(self) -> int:
-        """Number of output values of the layers of a block for a token."""
+        """Number of output values of all layers of a block for each token."""
         return int(sum(self._share(name) * rows for name, (rows, _) in self.layers.items()))
 
     @property
     def active(self) -> int:
-        """Number of weights of a block that compute a token."""
+        """Number of weights in the layers of a block that compute a token."""
         return int(sum(self._share(name) * rows * columns for name, (rows, columns) in self.layers.items()))
 
     def _share(self, name: str) -> float:
@@ -76,7 +79,11 @@ class ModelSizes:
 
     @classmethod
     def of_name(cls, name: str, revision: str | None) -> "ModelSizes":
-        """Sizes of a model on the Hub, of which only headers are fetched.
+        """Sizes of a model on the Hub; only its headers and config.json are fetched.
+
+        Args:
+            name: name of the model, `owner/name`.
+            revision: branch, tag or commit; None is the default branch.
 
         Raises:
             InputError: the model cannot be fetched, or has no blocks.
@@ -89,6 +96,11 @@ class ModelSizes:
     def counted(cls, folder: Path, model: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> "ModelSizes":
         """Sizes of a model whose config.json and headers were read.
 
+        Args:
+            folder: folder of the model, for messages.
+            model: content of config.json.
+            infos: location, shape and dtype of every tensor, by name.
+
         Raises:
             InputError: the model is quantized, or has no blocks.
         """
@@ -98,7 +110,7 @@ class ModelSizes:
         largest = max(blocks.values(), key=lambda tensors: sum(info.num_bytes for info in tensors), default=[])
         matrices = [info for info in largest if len(info.shape) == 2]
         if not matrices:
-            raise InputError(folder, "no matrices of numbered blocks.")
+            raise InputError(folder, "no matrices of numbered blocks. Give the folder of a language model.")
         for info in (info for tensors in blocks.values() for info in tensors):
             if len(info.shape) == 2 and not all(is_size(size) for size in info.shape):
                 raise InputError(info.file, f"shape {list(info.shape)} is not plausible.", tensor=info.name)
@@ -120,30 +132,42 @@ class ModelSizes:
 
 
 def require_original(folder: Path, model: Mapping[str, Any]) -> None:
-    """Refuse a model that is quantized already.
+    """Check that a model is not quantized already.
+
+    Args:
+        folder: folder of the model, for the message.
+        model: content of config.json.
 
     Raises:
         InputError: config.json has a quantization_config.
     """
-    said = model.get("quantization_config")
-    if said:
-        what = f"the model is already quantized ({method_of(said)}). Give the original"
-        raise InputError(folder / "config.json", f"{what}; where that is FP8, convert it to bf16.")
+    config = model.get("quantization_config")
+    if config:
+        problem = f"the model is already quantized ({method_of(config)})"
+        raise InputError(
+            folder / "config.json", f"{problem}. Give the original model; if that is in FP8, convert it to bf16."
+        )
 
 
 def _share_of_experts(model: Mapping[str, Any], names: Sequence[str]) -> float:
+    """Share of the experts of a block that compute a token, from config.json and the names of the layers; 1 without experts."""
     number = len({match[1] for name in names if (match := EXPERT.search(name))})
     chosen = next((model[key] for key in ("num_experts_per_tok", "moe_k", "moe_topk") if model.get(key)), number)
     return min(1.0, chosen / number) if number else 1.0
 
 
 def _eager_heads(model: Mapping[str, Any]) -> int:
+    """Number of attention heads in a family that has only eager attention; otherwise 0."""
     heads = next((model[name] for name in ("num_attention_heads", "n_head") if is_size(model.get(name))), 0)
     return heads if family_of(str(model.get("model_type"))).eager_attention else 0
 
 
 def _by_block(infos: Mapping[str, TensorInfo]) -> dict[int, list[TensorInfo]]:
-    """Tensors of each block: of the names with a number in them, those with the same prefix that hold most bytes."""
+    """Tensors of each block, by the number of the block.
+
+    Tensors with a number in their name are grouped by the prefix before the first number. The group with the most bytes contains the
+    blocks.
+    """
     lists: dict[str, dict[int, list[TensorInfo]]] = {}
     for name, info in infos.items():
         match = re.match(r"(.*?\.)(\d+)\.", name)

@@ -1,4 +1,4 @@
-"""The work of a run: how often segments pass blocks, and how long that takes."""
+"""The work of a run: the number of passes of segments through blocks, and the time that they take."""
 
 import math
 from collections.abc import Mapping
@@ -14,42 +14,52 @@ from cbqstream.windows.schedule import split_held_out
 _START = 4.0
 """Seconds to import everything and to open the model."""
 _LOGIT_COPIES = 6
+"""Number of reads and writes of each logit in training."""
 _GRID_SEARCH = {True: 22, False: 120}
-"""Cost of the grid search of a symmetric and of an asymmetric weight, in training steps of its rounding."""
+"""Cost of the grid search of a weight, in training steps of its rounding, by whether the scheme is symmetric."""
 _ELEMENTWISE = {None: 14, 8: 21, 4: 21}
-"""Values of activations that are read or written elementwise in training, per value of the layers' outputs, by the width of inputs."""
+"""Number of elementwise reads and writes of activations in training, for each output value of the layers, by `activation_bits`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """How often a segment passes a block, and how many steps there are."""
+    """Numbers of passes and training steps in a run."""
 
     forward: float
-    """Forward passes of a segment through a block."""
+    """Number of forward passes of one segment through one block."""
     trained: float
-    """Training steps of a segment in a block; each is three forward passes."""
+    """Number of training passes of one segment through one block; each costs as much as three forward passes."""
     steps: float
-    """Training steps of a block with a batch."""
+    """Number of training steps of one block with one batch."""
     hard_batches: float
-    """Batches that pass a block with hard weights."""
+    """Number of passes of one batch through one block with hard weights."""
     stream_batches: float
-    """Batches that pass a block to move a stream or to make targets."""
+    """Number of passes of one batch through one block that move a stream or compute targets."""
     windows: int
+    """Number of windows."""
     blocks: float
-    """Blocks that get a grid."""
+    """Number of blocks whose layers get a grid."""
     head_segments: float
-    """Segments whose next-token distribution is computed."""
+    """Number of segments whose next-token distribution is computed."""
 
     @property
     def passes(self) -> float:
-        """All passes of a segment through a block, as forward passes."""
+        """Number of passes of one segment through one block, in units of forward passes."""
         return self.forward + 3 * self.trained
 
     @classmethod
     def of(
         cls, config: QuantizeConfig, sizes: ModelSizes, windows: int, in_window: int, *, activation_checkpointing: bool
     ) -> Self:
-        """The work of a run with so many windows of so many blocks."""
+        """The work of a run.
+
+        Args:
+            config: settings of the run.
+            sizes: sizes of the model.
+            windows: number of windows.
+            in_window: number of blocks in a window.
+            activation_checkpointing: whether the memory mode computes activations again in the backward pass.
+        """
         settings, samples = config.reconstruction, config.calibration.num_samples
         training, held_out = (len(part) for part in split_held_out(samples))
         learns = method_of(settings).learns
@@ -76,12 +86,19 @@ class Work:
 
 
 def attention_weights(config: QuantizeConfig, sizes: ModelSizes) -> int:
-    """Multiplications of attention for a token, in weights: half of S keys and half of S values."""
+    """Number of multiplications of attention for each token of a segment of length S, with on average S/2 keys and S/2 values."""
     return config.calibration.seq_len * sizes.hidden
 
 
 def seconds_of(config: QuantizeConfig, sizes: ModelSizes, work: Work, rates: Rates) -> Mapping[str, float]:
-    """Time of a run in seconds, by what it goes to."""
+    """Time of a run in seconds, by kind of work.
+
+    Args:
+        config: settings of the run.
+        sizes: sizes of the model.
+        work: work of the run.
+        rates: rates of the machine.
+    """
     seq_len = config.calibration.seq_len
     passes = work.trained + work.forward / 3
     products = passes * seq_len * (sizes.active + 2 * attention_weights(config, sizes))

@@ -1,1 +1,1 @@
-"""Saying what happens, to people."""
+"""Output for people: progress, status, reports, figures and model cards."""

@@ -1,4 +1,4 @@
-"""Files in which a finished model describes itself: a model card, and metrics.jsonl. They do not depend on the machine."""
+"""Files that describe a finished model: the model card, and metrics.jsonl. They do not depend on the speed of the machine."""
 
 import json
 import re
@@ -14,17 +14,18 @@ CARD, METRICS = "README.md", "metrics.jsonl"
 
 
 def metrics_lines(reports: Sequence[WindowReport | EpochReport]) -> str:
-    """One line of JSON for each window and epoch: its result, without what it cost on this machine."""
+    """Content of metrics.jsonl: one line of JSON with the result of each window and epoch, without its time and memory."""
     without_costs = [replace(report, costs=None).to_dict() for report in reports]
     return "".join(json.dumps(values, sort_keys=True) + "\n" for values in without_costs)
 
 
 def model_card(chain: Chain, original: str) -> str:
-    """The model card of a finished run: what was done, the settings, and what is known of the result; then the card of the source.
+    """The model card of a finished run: a table of facts, the settings as a recipe, and the card of the source.
 
     Args:
         chain: the run.
-        original: README.md of the source, or nothing. Its metadata for the Hub, such as the license, stays at the start.
+        original: README.md of the source; an empty string if there is none. Its metadata for the Hub, such as the license, stays at the
+            start of the card.
     """
     run, windows, epochs = chain.run, chain.window_reports, chain.epoch_reports
     config, (segments, tokens, _) = run.config, run.stream
@@ -54,9 +55,9 @@ def model_card(chain: Chain, original: str) -> str:
     table = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
     return (
         f"{metadata}# Quantized to {scheme.name}\n\n"
-        "With cbqstream, by Cross-Block Quantization (arXiv 2312.07950).\n\n"
+        "Quantized with cbqstream, by Cross-Block Quantization (arXiv 2312.07950).\n\n"
         f"| | |\n|---|---|\n{table}\n"
-        "`metrics.jsonl` has the results of every window and layer. To make this model again:\n\n"
+        "`metrics.jsonl` has the results of every window and layer. To reproduce this model:\n\n"
         "    cbqstream quantize MODEL OUT --dataset DATASET --recipe recipe.toml\n\n"
         f"with, in `recipe.toml`,\n\n```toml\n{recipe_of(config)}```\n" + (f"\n{text}" if text else "")
     )

@@ -1,4 +1,4 @@
-"""The facts of a run or of its result, in the form in which a report shows them."""
+"""Facts of a run or of its result that a report shows."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -13,12 +13,13 @@ from cbqstream.runtime.memory import GIB
 from cbqstream.scheme import Scheme
 
 _NAMED = 8
+"""Largest number of reverted windows whose numbers are listed."""
 _IN_BLOCK = re.compile(r".*?\.(\d+)\.(.+)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Facts:
-    """Facts of a run, finished or not, or of a result without its run.
+    """Facts of a run, finished or not, or of a result whose run directory is not available.
 
     Raises:
         ValueError: the report of a window names a layer that is not in a block.
@@ -35,11 +36,11 @@ class Facts:
     weights: int
     """Number of weights in quantized layers."""
     stored: int
-    """Bytes of their codes, scales and zero points."""
+    """Size in bytes of the codes, scales and zero points of quantized layers."""
     sizes: Mapping[str, int]
-    """Bytes of the tensors of each model, by what it is."""
+    """Size in bytes of all tensors of each model, by its role: `source` or `result`."""
     perplexities: dict[str, float] = field(default_factory=dict)
-    """Perplexity of each model, by what it is."""
+    """Perplexity of each model, by its role: `source` or `result`."""
     identity: Identity | None = None
     recipe: str | None = None
 
@@ -50,11 +51,11 @@ class Facts:
 
     @property
     def places(self) -> list[int]:
-        """Numbers of the windows, from 1."""
+        """Numbers of the finished windows, from 1."""
         return [window.index + 1 for window in self.windows]
 
     def rows(self) -> list[tuple[str, str]]:
-        """The most important facts, as names and texts."""
+        """Names and values of the most important facts, as text."""
         scheme, windows, epochs = self.scheme, self.windows, self.epochs
         rows = [("scheme", f"{scheme.name}, {grid_in_words(scheme)}")]
         if self.weights:
@@ -79,7 +80,7 @@ class Facts:
         return rows
 
     def sqnr_db(self) -> dict[str, dict[int, float]]:
-        """Signal to quantization noise of the weights in decibels, by layer and block; of experts, the mean."""
+        """Signal to quantization noise of the weights in decibels, by layer and block; for experts, the mean over the experts."""
         found: dict[str, dict[int, list[float]]] = {}
         for window in self.windows:
             for path, decibels in window.sqnr_db.items():
@@ -88,7 +89,7 @@ class Facts:
         return {layer: {block: mean(values) for block, values in blocks.items()} for layer, blocks in found.items()}
 
     def smoothed(self) -> dict[str, dict[int, int]]:
-        """Number of rescaled channels, by smoothed layer and block; of experts, the sum."""
+        """Number of rescaled channels, by smoothed layer and block; for experts, the sum over the experts."""
         found: dict[str, dict[int, int]] = {}
         for window in self.windows:
             for path, (channels, _) in window.smoothed.items():
@@ -99,12 +100,13 @@ class Facts:
 
 
 def grid_in_words(scheme: Scheme) -> str:
-    """Granularity of the scales of weights, and whether there are zero points."""
+    """Description of the scales and zero points of weights, such as "groups of 128, symmetric"."""
     size = "one scale per channel" if scheme.group_size is None else f"groups of {scheme.group_size}"
     return f"{size}, {'symmetric' if scheme.symmetric else 'with zero points'}"
 
 
 def _in_block(path: str) -> tuple[int, str]:
+    """Number of the block of a layer, and name of the layer in the block."""
     match = _IN_BLOCK.fullmatch(path)
     if match is None:
         raise ValueError(f"{path} is not in a block")

@@ -1,6 +1,6 @@
-"""Figures of a run. Each is a function that draws `Facts` into axes, or returns False if there is nothing to draw.
+"""Figures of a run. Each figure is a function that draws `Facts` into axes and returns False if the facts for it are missing.
 
-Importing this module needs matplotlib.
+Importing this module requires matplotlib.
 """
 
 import io
@@ -21,10 +21,10 @@ except ImportError as missing:
     raise UsageError("a report needs matplotlib. Install it: pip install 'cbqstream[report]'.") from missing
 
 _INK = "#010203"
-"""Placeholder for the color of text, which is that of the page."""
-_BEFORE, _AFTER, _THIRD = "#c2703d", "#2f8f6b", "#5b7fb8"  # visible on white and on near black
+"""Placeholder for the color of text, which SVG takes from the page."""
+_BEFORE, _AFTER, _THIRD = "#c2703d", "#2f8f6b", "#5b7fb8"  # visible on a white and on a dark page
 _FEW_DECADES = 20
-"""Largest ratio of losses with which the ticks between powers of ten have numbers too."""
+"""Ratio of the largest to the smallest loss on the axis below which ticks between powers of ten are labeled."""
 _STYLE: dict[Any, Any] = {
     "font.size": 9,
     "svg.fonttype": "none",
@@ -47,9 +47,8 @@ def _loss(facts: Facts, axes: Axes) -> bool:
         axes.plot(facts.places, losses, ".-", label=label, color=color, linewidth=1)
     axes.set(xlabel="window", ylabel="loss", yscale="log")
     low, high = axes.get_ylim()
-    axes.yaxis.set_major_formatter(
-        "{x:g}"
-    )  # the default writes powers as mathematics, which `text.parse_math` disables
+    # the default formatter writes powers as mathematics, which `text.parse_math` turns off
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}" if high < _FEW_DECADES * low else "")
     axes.legend()
     return bool(facts.windows)
@@ -70,7 +69,13 @@ def _smoothed(facts: Facts, axes: Axes) -> bool:
 
 
 def _table(values: Mapping[str, Mapping[int, float]], axes: Axes, unit: str) -> bool:
-    """Draw a cell for each name and block."""
+    """Draw a table with a colored cell for each name and block.
+
+    Args:
+        values: values by name and block.
+        axes: axes to draw into.
+        unit: label of the color bar.
+    """
     blocks = sorted({block for found in values.values() for block in found})
     if not blocks:
         return False
@@ -132,7 +137,7 @@ FIGURES: Mapping[str, tuple[str, Callable[[Facts, Axes], bool]]] = MappingProxyT
 
 
 def figures(facts: Facts) -> Iterator[tuple[str, str, Figure]]:
-    """Name, title and figure of everything that can be drawn."""
+    """Name, title and figure of each figure for which there are facts."""
     with mpl.rc_context(_STYLE):
         for name, (title, draw) in FIGURES.items():
             figure = Figure(figsize=(5.2, 2.9), layout="constrained")
@@ -141,7 +146,7 @@ def figures(facts: Facts) -> Iterator[tuple[str, str, Figure]]:
 
 
 def as_svg(figure: Figure) -> str:
-    """SVG for a page: transparent, with text in the color of the page."""
+    """A figure as SVG for an HTML page, with a transparent background and text in the color of the page."""
     text = io.StringIO()
     with mpl.rc_context(_STYLE):
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
@@ -153,7 +158,7 @@ def as_svg(figure: Figure) -> str:
 
 
 def as_png(figure: Figure) -> bytes:
-    """PNG on a white background."""
+    """A figure as PNG with a white background."""
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=150, facecolor="white")
     return content.getvalue()

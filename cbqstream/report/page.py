@@ -21,7 +21,7 @@ pre { overflow-x: auto; font-size: .85rem; } summary { cursor: pointer; margin: 
 
 
 def page(facts: Facts, pictures: Iterable[tuple[str, str]]) -> str:
-    """The page, as HTML.
+    """The page as HTML.
 
     Args:
         facts: facts of the run.
@@ -42,10 +42,12 @@ def page(facts: Facts, pictures: Iterable[tuple[str, str]]) -> str:
 
 
 def _folded(title: str, content: str) -> str:
+    """A section that is closed until its title is clicked."""
     return f"<details><summary>{escape(title)}</summary>{content}</details>"
 
 
 def _windows(facts: Facts) -> str:
+    """Rows of the table of windows."""
     measured = any(window.costs is not None for window in facts.windows)
     times = ["seconds", "reading", "writing"] if measured else []
     lines = [_line("th", ["window", "blocks", "loss before", "loss after", "changed", *times, "reverted"])]

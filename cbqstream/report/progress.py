@@ -1,4 +1,4 @@
-"""Progress of a run: one line per finished window and, on a terminal, a live line that says what is being done."""
+"""Progress of a run: one line per finished window and, on a terminal, a live line with the current step."""
 
 import json
 import time
@@ -19,7 +19,7 @@ from cbqstream.runtime.memory import GIB, resident_bytes
 
 
 def duration(seconds: float) -> str:
-    """A duration as `45s`, `12m03s` or `2h41m`."""
+    """A duration as text, such as `45s`, `12m03s` or `2h41m`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"
@@ -27,7 +27,12 @@ def duration(seconds: float) -> str:
 
 
 def window_line(report: WindowReport, remaining: float) -> str:
-    """The line of a finished window; `remaining` is in seconds."""
+    """The line that is printed for a finished window.
+
+    Args:
+        report: report of the window.
+        remaining: estimated time for the remaining windows in seconds.
+    """
     costs = report.costs
     return (
         f"window {report.index + 1}/{report.num_windows}  blocks {report.start}-{report.stop - 1}"
@@ -38,7 +43,7 @@ def window_line(report: WindowReport, remaining: float) -> str:
 
 
 def _window_costs(costs: Costs) -> str:
-    """Time and memory of a window, and what took most of the time."""
+    """Time and memory of a window, and the part of its time that is largest: computing, reading or writing."""
     parts = {
         "computing": costs.seconds - costs.reading - costs.writing,
         "reading": costs.reading,
@@ -51,7 +56,7 @@ def _window_costs(costs: Costs) -> str:
 
 
 def epoch_line(report: EpochReport) -> str:
-    """The line of a finished epoch of the end-to-end stage."""
+    """The line that is printed for a finished epoch of the end-to-end stage."""
     costs = report.costs
     spent = "" if costs is None else f"  {costs.seconds:.0f} s  RAM {costs.peak_rss / GIB:.2f} GiB"
     losses = f"{report.loss_before:.3g} -> {report.loss_after:.3g}"
@@ -59,7 +64,12 @@ def epoch_line(report: EpochReport) -> str:
 
 
 class Progress(AbstractContextManager["Progress"]):
-    """A listener of the pipeline that prints events, and appends each report to a JSON-lines file if one is given."""
+    """A listener of the pipeline that prints events and can append each report to a JSON-lines file.
+
+    Args:
+        console: console to print to.
+        log_json: the JSON-lines file, or None.
+    """
 
     def __init__(self, console: Console, log_json: Path | None = None) -> None:
         self._console = console
@@ -86,7 +96,14 @@ class Progress(AbstractContextManager["Progress"]):
             self._log.close()
 
     def __call__(self, event: str | WindowReport | EpochReport | RunWarning) -> None:
-        """Show an event."""
+        """Print an event.
+
+        Args:
+            event: the current step, which the live line shows; a report, for which a line is printed; or a warning.
+
+        Raises:
+            StorageError: the report cannot be appended to the file.
+        """
         if isinstance(event, RunWarning):
             self._console.print(f"warning: {event.text}", highlight=False, soft_wrap=True, markup=False)
             return
@@ -102,7 +119,7 @@ class Progress(AbstractContextManager["Progress"]):
                 raise StorageError(f"{self._log_json}: {error.strerror}. Use another --log-json.") from error
 
     def _now(self) -> Text:
-        """The live line: what is being done, for how long, and the memory in use."""
+        """The live line: the current step, its time so far, and the memory in use."""
         lasting = duration(time.monotonic() - self._since)
         return Text(f"{self._doing}  {lasting}  RAM {resident_bytes() / GIB:.2f} GiB", style="dim")
 

@@ -8,7 +8,7 @@ from cbqstream.rundir.chain import Chain
 
 
 def status_lines(chain: Chain, *, has_result: bool = False) -> list[str]:
-    """The lines of `cbqstream status`.
+    """The lines that `cbqstream status` prints.
 
     Args:
         chain: the run.
@@ -26,7 +26,7 @@ def status_lines(chain: Chain, *, has_result: bool = False) -> list[str]:
     before = run.identity.numerics
     for index, commit in enumerate(chain.commits):
         if commit.numerics != before:
-            lines.append(f"from commit {index + 1} on with other numerics: {before.changes_to(commit.numerics)}")
+            lines.append(f"numerics changed at commit {index + 1}: {before.changes_to(commit.numerics)}")
         before = commit.numerics
     if not chain.is_complete:
         lines.append(f"time left: {_left(windows, run.windows)}")
@@ -46,7 +46,12 @@ def _change(report: WindowReport | EpochReport) -> str:
 
 
 def _left(reports: Sequence[WindowReport | EpochReport], number: int) -> str:
-    """Time for the rest of `number` windows or epochs, by the mean of those that are done."""
+    """Estimated time for the remaining windows or epochs, from the mean time of the finished ones.
+
+    Args:
+        reports: reports of the finished windows or epochs.
+        number: number of all windows or epochs.
+    """
     costs = [report.costs for report in reports if report.costs is not None]
     if not costs:
         return "unknown"

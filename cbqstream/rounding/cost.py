@@ -1,4 +1,4 @@
-"""What a rounding method costs in memory, traffic and arithmetic, as planning sums it."""
+"""Cost of a rounding method in memory, traffic and arithmetic. Planning sums the costs of all layers."""
 
 from dataclasses import dataclass
 from typing import Self

@@ -5,18 +5,16 @@ Formulas: `numerics/adaround.py`. Adam learns the two factors; a penalty drives 
 
 import math
 from types import MappingProxyType
-from typing import Self
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from cbqstream.config import ReconstructionConfig
 from cbqstream.numerics.adaround import floor_and_sigmoid, logit_gradient, rectified
-from cbqstream.numerics.affine import Bound, clamp_levels, grouped, level_range, row_tiles, rows_of
+from cbqstream.numerics.affine import clamp_levels, grouped, row_tiles, rows_of
 from cbqstream.rounding.cost import RoundingCost
-from cbqstream.rounding.rounding import Rounding, TrainingStep
-from cbqstream.runtime.scratch import Scratch
-from cbqstream.scheme import Scheme
+from cbqstream.rounding.rounding import Rounding, RoundingStart, TrainingStep
 
 _BETA_START, _BETA_END, _WARM_UP = 20.0, 2.0, 0.2
 _FACTOR_BYTES = 16  # value, gradient and two moments of Adam, float32
@@ -30,51 +28,32 @@ class LoraRounding(Rounding):
     name = "lora_rounding"
     learned = MappingProxyType({"theta": True, "a1": True, "a2": False})
 
-    def __init__(
-        self,
-        w_OI: Tensor,
-        scale_OG: Tensor,
-        zero_point_OG: Tensor | None,
-        scheme: Scheme,
-        scratch: Scratch,
-        config: ReconstructionConfig,
-        generator: torch.Generator,
-    ) -> None:
-        super().__init__(w_OI, scale_OG, zero_point_OG, scheme, scratch)
-        rank = config.rounding_rank
-        start = torch.randn(w_OI.shape[0], rank, generator=generator).to(w_OI.device) / math.sqrt(rank)
-        self.a1 = nn.Parameter(start)
+    def __init__(self, start: RoundingStart) -> None:
+        super().__init__(start)
+        (rows, columns), rank, device = start.weight.shape, start.config.rounding_rank, start.weight.device
+        self.a1 = nn.Parameter(torch.randn(rows, rank, generator=start.generator).to(device) / math.sqrt(rank))
         """A1, float32 [O, R]."""
-        self.a2 = nn.Parameter(torch.zeros(rank, w_OI.shape[1], device=w_OI.device))
+        self.a2 = nn.Parameter(torch.zeros(rank, columns, device=device))
         """A2, float32 [R, I]; zero at the start."""
-        self._penalty_weight = config.penalty_weight
+        self._penalty_weight = start.config.penalty_weight
         self._beta, self._penalty = _BETA_START, 0.0
 
     @classmethod
-    def start(
-        cls,
-        w_OI: Tensor,
-        grid: tuple[Tensor, Tensor | None],
-        scheme: Scheme,
-        config: ReconstructionConfig,
-        generator: torch.Generator,
-        scratch: Scratch,
-    ) -> Self:
-        return cls(w_OI, *grid, scheme, scratch, config, generator)
-
-    @classmethod
+    @override
     def cost(cls, config: ReconstructionConfig, rows: int, columns: int) -> RoundingCost:
         factors = config.rounding_rank * (rows + columns)
         step_flop = rows * columns * (_STEP_FLOP + 10 * config.rounding_rank)  # A1 A2 three times, and both gradients
         return RoundingCost(_FACTOR_BYTES * factors, 4 * factors, 0, rows * columns * _STEP_BYTES, step_flop)
 
+    @override
     def begin_step(self, step: TrainingStep) -> None:
         annealed = max(0.0, (step.progress - _WARM_UP) / (1 - _WARM_UP))
         self._beta = _BETA_START + (_BETA_END - _BETA_START) * annealed
         self._penalty = self._penalty_weight / step.num_layers / self.weight.numel()
 
+    @override
     def soft_rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        w_OI, scale0_OG, a1_OR, (low, high) = self.weight[rows], self.scale0[rows], self.a1[rows], self._bounds(rows)
+        w_OI, scale0_OG, a1_OR, (low, high) = self.weight[rows], self.scale0[rows], self.a1[rows], self.bounds(rows)
         scale_OG1 = self.scale_of(rows).unsqueeze(-1)
         w_hat = self.scratch.take("weight", w_OI.shape, dtype, w_OI.device)
         for tile in row_tiles(w_OI):
@@ -83,14 +62,16 @@ class LoraRounding(Rounding):
             torch.mul(levels, scale_OG1[tile], out=grouped(w_hat[tile], scale_OG1.shape[1]))
         return w_hat
 
+    @override
     def levels(self, rows: slice, scale_OG: Tensor) -> Tensor:
         """Levels of the starting scale, whatever scale is stored. See `Rounding.levels`."""
         floor, sigmoid = floor_and_sigmoid(self.weight[rows], self.scale0[rows], self.a1[rows], self.a2)
-        return clamp_levels(floor + (rectified(sigmoid) >= 0.5), *self._bounds(rows))
+        return clamp_levels(floor + (rectified(sigmoid) >= 0.5), *self.bounds(rows))
 
+    @override
     def gradients(self, rows: slice, gradient_OI: Tensor) -> tuple[Tensor, ...]:
         """Gradients of theta, A1 and A2. See `Rounding.gradients`."""
-        w_OI, scale0_OG, a1_OR, (low, high) = self.weight[rows], self.scale0[rows], self.a1[rows], self._bounds(rows)
+        w_OI, scale0_OG, a1_OR, (low, high) = self.weight[rows], self.scale0[rows], self.a1[rows], self.bounds(rows)
         scale_OG1 = self.scale_of(rows).unsqueeze(-1)
         of_theta, of_a1, of_a2 = torch.empty_like(self.theta[rows]), torch.empty_like(a1_OR), torch.zeros_like(self.a2)
         for tile in row_tiles(w_OI):
@@ -103,7 +84,3 @@ class LoraRounding(Rounding):
             torch.mm(of_v, self.a2.t(), out=of_a1[tile])
             of_a2.addmm_(a1_OR[tile].t(), of_v)
         return of_theta, of_a1, of_a2
-
-    def _bounds(self, rows: slice) -> tuple[Bound, Bound]:
-        low, high = level_range(self.scheme, self.zero_point)
-        return rows_of(low, rows), rows_of(high, rows)

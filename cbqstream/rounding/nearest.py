@@ -1,15 +1,11 @@
 """Rounding to nearest: the baseline, and the method of experts that saw too few tokens to learn from."""
 
-from typing import Self
-
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from cbqstream.config import ReconstructionConfig
 from cbqstream.numerics.affine import grouped, nearest_levels, row_tiles
 from cbqstream.rounding.rounding import Rounding
-from cbqstream.runtime.scratch import Scratch
-from cbqstream.scheme import Scheme
 
 
 class Nearest(Rounding):
@@ -18,18 +14,7 @@ class Nearest(Rounding):
     name = "nearest"
     learns = False
 
-    @classmethod
-    def start(
-        cls,
-        w_OI: Tensor,
-        grid: tuple[Tensor, Tensor | None],
-        scheme: Scheme,
-        config: ReconstructionConfig,
-        generator: torch.Generator,
-        scratch: Scratch,
-    ) -> Self:
-        return cls(w_OI, *grid, scheme, scratch)
-
+    @override
     def soft_rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
         w_OI, scale0_OG, zero_point_OG = self.weight[rows], self.scale0[rows], self.zero_point_of(rows)
         scale_OG1 = self.scale_of(rows).unsqueeze(-1)
@@ -40,9 +25,11 @@ class Nearest(Rounding):
             torch.mul(levels, scale_OG1[tile], out=grouped(w_hat[tile], scale_OG1.shape[1]))
         return w_hat
 
+    @override
     def levels(self, rows: slice, scale_OG: Tensor) -> Tensor:
         return nearest_levels(self.weight[rows], scale_OG, self.zero_point_of(rows), self.scheme)
 
+    @override
     def gradients(self, rows: slice, gradient_OI: Tensor) -> tuple[Tensor, ...]:
         """Gradient of theta; d w_hat / d theta = w_hat. See `Rounding.gradients`."""
         w_hat = self.soft_rows(rows, torch.float32)

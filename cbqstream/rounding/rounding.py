@@ -8,15 +8,23 @@ A new method is a subclass in a file of its own and a row in `registry.py`; its 
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import MappingProxyType
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from cbqstream.config import ReconstructionConfig, RoundingName
-from cbqstream.numerics.affine import codes_of_levels, nearest_levels, row_tiles, storable_scale
+from cbqstream.numerics.affine import (
+    Bound,
+    codes_of_levels,
+    level_range,
+    nearest_levels,
+    row_tiles,
+    rows_of,
+    storable_scale,
+)
 from cbqstream.numerics.input_statistics import InputStatistics, Statistic
 from cbqstream.records import QuantizedWeight
 from cbqstream.rounding.cost import RoundingCost
@@ -24,6 +32,24 @@ from cbqstream.rounding.product import rounded_linear
 from cbqstream.runtime.offload import Offloadable, OffloadedTensor
 from cbqstream.runtime.scratch import Scratch
 from cbqstream.scheme import Scheme
+
+
+@dataclass(frozen=True, slots=True)
+class RoundingStart:
+    """Everything from which the rounding of a layer starts."""
+
+    weight: Tensor
+    """w [O, I], any float dtype; kept, not copied."""
+    scale: Tensor
+    """s0, float32 [O, G]."""
+    zero_point: Tensor | None
+    """z, int8 [O, G]; None if symmetric."""
+    scheme: Scheme
+    config: ReconstructionConfig
+    generator: torch.Generator
+    """For random starting values."""
+    scratch: Scratch
+    """Buffers for weights and gradients that are needed for a moment."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +70,7 @@ class Rounding(Offloadable, ABC):
     """A weight on a grid with learned scales, `s = s0 * exp(theta)`, and a learned choice of its codes.
 
     Args:
-        w_OI: the original weight, any float dtype; kept, not copied.
-        scale_OG: s0, float32.
-        zero_point_OG: int8, or None if symmetric.
-        scheme: how the weight is stored.
-        scratch: buffers for weights and gradients that are needed for a moment.
+        start: the weight and its grid. At the start, the hard weight is rounded to nearest.
     """
 
     name: ClassVar[RoundingName]
@@ -56,7 +78,7 @@ class Rounding(Offloadable, ABC):
     learns: ClassVar[bool] = True
     """Whether windows are trained at all."""
     statistics: ClassVar[frozenset[Statistic]] = frozenset()
-    """Statistics of the layer's inputs that `start` needs."""
+    """Statistics of the layer's inputs that `observe` needs, besides those that are always gathered."""
     learned: ClassVar[Mapping[str, bool]] = MappingProxyType({"theta": True})
     """Names of the parameters for Adam, and whether each has a row for every row of the weight."""
 
@@ -64,40 +86,21 @@ class Rounding(Offloadable, ABC):
     zero_point: Tensor | None
     theta: nn.Parameter
 
-    def __init__(
-        self, w_OI: Tensor, scale_OG: Tensor, zero_point_OG: Tensor | None, scheme: Scheme, scratch: Scratch
-    ) -> None:
+    def __init__(self, start: RoundingStart) -> None:
         super().__init__()
-        self.scheme = scheme
-        self.weight = w_OI
-        self.register_buffer("scale0", scale_OG)
-        self.register_buffer("zero_point", zero_point_OG)
-        self.theta = nn.Parameter(torch.zeros_like(scale_OG))
-        self.scratch = scratch
+        self.scheme = start.scheme
+        self.weight = start.weight
+        self.register_buffer("scale0", start.scale)
+        self.register_buffer("zero_point", start.zero_point)
+        self.theta = nn.Parameter(torch.zeros_like(start.scale))
+        self.scratch = start.scratch
 
     # What a method declares.
 
     @classmethod
-    @abstractmethod
-    def start(
-        cls,
-        w_OI: Tensor,
-        grid: tuple[Tensor, Tensor | None],
-        scheme: Scheme,
-        config: ReconstructionConfig,
-        generator: torch.Generator,
-        scratch: Scratch,
-    ) -> Self:
-        """The rounding of a layer at the start of its first window; its hard weight is rounded to nearest.
-
-        Args:
-            w_OI: the original weight.
-            grid: scale float32 [O, G] and zero point int8 [O, G], or None if symmetric.
-            scheme: how the weight is stored.
-            config: settings.
-            generator: for random starting values.
-            scratch: buffers for weights and gradients that are needed for a moment.
-        """
+    def settings(cls) -> tuple[str, ...]:
+        """Names of the fields of `ReconstructionConfig` that only this method uses."""
+        return tuple(item.name for item in fields(ReconstructionConfig) if item.metadata["method"] == cls.name)
 
     @classmethod
     def cost(cls, config: ReconstructionConfig, rows: int, columns: int) -> RoundingCost:
@@ -201,6 +204,11 @@ class Rounding(Offloadable, ABC):
     def scale_of(self, rows: slice) -> Tensor:
         """Learned scales s0 exp(theta) of rows, float32 [O, G]."""
         return self.scale0[rows] * self.theta[rows].exp()
+
+    def bounds(self, rows: slice) -> tuple[Bound, Bound]:
+        """Smallest and largest level of rows, see `affine.level_range`."""
+        low, high = level_range(self.scheme, self.zero_point)
+        return rows_of(low, rows), rows_of(high, rows)
 
     def zero_point_of(self, rows: slice) -> Tensor | None:
         """Zero points of rows, int8 [O, G]; None if symmetric."""

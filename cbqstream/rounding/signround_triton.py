@@ -1,8 +1,10 @@
-"""The two passes of `straight_through.py` as one kernel each: a weight is read once and nothing of its size is kept.
+"""Triton kernels of signround: each of the two operations of `SignRoundKernels` is one kernel.
 
-The forward kernel moves 6 bytes a weight (w, v, w_hat in bf16), the backward one 8 (w, v, its gradient, v again); eager code: about 280.
-Both give the bits of the plain path, except for the sum over a group in the gradient of theta, which runs in another order: always the
-same one, without atomics. Divisions round to nearest, as the plain path's do.
+A kernel reads each weight once and stores no intermediate result of the size of the weight. Per weight, the forward kernel moves 6 bytes
+(w, v and w_hat in bf16) and the backward kernel 8 bytes (w, v, the gradient, and v again). Eager code moves about 280 bytes.
+
+The results are identical bit for bit to those of `PlainKernels`, except for the gradient of theta: its sum over a group has another order.
+That order is always the same, because there are no atomic operations. Divisions round to nearest, as in `PlainKernels`.
 """
 
 import torch
@@ -13,18 +15,16 @@ from torch import Tensor
 from cbqstream.numerics.affine import Bound
 
 _ROWS, _COLUMNS = 16, 128
-_MAGIC = tl.constexpr(
-    12582912.0
-)  # 1.5 * 2^23: adding and taking it away rounds to the nearest whole number, ties to even
+# 1.5 * 2^23: adding and subtracting it rounds to the nearest integer, ties to even
+_MAGIC = tl.constexpr(12582912.0)
 
 
 @triton.jit
 def _levels(w, v, scale, low, high):
-    """w / s, the level it is rounded to, and whether that level was within the grid (1 or 0)."""
+    """w / s, the level to which it is rounded, and whether that level was within the grid before clamping (1 or 0)."""
     w_over_s = tl.div_rn(w, scale)
-    reached = tl.minimum(
-        tl.maximum(w_over_s + v, low - 1.0), high + 1.0
-    )  # beyond is beyond, and far values would not round
+    # adding _MAGIC does not round values far outside the grid, so they are clamped to just outside it
+    reached = tl.minimum(tl.maximum(w_over_s + v, low - 1.0), high + 1.0)
     level = (reached + _MAGIC) - _MAGIC
     inside = tl.where((level >= low) & (level <= high), 1.0, 0.0)
     return w_over_s, tl.minimum(tl.maximum(level, low), high), inside
@@ -35,7 +35,10 @@ def _forward_kernel(
     w_ptr, v_ptr, scale_ptr, low_ptr, high_ptr, out_ptr, rows, columns, groups, K, low, high,
     BOUNDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of ROWS x COLUMNS of w_hat; K columns share a scale; BOUNDS: low and high differ from group to group."""
+    """Compute a tile of w_hat with ROWS x COLUMNS elements.
+
+    K columns share a scale. With BOUNDS, each group has its own smallest and largest level.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     mask = (row < rows) & (column < columns)
@@ -60,7 +63,10 @@ def _backward_update_kernel(
     w_ptr, v_ptr, scale_ptr, low_ptr, high_ptr, grad_ptr, theta_grad_ptr, rows, columns, groups, K, low, high, step,
     BOUNDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One group of ROWS rows, COLUMNS at a time: v moves, and the gradient of theta is summed in the same order every time."""
+    """Update v of one group of ROWS rows, and compute the gradient of theta.
+
+    The group is processed COLUMNS columns at a time, so the gradient of theta is always summed in the same order.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     group = row * groups + tl.program_id(1)
     in_rows = row < rows
@@ -87,7 +93,7 @@ def _backward_update_kernel(
 
 
 def forward(w_OI: Tensor, scale_OG: Tensor, v_OI: Tensor, low: Bound, high: Bound, out_OI: Tensor) -> None:
-    """w_hat into `out_OI`, see `Passes`."""
+    """Write w_hat into `out_OI`. See `SignRoundKernels.forward`."""
     rows, columns = w_OI.shape
     groups = scale_OG.shape[1]
     bounds = isinstance(low, Tensor)
@@ -108,7 +114,7 @@ def backward_update(
     gradient_OI: Tensor,
     step: float,
 ) -> Tensor:
-    """The gradient of theta; v moves, see `Passes`."""
+    """Return the gradient of theta, and update v in place. See `SignRoundKernels.backward_update`."""
     rows, columns = w_OI.shape
     groups = scale_OG.shape[1]
     bounds = isinstance(low, Tensor)

@@ -1,1 +1,1 @@
-"""One run: its identity, its journal, and the pipeline that wires the stages."""
+"""One run of `quantize`: its inputs, the pipeline of its windows and stages, and its result."""

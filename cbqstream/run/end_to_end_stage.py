@@ -1,6 +1,6 @@
-"""The stage after the last window: the scales of the whole model are trained end to end, one commit per epoch.
+"""The end-to-end stage after the last window, which trains the scales of the whole model, with one commit per epoch.
 
-Each epoch leaves what it learned to the next one. The last epoch writes the shards of all blocks again, with the same codes.
+Each epoch starts from the scales that the epoch before it learned. The last epoch rewrites the shards of all blocks with the same codes.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,14 +30,14 @@ from cbqstream.windows.step_sizes import EndToEndData, StepSizes, StreamedModel,
 def train_end_to_end(
     inputs: RunInputs, journal: Journal, streams: Streams, timings: Timings, tell: Callable[[str], None]
 ) -> Iterator[EpochReport]:
-    """Run the epochs that are not committed yet; all windows must be committed.
+    """Run the epochs that are not committed yet, and yield the report of each. All windows must be committed.
 
     Args:
         inputs: inputs of the run.
         journal: journal of the run.
-        streams: streams of the run; the last window left the reference stream.
+        streams: streams of the run, with the reference stream at the output of the last window.
         timings: timings of the run.
-        tell: called with a line about what is being done.
+        tell: called with a line that describes the current step.
     """
     num_windows, num_epochs, compute = len(inputs.windows), inputs.num_epochs, inputs.compute
     if journal.chain.is_complete:
@@ -69,7 +69,11 @@ def train_end_to_end(
 
 
 def _epoch(inputs: RunInputs, model: StreamedModel, data: EndToEndData, epoch: int) -> tuple[float, float]:
-    """Train one epoch; revert it if the divergence on the held-out segments increased. Divergence before and after."""
+    """Train one epoch, and revert it if the divergence on the held-out segments increased.
+
+    Returns:
+        Divergence on the held-out segments before and after the epoch.
+    """
     settings = inputs.config.reconstruction
     training, held_out = split_held_out(len(inputs.tokens))
     learned = [steps.theta for block in model.steps for steps in block.values()]
@@ -88,7 +92,10 @@ def _epoch(inputs: RunInputs, model: StreamedModel, data: EndToEndData, epoch: i
 
 
 def _starting_steps(inputs: RunInputs, journal: Journal, blocks: FinishedBlocks) -> list[dict[str, StepSizes]]:
-    """Scales of every block that are trained, as earlier epochs left them; not those of undersampled experts."""
+    """Scales of every block that are trained, with the values that earlier epochs learned.
+
+    Scales of undersampled experts are not trained.
+    """
     learned = Checkpoint({})
     undersampled = {path for report in journal.chain.window_reports for path in report.undersampled}
     if journal.chain.next_window > len(inputs.windows):
@@ -109,7 +116,7 @@ def _starting_steps(inputs: RunInputs, journal: Journal, blocks: FinishedBlocks)
 
 
 def _write_state(inputs: RunInputs, journal: Journal, all_steps: list[dict[str, StepSizes]]) -> dict[str, FileDigest]:
-    """Write what was learned, for the next epoch."""
+    """Write the learned factors of all scales for the next epoch."""
     state: dict[str, Tensor] = {}
     for spec, steps in zip(inputs.meta_model.blocks, all_steps, strict=True):
         state |= {spec.stored(name): of_layer.theta for name, of_layer in steps.items()}
@@ -119,7 +126,7 @@ def _write_state(inputs: RunInputs, journal: Journal, all_steps: list[dict[str, 
 def _write_shards(
     inputs: RunInputs, journal: Journal, blocks: FinishedBlocks, all_steps: list[dict[str, StepSizes]]
 ) -> dict[str, FileDigest]:
-    """Write the shards with the learned scales."""
+    """Write the shards of all blocks with the learned scales."""
     parts = {}
     for spec, steps in zip(inputs.meta_model.blocks, all_steps, strict=True):
         shard = blocks.shard(spec.index)

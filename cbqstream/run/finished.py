@@ -1,4 +1,4 @@
-"""Finished blocks, read back to compute with, and the newest window state."""
+"""Finished blocks, which are read to compute with them, and the newest window state."""
 
 from pathlib import Path
 
@@ -15,16 +15,22 @@ from cbqstream.rundir.chain import WINDOW_STATE, Chain
 
 
 def computing_block(inputs: RunInputs, index: int, source: WeightSource) -> nn.Module:
-    """Block `index` from `source`, with all tensors in the dtype of the run."""
+    """Build a block to compute with, with all tensors in the dtype of the run.
+
+    Args:
+        inputs: inputs of the run.
+        index: number of the block.
+        source: source of its tensors.
+    """
     dtype = inputs.compute.dtype
     return build_block(inputs.meta_model, index, source, device=inputs.compute.device, dtype=dtype, linear_dtype=dtype)
 
 
 def read_window_state(chain: Chain) -> Checkpoint:
-    """The state that the newest window, or epoch, left.
+    """The window state that the newest committed window or epoch wrote.
 
     Raises:
-        InputError: it is not what was committed.
+        InputError: the file differs from what was committed.
     """
     file = chain.parts(chain.next_window - 1) / WINDOW_STATE
     chain.require_intact(file)
@@ -32,7 +38,12 @@ def read_window_state(chain: Chain) -> Checkpoint:
 
 
 class FinishedBlocks:
-    """The blocks of the result, as far as they have left their windows."""
+    """The blocks of the result that are finished.
+
+    Args:
+        inputs: inputs of the run.
+        chain: the run as far as it is committed.
+    """
 
     def __init__(self, inputs: RunInputs, chain: Chain) -> None:
         self._inputs = inputs
@@ -43,7 +54,7 @@ class FinishedBlocks:
         return self._shards.get(shard_name(index))
 
     def build(self, index: int) -> nn.Module:
-        """A block with dequantized weights, or with the weights of the source if it has no shard."""
+        """Build a block with dequantized weights, or with the weights of the source if it has no shard."""
         inputs, shard = self._inputs, self.shard(index)
         if shard is None:
             return computing_block(inputs, index, inputs.source)

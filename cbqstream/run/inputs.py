@@ -33,7 +33,7 @@ class RunInputs:
 
     config: QuantizeConfig
     model: dict[str, Any]
-    """Content of the source's config.json."""
+    """Content of config.json of the source."""
     source: VerifiedCheckpoint
     meta_model: MetaModel
     tokens: Tensor
@@ -49,7 +49,7 @@ class RunInputs:
         return num_segments, seq_len, self.meta_model.hidden_size
 
     def layers(self, index: int) -> dict[str, Scheme]:
-        """Schemes of the layers of a block that are quantized, by their name in the block."""
+        """Schemes of the quantized layers of block `index`, by their name in the block."""
         return layer_schemes(self.config, self.meta_model.blocks[index])
 
     @property
@@ -60,13 +60,13 @@ class RunInputs:
 
 
 def open_inputs(config: QuantizeConfig, device: torch.device, threads: int, measure: Measure = unmeasured) -> RunInputs:
-    """Open and check the inputs of a run. Writes nothing.
+    """Open and check the inputs of a run, without writing anything.
 
     Args:
         config: settings of the run.
-        device: device on which is computed.
-        threads: CPU threads.
-        measure: counts the time of reading the source.
+        device: device that computes.
+        threads: number of CPU threads.
+        measure: measures the time of reading the source.
 
     Raises:
         UsageError: settings do not fit the model, or paths collide.
@@ -84,7 +84,7 @@ def open_inputs(config: QuantizeConfig, device: torch.device, threads: int, meas
     meta_model.check_length(config.calibration.seq_len)
     if config.reconstruction.robust_tokens >= config.calibration.seq_len:
         raise UsageError(
-            f"robust_tokens {config.reconstruction.robust_tokens} leaves no token of {config.calibration.seq_len}."
+            f"robust_tokens is {config.reconstruction.robust_tokens}. It must be below seq_len, {config.calibration.seq_len}."
         )
     tokens_NS = load_segments(
         Path(config.calibration.dataset),
@@ -108,6 +108,11 @@ def open_inputs(config: QuantizeConfig, device: torch.device, threads: int, meas
 
 
 def _check_paths(config: QuantizeConfig) -> None:
+    """Check that model, OUT and run directory are not inside each other, and that their parent folders exist.
+
+    Raises:
+        UsageError: two of them collide, or a folder does not exist.
+    """
     model, out, run = (Path(path).resolve() for path in (config.model, config.out, config.run_path))
     for inner, outer, text in (
         (out, model, "OUT is inside the model"),
@@ -116,7 +121,7 @@ def _check_paths(config: QuantizeConfig) -> None:
         (out, run, "OUT is inside the run directory"),
     ):
         if inner == outer or outer in inner.parents:
-            raise UsageError(f"{inner}: {text}. Use another place.")
+            raise UsageError(f"{inner}: {text}. Use another folder.")
     require_replaceable(Path(config.out))
     for parent in (out.parent, run.parent):
         if not parent.is_dir():

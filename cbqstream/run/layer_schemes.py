@@ -1,4 +1,4 @@
-"""The scheme of every layer of a model, from the settings, and whether the layers can be quantized that way."""
+"""The schemes that the settings give to the layers of a model, and checks that the layers can be quantized with them."""
 
 import re
 from collections.abc import Mapping
@@ -12,10 +12,10 @@ from cbqstream.scheme import LayerSchemes, Scheme, path_pattern
 
 
 def layer_schemes(config: QuantizeConfig, spec: BlockSpec) -> dict[str, Scheme]:
-    """Schemes of the layers of a block that are quantized, by their name in the block.
+    """Schemes of the quantized layers of a block, by their name in the block.
 
     Raises:
-        UsageError: a pattern matches a layer by its module path and not by its name in the checkpoint, or the other way round.
+        UsageError: a pattern matches only one of the module path of a layer and its name in the checkpoint.
     """
     found, chosen = {}, config.schemes
     for name in spec.linears:
@@ -39,16 +39,22 @@ def head_scheme(config: QuantizeConfig, meta_model: MetaModel) -> Scheme:
 
 
 def require_quantizable(config: QuantizeConfig, meta_model: MetaModel, infos: Mapping[str, TensorInfo]) -> None:
-    """Refuse settings that do not fit the layers of a model.
+    """Check that the settings fit the layers of a model.
+
+    Args:
+        config: settings of the run.
+        meta_model: the model.
+        infos: location, shape and dtype of every tensor of the source, by name.
 
     Raises:
-        UsageError: a pattern matches nothing, nothing is left to quantize, or groups or joined layers do not fit.
+        UsageError: a pattern matches no layer, no layer is left to quantize, the group size does not divide the columns of a layer, or
+            layers that inference engines join have different schemes.
         InputError: weights have a dtype that is not supported.
     """
     kept = config.keep_first + config.keep_last
     if kept >= len(meta_model.blocks):
         raise UsageError(
-            f"keep_first + keep_last is {kept} and the model has {len(meta_model.blocks)} blocks; nothing is left to quantize."
+            f"keep_first + keep_last is {kept}. It must be below the {len(meta_model.blocks)} blocks of the model."
         )
     _require_matches(config, meta_model)
     if config.quantize_lm_head:
@@ -65,7 +71,11 @@ def require_quantizable(config: QuantizeConfig, meta_model: MetaModel, infos: Ma
 
 
 def _require_matches(config: QuantizeConfig, meta_model: MetaModel) -> None:
-    """Refuse a pattern that matches no module: a typing error would otherwise be noticed after hours, if at all."""
+    """Check that every pattern matches a module. Otherwise a typing error would be noticed only in the result, after hours.
+
+    Raises:
+        UsageError: a pattern matches no module.
+    """
     paths = [f"{spec.prefix}.{name}" for spec in meta_model.blocks for name in spec.linears]
     stored = [spec.tensors[f"{name}.weight"] for spec in meta_model.blocks for name in spec.linears]
     paths += [name.removesuffix(".weight") for name in (*stored, meta_model.head[1])]
@@ -73,12 +83,22 @@ def _require_matches(config: QuantizeConfig, meta_model: MetaModel) -> None:
     for pattern in (*config.ignore, *(text.rpartition("=")[0] for text in config.override)):
         if not any(re.fullmatch(path_pattern(pattern), path) for path in paths):
             raise UsageError(
-                f'"{shown(pattern)}" matches no layer. A path is such as {paths[0]}; whole parts of it, * and ? can be used.'
+                f'"{shown(pattern)}" matches no layer. Use a path such as {paths[0]}, whole parts of a path, or the wildcards * and ?.'
             )
 
 
 def _scheme_of(config: QuantizeConfig, chosen: LayerSchemes, path: str, weight: str) -> Scheme | None:
-    """Scheme of the layer with a module path, whose weight has a name in the checkpoint; None leaves it in full precision."""
+    """Scheme of a layer; None if it stays in full precision.
+
+    Args:
+        config: settings of the run.
+        chosen: schemes of the settings.
+        path: module path of the layer.
+        weight: name of its weight in the checkpoint.
+
+    Raises:
+        UsageError: a pattern matches only one of the module path and the name in the checkpoint.
+    """
     paths = (path, weight.removesuffix(".weight"))
     schemes = [None if config.is_ignored(one) else chosen.of(one) for one in paths]
     if schemes[0] != schemes[1]:
@@ -89,7 +109,11 @@ def _scheme_of(config: QuantizeConfig, chosen: LayerSchemes, path: str, weight: 
 
 
 def _require_alike(spec: BlockSpec, layers: Mapping[str, Scheme]) -> None:
-    """Refuse different schemes in layers that inference engines join."""
+    """Check that layers that inference engines compute as one layer have the same scheme.
+
+    Raises:
+        UsageError: their schemes differ.
+    """
     joined: dict[str, str] = {}
     for name in spec.linears:
         first = joined.setdefault(joined_with(name), name)
@@ -100,6 +124,14 @@ def _require_alike(spec: BlockSpec, layers: Mapping[str, Scheme]) -> None:
 
 
 def _require_storable(info: TensorInfo, scheme: Scheme) -> None:
+    """Check that a weight fits its scheme.
+
+    Raises:
+        UsageError: the group size does not divide the columns.
+        InputError: the weight has a dtype that is not supported.
+    """
     scheme.require_whole_groups(info.name, info.shape[1])
     if not info.dtype.is_floating_point:
-        raise InputError(info.file, f"dtype {info.dtype}; weights must be bf16, fp16 or fp32.", tensor=info.name)
+        raise InputError(
+            info.file, f"has dtype {info.dtype}. Convert the weights to bf16, fp16 or fp32.", tensor=info.name
+        )

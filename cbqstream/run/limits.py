@@ -1,4 +1,4 @@
-"""Limits of the machine: room on disk and memory, checked and explained in one line."""
+"""Limits of disk space and memory: checks, and errors and warnings that state the required size."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -14,20 +14,21 @@ from cbqstream.run.inputs import RunInputs
 from cbqstream.runtime.memory import GIB, is_out_of_memory
 
 _BYTES_PER_VALUE = 2
-"""Size of a value of a stream; an upper bound for a weight in a shard, or in the window state."""
+"""Size of a value of a stream in bytes; an upper bound of the size of a weight in a shard or in the window state."""
 _OFFLOADED_BYTES = 8
-"""Upper bound for an offloaded weight: itself, its rounding value, and its code, alone and packed."""
+"""Upper bound of the size of an offloaded weight in bytes: the weight, its rounding value, its code, and its packed code."""
 _MARGIN = 1.05
+"""Safety factor of the disk space."""
 
 
 def disk_bytes(inputs: RunInputs, *, streams: int, blocks: Sequence[BlockSpec] = (), in_a_window: bool = False) -> int:
-    """Upper bound of the disk space of streams, and of the shards and window state of blocks.
+    """Upper bound of the disk space of streams and of the shards and window state of blocks, in bytes.
 
     Args:
         inputs: inputs of the run.
         streams: number of streams.
-        blocks: blocks whose shards or state are written.
-        in_a_window: whether the layers of the blocks may be offloaded.
+        blocks: blocks whose shards or window state are written.
+        in_a_window: whether the blocks are in a window, whose layers are offloaded if the memory mode is to offload.
     """
     weights = sum(math.prod(inputs.source.infos[name].shape) for block in blocks for name in block.tensors.values())
     a_weight = _BYTES_PER_VALUE + (_OFFLOADED_BYTES if in_a_window and inputs.compute.memory_mode.offload else 0)
@@ -36,12 +37,12 @@ def disk_bytes(inputs: RunInputs, *, streams: int, blocks: Sequence[BlockSpec] =
 
 @contextmanager
 def room_for(what: str, needed: int, folder: Path) -> Iterator[None]:
-    """Start something only if there is disk space for it, and say what it needs if space or memory runs out.
+    """Check that there is enough disk space for the body of a `with`, and explain errors of the body about disk space or memory.
 
     Args:
-        what: what is being done.
-        needed: bytes of disk that it needs besides what is there.
-        folder: where they are needed.
+        what: name of the step, for messages.
+        needed: additional disk space that the step needs, in bytes.
+        folder: folder in which the disk space is needed.
 
     Raises:
         StorageError: there is not enough disk space.
@@ -60,21 +61,21 @@ def room_for(what: str, needed: int, folder: Path) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        said = shown(str(error).partition("\n")[0]) or "out of memory"
-        remedy = "Run the same command with --max-vram or --max-ram below what there is, or a new run with a smaller --batch-size."
-        raise DeviceMemoryError(f"{what} needs more memory than there is ({said}). {remedy}") from error
+        reason = shown(str(error).partition("\n")[0]) or "out of memory"
+        remedy = "Run the same command with --max-vram or --max-ram below the available memory, or a new run with a smaller --batch-size."
+        raise DeviceMemoryError(f"{what} needs more memory than is available ({reason}). {remedy}") from error
 
 
 def over_limit(config: QuantizeConfig, report: WindowReport | EpochReport) -> list[RunWarning]:
-    """Warnings of a window, or an epoch, that took more memory than the plan, and with it the user, allowed."""
+    """Warnings about a window or an epoch that used more memory than the limits of the settings, which the plan should have prevented."""
     costs = report.costs
     if costs is None:
         return []
     return [
-        RunWarning(f"{what}: {taken / GIB:.2f} GiB were taken, {flag} is {limit / GIB:.2f}; the plan was too low.")
-        for what, flag, limit, taken in (
+        RunWarning(f"{label}: {used / GIB:.2f} GiB were used, but {flag} is {limit / GIB:.2f}; the plan was too low.")
+        for label, flag, limit, used in (
             ("memory", "--max-ram", config.max_ram, costs.peak_rss),
             ("device memory", "--max-vram", config.max_vram, costs.peak_vram and costs.peak_vram + CONTEXT),
         )
-        if limit is not None and taken > limit
+        if limit is not None and used > limit
     ]

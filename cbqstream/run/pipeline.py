@@ -1,13 +1,13 @@
-"""Cross-Block Quantization (arXiv 2312.07950) of a model, window by window. The only module that wires the stages.
+"""Cross-Block Quantization (arXiv 2312.07950) of a model, window by window. Only this module connects the stages.
 
 Each window of transformer blocks is quantized in seven steps:
 
     1. Read the blocks of the window.
     2. Compute the targets: move the reference stream through the new blocks (T1), run the window on the quantized stream with its original
-       weights (T2), and store a T1 + (1 - a) T2. The inputs of the new blocks are watched on the way.
-    3. Find the transforms of the new blocks and give each layer a grid and a rounding; the other blocks continue from their window state.
+       weights (T2), and store a T1 + (1 - a) T2. Statistics of the inputs of the new blocks are gathered meanwhile.
+    3. Find the transforms of the new blocks and give each layer a grid and a rounding; the other blocks resume from their window state.
     4. Reconstruct: train scales and rounding until the output of the window is closest to the target.
-    5. Harden and pack the blocks that leave the window, and save the state of those that stay.
+    5. Harden and pack the blocks that leave the window, and save the state of the blocks that stay.
     6. Move the quantized stream through the blocks that leave.
     7. Commit the window.
 
@@ -56,7 +56,7 @@ from cbqstream.windows.resident_block import BlockSettings, ResidentBlock, read_
 
 Event = str | WindowReport | EpochReport | RunWarning
 Listener = Callable[[Event], None]
-"""Called with what is being done, with the report of every window and epoch, and with warnings."""
+"""Function that is called with a description of the current step, with the report of each window and epoch, and with warnings."""
 
 
 def quantize(
@@ -71,18 +71,19 @@ def quantize(
     """Quantize a model, or resume the run that was begun with the same settings.
 
     Args:
-        config: all settings.
+        config: settings of the run.
         listener: called with progress.
-        disk: does the writing; tests give one that they watch.
-        stop_after_window: stop with StoppedError when this many windows are committed.
-        allow_numerics_change: continue with other threads, another device or other versions. The result is then that of neither.
+        disk: used for all writes; a new one by default.
+        stop_after_window: number of committed windows after which the run stops with StoppedError.
+        allow_numerics_change: resume with another number of threads, another device or other versions. The result then equals neither the
+            result of the old numerics nor that of the new ones.
         allow_shared_run_dir: use a run directory that other users can change.
 
     Returns:
-        The folder with the quantized model.
+        Folder of the quantized model.
 
     Raises:
-        CbqstreamError: see `errors.py`; nothing that was committed is lost.
+        CbqstreamError: see `errors.py` for its subclasses. Committed windows are not lost.
     """
     device, timings = choose_device(config.device), Timings()
     with fixed_numerics(device, config.threads) as threads:
@@ -100,7 +101,7 @@ def quantize(
         record = RunRecord(version, inputs.identity, config, *sizes)
         disk = disk or Disk(measure=timings.measure)
         with open_journal(run, disk, record, shared=allow_shared_run_dir) as journal:
-            # again, now that no other process can change it
+            # checked again, because no other process can change the run directory from here on
             _require_same(journal.chain, inputs, allow_numerics_change=allow_numerics_change)
             if is_occupied(out):
                 if journal.chain.is_complete and journal.chain.is_result(out):
@@ -113,7 +114,15 @@ def quantize(
 
 
 def _quantize_model(run: "_Run", stop_after_window: int | None) -> None:
-    """Every window and epoch that is not committed yet."""
+    """Quantize the windows and run the epochs that are not committed yet.
+
+    Args:
+        run: the run.
+        stop_after_window: number of committed windows after which the run stops; None stops nowhere.
+
+    Raises:
+        StoppedError: the run was stopped after the window.
+    """
     inputs, journal, config, folder = run.inputs, run.journal, run.inputs.config, run.inputs.config.run_path
     inputs.source.remember(journal.chain.source_digests)
     with room_for("making the streams", disk_bytes(inputs, streams=_missing_streams(journal.chain)), folder):
@@ -141,7 +150,7 @@ def _quantize_model(run: "_Run", stop_after_window: int | None) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """What all windows of a run share."""
+    """Objects that all windows of a run share."""
 
     inputs: RunInputs
     journal: Journal
@@ -149,37 +158,42 @@ class _Run:
     listener: Listener
 
     def tell(self, *events: Event) -> None:
-        """Tell the listener of events."""
+        """Call the listener with each event."""
         for event in events:
             self.listener(event)
 
 
 def _missing_streams(chain: Chain) -> int:
-    """Largest number of streams on disk while those of the next window are made."""
+    """Largest number of streams on disk while the streams of the next window are computed; 0 if they exist or are not needed."""
     return 0 if chain.is_complete or chain.acts(chain.next_window).exists() else 4
 
 
 def _reading_ahead(inputs: RunInputs, position: int) -> AbstractContextManager[None]:
-    """Read the new blocks of a window into the page cache while the window before it is at work."""
+    """Read the new blocks of window `position` into the page cache in the background, while the window before it is quantized."""
     coming = inputs.windows[position : position + 1]
     blocks = [block for window in coming for block in inputs.meta_model.blocks[window.frontier : window.stop]]
     return inputs.source.reading_ahead([name for block in blocks for name in block.tensors.values()])
 
 
 def _twice(windows: "_Windows", window: Window) -> WindowReport:
-    """Quantize a window; once more if device memory ran out, which may have been fragmented."""
+    """Quantize a window, and try once more if device memory runs out, because the memory may be fragmented."""
     try:
         return windows.quantize(window)
     except RuntimeError as error:
         if not is_out_of_device_memory(error):
             raise
-        # while the error is being handled, it keeps the memory of the window alive
+        # memory is released below, because the error keeps the tensors of the window alive while it is handled
     release_free_memory()
     torch.cuda.empty_cache()
     return windows.quantize(window)
 
 
 def _require_same(chain: Chain, inputs: RunInputs, *, allow_numerics_change: bool) -> None:
+    """Check that a run was begun with the same inputs and settings, and with the same numerics unless they may change.
+
+    Raises:
+        IdentityError: something differs.
+    """
     numerics = inputs.identity.numerics if allow_numerics_change else chain.numerics
     require_same(chain.path, chain.run.identity.with_numerics(numerics), inputs.identity)
 
@@ -192,7 +206,7 @@ def _loaded(inputs: RunInputs, only: Part) -> AbstractContextManager[EmbeddingAn
 
 
 class _Windows:
-    """Quantizes the windows of a run, one after the other."""
+    """Quantization of the windows of a run, one after the other."""
 
     def __init__(self, run: _Run, streams: Streams) -> None:
         self._run = run
@@ -201,7 +215,7 @@ class _Windows:
         self._settings = BlockSettings(config.scheme, config.reconstruction, config.transforms)
 
     def quantize(self, window: Window) -> WindowReport:
-        """Quantize one window, from one committed state to the next."""
+        """Quantize one window and commit it."""
         self._journal.empty_tmp()
         with self._offload_file() as file:
             return self._quantize(window, file)
@@ -223,7 +237,7 @@ class _Windows:
         new = blocks[window.frontier - window.start :]
         leaving, staying = blocks[: window.next_start - window.start], blocks[window.next_start - window.start :]
 
-        # 2. Compute the targets, and watch the inputs of the new blocks.
+        # 2. Compute the targets, and gather statistics of the inputs of the new blocks.
         self._doing(window, "targets")
         propagate(new, reference, reference_out, compute, phase=Phase.ORIGINAL)
         for block in new:
@@ -231,7 +245,7 @@ class _Windows:
             block.watch_inputs(inputs.tokens.numel(), self._settings, all_experts=all_experts)
         mix_targets(blocks, quantized, reference_out, targets, compute, a=settings.target_mix)
 
-        # 3. Transforms, grids and roundings.
+        # 3. Find transforms, grids and roundings.
         state = read_window_state(self._journal.chain) if window.frontier > window.start else Checkpoint({})
         self._start_roundings(window, blocks, state)
         starting = {block.index: block.state() for block in new}
@@ -245,7 +259,7 @@ class _Windows:
                 blocks, data, settings, order, lambda block: starting.get(block.index) or self._state(state, block)
             )
 
-        # 5. Harden the blocks that leave, save the state of those that stay.
+        # 5. Harden the blocks that leave, and save the state of the blocks that stay.
         self._doing(window, "writing")
         parts = self._write_parts(leaving, staying, file)
 
@@ -289,7 +303,7 @@ class _Windows:
 
     @contextmanager
     def _predictions(self, window: Window, reference_out: ZarrStore) -> Iterator[Predictions | None]:
-        """The head of the model, in a window that is trained and ends with the last block; else None."""
+        """The head of the model and the reference stream, for a trained window that ends with the last block; None for other windows."""
         settings = self._inputs.config.reconstruction
         learns = method_of(settings).learns and settings.epochs and settings.head_weight
         if not learns or window.stop < len(self._inputs.meta_model.blocks):
@@ -309,7 +323,7 @@ class _Windows:
                 block.resume(self._settings, generator, self._state(state, block))
 
     def _state(self, state: Checkpoint, block: ResidentBlock) -> Mapping[str, Tensor]:
-        """State of a block that the window before left."""
+        """Window state of one block, read from the state that the window before wrote."""
         return state.under(f"{block.index}.", self._inputs.compute.device)
 
     def _write_parts(

@@ -13,6 +13,7 @@ from cbqstream.packed.format import quantization_config
 from cbqstream.packed.output import assemble, building_folder
 from cbqstream.report.card import CARD, METRICS, metrics_lines, model_card
 from cbqstream.rounding.nearest import Nearest
+from cbqstream.rounding.rounding import RoundingStart
 from cbqstream.run.inputs import RunInputs
 from cbqstream.run.layer_schemes import head_scheme
 from cbqstream.rundir.journal import Journal
@@ -21,7 +22,12 @@ from cbqstream.scheme import LayerSchemes, path_pattern
 
 
 def write_result(inputs: RunInputs, journal: Journal, out: Path) -> None:
-    """Write the folder `out` of a run whose windows and epochs are all committed.
+    """Write the finished model of a run whose windows and epochs are all committed.
+
+    Args:
+        inputs: inputs of the run.
+        journal: journal of the run.
+        out: folder to write; it must not exist, or be empty.
 
     Raises:
         IdentityError: the source changed since the run began.
@@ -47,7 +53,7 @@ def write_result(inputs: RunInputs, journal: Journal, out: Path) -> None:
         path, name = inputs.meta_model.head
         written, digest = _write_head(inputs, journal, name)
         shards[written] = digest.sha256
-        # the head is a target of its own: engines do not count it among the linear layers
+        # the head gets its own target, because inference engines do not match it with the target `Linear`
         schemes = LayerSchemes(
             schemes.default, (*schemes.others, (re.escape(path), head_scheme(config, inputs.meta_model)))
         )
@@ -65,10 +71,12 @@ def write_result(inputs: RunInputs, journal: Journal, out: Path) -> None:
 
 
 def _write_head(inputs: RunInputs, journal: Journal, name: str) -> tuple[Path, FileDigest]:
+    """Round the head to nearest and write its shard into tmp/; `name` is the name of its weight in the source."""
     weight = inputs.source.read(name, device=inputs.compute.device)
     scheme = head_scheme(inputs.config, inputs.meta_model)
     grid = search_grid(weight, torch.ones(weight.shape[1], device=weight.device), scheme)
-    hard = Nearest(weight, *grid, scheme, Scratch()).harden()
+    start = RoundingStart(weight, *grid, scheme, inputs.config.reconstruction, torch.Generator(), Scratch())
+    hard = Nearest(start).harden()
     return write_head(journal.disk, journal.building, name, hard, inputs.source.infos[name].dtype)
 
 

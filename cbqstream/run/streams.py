@@ -1,7 +1,7 @@
-"""The two streams of hidden states on disk, and how they are brought to the window at which a run continues.
+"""The two streams of hidden states on disk, and their recomputation when a run resumes.
 
-A window needs the streams that the window before it left. They are a cache: if they are lost or damaged they are recomputed, from the
-embeddings through the finished blocks, and must have the checksums that were committed.
+A window reads the streams that the window before it wrote. If they are missing or damaged, they are recomputed from the embeddings through
+the finished blocks, and must then have the checksums that were committed.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,11 +23,17 @@ from cbqstream.windows.quantized_linear import Phase
 from cbqstream.windows.resident_block import ResidentBlock
 
 Build = Callable[[int], nn.Module]
-"""Makes a block by its number."""
+"""Function that builds a block from its number."""
 
 
 class Streams:
-    """The streams of a run. Made by `enter`, which leaves them on disk at the input of the next window."""
+    """The streams of a run. They are made by `enter`, after which they are stored on disk at the input of the next window.
+
+    Args:
+        inputs: inputs of the run.
+        journal: journal of the run.
+        arguments: keyword arguments of every block.
+    """
 
     def __init__(self, inputs: RunInputs, journal: Journal, arguments: list[BlockArguments]) -> None:
         self._inputs = inputs
@@ -38,10 +44,15 @@ class Streams:
 
     @classmethod
     def enter(cls, inputs: RunInputs, journal: Journal, outer: EmbeddingAndHead) -> "Streams":
-        """Find out how the model calls its blocks, and make sure that the streams of the next window exist.
+        """Find the keyword arguments of the blocks, and recompute the streams of the next window if they are missing or damaged.
+
+        Args:
+            inputs: inputs of the run.
+            journal: journal of the run.
+            outer: the embedding of the model.
 
         Raises:
-            InputError: the streams were recomputed, and are not what was committed.
+            InputError: the recomputed streams differ from what was committed.
         """
         streams = cls(inputs, journal, outer.block_arguments(inputs.tokens[0]))
         if not journal.chain.is_complete and not streams._are_as_committed():
@@ -50,15 +61,20 @@ class Streams:
 
     @property
     def _folder(self) -> Path:
-        """Folder of the streams that the next window, or every epoch, reads."""
+        """Folder of the streams that the next window or epoch reads."""
         return self._journal.chain.acts(self._journal.chain.next_window)
 
     def open(self, name: str) -> ZarrStore:
-        """A stream at the input of the next window, to read."""
+        """Open a stream at the input of the next window for reading."""
         return ZarrStore.open(self._folder / name, self._shape, self._journal.disk.measure)
 
     def new(self, name: str, *, durable: bool = True) -> ZarrStore:
-        """An empty stream in tmp/."""
+        """Create an empty stream in tmp/.
+
+        Args:
+            name: path of the stream in tmp/.
+            durable: whether the stream will be committed.
+        """
         return ZarrStore.create(self._journal.building / name, self._shape, self._journal.disk, durable=durable)
 
     def original(self, index: int) -> nn.Module:
@@ -68,13 +84,13 @@ class Streams:
     def passed(
         self, source: ZarrStore, steps: Sequence[Sequence[int]], name: str, build: Build, *, durable: bool = False
     ) -> ZarrStore:
-        """A new stream `name`: `source` after the blocks that `build` gives. It is stored, and so rounded, after each step.
+        """Move a stream through blocks into a new stream. Hidden states are stored, and therefore rounded, after each step.
 
         Args:
             source: stream at the input of the first block.
             steps: numbers of the blocks of each step.
-            name: of the new stream, in tmp/.
-            build: makes the blocks.
+            name: path of the new stream in tmp/.
+            build: builds a block from its number.
             durable: whether the new stream will be committed.
         """
         stream = source
@@ -89,7 +105,7 @@ class Streams:
         return stream
 
     def _steps(self) -> dict[str, list[range]]:
-        """Blocks that each stream has passed since the first window, in the steps in which the windows took them."""
+        """Numbers of the blocks through which the committed windows moved each stream, in one step per window."""
         windows, position = self._inputs.windows, self._journal.chain.next_window
         steps = {REFERENCE: [range(window.frontier, window.stop) for window in windows[:position]]}
         if position < len(windows):
@@ -97,7 +113,7 @@ class Streams:
         return steps
 
     def _are_as_committed(self) -> bool:
-        """Whether the streams are complete and undamaged. Every chunk is read once, which a run that resumes has the time for."""
+        """Whether the streams are complete and undamaged; every chunk is read."""
         committed = self._journal.chain.committed_acts
         if committed is None:
             return False
@@ -109,6 +125,11 @@ class Streams:
         return True
 
     def _recompute(self, outer: EmbeddingAndHead) -> None:
+        """Compute the streams of the next window from the embeddings, compare them with the commits, and store them in acts/.
+
+        Raises:
+            InputError: the streams differ from what was committed, although the numerics never changed.
+        """
         journal = self._journal
         journal.empty_tmp()
         journal.new_folder("acts")
@@ -128,7 +149,7 @@ class Streams:
         if durable and made != committed and same_numerics:
             raise InputError(
                 self._folder,
-                "was lost, and the recomputed streams are not what was committed."
+                "was missing or damaged, and the recomputed streams are not what was committed."
                 " Restore the run directory, or use another --run-dir.",
             )
         journal.disk.remove_tree(self._folder)

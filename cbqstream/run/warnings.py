@@ -1,4 +1,4 @@
-"""Warnings about a model and its run, and the check that training does not fail again and again."""
+"""Warnings about a model and its run, and the check that training does not fail in many windows."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,15 +15,16 @@ from cbqstream.windows.resident_block import ResidentBlock
 from cbqstream.windows.schedule import split_held_out
 
 _MOST_REVERTED = 0.1
+"""Largest accepted share of windows whose loss was not finite."""
 _NAMED = 8
 """Number of experts that are named in a warning."""
 
 
 def require_finite_windows(chain: Chain) -> None:
-    """Refuse to continue if training fails again and again: the result would be rounded to nearest without a word.
+    """Check that training did not fail in many windows. Otherwise most of the result would be rounded to nearest.
 
     Raises:
-        InputError: in more than a tenth of the windows, and in more than one, the loss became NaN or infinite.
+        InputError: the loss was NaN or infinite in more than one window and in more than a tenth of all windows.
     """
     failed = [report.index for report in chain.window_reports if report.reverted == NOT_FINITE]
     if len(failed) > max(1, _MOST_REVERTED * chain.num_windows):
@@ -45,24 +46,24 @@ def model_warnings(inputs: RunInputs) -> Iterator[RunWarning]:
     if len(quantized) > 1:
         yield RunWarning(
             "the experts of some blocks are quantized and those of others are not, which transformers 5.24 does not load."
-            " Leave out --keep-first and --keep-last, or use another program."
+            " Leave out --keep-first and --keep-last, or load the result with another program."
         )
     settings, (training, held_out) = inputs.config.reconstruction, split_held_out(len(inputs.tokens))
     method = method_of(settings)
     if training == held_out and method.learns:
         yield RunWarning(
-            f"none of {len(held_out)} segments can be held out: windows are judged by what they learn from. Use --num-samples 8 or more."
+            f"{len(held_out)} segments are too few to hold some out: losses are those of training segments. Use --num-samples 8 or more."
         )
     steps = settings.epochs * math.ceil(len(training) / settings.batch_size)
     text = method.warning(settings, steps)
     if text is not None:
         yield RunWarning(text)
     if inputs.model.get("auto_map"):
-        yield RunWarning(f"{inputs.config.model}: has code of its own (auto_map), which is not run.")
+        yield RunWarning(f"{inputs.config.model}: the model contains code (auto_map), which is not run.")
 
 
 def _layers_of_expert_blocks(inputs: RunInputs) -> Iterator[Sequence[str]]:
-    """The layers that are quantized, of each block that has experts."""
+    """Names of the quantized layers of each block that has experts."""
     first, stop = inputs.config.keep_first, len(inputs.meta_model.blocks) - inputs.config.keep_last
     for spec in inputs.meta_model.blocks:
         if _has_experts(spec.linears):
@@ -74,11 +75,16 @@ def _has_experts(layers: Iterable[str]) -> bool:
 
 
 def undersampled_experts(prefix: str, block: ResidentBlock) -> RunWarning:
-    """Warning that names the experts of a block that saw too few tokens to learn from."""
+    """Warning that names the undersampled experts of a block.
+
+    Args:
+        prefix: module path of the block.
+        block: the block, with at least one undersampled expert.
+    """
     counts = [count for path in tokens_by_expert(block.tokens).values() for count in path]
     names = sorted({name.rpartition(".")[0] for name in block.undersampled})
     shown_names = ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
     return RunWarning(
         f"{prefix}: its {len(counts)} experts saw {min(counts):,} to {max(counts):,} tokens; rounded to nearest: {shown_names}."
-        " More --num-samples reach more of them."
+        " A larger --num-samples gives them more tokens."
     )

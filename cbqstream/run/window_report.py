@@ -1,4 +1,4 @@
-"""The report of a window, from its result and its blocks."""
+"""The report of a window, made from the result of its reconstruction and from its blocks."""
 
 from collections.abc import Sequence
 
@@ -21,14 +21,14 @@ def window_report(
     leaving: Sequence[ResidentBlock],
     spent: Clock,
 ) -> WindowReport:
-    """The report of a window.
+    """Make the report of a window.
 
     Args:
         inputs: inputs of the run.
         window: the window.
         result: result of its reconstruction.
-        new: blocks that entered with it.
-        leaving: blocks that leave with it, hardened.
+        new: blocks that entered with this window.
+        leaving: hardened blocks that leave with this window.
         spent: time that the window took.
     """
     prefix = {block.index: inputs.meta_model.blocks[block.index].prefix for block in (*new, *leaving)}

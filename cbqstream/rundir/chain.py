@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cbqstream.disk import FileDigest, digest_of_file
-from cbqstream.errors import IdentityError, InputError
+from cbqstream.errors import IdentityError, InputError, shown
 from cbqstream.records import EpochReport, Numerics, WindowReport
 from cbqstream.rundir.identity import FORMAT
 from cbqstream.rundir.records import Checksums, Commit, RunRecord, is_sealed
@@ -195,7 +195,7 @@ def _read_run(path: Path) -> RunRecord:
     values = _read_record(file)
     try:
         made_by = int(values["identity"]["format"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise InputError(file, f"not a record of a run. {RESTORE}") from error
     if made_by != FORMAT:
         age = "a newer" if made_by > FORMAT else "an older"
@@ -208,8 +208,8 @@ def _read_run(path: Path) -> RunRecord:
         run = RunRecord.from_dict(values)
         if run.digest != values["self"]:
             raise ValueError("holds a field that is not known")
-    except ValueError as error:
-        raise InputError(file, f"{error}. {RESTORE}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(file, f"{shown(str(error).rstrip('.'))}. {RESTORE}") from error
     return run
 
 
@@ -225,8 +225,8 @@ def _read_commits(folder: Path, before: str) -> list[Commit]:
             commits.append(Commit.from_dict(values))
             if commits[-1].digest != values["self"]:
                 raise ValueError("holds a field that is not known")
-        except ValueError as error:
-            raise InputError(folder / name, f"{error}. {RESTORE}") from error
+        except (ValueError, RecursionError) as error:
+            raise InputError(folder / name, f"{shown(str(error).rstrip('.'))}. {RESTORE}") from error
         before = values["self"]
     return commits
 

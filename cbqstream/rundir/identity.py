@@ -21,7 +21,7 @@ _NOT_IDENTITY = ("model", "out", "run_dir", "device", "threads", "max_ram", "max
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What must be equal for a run to be continued."""
+    """Everything that must be unchanged for a run to be resumed."""
 
     format: int
     algorithm: int

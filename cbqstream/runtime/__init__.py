@@ -1,1 +1,1 @@
-"""The machine: device, memory, offloaded tensors, scratch buffers, random seeds, signals."""
+"""Resources of the process: device, memory, offloaded tensors, scratch buffers, random seeds, timings and signals."""

@@ -4,7 +4,7 @@ import os
 import platform
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -16,6 +16,8 @@ from cbqstream.runtime.memory import physical_cores
 
 _OVERRIDES = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+_Setting = tuple[Callable[[], Any], Callable[[Any], object], Any]
+"""Getter, setter and value of a part of the global state."""
 
 
 def choose_device(name: str) -> torch.device:
@@ -68,21 +70,25 @@ def fixed_numerics(device: torch.device, threads: int | None = None) -> Iterator
     for variable in _OVERRIDES:
         if variable in os.environ:
             raise UsageError(f"{variable} is set, which changes the precision of matrix products. Unset it.")
-    matmul, cudnn, deterministic = torch.backends.cuda.matmul, torch.backends.cudnn, torch.utils.deterministic
+    matmul, deterministic = torch.backends.cuda.matmul, torch.utils.deterministic
+    cudnn: Any = torch.backends.cudnn
+    mkldnn: Any = torch.backends.mkldnn
+    precisions = (torch.backends, matmul, mkldnn, mkldnn.matmul, cudnn, cudnn.conv, cudnn.rnn)
     count = threads or physical_cores()
-    # getter, setter, value
-    settings: list[tuple[Callable[[], Any], Callable[[Any], object], Any]] = [
+    settings: list[_Setting] = [
         (torch.get_num_threads, torch.set_num_threads, count),
         (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode, 2),
         # filling new tensors takes 8 % of a step; a test shows that what is filled is never read
         _attribute(deterministic, "fill_uninitialized_memory", value=False),
-        (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"),
-        _attribute(matmul, "allow_tf32", value=False),
+        # before the older settings of precision, which change these too, so that these are restored after them
+        *(_attribute(owner, "fp32_precision", value="ieee") for owner in precisions),
+        _older((torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest")),
+        _older(_attribute(matmul, "allow_tf32", value=False)),
         _attribute(matmul, "allow_bf16_reduced_precision_reduction", value=False),
         _attribute(matmul, "allow_fp16_reduced_precision_reduction", value=False),
         # the backward pass of cuDNN's attention is not deterministic
         (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp, False),
-        _attribute(cudnn, "allow_tf32", value=False),
+        _older(_attribute(cudnn, "allow_tf32", value=False)),
         _attribute(cudnn, "deterministic", value=True),
         _attribute(cudnn, "benchmark", value=False),
         (lambda: os.environ.get(_WORKSPACE), _set_workspace, ":4096:8"),  # read by cuBLAS when it starts
@@ -99,8 +105,23 @@ def fixed_numerics(device: torch.device, threads: int | None = None) -> Iterator
             put(value)
 
 
-def _attribute(owner: Any, name: str, *, value: Any) -> tuple[Callable[[], Any], Callable[[Any], object], Any]:
+def _attribute(owner: Any, name: str, *, value: Any) -> _Setting:
     return lambda: getattr(owner, name), lambda new: setattr(owner, name, new), value
+
+
+def _older(setting: _Setting) -> _Setting:
+    """A setting that torch cannot read if it contradicts the `fp32_precision` of the program. It is not restored then."""
+    get, put, value = setting
+
+    def read() -> Any:
+        with suppress(RuntimeError):
+            return get()
+
+    def write(new: Any) -> None:
+        if new is not None:
+            put(new)
+
+    return read, write, value
 
 
 def _set_workspace(value: str | None) -> None:

@@ -1,4 +1,7 @@
-"""What SIGINT and SIGTERM do: leave at once, because what is committed is safe wherever they strike."""
+"""Handling of SIGINT and SIGTERM.
+
+The process exits at once, because everything that is committed is safe whenever a signal arrives.
+"""
 
 import os
 import signal
@@ -10,18 +13,27 @@ _STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM. Not an Exception, so that no library takes it for an error of its own and goes on."""
+    """SIGINT or SIGTERM arrived.
+
+    It is not an `Exception`, so that no library handles it as an error of its own and continues.
+    """
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
-    """What is committed is safe wherever a signal strikes, so leave at once; a second one does not even wait for tmp/ to be emptied."""
+    """Raise `Interrupted`, and let a second signal end the process at once.
+
+    The second signal does not even wait for tmp/ to be emptied.
+    """
     for other in _STOPPING:
         signal.signal(other, lambda number, frame: os._exit(128 + number))
-    warnings.simplefilter("ignore")  # Zarr's coroutines complain that nobody waits for them any more
+    warnings.simplefilter("ignore")  # Zarr warns about coroutines that are no longer awaited
     raise Interrupted(f"stopped by {signal.Signals(number).name}.")
 
 
 def interrupt_on_signals() -> None:
-    """From now on both raise `Interrupted`; after the first one the next leaves without waiting for anything, with 128 and its number."""
+    """Make SIGINT and SIGTERM raise `Interrupted` from now on.
+
+    After the first signal, the next signal ends the process without waiting for anything. The exit code is then 128 plus its number.
+    """
     for number in _STOPPING:
         signal.signal(number, _stop)

@@ -1,4 +1,4 @@
-"""Randomness: a generator for each use, from (seed, window, purpose) alone, so that nothing random has to be saved."""
+"""Random generators that depend on (seed, window, purpose) alone, so that no random state has to be saved."""
 
 import hashlib
 

@@ -1,4 +1,4 @@
-"""Where the time of a run goes: seconds that its main thread spends waiting for reads and for writes."""
+"""Timings of a run: seconds that its main thread spends waiting for reads and for writes."""
 
 import threading
 import time

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence, Set
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from cbqstream.config import TransformConfig
 from cbqstream.models.families import SmoothingPair
@@ -34,16 +35,20 @@ class Smoothing(Transform):
     name = "smoothing"
 
     @classmethod
+    @override
     def is_active(cls, config: TransformConfig, scheme: Scheme) -> bool:
         return config.smooths(scheme)
 
     @classmethod
+    @override
     def cost(cls) -> TransformCost:
         return TransformCost(search_bytes=_SEARCH_BYTES)
 
+    @override
     def sampled_layers(self, block: BlockParts) -> Set[str]:
         return {pair.balance_layers[0] for pair in block.pairs}
 
+    @override
     def find(self, block: BlockParts, statistics: dict[str, InputStatistics]) -> dict[str, Tensor]:
         """Scales float32 [C] that are not all 1, by the name of the smoothed layer. See `Transform.find`."""
         found = {}
@@ -58,12 +63,14 @@ class Smoothing(Transform):
             statistics |= {name: statistics[name].divided(scale_I) for name in pair.balance_layers}
         return found
 
+    @override
     def apply(self, block: BlockParts, found: Mapping[str, Tensor]) -> None:
         for pair in block.pairs:
             if pair.smooth_layer in found:
                 with block.place((pair.smooth_layer, *pair.balance_layers)):
                     smooth(block.module, pair, found[pair.smooth_layer])
 
+    @override
     def stored(self, block: BlockParts, found: Mapping[str, Tensor]) -> dict[str, Callable[[Tensor], Tensor]]:
         """Division of the norms and biases of smoothed layers. See `Transform.stored`."""
         scales = {
@@ -128,7 +135,7 @@ def _most_divided(block: nn.Module, pair: SmoothingPair, schemes: Mapping[str, S
 def _searched_scale(
     block: nn.Module, pair: SmoothingPair, statistics: InputStatistics, schemes: Sequence[Scheme], most_C: Tensor
 ) -> Tensor:
-    """Of the scales m_c^e, with m_c the size of channel c, those with the smallest error of the balance layers' outputs on the sample.
+    """Scales m_c^e, with m_c the size of channel c, that give the smallest error of the balance layers' outputs on the sample.
 
     SmoothQuant (Xiao et al. 2023) and AWQ (Lin et al. 2023) search in this way. Here m is either the root mean square of the channel
     relative to the token's largest channel, or the channel's largest magnitude.
@@ -199,7 +206,7 @@ def parameters_of(module: nn.Module) -> Mapping[str, Tensor]:
 
 
 def _sharing(block: nn.Module, pair: SmoothingPair) -> tuple[int, int]:
-    """How many heads read each head of the smoothed layer, and the width of a head (all channels, where each is read once)."""
+    """Number of heads that read each head of the smoothed layer, and width of a head (all channels, if each is read once)."""
     written = parameters_of(block.get_submodule(pair.smooth_layer))["weight"].shape[0]
     read = parameters_of(block.get_submodule(pair.balance_layers[0]))["weight"].shape[1]
     if read == written:

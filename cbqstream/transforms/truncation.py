@@ -1,6 +1,7 @@
 """Truncation of the outliers of every weight to its largest reserved magnitude (CFP, arXiv 2312.07950, sec. 3.2)."""
 
 from torch import Tensor
+from typing_extensions import override
 
 from cbqstream.config import TransformConfig
 from cbqstream.numerics.outliers import OutlierRule, truncated
@@ -14,12 +15,15 @@ class Truncation(Transform):
     name = "truncation"
 
     @classmethod
+    @override
     def is_active(cls, config: TransformConfig, scheme: Scheme) -> bool:
         return config.truncate_weights
 
     @classmethod
+    @override
     def cost(cls) -> TransformCost:
         return TransformCost(copies=1)
 
+    @override
     def weight_to_round(self, w_OI: Tensor) -> Tensor:
         return truncated(w_OI, OutlierRule.of(self.config))

@@ -1,1 +1,1 @@
-"""Windows of transformer blocks: schedule, targets, reconstruction, propagation."""
+"""Windows of transformer blocks: schedule, targets, reconstruction and propagation."""

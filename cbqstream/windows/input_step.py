@@ -35,15 +35,15 @@ class InputStep(nn.Module):
 
     @torch.no_grad()
     def stored(self) -> Tensor:
-        """The step size as it is stored, float32 [1]."""
+        """Step size as it is stored, float32 [1]."""
         return storable_scale(self.scale0 * self.theta.exp())
 
     def state(self) -> dict[str, Tensor]:
-        """Copies of what the next window needs, by name."""
+        """Copies of the values that the next window needs, by name."""
         return {"scale0": self.scale0.clone(), "theta": self.theta.detach().clone()}
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """The inverse of `state`."""
+        """Restore the values that `state` gave."""
         self.scale0.copy_(state["scale0"])
         self.theta.copy_(state["theta"])

@@ -1,4 +1,4 @@
-"""Moving the two streams from boundary to boundary, and the targets of a window."""
+"""Propagation of the two streams from boundary to boundary, and the targets of a window."""
 
 from collections.abc import Sequence
 
@@ -33,7 +33,7 @@ def propagate(
         phase: which weights the blocks compute with.
 
     Raises:
-        InputError: some results are infinite or NaN.
+        InputError: a result is infinite or NaN.
     """
     finite = []
 
@@ -47,7 +47,9 @@ def propagate(
     if broken:
         numbers = f"{blocks[0].index}-{blocks[-1].index}" if len(blocks) > 1 else str(blocks[0].index)
         total = source.shape.num_segments
-        raise InputError(f"block {numbers}", f"{broken} of {total} samples became non-finite. Look for huge weights.")
+        raise InputError(
+            f"block {numbers}", f"{broken} of {total} segments are not finite. Look for very large weights."
+        )
 
 
 @torch.no_grad()
@@ -63,10 +65,10 @@ def mix_targets(
     """Compute and store the targets of a window, `a T1 + (1 - a) T2`.
 
     Args:
-        blocks: the window; its blocks run with their original weights.
-        quantized: the quantized stream at the input of the window, for which the blocks give T2.
-        reference_out: the reference stream at the output of the window, T1.
-        targets: store of the targets.
+        blocks: blocks of the window; they run with their original weights.
+        quantized: quantized stream at the input of the window, from which the blocks compute T2.
+        reference_out: reference stream at the output of the window, which is T1.
+        targets: store for the targets.
         compute: device, dtype and batch size.
         a: share of T1.
     """

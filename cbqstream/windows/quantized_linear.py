@@ -32,7 +32,13 @@ class Phase(Enum):
 
 
 class QuantizedLinear(Offloadable):
-    """Replaces an `nn.Linear` in a block. The weight keeps its stored dtype; products are computed in the dtype of the input."""
+    """A layer that replaces an `nn.Linear` in a block. The weight keeps its stored dtype; products have the dtype of the input.
+
+    Args:
+        linear: the layer that is replaced.
+        scheme: scheme of the layer.
+        scratch: buffers for weights that are needed for a moment.
+    """
 
     def __init__(self, linear: nn.Linear, scheme: Scheme, scratch: Scratch) -> None:
         super().__init__()
@@ -52,6 +58,7 @@ class QuantizedLinear(Offloadable):
         self._watched: InputStatistics | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        """The output [..., O] for inputs [..., I], with the weight of the current phase."""
         if self._watching:
             self._watch(x)
         if self.phase is not Phase.ORIGINAL:
@@ -62,6 +69,7 @@ class QuantizedLinear(Offloadable):
             return self._product(x, make)
 
     def _watch(self, x: Tensor) -> None:
+        """Add inputs to the statistics."""
         before = self._watched
         if before is not None and len(before.sample) == self._most_sampled:
             self._sample_stride = None
@@ -72,20 +80,20 @@ class QuantizedLinear(Offloadable):
 
     @contextmanager
     def _rows(self) -> Iterator[Callable[[slice, Tensor], Tensor]]:
-        """A function that makes rows of the original or the hard weight; it may write them into the tensor that it is given."""
+        """Function that makes rows of the original or the hard weight; it may write them into the tensor that is its second argument."""
         if self.rounding is not None and self.phase is not Phase.ORIGINAL:
             hard = self.rounding.harden()
-            yield lambda rows, room: dequantize(hard.rows(rows), room)
+            yield lambda rows, out: dequantize(hard.rows(rows), out)
             return
         with self.placed():
             if self._finished is None:
                 yield self._original_rows
             else:
                 finished = replace(self._finished, codes=self.weight)
-                yield lambda rows, room: dequantize(finished.rows(rows), room)
+                yield lambda rows, out: dequantize(finished.rows(rows), out)
 
-    def _original_rows(self, rows: slice, room: Tensor) -> Tensor:
-        return self.weight[rows] if self.weight.dtype == room.dtype else room.copy_(self.weight[rows])
+    def _original_rows(self, rows: slice, out: Tensor) -> Tensor:
+        return self.weight[rows] if self.weight.dtype == out.dtype else out.copy_(self.weight[rows])
 
     def _product(self, x: Tensor, make: Callable[[slice, Tensor], Tensor]) -> Tensor:
         """The output of the layer with the weight whose rows `make` gives."""
@@ -103,29 +111,29 @@ class QuantizedLinear(Offloadable):
         """Start to gather statistics of the inputs.
 
         Args:
-            stride: every `stride`-th token is sampled; None: none is.
-            most: largest number of sampled tokens.
+            stride: sample every `stride`-th token; None samples no token.
+            most: largest number of sampled tokens; None is no limit.
             gram: whether to gather the Gram matrix too.
         """
         self._watching, self._watched = True, None
         self._sample_stride, self._most_sampled, self._gram = stride, most, gram
 
     def take_statistics(self) -> InputStatistics:
-        """The statistics since `watch_inputs`; gathering ends. A layer that never ran, as an expert may, has seen no token."""
+        """Stop gathering, and return the statistics since `watch_inputs`. They are empty if the layer never ran, as happens to experts."""
         watched, self._watching, self._watched = self._watched, False, None
         stored = self.offloaded("weight")
         device = self.weight.device if stored is None else stored.device
         return watched or InputStatistics.none(self.weight.shape[1], device)
 
     def start_input_step(self, statistics: InputStatistics) -> None:
-        """Give the inputs a learned step size, if the scheme has one."""
+        """Give the inputs a learned step size, if the scheme has one per tensor."""
         bits = self.scheme.activation_bits
         if bits is not None and self.scheme.activation_strategy == "tensor":
             largest = torch.maximum(-statistics.low.min(), statistics.high.max())
             self.input_step = InputStep(starting_step(statistics.second_moment, largest, bits), bits)
 
     def freeze(self, weight: QuantizedWeight) -> None:
-        """Compute with a finished weight from now on, and free the original weight and the rounding."""
+        """Replace the original weight and the rounding by a finished weight."""
         self.rounding, self._finished = None, replace(weight, codes=weight.codes.to("meta"))
         self.put("weight", weight.codes)
 

@@ -33,7 +33,7 @@ class Reconstruction:
     loss_before: float
     """Loss of the hard window on the held-out segments before training."""
     loss_after: float
-    """The same after training; never above `loss_before`."""
+    """Loss of the hard window on the held-out segments after training; never above `loss_before`."""
     reverted: str | None
     """Why the training was reverted, or None if it was kept."""
     changed: float
@@ -50,7 +50,7 @@ class Predictions:
 
 
 class Batch(NamedTuple):
-    """Some segments on the device."""
+    """A batch of segments on the device."""
 
     x: Tensor
     """Inputs [B, S, D]."""
@@ -65,9 +65,12 @@ class WindowData:
     """Inputs and targets of a window."""
 
     inputs: ActivationStore
+    """Quantized stream at the input of the window."""
     targets: ActivationStore
+    """Targets for the output of the window."""
     compute: Compute
     predictions: Predictions | None = None
+    """Predictions of the original model, in the window that ends with the last block; otherwise None."""
 
     def read(self, batches: Sequence[Sequence[int]]) -> Iterator[Batch]:
         """Each batch of segments, read ahead."""
@@ -124,7 +127,14 @@ def reconstruct(
 def hard_loss(
     blocks: Sequence[ResidentBlock], data: WindowData, segments: Sequence[int], config: ReconstructionConfig
 ) -> float:
-    """Mean loss of the window over `segments`, with the weights as they would be exported."""
+    """Mean loss of the window over segments, with hard weights.
+
+    Args:
+        blocks: the window; its layers have roundings.
+        data: inputs and targets of the window.
+        segments: numbers of the segments.
+        config: settings.
+    """
     batches = in_batches(segments, config.batch_size)
     total = torch.zeros((), dtype=torch.float64, device=data.compute.device)
     for batch in data.read(batches):
@@ -136,7 +146,7 @@ def hard_loss(
 def _training_order(
     segments: Sequence[int], config: ReconstructionConfig, generator: torch.Generator
 ) -> list[list[int]]:
-    """The batches of all epochs, each epoch in an order of its own; none if nothing is trained."""
+    """Batches of all epochs, each epoch in a new random order; empty if the rounding method is not trained."""
     if not method_of(config).learns:
         return []
     order = []

@@ -26,6 +26,7 @@ from cbqstream.numerics.scale_search import minmax_grid, search_grid
 from cbqstream.records import Compute, QuantizedWeight, StoredTensors
 from cbqstream.rounding.nearest import Nearest
 from cbqstream.rounding.registry import method_of
+from cbqstream.rounding.rounding import RoundingStart
 from cbqstream.runtime.offload import OffloadedTensor
 from cbqstream.runtime.scratch import Scratch
 from cbqstream.scheme import Scheme
@@ -35,8 +36,9 @@ from cbqstream.windows.input_step import InputStep
 from cbqstream.windows.quantized_linear import Phase, QuantizedLinear, replace_linears
 
 _SAMPLED_TOKENS = 1024
-_SAMPLED_OF_EXPERT, _DENSER = 256, 16  # an expert sees one token in 8 to 32
+_SAMPLED_OF_EXPERT, _DENSER = 256, 16  # a router sends an expert one token in 8 to 32
 _FEWEST_TOKENS = 32
+"""Number of tokens below which an expert is undersampled."""
 _INPUT, _UNDERSAMPLED = "input.", "undersampled"
 
 
@@ -45,25 +47,25 @@ class BlockSettings:
     """Settings with which a block is quantized."""
 
     scheme: Scheme
-    """Scheme of most layers, for decisions that concern several of them."""
+    """Default scheme of the layers, for decisions that concern several layers."""
     reconstruction: ReconstructionConfig
     transforms: TransformConfig
     scratch: Scratch = field(default_factory=Scratch)
 
     def active_transforms(self) -> tuple[Transform, ...]:
-        """The transforms that the settings ask for, in the order in which they are applied."""
+        """Transforms that the settings select, in the order in which they are applied."""
         return tuple(transform(self.transforms) for transform in active(self.transforms, self.scheme))
 
 
 class ResidentBlock:
-    """A block in memory. It is mutable: its layers get roundings, are trained and are hardened, and it records what it learned.
+    """A block in memory. It is mutable: its layers get roundings, are trained and are hardened.
 
     Args:
         index: number of the block in the model.
         module: the block; its quantized layers are `QuantizedLinear`.
-        arguments: keyword arguments with which the model calls it.
+        arguments: keyword arguments with which the model calls the block.
         layers: the quantized layers, by their name in the block.
-        pairs: places where channels can be rescaled.
+        pairs: smoothing pairs of the block.
     """
 
     def __init__(
@@ -94,11 +96,12 @@ class ResidentBlock:
     def watch_inputs(self, num_tokens: int, settings: BlockSettings, *, all_experts: bool = False) -> None:
         """Gather the statistics that `start` needs from the next `num_tokens` tokens.
 
-        Where a transform needs a sample of a layer's inputs, about 1,024 tokens are kept; of an expert the first 256 of a denser sample.
+        If a transform needs a sample of the inputs of a layer, about 1,024 tokens are kept; for a layer of an expert, the first 256 tokens
+        of a denser sample.
 
         Args:
-            num_tokens: tokens that will pass the block.
-            settings: of the run.
+            num_tokens: number of tokens that will pass the block.
+            settings: settings of the run.
             all_experts: send every token to every expert.
         """
         self._send_all_tokens(all_experts)
@@ -121,6 +124,10 @@ class ResidentBlock:
     def start(self, settings: BlockSettings, generator: torch.Generator) -> None:
         """Find the transforms, and give every layer its grid and rounding, from the weights and the statistics of the inputs.
 
+        Args:
+            settings: settings of the run.
+            generator: for random starting values of roundings.
+
         Raises:
             InputError: a layer never ran.
         """
@@ -142,7 +149,11 @@ class ResidentBlock:
                     layer.rounding.observe(statistics[name])
 
     def _take_statistics(self) -> dict[str, InputStatistics]:
-        """Statistics of the inputs of each layer; an undersampled expert gets those of all experts of the block together."""
+        """Statistics of the inputs of each layer; a layer of an undersampled expert gets the combined statistics of all experts.
+
+        Raises:
+            InputError: a layer never ran.
+        """
         seen = {name: layer.take_statistics() for name, layer in self.layers.items()}
         enough = min(_FEWEST_TOKENS, max(found.tokens for found in seen.values()))
         self.tokens.update({name: found.tokens for name, found in seen.items()})
@@ -157,9 +168,7 @@ class ResidentBlock:
             seen[name] = pooled[alike]
         for name, found in seen.items():
             if not found.tokens:
-                raise InputError(
-                    f"block {self.index}", f"{name} is never called as a layer. Leave it out: --ignore {name}."
-                )
+                raise InputError(f"block {self.index}", f"{name} is never called as a layer. Use --ignore {name}.")
         return seen
 
     def _give_rounding(
@@ -170,17 +179,22 @@ class ResidentBlock:
         settings: BlockSettings,
         generator: torch.Generator,
     ) -> None:
-        """Give a layer, which is placed, the rounding of the settings; an undersampled one is rounded to nearest."""
+        """Give a layer the rounding of the settings, or `Nearest` if it is undersampled. The weight of the layer is in memory."""
         layer = self.layers[name]
         method = Nearest if name in self.undersampled else method_of(settings.reconstruction)
-        rounding = method.start(
-            weight, grid, layer.scheme, settings.reconstruction, generator, settings.scratch
-        ).requires_grad_(requires_grad=name not in self.undersampled)
+        start = RoundingStart(weight, *grid, layer.scheme, settings.reconstruction, generator, settings.scratch)
+        rounding = method(start).requires_grad_(requires_grad=name not in self.undersampled)
         layer.rounding = rounding
         rounding.offload_beside(layer)
 
     def resume(self, settings: BlockSettings, generator: torch.Generator, state: Mapping[str, Tensor]) -> None:
-        """Continue from the state that `window_state` gave in the window before."""
+        """Resume from the state that `window_state` gave in the window before.
+
+        Args:
+            settings: settings of the run.
+            generator: for random starting values of roundings, which the state then replaces.
+            state: values by name, as `window_state` gave them.
+        """
         self._transforms = settings.active_transforms()
         for transform in self._transforms:
             self.found[transform.name] = _under(f"{transform.name}.", state)
@@ -240,7 +254,7 @@ class ResidentBlock:
                 layer.rounding.load({key: value for key, value in own.items() if not key.startswith(_INPUT)})
 
     def harden(self) -> Iterator[tuple[str, QuantizedWeight]]:
-        """The final quantized weights, layer by layer. A layer computes with its final weight once it was given."""
+        """Name and final quantized weight of each layer. After a weight is yielded, its layer computes with it."""
         for name, layer in self.layers.items():
             if layer.rounding is not None:
                 step = None if layer.input_step is None else layer.input_step.stored()
@@ -251,7 +265,12 @@ class ResidentBlock:
                 yield name, hard
 
     def stored(self, name: str, value: Tensor) -> Tensor:
-        """A tensor of the block that no quantized layer holds, as the transforms leave it, in its dtype."""
+        """Stored value of a tensor outside the quantized layers, after the transforms.
+
+        Args:
+            name: name of the tensor in the block.
+            value: value of the tensor in the source; the result has its dtype.
+        """
         for transform in self._transforms:
             change = transform.stored(self.parts, self.found[transform.name]).get(name)
             value = value if change is None else change(value)
@@ -265,7 +284,7 @@ class ResidentBlock:
 
     @contextmanager
     def _placed(self, names: Collection[str]) -> Iterator[None]:
-        """Keep the weights of named layers in memory inside a `with`; other names are ignored."""
+        """Keep the weights of layers in memory inside a `with`; names that are not those of quantized layers are ignored."""
         with ExitStack() as stack:
             for name in set(names) & self.layers.keys():
                 stack.enter_context(self.layers[name].placed())
@@ -282,17 +301,17 @@ def read_block(
     scratch: Scratch,
     file: ScratchFile | None = None,
 ) -> ResidentBlock:
-    """Block `index` with its original weights.
+    """Read a block with its original weights.
 
     Args:
-        meta_model: the model it belongs to.
+        meta_model: the model to which the block belongs.
         index: number of the block.
-        source: where its tensors are read from.
-        schemes: schemes of the layers that are quantized, by their name in the block.
+        source: source of its tensors.
+        schemes: schemes of the quantized layers, by their name in the block.
         arguments: keyword arguments with which the model calls the block.
-        compute: where the block is placed, and the dtype in which it computes.
+        compute: device and dtype of the block.
         scratch: buffers for weights that are needed for a moment.
-        file: file to which these layers are offloaded; None keeps them in memory.
+        file: file to which the quantized layers are offloaded; None keeps them in memory.
     """
     device, dtype = compute.device, compute.dtype
     without = () if file is None else schemes
@@ -302,7 +321,7 @@ def read_block(
         for name, layer in layers.items():
             layer.weight = source.read(spec.tensors[f"{name}.weight"], device=device)
             layer.offload(file)
-    whole = set(spec.linears) - schemes.keys()  # rescaling channels would change layers that stay in full precision
+    whole = set(spec.linears) - schemes.keys()  # they are not smoothed, because rescaled channels would change them
     for name in whole:
         module.get_submodule(name).to(dtype)
     pairs = meta_model.smoothing_pairs(index)
@@ -311,12 +330,12 @@ def read_block(
 
 
 def _under(prefix: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The values whose name begins with `prefix`, by the rest of the name. Others are not read."""
+    """Values whose name begins with `prefix`, by the rest of the name. Other values are not read."""
     return {name.removeprefix(prefix): values[name] for name in values if name.startswith(prefix)}
 
 
 def all_layers(blocks: Sequence[ResidentBlock]) -> Iterator[QuantizedLinear]:
-    """The layers of all blocks, in order."""
+    """Quantized layers of all blocks, in order."""
     for block in blocks:
         yield from block.layers.values()
 
@@ -327,7 +346,13 @@ def run_blocks(
     """Hidden states [B, S, D] after the blocks, computed with the weights of `phase`.
 
     With activation checkpointing, only the inputs of the blocks are kept for the backward pass, which runs each block again (Chen et al.
-    2016, arXiv 1604.06174). No rounding of the block has changed by then.
+    2016, arXiv 1604.06174). The roundings of a block change only after its second run.
+
+    Args:
+        blocks: consecutive blocks.
+        x_BSD: hidden states before the first block.
+        phase: weights that the layers compute with.
+        activation_checkpointing: whether activations inside the blocks are computed again in the backward pass.
     """
     for layer in all_layers(blocks):
         layer.phase = phase

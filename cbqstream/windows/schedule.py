@@ -1,9 +1,10 @@
-"""The blocks that each window holds, and the segments that it learns from."""
+"""The blocks of each window, and its training and held-out segments."""
 
 from cbqstream.config import WindowConfig
 from cbqstream.records import Window
 
 _HELD_OUT_SHARE = 8
+"""Ratio of the number of segments to the number of held-out segments."""
 
 
 def schedule(first: int, stop: int, window: WindowConfig) -> list[Window]:

@@ -1,4 +1,4 @@
-"""Training the scales of the whole model end to end, from its predictions, with one block in memory at a time.
+"""End-to-end training of the scales of the whole model from its predictions, with one block in memory at a time.
 
 After the last window, codes are final. Every scale gets a factor exp(theta). A training step runs forward through all blocks, keeps the
 hidden states between them, and runs backward through the blocks in reverse, computing each again with gradients. The loss is the
@@ -22,11 +22,14 @@ from cbqstream.numerics.losses import Head, head_divergence
 from cbqstream.records import Compute
 
 SEGMENTS_PER_STEP = 2
-"""Largest number of segments in a training step: an epoch over a few dozen segments has few steps as it is."""
+"""Largest number of segments in a training step. It is small because an epoch over a few dozen segments has few steps."""
 
 
 class _Scaled(torch.autograd.Function):
-    """w * factor, computed in float32, because in bf16 factors near 1 are 0.8 % apart. Only the factor has a gradient."""
+    """Product w * factor in the dtype of w. It is computed in float32, because bf16 values near 1 are 0.8 % apart.
+
+    Only the factor has a gradient.
+    """
 
     @staticmethod
     def forward(ctx: Any, w_OGK: Tensor, factor_OG: Tensor) -> Tensor:
@@ -53,28 +56,39 @@ class StepSizes:
 
     @torch.no_grad()
     def stored(self) -> Tensor:
-        """The scales as they are stored."""
+        """Scales as they are stored, float32 [O, G]."""
         return storable_scale(self.scale0 * self.theta.exp())
 
     def factor(self, *, stored: bool) -> Tensor:
-        """Factor of a weight that was dequantized with s0: differentiable, or for the scales as they are stored."""
+        """Factor [O, G] for a weight that was dequantized with s0.
+
+        Args:
+            stored: whether the factor gives the scales as they are stored; otherwise it is exp(theta), and differentiable in theta.
+        """
         return self.stored() / self.scale0 if stored else self.theta.exp()
 
 
 @dataclass(frozen=True, slots=True)
 class StreamedModel:
-    """The quantized model, block by block."""
+    """The quantized model, of which one block is in memory at a time."""
 
     build: Callable[[int], nn.Module]
-    """Makes a block with dequantized weights."""
+    """Builds a block with dequantized weights from its number."""
     arguments: Sequence[BlockArguments]
+    """Keyword arguments of every block."""
     steps: Sequence[Mapping[str, StepSizes]]
-    """For each block, the scales of its quantized layers by name; empty for a block in full precision."""
+    """Scales of the quantized layers of every block, by name; empty for a block in full precision."""
     head: Head
     compute: Compute
 
     def run(self, index: int, x_BSD: Tensor, *, stored: bool = False) -> Tensor:
-        """Hidden states after block `index`; differentiable in x and theta, unless with the scales as they are stored."""
+        """Hidden states [B, S, D] after a block.
+
+        Args:
+            index: number of the block.
+            x_BSD: hidden states before the block.
+            stored: whether to compute with the scales as they are stored; otherwise the result is differentiable in x and theta.
+        """
         block, weights = self.build(index), {}
         for name, steps in self.steps[index].items():
             w_OGK = grouped(block.get_parameter(f"{name}.weight"), steps.theta.shape[1])
@@ -83,14 +97,19 @@ class StreamedModel:
 
     @torch.no_grad()
     def forward(self, x_BSD: Tensor) -> list[Tensor]:
-        """The input of every block, and the output of the last one."""
+        """Inputs of all blocks, and the output of the last block, from hidden states [B, S, D] before the first block."""
         states = [x_BSD]
         for index in range(len(self.steps)):
             states.append(self.run(index, states[-1]))
         return states
 
     def backward(self, states: list[Tensor], gradient_BSD: Tensor) -> None:
-        """Accumulate the gradient of every theta from the gradient of the last state. Removes the states from the list."""
+        """Accumulate the gradient of every theta.
+
+        Args:
+            states: the result of `forward`; the list is emptied.
+            gradient_BSD: gradient of the loss for the last state.
+        """
         states.pop()
         first = next(index for index, steps in enumerate(self.steps) if steps)
         for index in range(len(self.steps) - 1, first - 1, -1):
@@ -106,11 +125,12 @@ class EndToEndData:
     """Inputs of the first block, and outputs of the last block of the original model."""
 
     embed: Callable[[int], Tensor]
-    """Input of the first block for a segment, [S, D]."""
+    """Gives the input of the first block, [S, D], from the number of a segment."""
     reference: ActivationStore
+    """Hidden states of the original model after its last block."""
 
     def read(self, batches: Sequence[Sequence[int]], compute: Compute) -> Iterator[tuple[Tensor, Tensor]]:
-        """Both for each batch, [B, S, D], on the device."""
+        """Inputs and outputs of each batch, both [B, S, D], on the device."""
         read = read_batches([self.reference], batches, compute.device)
         for batch, (reference_BSD,) in zip(batches, read, strict=True):
             x_BSD = torch.stack([self.embed(segment) for segment in batch])
@@ -119,13 +139,19 @@ class EndToEndData:
 
 @torch.no_grad()
 def stored_divergence(model: StreamedModel, data: EndToEndData, segments: Sequence[int]) -> float:
-    """Mean divergence of the predictions over the tokens of `segments`, with the scales as they would be stored."""
+    """Mean divergence of the predictions over the tokens of segments, with the scales as they are stored.
+
+    Args:
+        model: the quantized model.
+        data: inputs and references.
+        segments: numbers of the segments.
+    """
     total = 0.0
     for x_BSD, reference_BSD in data.read(in_batches(segments, model.compute.batch_size), model.compute):
         for index in range(len(model.steps)):
             x_BSD = model.run(index, x_BSD, stored=True)
-        seen = head_divergence(x_BSD.flatten(0, 1), reference_BSD.flatten(0, 1), model.head)
-        total += seen.double().item() * len(x_BSD)
+        divergence = head_divergence(x_BSD.flatten(0, 1), reference_BSD.flatten(0, 1), model.head)
+        total += divergence.double().item() * len(x_BSD)
     return total / len(segments)
 
 
@@ -143,7 +169,7 @@ def train_epoch(
         data: inputs and targets.
         segments: segments to train on.
         rates: learning rate of theta (Adam) at the first step and after the last; it falls linearly.
-        generator: gives the order.
+        generator: gives the order of the segments.
     """
     learned = [steps.theta for block in model.steps for steps in block.values()]
     optimizer = Adam(learned, lr=rates[0], foreach=False)

@@ -1,4 +1,4 @@
-"""What every activation store promises, checked on each of them."""
+"""Tests that every activation store must pass, and tests of the Zarr store."""
 
 import errno
 import os
@@ -23,49 +23,49 @@ SHAPE = StreamShape(num_segments=5, seq_len=6, hidden_size=8)
 
 
 class ActivationStoreContract:
-    """Subclasses give `make`."""
+    """Tests of the interface `ActivationStore`. A subclass tests the store that its method `make` returns."""
 
     def make(self, tmp_path, shape: StreamShape) -> ActivationStore:
         raise AssertionError("subclasses make a store")
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-    def test_bits_come_back(self, tmp_path, dtype):
+    def test_segments_are_read_back_bit_for_bit(self, tmp_path, dtype):
         store = self.make(tmp_path, StreamShape(2, 256, 256, dtype))
-        if dtype.itemsize == 2:  # every bit pattern there is, NaN and infinity included
+        if dtype.itemsize == 2:  # all bit patterns, with NaN and infinity
             x = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(dtype).view(256, 256)
         else:
             x = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
             x[0, :3] = torch.tensor([torch.nan, torch.inf, -0.0])
         store.write(1, x)
-        back = store.read(1)
-        assert back.dtype == dtype
+        found = store.read(1)
+        assert found.dtype == dtype
         bits = torch.int16 if dtype.itemsize == 2 else torch.int32
-        assert torch.equal(back.view(bits), x.view(bits))
+        assert torch.equal(found.view(bits), x.view(bits))
 
-    def test_converts_to_its_dtype(self, tmp_path):
+    def test_segments_are_converted_to_the_dtype_of_the_store(self, tmp_path):
         store = self.make(tmp_path, SHAPE)
         x = torch.full((6, 8), 1.0039)
         store.write(0, x)
         assert torch.equal(store.read(0), x.to(torch.bfloat16))
 
-    def test_zeros_are_stored(self, tmp_path):
+    def test_a_segment_of_zeros_is_not_a_missing_segment(self, tmp_path):
         store = self.make(tmp_path, SHAPE)
         store.write(2, torch.zeros(6, 8))
         assert not store.read(2).any()
 
-    def test_what_was_not_written_is_an_error(self, tmp_path):
+    def test_reading_a_segment_that_was_not_written_is_an_error(self, tmp_path):
         store = self.make(tmp_path, SHAPE)
         store.write(0, torch.ones(6, 8))
         with pytest.raises(InputError, match="segment 1"):
             store.read(1)
 
-    def test_overwrites(self, tmp_path):
+    def test_a_segment_can_be_overwritten(self, tmp_path):
         store = self.make(tmp_path, SHAPE)
         store.write(3, torch.ones(6, 8))
         store.write(3, torch.full((6, 8), 2.0))
         assert (store.read(3) == 2).all()
 
-    def test_what_is_read_is_a_copy(self, tmp_path):
+    def test_written_and_read_tensors_do_not_share_memory_with_the_store(self, tmp_path):
         store = self.make(tmp_path, SHAPE)
         x = torch.ones(6, 8, dtype=torch.bfloat16)
         store.write(0, x)
@@ -74,28 +74,28 @@ class ActivationStoreContract:
         assert (store.read(0) == 1).all()
 
     @pytest.mark.parametrize("segment", [-1, 5])
-    def test_segments_outside(self, tmp_path, segment):
+    def test_segment_numbers_outside_the_stream_are_an_error(self, tmp_path, segment):
         store = self.make(tmp_path, SHAPE)
         with pytest.raises(IndexError):
             store.read(segment)
         with pytest.raises(IndexError):
             store.write(segment, torch.ones(6, 8))
 
-    def test_wrong_shape(self, tmp_path):
+    def test_a_segment_of_another_shape_is_refused(self, tmp_path):
         with pytest.raises(ValueError, match="expected"):
             self.make(tmp_path, SHAPE).write(0, torch.ones(8, 6))
 
-    def test_read_ahead_gives_every_batch_in_order(self, tmp_path):
+    def test_read_batches_gives_the_batches_of_all_stores_in_order(self, tmp_path):
         first, second = (self.make(tmp_path / name, SHAPE) for name in ("a", "b"))
         for segment in range(5):
             first.write(segment, torch.full((6, 8), float(segment)))
             second.write(segment, torch.full((6, 8), float(10 * segment)))
         batches = in_batches([4, 2, 0, 1, 3], 2)
-        got = list(read_batches([first, second], batches, torch.device("cpu")))
-        assert [x[:, 0, 0].tolist() for x, _ in got] == [[4, 2], [0, 1], [3]]
-        assert [y[:, 0, 0].tolist() for _, y in got] == [[40, 20], [0, 10], [30]]
+        read = list(read_batches([first, second], batches, torch.device("cpu")))
+        assert [x[:, 0, 0].tolist() for x, _ in read] == [[4, 2], [0, 1], [3]]
+        assert [y[:, 0, 0].tolist() for _, y in read] == [[40, 20], [0, 10], [30]]
 
-    def test_read_ahead_raises_where_the_segment_is_missing(self, tmp_path):
+    def test_read_batches_raises_an_error_at_the_batch_with_the_missing_segment(self, tmp_path):
         store = self.make(tmp_path, SHAPE)
         store.write(0, torch.ones(6, 8))
         reader = read_batches([store], [[0], [1]], torch.device("cpu"))
@@ -103,14 +103,14 @@ class ActivationStoreContract:
         with pytest.raises(InputError):
             next(reader)
 
-    def test_write_behind_keeps_the_order_and_waits_at_the_end(self, tmp_path):
+    def test_write_behind_writes_everything_in_order_before_it_ends(self, tmp_path):
         store = self.make(tmp_path, SHAPE)
         with write_behind(store) as write:
             for value, segment in enumerate([4, 2, 4, 0, 1, 3, 2, 2, 4]):
                 write(segment, torch.full((6, 8), float(value)))
         assert [store.read(segment)[0, 0].item() for segment in range(5)] == [3, 4, 7, 5, 8]
 
-    def test_write_behind_raises_what_failed_and_writes_nothing_after_it(self, tmp_path):
+    def test_write_behind_raises_the_error_of_a_write_and_writes_nothing_after_it(self, tmp_path):
         store = self.make(tmp_path, SHAPE)
 
         def fill():
@@ -124,21 +124,21 @@ class ActivationStoreContract:
         with pytest.raises(InputError):
             store.read(1)
 
-    def test_write_behind_leaves_at_once_when_the_work_fails(self, tmp_path):
+    def test_write_behind_does_not_write_waiting_segments_after_an_error_in_the_with_statement(self, tmp_path):
         store = self.make(tmp_path, SHAPE)
-        slow, begun = store.write, threading.Event()
-        store.write = lambda *args: (begun.set(), time.sleep(0.2), slow(*args))
+        write_to_store, started = store.write, threading.Event()
+        store.write = lambda *args: (started.set(), time.sleep(0.2), write_to_store(*args))
 
         def fill():
             with write_behind(store) as write:
                 for segment in range(4):
                     write(segment, torch.ones(6, 8))
-                begun.wait()
+                started.wait()
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
             fill()
-        assert (store.read(0) == 1).all()  # it was being written
+        assert (store.read(0) == 1).all()  # this write had started before the error
         with pytest.raises(InputError):
             store.read(3)
 
@@ -159,11 +159,11 @@ class TestZarrStore(ActivationStoreContract):
             store.write(segment, torch.full((6, 8), float(segment)))
         return store
 
-    def test_opens_again(self, tmp_path):
+    def test_a_store_can_be_opened_again(self, tmp_path):
         self.filled(tmp_path)
         assert (ZarrStore.open(tmp_path / "stream", SHAPE).read(4) == 4).all()
 
-    def test_layout_on_disk(self, tmp_path):
+    def test_files_metadata_and_checksums_of_a_store(self, tmp_path):
         store = self.filled(tmp_path)
         files = sorted(str(path.relative_to(store.path)) for path in store.path.rglob("*") if path.is_file())
         assert files == [*(f"c.{segment}.0.0" for segment in range(5)), "zarr.json"]
@@ -172,7 +172,7 @@ class TestZarrStore(ActivationStoreContract):
         assert array.attrs["dtype"] == "bfloat16"
         assert store.checksums() == [[6 * 8 * 2 + 4, crc] for _, crc in store.checksums()]
 
-    def test_a_flipped_bit_is_found(self, tmp_path):
+    def test_reading_a_chunk_with_a_flipped_bit_is_an_error(self, tmp_path):
         store = self.filled(tmp_path)
         chunk = store.path / "c.3.0.0"
         content = bytearray(chunk.read_bytes())
@@ -181,7 +181,7 @@ class TestZarrStore(ActivationStoreContract):
         with pytest.raises(InputError, match="damaged"):
             ZarrStore.open(store.path, SHAPE).read(3)
 
-    def test_a_deleted_chunk_is_not_zeros(self, tmp_path):
+    def test_a_deleted_chunk_is_an_error_and_not_read_as_zeros(self, tmp_path):
         store = self.filled(tmp_path)
         (store.path / "c.2.0.0").unlink()
         again = ZarrStore.open(store.path, SHAPE)
@@ -200,12 +200,12 @@ class TestZarrStore(ActivationStoreContract):
         ],
         ids=str,
     )
-    def test_metadata_is_compared(self, tmp_path, other):
+    def test_opening_with_another_shape_or_dtype_is_refused(self, tmp_path, other):
         store = self.filled(tmp_path)
         with pytest.raises(InputError, match="expected"):
             ZarrStore.open(store.path, other)
 
-    def test_a_durable_store_is_written_once_by_counted_operations(self, tmp_path):
+    def test_a_durable_store_syncs_every_file_and_refuses_to_overwrite_a_segment(self, tmp_path):
         seen = []
         disk = Disk(lambda number, name, path: seen.append((name, path.name)))
         store = ZarrStore.create(tmp_path / "stream", SHAPE, disk, durable=True)
@@ -216,7 +216,7 @@ class TestZarrStore(ActivationStoreContract):
             store.write(1, torch.zeros(6, 8))
         assert (store.read(1) == 1).all()
 
-    def test_a_full_disk(self, tmp_path, monkeypatch):
+    def test_a_full_disk_raises_a_storage_error_that_names_the_chunk(self, tmp_path, monkeypatch):
         store = self.filled(tmp_path)
 
         def full(path, *arguments, **options):
@@ -228,6 +228,6 @@ class TestZarrStore(ActivationStoreContract):
         ):
             store.write(2, torch.zeros(6, 8))
 
-    def test_a_missing_store(self, tmp_path):
-        with pytest.raises(InputError, match=r"zarr\.json: not that of the stream"):
+    def test_opening_a_missing_store_is_refused(self, tmp_path):
+        with pytest.raises(InputError, match=r"zarr\.json: does not describe the expected stream"):
             ZarrStore.open(tmp_path / "nothing", SHAPE)

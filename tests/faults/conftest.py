@@ -1,4 +1,4 @@
-"""What all fault tests share: a toy run, how often things are tried, and the tally that becomes README.md."""
+"""Fixtures of the fault tests: the toy run, a mounted tmpfs, and the tally from which the table of README.md is made."""
 
 import json
 import os
@@ -12,17 +12,28 @@ import pytest
 from toy import NIGHTLY, Toy
 
 TALLY = os.environ.get("CBQSTREAM_FAULT_TALLY")
-"""A file to which each test adds a line of JSON."""
+"""File to which each test that passes appends a line of JSON with its counts; None if no counts are kept."""
 
 
 class Tally:
-    """Counts of one row of the table in README.md."""
+    """Counts of one test for one row of the table in README.md.
+
+    Args:
+        row: number of the row.
+        what: description of the fault in the row.
+    """
 
     def __init__(self, row: int, what: str) -> None:
         self.counts = {"row": row, "what": what, "runs": 0, "faults": 0, "lost": 0, "redone": None}
 
     def add(self, *, runs: int = 1, faults: int = 1, redone: int | None = None) -> None:
-        """Count; `redone` is the number of windows that were done twice, where it was counted."""
+        """Add to the counts.
+
+        Args:
+            runs: number of runs.
+            faults: number of faults in these runs.
+            redone: number of windows that were quantized twice; None if it is not known.
+        """
         self.counts["runs"] += runs
         self.counts["faults"] += faults
         if redone is not None:
@@ -31,13 +42,13 @@ class Tally:
 
 @pytest.fixture
 def tally(request):
-    """A context manager: counts of a row, kept when the test passes."""
+    """A context manager that yields a `Tally` for a row, and writes its counts to the file of tallies if the test passes."""
 
     @contextmanager
     def keep(row: int, what: str) -> Iterator[Tally]:
         began, counted = time.monotonic(), Tally(row, what)
         yield counted
-        assert counted.counts["faults"], "nothing was tried"
+        assert counted.counts["faults"], "no fault was counted"
         if TALLY:
             seconds = round(time.monotonic() - began, 1)
             with Path(TALLY).open("a") as file:
@@ -51,7 +62,10 @@ def tally(request):
 
 @pytest.fixture
 def tmpfs(tmp_path):
-    """A function that mounts a file system of its own with some options, and gives its folder."""
+    """A function that mounts a tmpfs with the given mount options and returns its folder.
+
+    The test is skipped if mounting is not permitted.
+    """
     mounted = []
 
     def mount(options: str) -> Path:
@@ -59,7 +73,7 @@ def tmpfs(tmp_path):
         place.mkdir()
         command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
         if subprocess.run(command, check=False, capture_output=True).returncode:
-            pytest.skip("may not mount a tmpfs")
+            pytest.skip("mounting a tmpfs is not permitted")
         mounted.append(place)
         return place
 
@@ -70,7 +84,7 @@ def tmpfs(tmp_path):
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory) -> Iterator[Toy]:
-    """A run of three windows that takes a fraction of a second, and what it must give."""
+    """The toy run: three windows that take a fraction of a second, and the files that they must produce."""
     made = Toy(tmp_path_factory.mktemp("toy"))
     yield made
     made.close()

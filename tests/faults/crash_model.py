@@ -1,8 +1,8 @@
-"""Every state that a crash may leave on disk, from the operations that the real code did.
+"""States that a crash may leave on disk, derived from the recorded operations of a real run.
 
-The model is that of ALICE (OSDI 2014): a change of a folder's entries is durable once that folder was synced after it; until then any
-subset of such changes may have happened, a rename wholly or not at all. A file's content is durable once the file was synced; until then
-it may be empty, half, whole or junk.
+The model is that of ALICE (OSDI 2014). A change of a folder's entries is durable when the folder is synced after it. Until then any subset
+of such changes may have happened; a rename happens completely or not at all. The content of a file is durable when the file is synced.
+Until then it may be empty, cut in half, complete, or junk.
 """
 
 import random
@@ -13,13 +13,14 @@ from pathlib import Path
 from cbqstream.disk import Disk
 
 PREFIXES, SUBSETS = 6, 8
-"""Of the changes that are not durable: how many of the newest prefixes, and how many random subsets, are looked at."""
+"""Numbers of prefixes without the newest changes, and of random subsets, that are tried for the changes that are not durable."""
 DATA = ("empty", "half", "full", "junk")
+"""Contents that a file that was not synced may have."""
 
 
 @dataclass(frozen=True)
 class Event:
-    """One change, or one sync. Paths are relative to the folder that is watched."""
+    """One change of the file system, or one sync. Paths are relative to the folder that the recorder watches."""
 
     kind: str
     path: str
@@ -28,7 +29,11 @@ class Event:
 
 
 class Recorder(Disk):
-    """A disk that does the operations and writes down the events that they are made of."""
+    """A disk that performs the operations and records the events of each one.
+
+    Args:
+        base: folder that is watched; it contains every path.
+    """
 
     def __init__(self, base: Path) -> None:
         super().__init__()
@@ -42,7 +47,7 @@ class Recorder(Disk):
         return str(path.relative_to(self.base))
 
     def note_lock(self, run: Path) -> None:
-        """The lock file is made by filelock."""
+        """Record the creation of the lock file, which filelock makes without the disk."""
         lock = Event("create", self._name(run / "LOCK"))
         if (run / "LOCK").exists() and lock not in self.events:
             self.events.append(lock)
@@ -95,7 +100,7 @@ class Recorder(Disk):
 
 @dataclass
 class Node:
-    """A file or a folder, whatever it is called."""
+    """A file, or a folder if `entries` is not None. It does not know its name."""
 
     entries: dict[str, "Node"] | None = None
     content: bytes = b""
@@ -104,14 +109,14 @@ class Node:
 
 @dataclass
 class Change:
-    """Entries of folders that are set, or deleted (None), together; durable when `folder` is synced."""
+    """Entries of folders that are set, or deleted (None), in one step. The change is durable when `folder` is synced."""
 
     folder: Node
     entries: list[tuple[Node, str, Node | None]] = field(default_factory=list)
 
 
 class World:
-    """What the running system sees, and what of it is durable."""
+    """A file system: the state that the running system reads, the durable state, and the changes between the two."""
 
     def __init__(self) -> None:
         self.now = Node(entries={})
@@ -119,7 +124,7 @@ class World:
         self.pending: list[Change] = []
 
     def find(self, path: str) -> tuple[Node, str, Node | None]:
-        """Folder, name in it, and what has that name now."""
+        """The folder of a path, the name in that folder, and the node that has the name now (None if there is none)."""
         *folders, name = [part for part in Path(path).parts if part != "."] or [""]
         node = self.now
         for folder in folders:
@@ -127,7 +132,7 @@ class World:
         return (node, name, node.entries.get(name)) if name else (node, "", node)
 
     def apply(self, event: Event) -> None:
-        """One event."""
+        """Apply one event."""
         if event.kind == "nothing":
             return
         parent, name, node = self.find(event.path)
@@ -160,7 +165,7 @@ class World:
         self.pending.append(Change(folder, entries))
 
     def crash_states(self, chance: random.Random) -> Iterator[dict[str, bytes | None]]:
-        """Files by path with their content, and folders with None, for every state looked at."""
+        """Generate the states that a crash at this moment may leave: content of each file by path, and None for each folder."""
         count = len(self.pending)
         chosen = {frozenset(), frozenset(range(count))}
         chosen |= {frozenset(range(count - missing)) for missing in range(1, min(PREFIXES, count) + 1)}
@@ -186,7 +191,7 @@ def _apply(tables: dict[int, dict[str, Node]], change: Change) -> None:
 
 
 def _walk(node: Node, tables: dict[int, dict[str, Node]], path: str, data: str, state: dict[str, bytes | None]) -> bool:
-    """Write the tree below `node` into `state`; whether some content is not durable."""
+    """Add the tree below `node` to `state`. Returns whether the content of a file in it is not durable."""
     torn = False
     for name, child in sorted(tables[id(node)].items()):
         below = f"{path}/{name}" if path else name
@@ -202,7 +207,13 @@ def _walk(node: Node, tables: dict[int, dict[str, Node]], path: str, data: str, 
 
 
 def states(events: Sequence[Event], *, first: int = 0, every: int = 1) -> Iterator[tuple[int, dict[str, bytes | None]]]:
-    """Each distinct state after each event from number `first` on, with the number of events before it."""
+    """Generate the distinct states that a crash after an event may leave, with the number of events until then.
+
+    Args:
+        events: the recorded events.
+        first: number of events that are applied without a crash.
+        every: try a crash after every Nth event only.
+    """
     world, seen = World(), set()
     for number, event in enumerate(events, 1):
         world.apply(event)
@@ -223,7 +234,7 @@ def _commits(events: Sequence[Event], number: int) -> int:
 
 
 def lay_out(state: dict[str, bytes | None], base: Path) -> None:
-    """Make a state real in the empty folder `base`."""
+    """Write a state to disk in the folder `base`, which is empty."""
     for path, content in sorted(state.items()):
         if content is None:
             (base / path).mkdir(mode=0o700)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Put the counts of a run of the fault tests into the table of README.md.
+"""Write the counts of the fault tests into the table of README.md. The text around the table is kept.
 
 Usage: page.py TALLY README
 """
@@ -12,7 +12,11 @@ BEGIN, END = "<!-- table -->\n", "<!-- end of table -->\n"
 
 
 def table(lines: list[str]) -> str:
-    """Markdown, a line for each kind of fault. Of a test that was run again the last counts are taken."""
+    """The table in Markdown, with a line for each kind of fault.
+
+    Args:
+        lines: tallies in JSON. If a test was run several times, its last tally counts.
+    """
     latest = {(counts["test"], counts["row"], counts["what"]): counts for counts in map(json.loads, lines)}
     merged: dict[tuple[int, str], dict] = {}
     for counts in latest.values():
@@ -31,11 +35,12 @@ def table(lines: list[str]) -> str:
     rows.append(
         f"| | all | {total[0]:,} | {total[1]:,} | 0 | | {sum(held['seconds'] for held in merged.values()):.0f} |"
     )
-    head = "| row | fault | runs | faults | results lost | windows redone, at most | seconds |\n|---|---|---|---|---|---|---|"
+    head = "| row | fault | runs | faults | results lost | windows repeated, at most | seconds |\n|---|---|---|---|---|---|---|"
     return "\n".join([head, *rows]) + "\n"
 
 
 def main() -> None:
+    """Replace the table of the page."""
     tally, page = map(Path, sys.argv[1:])
     before, _, rest = page.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)

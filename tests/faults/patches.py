@@ -1,4 +1,4 @@
-"""Harm that is done inside a process before it runs: named in a request of server.py."""
+"""Faults inside a process: functions that patch the package before a command runs. A request to server.py names one of them."""
 
 import errno
 import fcntl
@@ -19,13 +19,16 @@ real_loss = reconstruct.reconstruction_loss
 
 
 def _out_of_memory(times: int):
-    """From the second window on; and when a window is tried again, what it held the first time must be gone."""
+    """Let the device run out of memory `times` times from the second window on.
+
+    When a window is tried again, the blocks of the first attempt must have been freed.
+    """
     calls, held = [], []
 
     def fail(blocks, *more):
         arguments = (blocks, *more)
         calls.append(1)
-        assert not any(block() is not None for block in held), "tried again with the memory of the first time"
+        assert not any(block() is not None for block in held), "the blocks of the first attempt are still in memory"
         held[:] = [weakref.ref(block.module) for block in blocks]
         if 2 <= len(calls) < 2 + times:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has less.")
@@ -35,16 +38,17 @@ def _out_of_memory(times: int):
 
 
 def out_of_memory_once() -> None:
-    """In the second window."""
+    """Let the device run out of memory once, in the second window."""
     _out_of_memory(1)
 
 
 def out_of_memory_for_good() -> None:
-    """From the second window on."""
+    """Let the device run out of memory in the second window each time that it is tried."""
     _out_of_memory(100)
 
 
 def _nan_in(calls_with_grad: range) -> None:
+    """Make the loss NaN in the training steps with these numbers, counted over all windows."""
     calls = []
 
     def loss(h_BSD, *more):
@@ -59,22 +63,25 @@ def _nan_in(calls_with_grad: range) -> None:
 
 
 def nan_in_one_step() -> None:
-    """Of the first window."""
+    """Make the loss of the first training step of the first window NaN."""
     _nan_in(range(1))
 
 
 def nan_in_every_step() -> None:
-    """Of all windows."""
+    """Make the loss of every training step of all windows NaN."""
     _nan_in(range(10**6))
 
 
 def nan_from_the_second_window_on() -> None:
-    """And in all steps of it."""
+    """Make the loss of every training step NaN, except in the first window."""
     _nan_in(range(STEPS, 10**6))
 
 
 def stuck_while_leaving() -> None:
-    """Emptying tmp/ takes for ever once a signal has come; the file `stuck` beside the run says so."""
+    """Block for a minute when tmp/ is emptied after a signal.
+
+    The file `stuck` beside the run directory shows that this point was reached.
+    """
     real = journal.Journal.empty_tmp
 
     def empty(self):
@@ -88,7 +95,7 @@ def stuck_while_leaving() -> None:
 
 
 def source_changes_before_the_export() -> None:
-    """A bit of a tensor that is only copied, after the model has been looked at for the last time."""
+    """Flip a bit of a tensor that is only copied into the result, after the last check of the fingerprint."""
     real = result.assemble
 
     def assemble(*arguments, **options):
@@ -102,7 +109,7 @@ def source_changes_before_the_export() -> None:
 
 
 def no_locks() -> None:
-    """flock fails as on some network file systems."""
+    """Let flock fail with ENOSYS, as on some network file systems."""
 
     def flock(*arguments):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
@@ -111,12 +118,12 @@ def no_locks() -> None:
 
 
 def clock_far_ahead() -> None:
-    """Ten years."""
+    """Set the clock ten years ahead."""
     real = time.time
     time.time = lambda: real() + 10 * 365 * 86400
 
 
 def clock_backwards() -> None:
-    """Every question is answered with an earlier time."""
+    """Let the clock return an earlier time at each call."""
     answers = iter(range(10**9, 0, -1))
     time.time = lambda: float(next(answers))

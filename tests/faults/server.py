@@ -1,11 +1,13 @@
-"""Runs `cbqstream` command lines, each in a forked process that need not import torch first. Requests and answers are lines of JSON.
+"""Server that runs `cbqstream` command lines, each in a forked process that need not import torch first.
 
-A request has `arguments`, and may have one fault:
+Requests and answers are lines of JSON. A request has `arguments`, and may have:
 
-    at, kind            before durable operation `at`: "kill" (SIGKILL), "signal" (`which`), "memory" (MemoryError), or an errno by name
-    file_size           no file can become larger than this many bytes
-    patch               name of a function in patches.py that is called first
-    count               a file to which the operations are written at the end
+    at, kind            a fault before durable operation number `at`: "kill" (SIGKILL), "signal" (the signal `which`), "memory"
+                        (MemoryError), or the name of an errno
+    file_size           largest size of a file in bytes
+    umask               umask of the process
+    patch               name of a function in patches.py, called before the command
+    count               file to which the names and paths of the durable operations are written at the end
 """
 
 import errno
@@ -33,7 +35,7 @@ torch.set_num_threads(1)
 
 
 class Fault:
-    """An observer of the disk that does harm at one operation."""
+    """Observer of the disk that records the durable operations and causes the requested fault before one of them."""
 
     def __init__(self, request: dict) -> None:
         self.request = request
@@ -56,7 +58,7 @@ class Fault:
 
 
 def work(request: dict, out: Path, err: Path) -> None:
-    """Of the forked process."""
+    """Run a command line in the forked process, with its output in the files `out` and `err`, and exit."""
     for stream, file in ((1, out), (2, err)):
         handle = os.open(file, os.O_WRONLY)
         os.dup2(handle, stream)
@@ -85,7 +87,7 @@ def work(request: dict, out: Path, err: Path) -> None:
 
 
 def main() -> None:
-    """Answer requests until there are no more."""
+    """Answer requests until standard input ends."""
     running: dict[int, tuple[Path, Path, float]] = {}
     for line in sys.stdin:
         request = json.loads(line)

@@ -1,13 +1,15 @@
-"""The catalogue of bad input: what a user can hand over by mistake, and the one line that says so. Numbers are those of the catalogue.
+"""Row 20: a model or calibration data that cannot be used is refused with exit code 65 and one line.
 
-Each case damages a good model, calibration file or folder, runs a command line, and expects an exit code, one line, and nothing written.
-Cases of flags are in tests/integration/test_cli.py, of run directories in test_damage.py and test_surroundings.py.
+Nothing is written before that, except where the values of a weight are bad: weights are read window by window, so a run has begun.
+The cases are a catalogue of mistakes. Each one has a number, damages a good model or calibration file, and has a pattern for the message.
+Wrong flags are tested in tests/integration/test_cli.py, damaged run directories in test_damage.py and test_surroundings.py.
 """
 
 import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,7 @@ from tiny import save_model
 
 
 class Bad:
-    """A good model in one shard, and a good calibration file, to be damaged."""
+    """A good model in one shard, and a good calibration file, which a case then damages."""
 
     def __init__(self, folder: Path, single: Path, sharded: Path) -> None:
         self.folder, self.sharded = folder, sharded
@@ -29,16 +31,17 @@ class Bad:
         self.tokens: Path | None = None
 
     def shards(self) -> None:
-        """Use the model in several shards instead."""
+        """Replace the model by one in several shards, with an index."""
         shutil.rmtree(self.model)
         shutil.copytree(self.sharded, self.model)
         self.weights = sorted(self.model.glob("*.safetensors"))[1]
 
     def put(self, content: bytes) -> None:
+        """Replace the content of the shard."""
         self.weights.write_bytes(content)
 
     def header(self, change) -> None:
-        """Change the parsed header, or put other text in its place."""
+        """Change the parsed header of the shard. If `change` returns bytes, they replace the text of the header."""
         content = self.weights.read_bytes()
         length = int.from_bytes(content[:8], "little")
         entries = json.loads(content[8 : 8 + length])
@@ -47,9 +50,11 @@ class Bad:
         self.put(len(text).to_bytes(8, "little") + text + content[8 + length :])
 
     def entry(self, change, name="lm_head.weight") -> None:
+        """Change the entry of a tensor in the header of the shard."""
         self.header(lambda entries: change(entries[name]))
 
     def index(self, change) -> None:
+        """Change the index of a model in several shards. If `change` returns text, it replaces the content of the file."""
         self.shards()
         path = self.model / "model.safetensors.index.json"
         index = json.loads(path.read_text())
@@ -57,15 +62,18 @@ class Bad:
         path.write_text(text if isinstance(text, str) else json.dumps(index))
 
     def config(self, **changes) -> None:
+        """Set fields of config.json."""
         path = self.model / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
     def tensors(self, change) -> None:
+        """Change the tensors of the shard."""
         tensors = load_file(self.weights)
         change(tensors)
         save_file(tensors, self.weights)
 
     def calibration(self, name: str, content: bytes | np.ndarray) -> None:
+        """Write a calibration file, as bytes or as .npy, and use it in the run."""
         self.tokens = self.folder / name
         if isinstance(content, bytes):
             self.tokens.write_bytes(content)
@@ -100,21 +108,27 @@ def disagree(bad):
 
 
 DEEP = b"[" * 100_000
-CASES = {
-    "1 empty": (lambda bad: bad.put(b""), r"{weights}: empty file \(0 bytes\)\. Download it again\."),
-    "2 seven bytes": (lambda bad: bad.put(b"\1" * 7), r"{weights}: too short to be safetensors \(7 bytes\)\. .*"),
-    "3 git-lfs": (
+CASES: dict[str, tuple[Callable[[Bad], object], str]] = {
+    "1 empty file": (lambda bad: bad.put(b""), r"{weights}: empty file \(0 bytes\)\. Download it again\."),
+    "2 file of seven bytes": (
+        lambda bad: bad.put(b"\1" * 7),
+        r"{weights}: too short to be safetensors \(7 bytes\)\. .*",
+    ),
+    "3 git-lfs pointer": (
         lambda bad: bad.put(b"version https://git-lfs.github.com/spec/v1\n"),
         r"{weights}: a git-lfs pointer, not weights\. .*",
     ),
-    "4 HTML": (lambda bad: bad.put(b"<!DOCTYPE html><html>"), r"{weights}: an HTML page, not weights .*"),
-    "5 zip": (
+    "4 HTML page": (lambda bad: bad.put(b"<!DOCTYPE html><html>"), r"{weights}: an HTML page, not weights .*"),
+    "5 pickle checkpoint in a zip file": (
         lambda bad: bad.put(b"PK\x03\x04" + b"\0" * 99),
         r"{weights}: a pickle checkpoint, which is never read\. .*",
     ),
-    "6 pickle": (lambda bad: bad.put(b"\x80\x02}q\x00." + b"\0" * 99), r"{weights}: a pickle checkpoint, .*"),
-    "7 GGUF": (lambda bad: bad.put(b"GGUF" + b"\0" * 99), r"{weights}: a GGUF file\. .*"),
-    "8 header too long": (
+    "6 pickle checkpoint": (
+        lambda bad: bad.put(b"\x80\x02}q\x00." + b"\0" * 99),
+        r"{weights}: a pickle checkpoint, .*",
+    ),
+    "7 GGUF file": (lambda bad: bad.put(b"GGUF" + b"\0" * 99), r"{weights}: a GGUF file\. .*"),
+    "8 header above the limit": (
         lambda bad: bad.put((10**9).to_bytes(8, "little") + b"{" + b"\0" * 99),
         r"{weights}: header of 1,000,000,000 bytes exceeds the 100,000,000 limit\.",
     ),
@@ -122,92 +136,98 @@ CASES = {
         lambda bad: bad.put((5000).to_bytes(8, "little") + b"{}"),
         r"{weights}: header says 5000 bytes, file has 10 \(truncated\?\)\. .*",
     ),
-    "10 not JSON": (lambda bad: bad.header(lambda entries: b"{nothing"), r"{weights}: header is not JSON\."),
-    "10 not UTF-8": (lambda bad: bad.header(lambda entries: b'{"\xff": 1}'), r"{weights}: header is not JSON\."),
-    "10 a list": (lambda bad: bad.header(lambda entries: b"[]"), r"{weights}: header is not plausible\."),
-    "11 too deep": (
+    "10 header is not JSON": (lambda bad: bad.header(lambda entries: b"{nothing"), r"{weights}: header is not JSON\."),
+    "10 header is not UTF-8": (
+        lambda bad: bad.header(lambda entries: b'{"\xff": 1}'),
+        r"{weights}: header is not JSON\.",
+    ),
+    "10 header is a list": (lambda bad: bad.header(lambda entries: b"[]"), r"{weights}: header is not plausible\."),
+    "11 header nested too deeply": (
         lambda bad: bad.header(lambda entries: DEEP),
         r"{weights}: header is not JSON \(too deeply nested\)\.",
     ),
-    "12 a name twice": (
+    "12 tensor name appears twice": (
         lambda bad: swap_text(bad, b'"model.norm.weight"', b'"lm_head.weight"'),
         r'{weights}: "lm_head.weight" appears twice in the header\.',
     ),
-    "13 dtype": (
+    "13 unknown dtype": (
         lambda bad: bad.entry(lambda entry: entry.update(dtype="F99")),
         r'{weights}: tensor "lm_head.weight": dtype F99 is not supported\.',
     ),
-    "14 offsets": (
+    "14 offsets in reverse order": (
         lambda bad: bad.entry(lambda entry: entry.update(data_offsets=[8, 0])),
         r'{weights}: tensor "lm_head.weight": offsets \[8, 0\] are not valid\.',
     ),
-    "14 negative offsets": (
+    "14 negative offset": (
         lambda bad: bad.entry(lambda entry: entry.update(data_offsets=[-8, 0])),
         r'{weights}: tensor "lm_head.weight": offsets \[-8, 0\] are not valid\.',
     ),
-    "15 a hole": (
+    "15 bytes that belong to no tensor": (
         lambda bad: bad.header(lambda entries: entries.pop("lm_head.weight") and None),
         r'{weights}: tensor ".*": bytes overlap or leave a hole\.',
     ),
-    "16 size": (
+    "16 shape and size disagree": (
         lambda bad: bad.entry(lambda entry: entry.update(shape=[3])),
         r'{weights}: tensor "lm_head.weight": shape \[3\] BF16 needs 6 bytes, header gives 12288\.',
     ),
-    "17 overflow": (
+    "17 size that overflows 64 bits": (
         lambda bad: bad.entry(lambda entry: entry.update(shape=[1 << 33, 1 << 33])),
         r'{weights}: tensor "lm_head.weight": shape is not plausible\.',
     ),
-    "18 nothing of a huge size": (
+    "18 empty tensor with a huge side": (
         lambda bad: bad.entry(lambda entry: entry.update(shape=[0, 1 << 40])),
         r'{weights}: tensor "lm_head.weight": shape is not plausible\.',
     ),
-    "19 truncated": (
+    "19 truncated file": (
         lambda bad: bad.put(bad.weights.read_bytes()[:-100]),
         r"{weights}: file is \d+ bytes, header describes \d+\. Download it again\.",
     ),
-    "20 name with a way out": (
+    "20 tensor name with a path": (
         lambda bad: bad.header(lambda entries: rename_in(entries, "lm_head.weight", "../x")),
         r'{weights}: tensor name "../x" is not allowed\.',
     ),
-    "20 name with a terminal code": (
+    "20 tensor name with a terminal code": (
         lambda bad: bad.header(lambda entries: rename_in(entries, "lm_head.weight", "a\x1b[2J\0")),
         r'{weights}: tensor name "a\\x1b\[2J\\x00" is not allowed\.',
     ),
-    "20 long name": (
+    "20 tensor name too long": (
         lambda bad: bad.header(lambda entries: rename_in(entries, "lm_head.weight", "x" * 1025)),
         r'{weights}: tensor name "x{{120}}\.\.\." is not allowed\.',
     ),
-    "21 metadata": (
+    "21 metadata that is not text": (
         lambda bad: bad.header(lambda entries: entries.update(__metadata__={"a": 1})),
         r"{weights}: header is not plausible\.",
     ),
-    "22 no index": (
+    "22 shards without an index": (
         lambda bad: (bad.shards(), (bad.model / "model.safetensors.index.json").unlink()),
         r"{model}: \d+ shards but no model\.safetensors\.index\.json\. .*",
     ),
-    "23 index without a map": (
+    "23 index without a weight map": (
         lambda bad: bad.index(lambda index: index.pop("weight_map") and None),
         r"{model}/model\.safetensors\.index\.json: not a weight index \(no weight_map\)\.",
     ),
-    "23 index not JSON": (
+    "23 index is not JSON": (
         lambda bad: bad.index(lambda index: "{"),
         r"{model}/model\.safetensors\.index\.json: not JSON\.",
     ),
-    "28 shard missing": (
+    "28 missing shard": (
         lambda bad: (bad.shards(), bad.weights.unlink()),
         r"{weights}: missing \(\d+ tensors\)\. Download it again\.",
     ),
-    "26 link to the outside": (outside_link, r"{weights}: a link to .*elsewhere\.safetensors, outside the model\. .*"),
-    "27 pipe": (
+    "26 shard is a link to the outside": (
+        outside_link,
+        r"{weights}: a link to .*elsewhere\.safetensors, outside the model\. .*",
+    ),
+    "27 shard is a pipe": (
         lambda bad: (bad.shards(), replace_by(bad.weights, os.mkfifo)),
         r"{weights}: not a regular file\.",
     ),
-    "27 folder": (
+    "27 shard is a folder": (
         lambda bad: (bad.shards(), replace_by(bad.weights, Path.mkdir)),
         r"{weights}: not a regular file\.",
     ),
-    "29 30 index and shards": (disagree, r'.*: tensor "model.norm.weight": index and shards disagree\.'),
-    "32 two layouts": (
+    "29 30 index and shards disagree": (disagree, r'.*: tensor "model.norm.weight": index and shards disagree\.'),
+    "32 single file beside shards": (
         lambda bad: (
             bad.weights.rename(bad.folder / "aside"),
             bad.shards(),
@@ -215,64 +235,76 @@ CASES = {
         ),
         r"{model}: two layouts in one folder: .* Remove one\.",
     ),
-    "33 no config": (lambda bad: (bad.model / "config.json").unlink(), r"{model}/config\.json: missing\. .*"),
-    "33 config not JSON": (
+    "33 missing config.json": (lambda bad: (bad.model / "config.json").unlink(), r"{model}/config\.json: missing\. .*"),
+    "33 config.json is not JSON": (
         lambda bad: (bad.model / "config.json").write_text("[1,"),
         r"{model}/config\.json: not JSON\.",
     ),
-    "33 config a list": (
+    "33 config.json is a list": (
         lambda bad: (bad.model / "config.json").write_text("[]"),
         r"{model}/config\.json: not a JSON object\.",
     ),
-    "33 config too large": (
+    "33 config.json too large": (
         lambda bad: (bad.model / "config.json").write_text(" " * (2 << 20)),
         r"{model}/config\.json: larger than 1 MiB, which is not plausible\.",
     ),
-    "33 a key twice": (
+    "33 config.json with a key twice": (
         lambda bad: (bad.model / "config.json").write_text('{"hidden_size": 64, "hidden_size": 32}'),
         r'{model}/config\.json: "hidden_size" appears twice\.',
     ),
-    "34 architecture": (
+    "34 unknown architecture": (
         lambda bad: bad.config(model_type="\x1b[2Jfoo"),
         r'{model}/config\.json: architecture "\\x1b\[2Jfoo" is not one of transformers\'\.',
     ),
-    "35 remote code": (
+    "35 architecture that needs remote code": (
         lambda bad: bad.config(model_type="foo", auto_map={"AutoModel": "x.y"}),
         r'{model}/config\.json: architecture "foo" needs remote code, which is never run\.',
     ),
-    "37 no width": (lambda bad: bad.config(hidden_size=0), r"{model}/config\.json: hidden_size is 0, it must be .*"),
-    "37 negative": (
+    "37 hidden size of zero": (
+        lambda bad: bad.config(hidden_size=0),
+        r"{model}/config\.json: hidden_size is 0, it must be .*",
+    ),
+    "37 negative number of heads": (
         lambda bad: bad.config(num_attention_heads=-4),
         r"{model}/config\.json: num_attention_heads is -4, .*",
     ),
-    "37 a float": (lambda bad: bad.config(hidden_size=64.0), r"{model}/config\.json: hidden_size is 64\.0, .*"),
-    "37 huge": (lambda bad: bad.config(vocab_size=10**12), r"{model}/config\.json: vocab_size is 1000000000000, .*"),
-    "37 text": (lambda bad: bad.config(num_hidden_layers="4"), r"{model}/config\.json: num_hidden_layers is 4, .*"),
+    "37 hidden size is a float": (
+        lambda bad: bad.config(hidden_size=64.0),
+        r"{model}/config\.json: hidden_size is 64\.0, .*",
+    ),
+    "37 huge vocabulary": (
+        lambda bad: bad.config(vocab_size=10**12),
+        r"{model}/config\.json: vocab_size is 1000000000000, .*",
+    ),
+    "37 number of blocks is text": (
+        lambda bad: bad.config(num_hidden_layers="4"),
+        r"{model}/config\.json: num_hidden_layers is 4, .*",
+    ),
     "37 more blocks than tensors": (
         lambda bad: bad.config(num_hidden_layers=1 << 20),
         r"{model}/config\.json: num_hidden_layers is 1,048,576, the weights hold 39 tensors\.",
     ),
-    "37 negative inside": (
+    "37 negative intermediate size": (
         lambda bad: bad.config(intermediate_size=-1),
         r"{model}/config\.json: intermediate_size is -1, .*",
     ),
-    "37 huge inside": (
+    "37 huge intermediate size": (
         lambda bad: bad.config(intermediate_size=10**12),
         r"{model}/config\.json: intermediate_size is 1000000000000, .*",
     ),
-    "38 a block is missing": (
+    "38 weights of a block are missing": (
         lambda bad: bad.config(num_hidden_layers=5),
         r'{model}: tensor "model.layers.4.*": missing from the weights, config.json needs it\.',
     ),
-    "38 a block too many": (
+    "38 weights of one block too many": (
         lambda bad: bad.config(num_hidden_layers=3),
         r"{model}: config.json says 3 blocks, weights hold 4\.",
     ),
-    "39 shape": (
+    "39 tensor of another shape": (
         lambda bad: bad.config(intermediate_size=96),
         r"{model}: tensor .*: shape \[128, 64\], config.json needs \[96, 64\]\.",
     ),
-    "40 dtype": (
+    "40 weight of integers": (
         lambda bad: bad.tensors(
             lambda tensors: tensors.update(
                 {"model.layers.1.mlp.up_proj.weight": torch.ones(128, 64, dtype=torch.int32)}
@@ -280,71 +312,82 @@ CASES = {
         ),
         r'{weights}: tensor "model.layers.1.mlp.up_proj.weight": dtype torch.int32; weights must be bf16, fp16 or fp32\.',
     ),
-    "41 no head": (
+    "41 missing head": (
         lambda bad: bad.tensors(lambda tensors: tensors.pop("lm_head.weight")),
         r'{model}: tensor "lm_head.weight": missing from the weights, config.json needs it\.',
     ),
-    "42 quantized": (
+    "42 model that is already quantized": (
         lambda bad: bad.config(quantization_config={"quant_method": "gptq"}),
         r"{model}/config\.json: the model is already quantized \(gptq\)\. Give the original; where that is FP8, convert it to bf16\.",
     ),
-    "43 NaN": (
+    "43 weight with NaN": (
         lambda bad: bad.tensors(
             lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].view(-1)[17:20].fill_(float("nan"))
         ),
         r'{weights}: tensor "model.layers.1.mlp.up_proj.weight": 3 non-finite values \(first at 17\)\. .*',
     ),
-    "45 overflow of activations": (
+    "45 activations that overflow": (
         lambda bad: bad.tensors(lambda tensors: tensors["model.layers.1.mlp.down_proj.weight"].fill_(3e38)),
         r"block 0-1: [1-4] of 4 samples became non-finite\. .*",
     ),
-    "46 tokenizer not JSON": (
+    "46 tokenizer.json is not JSON": (
         lambda bad: ((bad.model / "tokenizer.json").write_text("{"), bad.calibration("c.txt", b"some text " * 99)),
         r"{model}/tokenizer\.json: not JSON\.",
     ),
-    "46 tokenizer of another kind": (
+    "46 tokenizer that transformers cannot load": (
         lambda bad: (
             (bad.model / "tokenizer.json").write_text('{"model": 1}'),
             bad.calibration("c.txt", b"some text " * 99),
         ),
         r"{model}: no tokenizer that transformers can load\. .*",
     ),
-    "46 token outside": (
+    "46 token outside the vocabulary": (
         lambda bad: bad.calibration("c.npy", np.full(64, 151_936)),
         r"{tokens}: token 151936 is outside the vocabulary of 96\.",
     ),
-    "48 missing": (
+    "48 missing calibration file": (
         lambda bad: setattr(bad, "tokens", Path("/nowhere.txt")),
         r"/nowhere\.txt: no such file\.",
     ),
-    "48 a folder": (lambda bad: setattr(bad, "tokens", bad.folder), r"{tokens}: a folder; give a file of text\."),
-    "48 not UTF-8": (lambda bad: bad.calibration("c.txt", b"abc\xff"), r"{tokens}: not UTF-8 text \(byte 3\)\."),
-    "48 jsonl without text": (
+    "48 calibration file is a folder": (
+        lambda bad: setattr(bad, "tokens", bad.folder),
+        r"{tokens}: a folder; give a file of text\.",
+    ),
+    "48 calibration text is not UTF-8": (
+        lambda bad: bad.calibration("c.txt", b"abc\xff"),
+        r"{tokens}: not UTF-8 text \(byte 3\)\.",
+    ),
+    "48 jsonl without the field text": (
         lambda bad: bad.calibration("c.jsonl", b'{"a": 1}\n'),
         r'{tokens}: line 1 is not a JSON object with a field "text"\.',
     ),
-    "48 floats": (
+    "48 token ids are floats": (
         lambda bad: bad.calibration("c.npy", np.zeros(64)),
         r"{tokens}: holds float64, token ids are integers\.",
     ),
-    "48 pickled objects": (
+    "48 pickled objects instead of token ids": (
         lambda bad: bad.calibration("c.npy", np.array([{}], dtype=object)),
         r"{tokens}: not a \.npy file of numbers\.",
     ),
-    "49 too few": (
+    "49 too few tokens": (
         lambda bad: bad.calibration("c.npy", np.zeros(63, dtype=np.int64)),
         r"{tokens}: has 63 tokens, 64 are needed \(4 x 16\)\. .*",
     ),
 }
+"""A function that does the damage, and the pattern of the message, by number and description of the case.
+
+The pattern is a regular expression in which {weights}, {model} and {tokens} are the paths of the shard, the model and the calibration file.
+"""
 NAMES = {
-    "24 way out": "../../etc/passwd",
-    "25 absolute": "/etc/passwd",
+    "24 relative path": "../../etc/passwd",
+    "25 absolute path": "/etc/passwd",
     "25 backslash": "..\\x.safetensors",
-    "25 drive": "C:x.safetensors",
-    "25 empty": "",
+    "25 drive letter": "C:x.safetensors",
+    "25 empty name": "",
     "25 number": 7,
-    "25 control": "a\n.safetensors",
+    "25 control character": "a\n.safetensors",
 }
+"""Names of a shard in an index that are refused, by number and description of the case."""
 
 
 @pytest.fixture(scope="module")
@@ -353,9 +396,10 @@ def single(tmp_path_factory):
 
 
 def refused(toy, bad, pattern, tally):
+    """Quantize a bad model or bad data, and check that this is refused as `pattern` says. Returns the files of the run directory."""
     out = bad.folder / "out"
     before = {str(path) for path in bad.folder.rglob("*")}
-    with tally(20, "bad input, by the catalogue") as counted:
+    with tally(20, "bad input of the catalogue") as counted:
         ended = toy.run(toy.quantize(out, "--dataset", bad.tokens or toy.tokens, model=bad.model))
         assert (ended.code, ended.out) == (65, ""), ended.err
         assert one_line(ended.err), ended.err
@@ -373,18 +417,21 @@ def refused(toy, bad, pattern, tally):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_bad_input(toy, single, tmp_path, tally, case):
+def test_bad_input_is_refused_in_one_line(toy, single, tmp_path, tally, case):
     damage, pattern = CASES[case]
     bad = Bad(tmp_path, single, toy.model)
     damage(bad)
     run = refused(toy, bad, pattern, tally)
-    seen_late = case.split()[0] in ("43", "45")  # tensors are read window by window
-    assert bool(run) == seen_late
+    found_late = case.split()[0] in ("43", "45")  # tensors are read window by window
+    assert bool(run) == found_late
 
 
-def test_what_is_only_noted(toy, single, tmp_path, tally):
-    """35: code that a model brings. 36: an attention kernel from somewhere else. 44: a tensor of zeros. 47: a chat template, which is
-    copied and never run."""
+def test_harmless_oddities_give_warnings_at_most(toy, single, tmp_path, tally):
+    """A model is quantized although four things about it are odd.
+
+    35: it has code of its own, which is not run. 36: config.json asks for an attention kernel from elsewhere, which is ignored. 44: a
+    tensor is zero. 47: its chat template would never end; it is copied and never run.
+    """
     bad = Bad(tmp_path, single, toy.model)
     bad.config(
         auto_map={"AutoModel": "modeling_evil.Evil"},
@@ -395,20 +442,20 @@ def test_what_is_only_noted(toy, single, tmp_path, tally):
     endless = "{% for i in range(10**9) %}{% for j in range(10**9) %}{% endfor %}{% endfor %}"
     (bad.model / "chat_template.jinja").write_text(endless)
     bad.tensors(lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].zero_())
-    with tally(20, "bad input, by the catalogue") as counted:
+    with tally(20, "bad input of the catalogue") as counted:
         ended = toy.run(toy.quantize(tmp_path / "out", model=bad.model))
         assert (ended.code, ended.err) == (0, "")
-        notes = [line for line in ended.out.splitlines() if line.startswith("note: ")]
-        assert notes == [
-            f"note: {bad.model}: brings its own code (auto_map), which is not run.",
-            f'note: {bad.weights}: tensor "model.layers.1.mlp.up_proj.weight" is zero throughout.',
+        warnings = [line for line in ended.out.splitlines() if line.startswith("warning: ")]
+        assert warnings == [
+            f"warning: {bad.model}: the model contains code (auto_map), which is not run.",
+            f'warning: {bad.weights}: tensor "model.layers.1.mlp.up_proj.weight" is zero throughout.',
         ]
         assert (tmp_path / "out" / "chat_template.jinja").read_text() == endless
         counted.add(faults=4)
 
 
 @pytest.mark.parametrize("case", NAMES)
-def test_bad_shard_names(toy, single, tmp_path, tally, case):
+def test_shard_names_that_leave_the_model_folder_are_refused(toy, single, tmp_path, tally, case):
     bad = Bad(tmp_path, single, toy.model)
     bad.index(lambda index: index["weight_map"].update({"lm_head.weight": NAMES[case]}))
     assert not refused(

@@ -1,4 +1,7 @@
-"""Rows 1 and 2: every state that a crash may leave recovers, and the model that says so warnings what the protocol must not leave out."""
+"""Rows 1 and 2: a run recovers from each state that a crash may leave, and a protocol without a sync or in another order would not.
+
+The states come from the model of a file system in crash_model.py. The tests of row 2 show that the model detects a missing sync.
+"""
 
 import os
 import shutil
@@ -20,11 +23,11 @@ from cbqstream.scheme import Scheme
 from tiny import SEQ_LEN, files_of
 
 MEMORY = Path("/dev/shm")
-"""Nothing here needs to outlive the process; not every machine has it."""
+"""A file system in memory. It is used if the machine has it, because no state needs to outlive the process."""
 
 
 class Recorded:
-    """The events of a whole run, and what its directory looked like when each window was done."""
+    """The events of a whole run, and the files of its directory before the first window and after each window."""
 
     def __init__(self, toy, folder: Path) -> None:
         config = QuantizeConfig(
@@ -48,16 +51,16 @@ class Recorded:
         quantize(config, listen, disk)
         self.events = disk.events
         self.out = files_of(folder / "out")
-        self.content = {key: value for key, value in Chain.read(folder / "out.run").run.items() if key != "self"}
+        self.record = Chain.read(folder / "out.run").run
 
     def _run_files(self) -> dict[str, bytes]:
         files = files_of(self.folder / "out.run")
         return {path: content for path, content in files.items() if path != "LOCK" and not path.startswith("tmp/")}
 
     def violation(self, state: dict[str, bytes | None], number: int, base: Path) -> str | None:
-        """What is wrong with a state after so many events, if something is.
+        """The reason why a state after the first `number` events does not recover as it must; None if it does.
 
-        It must become that of a window's end, and of none before a commit that had returned.
+        Recovery must give exactly the files that the run had after some window. Windows whose commit had returned must not be lost.
         """
         promised = sum(event.kind == "fsyncdir" and event.path == "out.run/commits" for event in self.events[:number])
         base.mkdir()
@@ -65,17 +68,17 @@ class Recorded:
             lay_out(state, base)
             published = files_of(base / "out") if (base / "out").exists() else {}
             if published not in ({}, self.out):
-                return "a part of the result under its final name"
+                return "an incomplete result has its final name"
             if number == len(self.events) and not published:
-                return "no result, although the run had ended"
-            with open_journal(base / "out.run", Disk(), self.content) as journal:
+                return "the run had ended, and its result is missing"
+            with open_journal(base / "out.run", Disk(), self.record) as journal:
                 reached = journal.chain.next_window
             found = files_of(base / "out.run")
             found.pop("LOCK")
             if reached < promised:
-                return f"{reached} windows, {promised} were promised"
+                return f"{reached} windows are left of {promised} that were committed"
             if found != self.done[reached]:
-                return f"not what {reached} windows leave: {sorted(set(found) ^ set(self.done[reached]))}"
+                return f"other files than {reached} windows leave: {sorted(set(found) ^ set(self.done[reached]))}"
         except (CbqstreamError, OSError) as error:
             return str(error)
         finally:
@@ -85,12 +88,13 @@ class Recorded:
 
 @pytest.fixture(scope="module")
 def recorded(toy, tmp_path_factory):
+    """A recorded run of the toy."""
     return Recorded(toy, tmp_path_factory.mktemp("recorded"))
 
 
 @pytest.fixture
 def base(tmp_path, monkeypatch):
-    """Where states are laid out. Recovery need not be durable there."""
+    """A folder in which states are written to disk. fsync does nothing, because recovery need not be durable there."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)
     folder = MEMORY / f"cbqstream-{os.getpid()}" if MEMORY.is_dir() else tmp_path / "base"
     yield folder
@@ -98,12 +102,12 @@ def base(tmp_path, monkeypatch):
 
 
 def violations(recorded: Recorded, events: list[Event], base: Path, **chosen: int):
-    """All states that do not recover: after how many events, and what is wrong."""
+    """Generate, for each state, the number of events until then, and its `violation`."""
     for number, state in states(events, **chosen):
         yield number, recorded.violation(state, number, base)
 
 
-def test_every_crash_state_recovers(recorded, base, tally):
+def test_each_state_that_a_crash_may_leave_recovers_to_a_window(recorded, base, tally):
     with tally(1, "crash states of the real operations") as counted:
         for number, wrong in violations(recorded, recorded.events, base):
             assert wrong is None, f"after {recorded.events[number - 1]}: {wrong}"
@@ -111,15 +115,17 @@ def test_every_crash_state_recovers(recorded, base, tally):
 
 
 def without(events: list[Event], index: int) -> list[Event]:
-    """The events without one of them."""
+    """The events, with one of them replaced by an event that does nothing."""
     return [replace(event, kind="nothing") if number == index else event for number, event in enumerate(events)]
 
 
 def is_caught(recorded: Recorded, events: list[Event], base: Path, first: int) -> bool:
+    """Whether a state after the first `first` events does not recover, so that the crash states detect the change of the events."""
     return any(wrong is not None for _, wrong in violations(recorded, events, base, first=first))
 
 
-def test_every_missing_sync_is_noticed(recorded, base, tally):
+def test_the_crash_states_detect_each_missing_sync(recorded, base, tally):
+    """Without any one of its syncs, the protocol leaves a state that does not recover."""
     events = recorded.events
     syncs = [index for index, event in enumerate(events) if event.kind in ("fsync", "fsyncdir")]
     with tally(2, "mutants: one sync left out") as counted:
@@ -132,7 +138,7 @@ def test_every_missing_sync_is_noticed(recorded, base, tally):
 
 
 def find(events: list[Event], kind: str, *, path: str = "", target: str = "") -> int:
-    """The first event of a kind on a path, or to a target."""
+    """Number of the first event of a kind with a path, or with a target."""
     return next(
         index
         for index, event in enumerate(events)
@@ -141,12 +147,14 @@ def find(events: list[Event], kind: str, *, path: str = "", target: str = "") ->
 
 
 def commit_before_its_streams(events: list[Event]) -> list[Event]:
+    """The events, with the first window committed before its streams have their final name."""
     commit, acts = (find(events, "rename", target=f"out.run/{name}") for name in ("commits/00000", "acts/00001"))
     write = find(events, "create", path="out.run/tmp/commit")
     return [*events[:acts], *events[write : commit + 2], *events[acts:write], *events[commit + 2 :]]
 
 
 def streams_deleted_before_the_commit(events: list[Event]) -> list[Event]:
+    """The events, with the streams that the second window read deleted before that window is committed."""
     commit = find(events, "rename", target="out.run/commits/00001")
     gone = find(events, "unlink", path="out.run/acts/00001")
     start = next(index for index in range(commit, gone) if events[index].kind == "unlink")
@@ -154,6 +162,7 @@ def streams_deleted_before_the_commit(events: list[Event]) -> list[Event]:
 
 
 def commit_written_in_place(events: list[Event]) -> list[Event]:
+    """The events, with the first commit written under its final name instead of renamed."""
     write, commit = (
         find(events, "create", path="out.run/tmp/commit"),
         find(events, "rename", target="out.run/commits/00000"),
@@ -164,6 +173,7 @@ def commit_written_in_place(events: list[Event]) -> list[Event]:
 
 
 def parts_named_after_the_commit(events: list[Event]) -> list[Event]:
+    """The events, with the parts of the first window renamed into place after its commit."""
     parts, commit = (
         find(events, "rename", target="out.run/parts/00000"),
         find(events, "rename", target="out.run/commits/00000"),
@@ -180,7 +190,8 @@ ORDERS = [
 
 
 @pytest.mark.parametrize("mutate", ORDERS, ids=lambda mutate: mutate.__name__)
-def test_every_other_order_is_noticed(recorded, base, tally, mutate):
+def test_the_crash_states_detect_a_wrong_order_of_operations(recorded, base, tally, mutate):
+    """With a wrong order of operations, the protocol leaves a state that does not recover."""
     mutated = mutate(recorded.events)
     assert mutated != recorded.events
     first = next(index for index, pair in enumerate(zip(mutated, recorded.events, strict=False)) if pair[0] != pair[1])

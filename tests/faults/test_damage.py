@@ -1,4 +1,4 @@
-"""Rows 8 to 10, 13 and 18: files that were changed, cut, swapped, replaced or lost while no process ran."""
+"""Rows 8 to 10, 13 and 18: files that were changed, truncated, swapped, replaced or deleted while no process ran."""
 
 import itertools
 import os
@@ -12,22 +12,22 @@ from toy import NIGHTLY, WINDOWS, one_line
 from cbqstream.checkpoint.folder import find_tensors
 from cbqstream.commands.check import check
 from cbqstream.errors import CbqstreamError, IdentityError, InputError
-from cbqstream.rundir.chain import Chain
+from cbqstream.rundir.chain import WINDOW_STATE, Chain
 from tiny import files_of
 
-OLD_CARRY = "parts/00000/carry.safetensors"
-"""Kept for rollback; nothing reads it."""
+OLD_STATE = f"parts/00000/{WINDOW_STATE}"
+"""Window state of the first window. After the second window it is kept for a rollback only, and nothing reads it."""
 
 
 @pytest.fixture(scope="module")
 def half(toy):
-    """A run that has two of its three windows; to be copied."""
+    """Run directory of a run with two of its three windows, to be copied."""
     return toy.stopped(toy.new_out(), 2)
 
 
 @pytest.fixture
 def copy(toy, half):
-    """A function that gives a copy of that run for another output."""
+    """A function that copies this run directory for a new OUT, and returns the OUT."""
 
     def make() -> Path:
         out = toy.new_out()
@@ -38,13 +38,14 @@ def copy(toy, half):
 
 
 def flip(path: Path, bit: int) -> None:
+    """Flip one bit of a file."""
     content = bytearray(path.read_bytes())
     content[bit // 8] ^= 1 << bit % 8
     path.write_bytes(content)
 
 
-def test_flips_in_records(half, tmp_path, tally):
-    """Each byte of run.json and of a commit. What JSON reads as the same is the same."""
+def test_a_flipped_bit_in_a_record_is_refused_or_changes_nothing(half, tmp_path, tally):
+    """Bits of run.json and of the commits are flipped. The records are refused, or their parsed content is the same as before."""
     chance, before = random.Random(8), Chain.read(half)
     with tally(8, "bit flips in run.json and the commits") as counted:
         shutil.copytree(half, tmp_path / "run")
@@ -62,8 +63,8 @@ def test_flips_in_records(half, tmp_path, tally):
                 file.write_bytes(good)
 
 
-def test_flips_in_parts_and_streams(toy, copy, tally):
-    """Parts: found by check and by the export, never in a result. Streams: made again."""
+def test_a_flipped_bit_in_parts_is_refused_and_in_streams_repaired(toy, copy, tally):
+    """`check` and the run refuse a damaged file of parts/, and no result is written. Damaged streams are recomputed."""
     chance = random.Random(9)
     with tally(8, "bit flips in parts and streams") as counted:
         for number in range(120 if NIGHTLY else 6):
@@ -71,7 +72,7 @@ def test_flips_in_parts_and_streams(toy, copy, tally):
             run = Path(f"{out}.run")
             kind = ("parts", "acts")[number % 2]
             files = sorted(path for path in (run / kind).rglob("*") if path.is_file())
-            file = chance.choice([path for path in files if path != run / OLD_CARRY])
+            file = chance.choice([path for path in files if path != run / OLD_STATE])
             flip(file, chance.randrange(8 * file.stat().st_size))
             counted.add()
             if kind == "acts":
@@ -85,8 +86,8 @@ def test_flips_in_parts_and_streams(toy, copy, tally):
             assert not out.exists()
 
 
-def test_flips_in_the_source(toy, tally):
-    """In headers: refused, or harmless. In data: found when the tensor is read again, or by check."""
+def test_a_flipped_bit_in_the_source_is_found_by_check(toy, tally):
+    """A flipped bit in the data of a tensor that the run has read is found. One in a header is found, or it is harmless."""
     chance = random.Random(10)
     with tally(8, "bit flips in the source") as counted:
         out = toy.new_out()
@@ -109,7 +110,7 @@ def test_flips_in_the_source(toy, tally):
                 assert f'tensor "{tensor.name}" is not what this run read before' in found[0]
                 assert found[1:] in (
                     [],
-                    [f"{model}: the weights are not those that this run began with. Restore them."],
+                    [f"{model}: the weights changed since this run began. Restore them."],
                 )
             assert all("\n" not in line for line in found)
         assert not problems(Path(f"{out}.run"))
@@ -118,6 +119,7 @@ def test_flips_in_the_source(toy, tally):
 
 
 def problems(run: Path) -> list[str]:
+    """Problems that `check --read-data` finds, or the error that it raises."""
     try:
         return check(run, read_data=True).problems
     except CbqstreamError as error:
@@ -125,29 +127,33 @@ def problems(run: Path) -> list[str]:
 
 
 SHAPES = {
-    "cut to nothing": lambda path: os.truncate(path, 0),
-    "cut to one byte": lambda path: os.truncate(path, 1),
-    "cut to 7 bytes": lambda path: os.truncate(path, 7),
-    "cut to 8 bytes": lambda path: os.truncate(path, 8),
-    "cut in half": lambda path: os.truncate(path, path.stat().st_size // 2),
-    "cut by one": lambda path: os.truncate(path, path.stat().st_size - 1),
-    "longer by one": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
-    "a folder": lambda path: (path.unlink(), path.mkdir()),
-    "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
-    "a link": lambda path: (path.rename(path.with_name("away")), path.symlink_to(path.with_name("away"))),
-    "a device": lambda path: (path.unlink(), path.symlink_to("/dev/zero")),
+    "truncated to 0 bytes": lambda path: os.truncate(path, 0),
+    "truncated to 1 byte": lambda path: os.truncate(path, 1),
+    "truncated to 7 bytes": lambda path: os.truncate(path, 7),
+    "truncated to 8 bytes": lambda path: os.truncate(path, 8),
+    "truncated to half": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "truncated by 1 byte": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "longer by 1 byte": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
+    "replaced by a folder": lambda path: (path.unlink(), path.mkdir()),
+    "replaced by a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
+    "replaced by a link": lambda path: (path.rename(path.with_name("away")), path.symlink_to(path.with_name("away"))),
+    "replaced by a device": lambda path: (path.unlink(), path.symlink_to("/dev/zero")),
     "deleted": lambda path: path.unlink(),
 }
+"""Kinds of damage to a file, and a function that does it."""
 
 
-def test_other_shapes_of_files(toy, half, copy, tally):
-    """Records and parts: 65 at once. Streams: made again, whatever lies there."""
+def test_a_truncated_replaced_or_deleted_file_is_refused_unless_it_is_a_stream(toy, half, copy, tally):
+    """A damaged record or part is refused at once with exit code 65. Damaged streams are recomputed.
+
+    If the last record is deleted, the chain of commits ends earlier, and its window is quantized again.
+    """
     files = [str(path.relative_to(half)) for path in sorted(half.rglob("*")) if path.is_file()]
-    names = [name for name in files if name not in ("LOCK", OLD_CARRY)]
+    names = [name for name in files if name not in ("LOCK", OLD_STATE)]
     cases = list(itertools.product(SHAPES, names))
     random.Random(11).shuffle(cases)
     with tally(
-        9, "files cut, grown, replaced by a folder, pipe, link or device; each file deleted (row 10)"
+        9, "files truncated, grown, replaced by a folder, pipe, link or device; each file deleted (row 10)"
     ) as counted:
         for shape, name in cases if NIGHTLY else cases[:14]:
             out = copy()
@@ -160,7 +166,7 @@ def test_other_shapes_of_files(toy, half, copy, tally):
                 toy.finishes(out)
                 continue
             last_record = (shape, name) == ("deleted", "commits/00001")
-            if last_record:  # a chain that ends earlier: its window is done again
+            if last_record:
                 assert ended.code == 75, ended.err
                 toy.finishes(out)
             else:
@@ -169,8 +175,12 @@ def test_other_shapes_of_files(toy, half, copy, tally):
                 assert f"{out}.run" in ended.err
 
 
-def test_two_files_deleted(toy, half, copy, tally):
-    """A chain that ends earlier needs what the window after its end began with; streams are made again; all else is 65."""
+def test_two_deleted_files_are_refused_if_the_run_needs_one_of_them(toy, half, copy, tally):
+    """The run is refused with exit code 65 if one of two deleted files is needed, and finishes otherwise.
+
+    A run whose last commits were deleted needs the parts of the windows that are left, and the window state after them. Streams are not
+    needed, because they are recomputed.
+    """
     first, last = "commits/00000", "commits/00001"
     files = [str(path.relative_to(half)) for path in sorted(half.rglob("*")) if path.is_file() and path.name != "LOCK"]
     cases = list(itertools.combinations(files, 2))
@@ -182,9 +192,9 @@ def test_two_files_deleted(toy, half, copy, tally):
                 (Path(f"{out}.run") / name).unlink()
             counted.add(faults=2)
             left = {first, last} - {*case}
-            needed = {"run.json"} | {name for name in files if name.startswith("parts/") and name != OLD_CARRY}
-            if left == {first}:  # one window is left
-                needed = {name for name in needed if not name.startswith("parts/00001")} | {OLD_CARRY}
+            needed = {"run.json"} | {name for name in files if name.startswith("parts/") and name != OLD_STATE}
+            if left == {first}:  # one window is left, and its window state is needed
+                needed = {name for name in needed if not name.startswith("parts/00001")} | {OLD_STATE}
             elif left == {last}:
                 needed = {first}
             elif not left:
@@ -198,7 +208,8 @@ def test_two_files_deleted(toy, half, copy, tally):
                 assert files_of(out) == toy.expected
 
 
-def test_chunks_that_change_places(toy, half, copy, tally):
+def test_streams_with_swapped_chunks_or_chunks_of_another_run_are_recomputed(toy, half, copy, tally):
+    """Two chunks of a stream are swapped, or one is replaced by the chunk of an earlier window of another run."""
     with tally(9, "chunks swapped, or of another run") as counted:
         for name in ("quantized", "reference"):
             out = copy()
@@ -217,7 +228,8 @@ def test_chunks_that_change_places(toy, half, copy, tally):
         counted.add()
 
 
-def test_a_record_of_another_run(toy, copy, tally):
+def test_a_commit_of_another_run_is_refused(toy, copy, tally):
+    """The second commit is replaced by that of a run with another seed, which names another record before it."""
     with tally(9, "a commit of another run") as counted:
         out = copy()
         other = toy.new_out()
@@ -229,8 +241,9 @@ def test_a_record_of_another_run(toy, copy, tally):
         counted.add()
 
 
-def test_streams_that_were_deleted(toy, tally):
-    with tally(18, "streams deleted, made again to the committed checksums") as counted:
+def test_deleted_streams_are_recomputed_with_the_committed_checksums(toy, tally):
+    """The streams are deleted after the first and after the second window. The recomputed files are identical."""
+    with tally(18, "streams deleted, recomputed with the committed checksums") as counted:
         for windows in (1, 2):
             out = toy.new_out()
             run = toy.stopped(out, windows)
@@ -242,10 +255,10 @@ def test_streams_that_were_deleted(toy, tally):
             counted.add()
 
 
-def test_a_source_that_changed(toy, tally):
-    """Other times and inodes are nothing; other bytes are another run."""
-    with tally(13, "the source: touched, changed, swapped, cut, removed") as counted:
-        for case in ("touched", "changed", "swapped", "cut", "removed"):
+def test_a_run_whose_source_has_changed_is_not_resumed(toy, tally):
+    """Shards of the source are changed, swapped, truncated or removed. Only another inode and another time are accepted."""
+    with tally(13, "the source: touched, changed, swapped, truncated, removed") as counted:
+        for case in ("touched", "changed", "swapped", "truncated", "removed"):
             out = toy.new_out()
             model = Path(shutil.copytree(toy.model, toy.folder / case))
             assert toy.run(toy.quantize(out, "--stop-after-window", 1, model=model)).code == 75
@@ -260,7 +273,7 @@ def test_a_source_that_changed(toy, tally):
                 one.rename(model / "aside")
                 two.rename(one)
                 (model / "aside").rename(two)
-            elif case == "cut":
+            elif case == "truncated":
                 os.truncate(one, one.stat().st_size - 8)
             else:
                 one.unlink()
@@ -274,8 +287,8 @@ def test_a_source_that_changed(toy, tally):
             counted.add()
 
 
-def test_a_source_that_changes_during_the_export(toy, tally):
-    """It is copied as it is read, so what is wrong is known only at the end: then there is no OUT."""
+def test_a_source_that_changes_while_it_is_copied_gives_no_result(toy, tally):
+    """A tensor that is copied into the result is hashed on the way, so a change is found at its end. OUT must then not exist."""
     with tally(13, "the source changes while it is copied") as counted:
         out = toy.new_out()
         model = Path(shutil.copytree(toy.model, toy.folder / "changing"))

@@ -1,4 +1,4 @@
-"""Rows 3 to 7, 11, 16 and 17: real processes that are killed, stopped, starved of disk space, or not alone."""
+"""Rows 3 to 7, 11, 16 and 17: processes that are killed or stopped, run out of disk space or memory, or share a run with others."""
 
 import errno
 import itertools
@@ -18,16 +18,17 @@ from tiny import files_of
 
 
 def some(numbers, every):
-    """All of them at night, one in `every` else."""
+    """All of the numbers in a nightly run, and one in `every` otherwise."""
     return list(numbers) if NIGHTLY else list(numbers)[::every]
 
 
 def commit_done(toy) -> int:
-    """Number of the last operation that belongs to a window."""
+    """Number of the last durable operation of the last window. The operations after it write the result."""
     return max(number for number, (name, path) in enumerate(toy.operations, 1) if path.endswith("/commits"))
 
 
-def test_killed_at_an_operation(toy, tally):
+def test_a_run_killed_before_an_operation_of_a_window_finishes(toy, tally):
+    """SIGKILL comes before a durable operation of a window. At most one window is quantized again."""
     with tally(3, "SIGKILL before an operation of a window") as counted:
         for at in some(range(1, commit_done(toy) + 1), 12):
             out = toy.new_out()
@@ -35,7 +36,11 @@ def test_killed_at_an_operation(toy, tally):
             counted.add(redone=toy.finishes(out, begun=toy.windows_begun(at - 1)))
 
 
-def test_killed_while_the_model_is_put_together(toy, tally):
+def test_a_run_killed_while_the_result_is_written_finishes(toy, tally):
+    """SIGKILL comes before a durable operation after the last window. A config.json in OUT exists only if the result is complete.
+
+    No window is quantized again, neither then nor when the command is given once more for the finished run.
+    """
     with tally(17, "SIGKILL before an operation of the export; finished runs") as counted:
         for at in some(range(commit_done(toy) + 1, len(toy.operations) + 1), 3):
             out = toy.new_out()
@@ -43,17 +48,21 @@ def test_killed_while_the_model_is_put_together(toy, tally):
             if (out / "config.json").exists():
                 assert files_of(out) == toy.expected
             counted.add(redone=toy.finishes(out, begun=WINDOWS, keep=True))
-            again = toy.run(toy.quantize(out))
-            assert (again.code, again.windows) == (0, 0)
+            repeated = toy.run(toy.quantize(out))
+            assert (repeated.code, repeated.windows) == (0, 0)
             assert files_of(out) == toy.expected
             shutil.rmtree(out)
 
 
 ERRORS = {"ENOSPC": 74, "EIO": 74, "EDQUOT": 74, "memory": 69, "SIGINT": 75}
+"""Exit code of a run, by the fault that happens before one of its operations."""
 
 
-def test_an_operation_fails(toy, tally):
-    """Every operation with every error at night; else a few, in turn."""
+def test_a_run_finishes_after_an_operation_failed(toy, tally):
+    """A durable operation fails with an error, memory runs out, or SIGINT comes. The run ends with one line, leaves tmp/ empty and resumes.
+
+    An error while files are deleted that are no longer needed is ignored.
+    """
     everything = list(itertools.product(range(1, len(toy.operations) + 1), ERRORS))
     with tally(4, "an operation fails: full, broken, no memory, Ctrl-C") as counted:
         for at, kind in some(everything, 46):
@@ -63,19 +72,20 @@ def test_an_operation_fails(toy, tally):
             if ended.code:
                 assert ended.code == ERRORS[kind], (at, kind, ended.err)
                 assert one_line(ended.err), ended.err
-            else:  # it had happened in tidying up, where nothing can be lost
+            else:
                 assert toy.operations[at - 1][0] in ("remove_tree", "make_folder"), (at, kind)
                 assert files_of(out) == toy.expected
             run = Path(f"{out}.run")
             if (run / "run.json").exists() and (run / "tmp").exists():
-                assert not list((run / "tmp").iterdir()), f"{kind} at {at} left its files on a full disk"
+                assert not list((run / "tmp").iterdir()), f"{kind} at {at} left files in tmp/"
             if ended.code:
                 counted.add(redone=toy.finishes(out, begun=toy.windows_begun(at - 1)))
             else:
                 counted.add()
 
 
-def test_killed_at_any_time(toy, tally):
+def test_a_run_killed_at_random_times_finishes(toy, tally):
+    """SIGKILL comes at a random time, once or five times in a row."""
     chance = random.Random(5)
     with tally(5, "SIGKILL at a random time; chains of five") as counted:
         for kills in [1] * (1000 if NIGHTLY else 8) + [5] * (50 if NIGHTLY else 1):
@@ -92,7 +102,8 @@ def test_killed_at_any_time(toy, tally):
                 toy.finishes(out)
 
 
-def test_stopped_at_any_time(toy, tally):
+def test_a_run_stopped_by_a_signal_at_a_random_time_finishes(toy, tally):
+    """SIGTERM or SIGINT ends the process within seconds, with one line that gives the command that resumes the run."""
     chance = random.Random(6)
     with tally(6, "SIGTERM or SIGINT at a random time") as counted:
         for number in range(300 if NIGHTLY else 8):
@@ -102,22 +113,22 @@ def test_stopped_at_any_time(toy, tally):
             began = time.monotonic()
             toy.signal(process, (signal.SIGTERM, signal.SIGINT)[number % 2])
             ended = toy.wait(process)
-            assert time.monotonic() - began < max(2, 2 * toy.seconds)  # a whole run may take longer where others run
+            assert time.monotonic() - began < max(2, 2 * toy.seconds)  # other processes may make the run slower
             counted.add()
             if ended.code == 0:
                 continue
-            # before Python has set its handlers the signal does what it always does; then nothing has begun
+            # before the handlers are set, the signal has its default action, and no run has begun
             if ended.code in (-signal.SIGTERM, -signal.SIGINT):
                 assert not Path(f"{out}.run").exists()
             else:
                 assert ended.code == 75, ended.err
                 assert one_line(ended.err)
-                assert "To go on: " in ended.err or not Path(f"{out}.run").exists()
+                assert "To resume: " in ended.err or not Path(f"{out}.run").exists()
             toy.finishes(out)
 
 
-def test_a_second_signal_does_not_wait(toy, tally):
-    """The first one meets a process that is held up for good where it tidies up."""
+def test_a_second_ctrl_c_ends_a_process_that_hangs_after_the_first_one(toy, tally):
+    """After the first SIGINT the process hangs where it empties tmp/. The second one ends it at once, with exit code 130."""
     with tally(6, "a second Ctrl-C") as counted:
         out = toy.new_out()
         process = toy.start(toy.quantize(out), patch="stuck_while_leaving")
@@ -131,23 +142,28 @@ def test_a_second_signal_does_not_wait(toy, tally):
         toy.finishes(out)
 
 
-def committed_to_begin(out) -> bool:
+def has_begun(out) -> bool:
+    """Whether the run directory for `out` has a run.json."""
     return (Path(f"{out}.run") / "run.json").exists()
 
 
-def committed_all(toy, out) -> bool:
+def has_all_windows(toy, out) -> bool:
+    """Whether all windows of the run for `out` are committed."""
     return toy.committed(out) == WINDOWS
 
 
-def test_a_disk_that_is_full(toy, tally, tmpfs):
-    """With less room than it takes at its largest, down to a tenth of that; then it grows."""
+def test_a_run_on_a_full_disk_finishes_when_there_is_space(toy, tally, tmpfs):
+    """The disk has 10 to 100 % of the space that a run takes at most. A run that fails says how much it needs, and resumes later.
+
+    The number of bytes is printed if the disk became full in a window.
+    """
     place = tmpfs("size=64k")
 
     def resize(size: int) -> None:
         subprocess.run(["mount", "-o", f"remount,size={size}", str(place)], check=True)
 
     needed = 600 << 10
-    with tally(7, "a tmpfs with 10 to 100 % of the room") as counted:
+    with tally(7, "a tmpfs with 10 to 100 % of the needed space") as counted:
         for share in range(10, 101, 4) if NIGHTLY else (10, 45, 70):
             resize(needed * share // 100)
             out = place / f"out-{share}"
@@ -157,7 +173,7 @@ def test_a_disk_that_is_full(toy, tally, tmpfs):
                 assert ended.code == 74, ended.err
                 assert one_line(ended.err)
                 assert "Free some space" in ended.err
-                assert " GiB" in ended.err or not committed_to_begin(out) or committed_all(toy, out)
+                assert " GiB" in ended.err or not has_begun(out) or has_all_windows(toy, out)
             resize(64 << 20)
             if ended.code:
                 toy.finishes(out)
@@ -166,7 +182,8 @@ def test_a_disk_that_is_full(toy, tally, tmpfs):
                 shutil.rmtree(f"{out}.run")
 
 
-def test_a_file_that_must_not_grow(toy, tally):
+def test_a_run_whose_files_may_not_grow_finishes_without_the_limit(toy, tally):
+    """RLIMIT_FSIZE limits the size of files: the run ends with exit code 74 and the name of the error, and resumes without the limit."""
     with tally(7, "RLIMIT_FSIZE") as counted:
         largest = max(map(len, toy.expected.values()))
         for limit in range(500, largest, largest // 10) if NIGHTLY else (500, 20_000):
@@ -178,7 +195,8 @@ def test_a_file_that_must_not_grow(toy, tally):
             toy.finishes(out)
 
 
-def test_a_log_that_cannot_be_written(toy, tally):
+def test_a_log_on_a_full_disk_is_named_in_the_error(toy, tally):
+    """The file of --log-json is on a full disk: the error names it, and the run resumes without a log."""
     with tally(7, "a log on /dev/full") as counted:
         out = toy.new_out()
         ended = toy.run(toy.quantize(out, "--log-json", "/dev/full"))
@@ -187,7 +205,8 @@ def test_a_log_that_cannot_be_written(toy, tally):
         counted.add(redone=toy.finishes(out, begun=1))
 
 
-def test_two_processes(toy, tally):
+def test_further_processes_do_not_touch_a_run_that_is_locked(toy, tally):
+    """The same command, while the run is in progress, ends at once with exit code 75. The lock ends with the process that holds it."""
     with tally(11, "others at the same time") as counted:
         for others in (1, 7) if NIGHTLY else (1,):
             out = toy.new_out()
@@ -203,34 +222,34 @@ def test_two_processes(toy, tally):
                 counted.add()
             assert before == sorted(str(path) for path in Path(f"{out}.run").rglob("*") if "tmp" not in path.parts)
             toy.signal(first, signal.SIGKILL)
-            toy.wait(first)  # its lock file stays and means nothing
+            toy.wait(first)
             shutil.rmtree(f"{out}.run")
 
 
-def test_two_first_starts(toy, tally):
-    """The same command twice at once: one begins the run, the other finds it locked, or done."""
+def test_one_of_two_processes_started_together_makes_the_run(toy, tally):
+    """The same command is started twice at once. One process begins the run; the other finds it locked or finished."""
     with tally(11, "two first starts at once") as counted:
         for _ in range(20 if NIGHTLY else 4):
             out = toy.new_out()
-            ended = [toy.wait(number) for number in [toy.start(toy.quantize(out)) for _ in range(2)]]
-            assert sorted(ended.code for ended in ended) in ([0, 0], [0, 75]), [ended.err for ended in ended]
-            assert all(one_line(ended.err) for ended in ended if ended.code)
-            assert sum(ended.windows for ended in ended) == WINDOWS
+            both = [toy.wait(number) for number in [toy.start(toy.quantize(out)) for _ in range(2)]]
+            assert sorted(ended.code for ended in both) in ([0, 0], [0, 75]), [ended.err for ended in both]
+            assert all(one_line(ended.err) for ended in both if ended.code)
+            assert sum(ended.windows for ended in both) == WINDOWS
             assert files_of(out) == toy.expected
             counted.add(runs=2)
 
 
-def test_two_runs_with_one_output(toy, tally):
-    """Each has a run directory of its own. The first that is done has OUT, whole; the other says so, and loses nothing."""
+def test_the_first_of_two_runs_with_one_out_has_it(toy, tally):
+    """Two runs with run directories of their own have the same OUT. One finishes, the other is refused and keeps its windows."""
     with tally(11, "two runs with one OUT") as counted:
         for number in range(6 if NIGHTLY else 2):
             out, runs = toy.new_out(), [toy.new_out(), toy.new_out()]
             commands = [toy.quantize(out, "--run-dir", run, "--seed", 3 + seed) for seed, run in enumerate(runs)]
-            ended = [
+            both = [
                 toy.wait(process) for process in [toy.start(command) for command in commands[:: 1 - 2 * (number % 2)]]
             ]
-            late = next(one for one in ended if ended.code)
-            assert sorted(ended.code for ended in ended) in ([0, 2], [0, 74]), late.err
+            late = next(ended for ended in both if ended.code)
+            assert sorted(ended.code for ended in both) in ([0, 2], [0, 74]), late.err
             assert one_line(late.err)
             assert re.search(r"Give another (OUT|place)\.", late.err), late.err
             looked = [toy.run(["check", str(path), "--read-data"]) for path in (out, *runs)]
@@ -244,9 +263,9 @@ def test_two_runs_with_one_output(toy, tally):
             counted.add(runs=2)
 
 
-def test_check_beside_a_live_run(toy, tally):
-    """What it says is true of some moment: never that something is broken."""
-    with tally(11, "check and status beside a run that goes on") as counted:
+def test_check_and_status_find_no_problem_in_a_run_in_progress(toy, tally):
+    """`check` and `status` are called again and again while a process works on the run."""
+    with tally(11, "check and status beside a run in progress") as counted:
         for _ in range(5 if NIGHTLY else 1):
             out = toy.new_out()
             run = Path(f"{out}.run")
@@ -260,7 +279,8 @@ def test_check_beside_a_live_run(toy, tally):
             assert toy.wait(process).code == 0
 
 
-def test_no_locks_on_this_file_system(toy, tally):
+def test_a_file_system_without_locks_is_refused(toy, tally):
+    """flock fails with ENOSYS, as on some network file systems."""
     with tally(11, "flock is not supported") as counted:
         out = toy.new_out()
         ended = toy.run(toy.quantize(out), patch="no_locks")
@@ -270,7 +290,8 @@ def test_no_locks_on_this_file_system(toy, tally):
         shutil.rmtree(f"{out}.run", ignore_errors=True)
 
 
-def test_device_memory(toy, tally):
+def test_a_window_is_tried_twice_when_the_device_is_out_of_memory(toy, tally):
+    """If the device runs out of memory once, the result is the same. If it does so again, the run ends with exit code 69, and resumes."""
     with tally(16, "device out of memory: once, for good") as counted:
         out = toy.new_out()
         assert toy.run(toy.quantize(out), patch="out_of_memory_once").code == 0
@@ -279,22 +300,23 @@ def test_device_memory(toy, tally):
         ended = toy.run(toy.quantize(out), patch="out_of_memory_for_good")
         assert (ended.code, one_line(ended.err)) == (69, True)
         assert (
-            "window 2 needs more memory than there is (CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has less.)"
+            "window 2 needs more memory than is available (CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has less.)"
             in ended.err
         )
         counted.add(runs=2, faults=2, redone=toy.finishes(out, begun=2))
 
 
-def test_losses_that_are_not_finite(toy, tally):
-    """One window goes back to where it began and says so; when it happens again and again, the run does not go on."""
+def test_a_window_whose_loss_is_not_finite_is_reverted(toy, tally):
+    """One window with a loss of NaN is reverted, and its line says so. A second one ends the run with exit code 65."""
     with tally(16, "NaN in a training step") as counted:
         out = toy.new_out()
         ended = toy.run(toy.quantize(out), patch="nan_in_one_step")
         assert ended.code == 0
         assert ended.out.splitlines()[0].endswith("reverted: not finite")
-        fallbacks = [commit["report"]["reverted"] for commit in Chain.read(Path(f"{out}.run")).commits]
-        assert fallbacks[0] == "not finite"
-        assert "not finite" not in fallbacks[1:]
+        reasons = [report.reverted for report in Chain.read(Path(f"{out}.run")).window_reports]
+        assert len(reasons) == WINDOWS
+        assert reasons[0] == "not finite"
+        assert "not finite" not in reasons[1:]
         out = toy.new_out()
         ended = toy.run(toy.quantize(out), patch="nan_in_every_step")
         assert (ended.code, one_line(ended.err)) == (65, True)

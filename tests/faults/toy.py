@@ -1,4 +1,4 @@
-"""A small run, the process that runs it again and again, and the one oracle of all fault tests."""
+"""A small run, a server that starts its processes, and `Toy.finishes`, the check that all fault tests share."""
 
 import json
 import os
@@ -15,16 +15,21 @@ from tiny import SEQ_LEN, files_of, save_model, save_tokens
 
 HERE = Path(__file__).parent
 NIGHTLY = bool(os.environ.get("CBQSTREAM_NIGHTLY"))
-"""All counts instead of those of every change; see tools/nightly.sh."""
+"""Whether the tests try every case, as `tools/nightly.sh` asks for, instead of a sample."""
 SAMPLES = 4
+"""Number of calibration segments."""
 WINDOWS = 3
+"""Number of windows of the run."""
 STEPS = 4
-"""Of training in a window: enough to make every window better, so that what was learned is in every byte that is compared."""
+"""Number of training steps in a window.
+
+They are enough for training to lower the loss of every window, so every file that is compared depends on trained values.
+"""
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a process ended: its exit code (or minus the signal), what it said, and how long it took."""
+    """Result of a process: exit code (or minus the signal that killed it), standard output, standard error, and duration in seconds."""
 
     code: int
     out: str
@@ -33,12 +38,16 @@ class Ended:
 
     @property
     def windows(self) -> int:
-        """How many windows it finished."""
+        """Number of windows that the process finished."""
         return len(re.findall(r"^window \d", self.out, re.MULTILINE))
 
 
 class Toy:
-    """A model, tokens, and a server that forks a process for each command line."""
+    """The toy run: a model, calibration tokens, and a server that forks a process for each command line.
+
+    The run is finished once without faults. `expected` and `expected_parts` hold the files of its result and of parts/, `operations` its
+    durable operations, and `seconds` its duration.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -66,54 +75,69 @@ class Toy:
         self._server.stdout.close()
 
     def new_out(self) -> Path:
-        """A name for an output that is not used yet."""
+        """A path for OUT that no earlier run used."""
         self._number += 1
         return self.folder / f"out-{self._number}"
 
     def quantize(self, out: Path, *more: Any, model: Path | None = None) -> list[str]:
-        """The command line of the run."""
+        """Arguments of the command that runs the toy.
+
+        Args:
+            out: the folder OUT.
+            more: further arguments, which take precedence over those of the toy.
+            model: the model folder; the toy's own model by default.
+        """
         sizes = ["--num-samples", SAMPLES, "--seq-len", SEQ_LEN, "--group-size", 32, "--batch-size", 4]
         where = ["--threads", 1, "--device", "cpu", "--epochs", STEPS, "--dataset", self.tokens]
         return [str(value) for value in ("quantize", model or self.model, out, *sizes, *where, *more)]
 
     def start(self, arguments: list[str], **fault: Any) -> int:
-        """Begin a process, see server.py for `fault`; its number is for `wait`."""
+        """Start a process and return its number, which `wait` and `signal` take. The faults are described in server.py."""
         return self._ask({"arguments": arguments, **fault})["number"]
 
     def wait(self, number: int) -> Ended:
-        """Its end; that so few segments leave none to be held out is said in every run, and is not looked at."""
-        answer = self._ask({"wait": number})
+        """Wait until a process ends. The warning that so few segments cannot be held out is removed from its output."""
+        answer, warning = self._ask({"wait": number}), f"warning: {SAMPLES} segments are too few to hold some out"
         lines = answer["out"].splitlines(keepends=True)
-        return Ended(**answer | {"out": "".join(line for line in lines if not line.startswith(f"note: of {SAMPLES} "))})
+        return Ended(**answer | {"out": "".join(line for line in lines if not line.startswith(warning))})
 
     def signal(self, number: int, which: int) -> None:
-        """Send a signal to a process that was begun."""
+        """Send a signal to a process."""
         self._ask({"signal": which, "number": number})
 
     def run(self, arguments: list[str], **fault: Any) -> Ended:
-        """A process from its start to its end."""
+        """Start a process and wait until it ends."""
         return self.wait(self.start(arguments, **fault))
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         print(json.dumps(request, default=str), file=self._server.stdin, flush=True)
         answer = self._server.stdout.readline()
-        assert answer, "the server is gone"
+        assert answer, "the server has ended"
         return json.loads(answer)
 
     def committed(self, out: Path) -> int:
-        """Windows that a run holds."""
+        """Number of committed windows of the run for `out`."""
         folder = Path(f"{out}.run") / "commits"
         return len(list(folder.iterdir())) if folder.is_dir() else 0
 
     def windows_begun(self, operations: int) -> int:
-        """How many windows the undisturbed run had begun before it did operation number `operations`."""
+        """Number of windows that the undisturbed run had begun after its first `operations` durable operations."""
         return sum(name == "make_folder" and path.endswith("tmp/parts") for name, path in self.operations[:operations])
 
     def finishes(self, out: Path, *more: Any, begun: int | None = None, keep: bool = False) -> int:
-        """The oracle: what is on disk is sound, the same command ends it, with the same bytes, and leaves nothing else.
+        """Check that a run survived its faults, by finishing it.
+
+        `check --read-data` must find no problem. The same command must finish the run with exactly the windows that were not committed.
+        The files of the result and of parts/ must be identical to those of the undisturbed run, and no other file may be left.
+
+        Args:
+            out: the folder OUT.
+            more: further arguments of the command.
+            begun: number of windows that the run had begun; None if it is not known.
+            keep: keep the result and the run directory, which are deleted otherwise.
 
         Returns:
-            How many of the `begun` windows had to be done again.
+            Number of windows that were begun and had to be quantized again, at most 1; 0 if `begun` is None.
         """
         run, committed = Path(f"{out}.run"), self.committed(out)
         if (run / "ROLLBACK").exists():
@@ -138,20 +162,20 @@ class Toy:
         return redone
 
     def stopped(self, out: Path, windows: int) -> Path:
-        """A run directory that holds this many windows."""
+        """Start a run, stop it after `windows` windows, and return its run directory."""
         ended = self.run(self.quantize(out, "--stop-after-window", windows))
         assert ended.code == 75, ended.err
         return Path(f"{out}.run")
 
 
 def one_line(text: str) -> bool:
-    """Whether an error is one line in our form."""
+    """Whether standard error is one line that begins like an error of cbqstream."""
     return text.startswith("cbqstream: error: ") and text.count("\n") == 1
 
 
 def sleep_until(condition: Any, seconds: float = 20) -> None:
-    """Wait for something to become true."""
+    """Wait until `condition()` is true; fail after `seconds`."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it did not happen"
+        assert time.monotonic() < end, f"the condition was not met in {seconds} s"
         time.sleep(0.002)

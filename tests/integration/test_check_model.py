@@ -1,4 +1,4 @@
-"""`check OUT`: what is wrong with a result is found without reading its data."""
+"""Checks of a finished model by `cbqstream check`: its tensors, configuration and checksums, and its logits in transformers."""
 
 import json
 import re
@@ -23,11 +23,11 @@ SHARD = "block-00001.safetensors"
 LAYER = "model.layers.1.mlp.up_proj"
 
 
-def change(folder: Path, edit) -> None:
-    """Edit the tensors of a block, in a file of its own, and the index with them."""
+def edit_tensors(folder: Path, edit) -> None:
+    """Edit the tensors of the shard of block 1, and list the new names in the index of the checkpoint."""
     tensors = load_file(folder / SHARD)
     edit(tensors)
-    (folder / SHARD).unlink()  # it is linked to the run
+    (folder / SHARD).unlink()  # the file is a hard link to a file of the run directory, which must not change
     save_file(tensors, folder / SHARD)
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     kept = {name: shard for name, shard in index["weight_map"].items() if shard != SHARD}
@@ -35,7 +35,8 @@ def change(folder: Path, edit) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def edit_config(folder: Path, edit) -> None:
+def edit_quantization_config(folder: Path, edit) -> None:
+    """Edit the `quantization_config` in config.json."""
     config = json.loads((folder / "config.json").read_text())
     edit(config["quantization_config"])
     (folder / "config.json").write_text(json.dumps(config))
@@ -43,41 +44,43 @@ def edit_config(folder: Path, edit) -> None:
 
 @pytest.fixture
 def made(make_config):
+    """Folder of a model that was rounded to nearest, with asymmetric 4-bit weights in groups of 32."""
     return quantize(
         make_config(scheme=Scheme(num_bits=4, group_size=32, symmetric=False), reconstruction={"rounding": "nearest"})
     )
 
 
-def test_a_good_result(made):
+def test_a_new_result_has_no_problems(made):
     assert check(made, read_data=False).problems == []
 
 
 @pytest.mark.parametrize("part", ["weight_scale", "weight_shape", "weight_zero_point"])
-def test_a_part_is_missing(made, part):
-    change(made, lambda tensors: tensors.pop(f"{LAYER}.{part}"))
+def test_a_missing_part_of_a_packed_layer_is_reported(made, part):
+    edit_tensors(made, lambda tensors: tensors.pop(f"{LAYER}.{part}"))
     assert check(made, read_data=False).problems == [f"{made}: {LAYER}: {part} missing."]
 
 
-def test_a_shape_that_is_none(made):
-    change(made, lambda tensors: tensors.update({f"{LAYER}.weight_shape": torch.tensor([128, 64, 1])}))
+def test_a_weight_shape_that_is_not_two_numbers_is_reported(made):
+    """`check` lists the problem, and `open_model` refuses the model."""
+    edit_tensors(made, lambda tensors: tensors.update({f"{LAYER}.weight_shape": torch.tensor([128, 64, 1])}))
     assert check(made, read_data=False).problems == [f"{made}: {LAYER}: weight_shape is not two numbers."]
     with pytest.raises(InputError, match=r"up_proj\": weight_shape is not two numbers\."):
         open_model(made)
 
 
-def test_codes_of_another_width(made):
+def test_packed_codes_with_half_of_the_columns_are_reported(made):
     def narrow(tensors):
         tensors[f"{LAYER}.weight_packed"] = tensors[f"{LAYER}.weight_packed"][:, ::2].contiguous()
 
-    change(made, narrow)
+    edit_tensors(made, narrow)
     expected = f"{made}: {LAYER}: weight_packed is [128, 4], [128, 8] belong to 4 bits of [128, 64]."
     assert check(made, read_data=False).problems == [expected]
 
 
-def test_codes_of_another_width_per_channel(make_config):
-    """Where no scale says how many columns there are."""
+def test_a_wrong_number_of_bits_of_per_channel_weights_is_reported(make_config):
+    """All 28 layers are reported, although per-channel scales do not show the number of columns."""
     made = quantize(make_config(scheme=Scheme(num_bits=4, group_size=None), reconstruction={"rounding": "nearest"}))
-    edit_config(made, lambda config: config["config_groups"]["group_0"]["weights"].update(num_bits=2))
+    edit_quantization_config(made, lambda config: config["config_groups"]["group_0"]["weights"].update(num_bits=2))
     problems = check(made, read_data=False).problems
     assert len(problems) == 28
     assert f"{made}: {LAYER}: weight_packed is [128, 8], [128, 4] belong to 2 bits of [128, 64]." in problems
@@ -94,16 +97,19 @@ def test_codes_of_another_width_per_channel(make_config):
         lambda config: config.pop("config_groups"),
     ],
 )
-def test_a_config_of_another_form(made, edit):
-    edit_config(made, edit)
+def test_a_quantization_config_of_an_unknown_form_is_reported(made, edit):
+    edit_quantization_config(made, edit)
     assert (
         "already quantized (compressed-tensors) in a form that is not read here."
         in check(made, read_data=False).problems[-1]
     )
 
 
-def test_every_byte_of_a_result_is_compared(made, tmp_path):
-    """One bit of one code, which is as good a code as any other."""
+def test_checksums_of_all_shards_are_compared(made, tmp_path):
+    """A changed bit of one code is reported with --read-data, although the changed code is valid too.
+
+    SHA256SUMS has the format of the program sha256sum. Without SHA256SUMS, a result has no problems.
+    """
     copy = Path(shutil.copytree(made, tmp_path / "copy"))
     assert check(copy, read_data=True).facts[-1].endswith(", 5 shards with the checksums of SHA256SUMS")
     known = subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=copy, check=False)
@@ -122,8 +128,8 @@ def test_every_byte_of_a_result_is_compared(made, tmp_path):
     assert check(copy, read_data=True).problems == []
 
 
-def test_checksums_of_a_result_beside_its_run(made):
-    """Shards that are those of the run were read as parts of it; their checksums are still compared."""
+def test_checksums_of_a_result_are_compared_when_its_run_directory_is_checked(made):
+    """The shards of the result are the files of the run directory. `check` reads each file once, and still compares SHA256SUMS."""
     sums = made / "SHA256SUMS"
     text = sums.read_text()
     shard = next(line for line in text.splitlines() if line.endswith(SHARD))
@@ -134,40 +140,47 @@ def test_checksums_of_a_result_beside_its_run(made):
     assert check(run, read_data=True).problems == [expected]
 
 
-def test_a_layer_that_its_neighbors_are_not(made):
+def test_layers_that_inference_engines_fuse_must_have_one_scheme(made):
+    """mlp.gate_proj is quantized and mlp.up_proj is not."""
+
     def whole(tensors):
         for part in ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point"):
             tensors.pop(f"{LAYER}.{part}")
         tensors[f"{LAYER}.weight"] = torch.zeros(128, 64, dtype=torch.bfloat16)
 
-    change(made, whole)
-    expected = f"{made}: model.layers.1: mlp.gate_proj and mlp.up_proj are computed as one by inference engines and have other schemes."
+    edit_tensors(made, whole)
+    expected = f"{made}: model.layers.1: inference engines compute mlp.gate_proj and mlp.up_proj as one layer, but their schemes differ."
     assert check(made, read_data=False).problems == [expected]
 
 
-def test_a_config_that_compressed_tensors_does_not_read(made):
-    edit_config(made, lambda config: config.update(quantization_status="packed up"))
+def test_a_quantization_config_that_compressed_tensors_refuses_is_reported(made):
+    edit_quantization_config(made, lambda config: config.update(quantization_status="packed up"))
     (problem,) = check(made, read_data=False).problems
     assert problem.startswith(f"{made}: quantization_config is not read by compressed-tensors: ")
 
 
 @pytest.mark.parametrize(
-    ("symmetric", "said"), [(True, "loads it: logits"), (False, "loads it, asked to dequantize it: logits")]
+    ("symmetric", "expected"), [(True, "loads it: logits"), (False, "loads it with dequantize=True: logits")]
 )
-def test_loaded_by_transformers(make_config, capfd, symmetric, said):
-    """Near the streamed model; transformers makes bf16 weights where it dequantizes."""
+def test_transformers_loads_a_result_with_the_logits_of_the_streamed_evaluation(
+    make_config, capfd, symmetric, expected
+):
+    """Logits agree within 1e-5, or within 1e-2 for asymmetric weights, which transformers dequantizes to bfloat16.
+
+    Nothing is printed while the model is loaded.
+    """
     scheme = Scheme(num_bits=4, group_size=32, symmetric=symmetric)
     out = quantize(make_config(scheme=scheme, reconstruction={"rounding": "nearest"}))
     capfd.readouterr()
     found = check(out, read_data=False, load=True)
     assert capfd.readouterr() == ("", "")
     assert found.problems == []
-    assert said in found.facts[-1]
+    assert expected in found.facts[-1]
     assert found.facts[-1].endswith("same next token after 16 of 16")
     assert float(re.search(r"within (\S+) of", found.facts[-1])[1]) < (1e-5 if symmetric else 1e-2)
 
 
-def test_not_loaded_by_transformers(made, monkeypatch):
+def test_a_result_that_transformers_fails_to_load_is_reported(made, monkeypatch):
     def fail(*_, **__):
         raise KeyError("no such layer\nand more")
 
@@ -177,41 +190,43 @@ def test_not_loaded_by_transformers(made, monkeypatch):
     assert check(made, read_data=False).problems == []
 
 
-def test_another_model_in_transformers(made, monkeypatch):
-    """As where it does not find a tensor, starts it at random, and only warns."""
+def test_other_logits_in_transformers_are_reported(made, monkeypatch):
+    """transformers gives other logits if it does not find a tensor: it fills the parameter with random values and only warns."""
 
-    class Strange(torch.nn.Module):
+    class RandomLogits(torch.nn.Module):
         def forward(self, ids, **_):
             generator = torch.Generator().manual_seed(0)
             return SimpleNamespace(logits=100 * torch.randn(1, ids.shape[1], VOCAB, generator=generator))
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: Strange())
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: RandomLogits())
     (problem,) = check(made, read_data=False, load=True).problems
-    assert problem.startswith(f"{made}: is another model in transformers. transformers ")
+    assert problem.startswith(f"{made}: gives other logits in transformers. transformers ")
 
 
 @pytest.mark.parametrize(
     ("scheme", "problems"),
     [(Scheme(num_bits=4, group_size=32), 1), (Scheme(num_bits=4, group_size=32, activation_bits=8), 0)],
 )
-def test_how_near_transformers_must_be(make_config, monkeypatch, scheme, problems):
-    """A twentieth off is another model, unless inputs are rounded."""
+def test_logits_in_transformers_that_are_5_percent_larger_are_a_problem_only_of_unquantized_inputs(
+    make_config, monkeypatch, scheme, problems
+):
+    """Quantized inputs allow larger differences, because a small difference can round an input to the next code."""
     made = quantize(make_config(scheme=scheme, reconstruction={"rounding": "nearest"}))
     load = AutoModelForCausalLM.from_pretrained
 
-    def louder(*args, **options):
+    def load_with_larger_logits(*args, **options):
         model = load(*args, **options)
         model.lm_head.register_forward_hook(lambda module, inputs, output: output * 1.05)
         return model
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", louder)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load_with_larger_logits)
     assert len(check(made, read_data=False, load=True).problems) == problems
 
 
 @pytest.mark.parametrize(
     "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")]
 )
-def test_too_little_memory_says_nothing_about_the_model(made, monkeypatch, error):
+def test_too_little_memory_to_load_a_model_is_an_error_and_not_a_problem_of_the_model(made, monkeypatch, error):
     def fail(*_, **__):
         raise error
 
@@ -220,10 +235,10 @@ def test_too_little_memory_says_nothing_about_the_model(made, monkeypatch, error
         check(made, read_data=False, load=True)
 
 
-def test_an_unfinished_run_is_not_loaded(make_config):
+def test_load_reports_that_an_unfinished_run_has_no_result(make_config):
     config = make_config(reconstruction={"rounding": "nearest"})
     with pytest.raises(StoppedError):
         quantize(config, stop_after_window=1)
     found = check(Path(f"{config.out}.run"), read_data=False, load=True)
     assert found.problems == []
-    assert found.facts[-1] == "result: there is none yet, so nothing was loaded"
+    assert found.facts[-1] == "result: not finished yet, so nothing was loaded"

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: output, exit codes, one-line errors, and nothing written when something is wrong."""
+"""Command line: flags, help, output, exit codes, one-line errors, and no files written by a command that fails at once."""
 
 import json
 import re
@@ -9,16 +9,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
+from typer.core import TyperOption
 
 from cbqstream.cli import main
-from cbqstream.errors import StoppedError
+from cbqstream.errors import StoppedError, UsageError
+from cbqstream.options import OPTIONS, config_from_options
 from cbqstream.run import pipeline
 from killing import windows_committed
 from tiny import SEQ_LEN
 
 
 def call(monkeypatch, capsys, *arguments):
-    """Exit code, standard output and standard error of `cbqstream ARGUMENTS`, run in this process."""
+    """Run `cbqstream ARGUMENTS` in this process. Returns the exit code, standard output and standard error."""
     monkeypatch.setattr(sys, "argv", ["cbqstream", *map(str, arguments)])
     monkeypatch.setattr(main, "interrupt_on_signals", lambda: None)
     monkeypatch.setenv("COLUMNS", "80")
@@ -30,10 +33,12 @@ def call(monkeypatch, capsys, *arguments):
 
 @pytest.fixture
 def cbqstream(monkeypatch, capsys):
+    """A function that runs the command line with its arguments. It returns the exit code, standard output and standard error."""
     return lambda *arguments: call(monkeypatch, capsys, *arguments)
 
 
 def options(tokens, *more):
+    """Flags of a small, fast run of `quantize`, followed by other flags."""
     return (
         "--dataset",
         tokens,
@@ -51,7 +56,7 @@ def options(tokens, *more):
     )
 
 
-def test_quantize_status_resume_eval(cbqstream, tiny_models, tokens, tmp_path):
+def test_a_run_is_quantized_resumed_and_evaluated(cbqstream, tiny_models, tokens, tmp_path):
     out = tmp_path / "out"
     code, text, err = cbqstream(
         "quantize", tiny_models["llama"], out, *options(tokens, "--log-json", tmp_path / "log.jsonl")
@@ -89,7 +94,7 @@ def test_quantize_status_resume_eval(cbqstream, tiny_models, tokens, tmp_path):
         assert re.fullmatch(r"tokens\.npy: perplexity \d+\.\d{4} \(16 x 16 tokens\)\n", text)
 
 
-def test_underscores_in_flags(cbqstream, tiny_models, tokens, tmp_path):
+def test_flags_can_have_underscores_instead_of_hyphens(cbqstream, tiny_models, tokens, tmp_path):
     code, _, _ = cbqstream(
         "quantize",
         tiny_models["opt"],
@@ -106,8 +111,8 @@ def test_underscores_in_flags(cbqstream, tiny_models, tokens, tmp_path):
     assert '"strategy": "channel"' in (tmp_path / "out" / "config.json").read_text()
 
 
-def test_plan(cbqstream, tiny_models, tmp_path):
-    """The flags of quantize, and nothing written."""
+def test_plan_takes_the_flags_of_quantize_and_writes_nothing(cbqstream, tiny_models, tmp_path):
+    """OUT and --dataset can be left out, and the arguments can have any order."""
     flags = ("--num-samples", 8, "--seq_len", SEQ_LEN, "--group-size", 32, "--device", "cpu")
     before = sorted(tmp_path.rglob("*"))
     code, text, err = cbqstream("plan", tiny_models["llama"], "--without-time", *flags)
@@ -121,7 +126,7 @@ def test_plan(cbqstream, tiny_models, tmp_path):
     assert plan["smaller"]["--epochs 3"]["seconds_total"] < plan["seconds_total"]
     assert sorted(tmp_path.rglob("*")) == before
     code, other, _ = cbqstream("plan", *flags, "--without-time", "--json", tiny_models["llama"], tmp_path / "out")
-    assert code == 0  # in any order, and with a place for the result
+    assert code == 0
     assert json.loads(other)["ram"] == json.loads(text)["ram"]
     code, _, err = cbqstream("plan", tiny_models["llama"], "--without-time", "--group-size", 24)
     assert (code, err.count("group size 24 does not divide the 64 columns of model.layers.")) == (2, 1)
@@ -131,8 +136,8 @@ def test_plan(cbqstream, tiny_models, tmp_path):
     assert cbqstream("plan", tmp_path / "nowhere", "--without-time")[0] == 65
 
 
-def test_recipe(cbqstream, tiny_models, tokens, tmp_path):
-    """Flags from a file, in either spelling; the command line wins."""
+def test_a_recipe_gives_defaults_of_flags(cbqstream, tiny_models, tokens, tmp_path):
+    """Keys of a recipe can be written with hyphens or underscores. Flags on the command line take precedence."""
     recipe, out = tmp_path / "w3.toml", tmp_path / "out"
     recipe.write_text(
         f'scheme = "W3A16"\ngroup-size = 64\nsymmetric = false\nrounding = "nearest"\ndataset = "{tokens}"\nseq_len = {SEQ_LEN}\n'
@@ -160,7 +165,7 @@ BAD_RECIPES = {
 
 
 @pytest.mark.parametrize("case", BAD_RECIPES)
-def test_bad_recipes(cbqstream, tiny_models, tokens, tmp_path, case):
+def test_a_bad_recipe_is_refused_in_one_line(cbqstream, tiny_models, tokens, tmp_path, case):
     content, message = BAD_RECIPES[case]
     recipe = tmp_path / "r.toml"
     recipe.write_text(content)
@@ -172,7 +177,7 @@ def test_bad_recipes(cbqstream, tiny_models, tokens, tmp_path, case):
     assert [path.name for path in tmp_path.iterdir()] == ["r.toml"]
 
 
-def test_recipes_are_toml(cbqstream, tiny_models, tokens, tmp_path):
+def test_a_recipe_must_be_an_existing_toml_file(cbqstream, tiny_models, tokens, tmp_path):
     for name, message in (("r.yaml", "recipes are TOML (NAME.toml)."), ("r.toml", "No such file or directory.")):
         code, _, err = cbqstream(
             "quantize", tiny_models["llama"], tmp_path / "out", "--recipe", tmp_path / name, "--dataset", tokens
@@ -180,21 +185,21 @@ def test_recipes_are_toml(cbqstream, tiny_models, tokens, tmp_path):
         assert (code, err) == (2, f"cbqstream: error: {tmp_path / name}: {message}\n")
 
 
-def test_status_of_a_run_that_was_stopped(cbqstream, tiny_models, tokens, tmp_path, monkeypatch):
+def test_a_run_that_was_stopped_shows_how_to_resume_it(cbqstream, tiny_models, tokens, tmp_path, monkeypatch):
     real = pipeline.reconstruct
     calls = []
 
-    def stop_in_the_second(*arguments):
+    def stop_in_the_second_window(*arguments):
         calls.append(1)
         if len(calls) == 2:
             raise StoppedError("stopped by SIGTERM.")
         return real(*arguments)
 
-    monkeypatch.setattr(pipeline, "reconstruct", stop_in_the_second)
+    monkeypatch.setattr(pipeline, "reconstruct", stop_in_the_second_window)
     out = tmp_path / "out"
     code, _, err = cbqstream("quantize", tiny_models["llama"], out, *options(tokens))
     assert code == 75
-    assert err.splitlines() == [f"cbqstream: error: stopped by SIGTERM. To go on: cbqstream resume {out}.run"]
+    assert err.splitlines() == [f"cbqstream: error: stopped by SIGTERM. To resume: cbqstream resume {out}.run"]
     code, text, _ = cbqstream("status", f"{out}.run")
     assert code == 0
     assert "windows done: 1 of 3" in text
@@ -206,14 +211,14 @@ def test_status_of_a_run_that_was_stopped(cbqstream, tiny_models, tokens, tmp_pa
     assert windows_committed(Path(f"{out}.run")) == 3
 
 
-AT_ONCE = """
+SIGNAL_DURING_SETUP = """
 import os, signal, sys
 from cbqstream.cli import main
 real = signal.signal
 def hooked(number, handler):
     real(number, handler)
-    if number == signal.{first} and not os.environ.get("struck"):
-        os.environ["struck"] = "yes"
+    if number == signal.{first} and not os.environ.get("sent"):
+        os.environ["sent"] = "yes"
         os.kill(os.getpid(), number)
 signal.signal = hooked
 sys.argv = ["cbqstream", "--help"]
@@ -222,14 +227,15 @@ main.main()
 
 
 @pytest.mark.parametrize("first", ["SIGTERM", "SIGINT"])
-def test_a_signal_strikes_while_handlers_are_set(first):
+def test_a_signal_that_arrives_while_handlers_are_installed_stops_with_75(first):
+    """The process sends itself the signal right after the handler for it is installed."""
     ended = subprocess.run(
-        [sys.executable, "-c", AT_ONCE.format(first=first)], capture_output=True, text=True, check=False
+        [sys.executable, "-c", SIGNAL_DURING_SETUP.format(first=first)], capture_output=True, text=True, check=False
     )
     assert (ended.returncode, ended.stdout, ended.stderr) == (75, "", f"cbqstream: error: stopped by {first}.\n")
 
 
-def test_a_real_signal_stops_with_75(tiny_models, tokens, tmp_path):
+def test_sigterm_during_a_run_stops_with_75(tiny_models, tokens, tmp_path):
     arguments = [
         str(value)
         for value in ("quantize", tiny_models["llama"], tmp_path / "out", *options(tokens)[:-4], "--epochs", 4000)
@@ -247,13 +253,15 @@ def test_a_real_signal_stops_with_75(tiny_models, tokens, tmp_path):
     process.terminate()
     _, err = process.communicate(timeout=60)
     assert process.returncode == 75, err
-    assert err == f"cbqstream: error: stopped by SIGTERM. To go on: cbqstream resume {run}\n"
+    assert err == f"cbqstream: error: stopped by SIGTERM. To resume: cbqstream resume {run}\n"
 
 
-# --- bad input: (how to break a copy of a good model, arguments, exit code, message) -------------------------------------------
+# --- bad models: (function that damages a copy of a good model, message) -------------------------------------------------------
 
 
 def edit_config(**changes):
+    """A function that changes entries of the config.json of a model."""
+
     def edit(folder):
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, **changes}))
@@ -262,20 +270,25 @@ def edit_config(**changes):
 
 
 def shard(folder, number=1):
+    """Path of a shard of a model, by its number from 0."""
     return sorted(folder.glob("*.safetensors"))[number]
 
 
 def truncate(folder):
+    """Cut 100 bytes off the end of shard 1."""
     shard(folder).write_bytes(shard(folder).read_bytes()[:-100])
 
 
 def only_pickles(folder):
+    """Replace the safetensors of a model by a pickle checkpoint."""
     for path in folder.glob("*.safetensors*"):
         path.unlink()
     (folder / "pytorch_model.bin").write_bytes(b"PK\x03\x04")
 
 
 def edit_index(change):
+    """A function that changes the weight map in the index of a model."""
+
     def edit(folder):
         index = json.loads((folder / "model.safetensors.index.json").read_text())
         change(index["weight_map"])
@@ -285,6 +298,7 @@ def edit_index(change):
 
 
 def leave_folder(weight_map):
+    """Point a tensor to a file outside the model folder."""
     weight_map["lm_head.weight"] = "../x.safetensors"
 
 
@@ -319,7 +333,7 @@ BAD_MODELS = {
         edit_config(model_type="mambo"),
         '{model}/config.json: architecture "mambo" is not one of transformers\'.',
     ),
-    "size of nothing": (
+    "hidden size of 0": (
         edit_config(hidden_size=0),
         "{model}/config.json: hidden_size is 0, it must be a whole number from 1 to 1,048,576.",
     ),
@@ -335,7 +349,7 @@ BAD_MODELS = {
         edit_config(intermediate_size=96),
         '{model}: tensor "model.layers.0.mlp.gate_proj.weight": shape [128, 64], config.json needs [96, 64].',
     ),
-    "impossible heads": (
+    "impossible norm": (
         edit_config(rms_norm_eps=None),
         "{model}/config.json: does not describe a llama model: ",
     ),
@@ -343,7 +357,7 @@ BAD_MODELS = {
         edit_config(quantization_config={"quant_method": "gptq"}),
         "{model}/config.json: the model is already quantized (gptq). Give the original; where that is FP8, convert it to bf16.",
     ),
-    "quantized in no known way": (
+    "quantized in an unknown way": (
         edit_config(quantization_config="x"),
         "{model}/config.json: the model is already quantized (None). Give the original",
     ),
@@ -351,7 +365,7 @@ BAD_MODELS = {
 
 
 @pytest.mark.parametrize("case", BAD_MODELS)
-def test_bad_models(cbqstream, tiny_models, tokens, tmp_path, case):
+def test_a_bad_model_is_refused_with_65_and_nothing_is_written(cbqstream, tiny_models, tokens, tmp_path, case):
     damage, message = BAD_MODELS[case]
     model = shutil.copytree(tiny_models["llama"], tmp_path / "model")
     broken = shard(model)
@@ -376,8 +390,8 @@ BAD_ARGUMENTS = {
         "scheme 'W1A16' is not supported. Use W2 to W8 with A16, A8 or A4, such as W4A16.",
     ),
     "profile": (("--profile", "best"), 2, "profile 'best' is not paper, fast, default, accurate."),
-    "variant": (("--cfp-variant", "mine"), 2, "variant 'mine' is not paper, huawei or search."),
-    "folds": (("--cfp-activations", "yes"), 2, "activations 'yes' is not never, quantized or always."),
+    "smoothing rule": (("--smoothing-rule", "mine"), 2, "smoothing_rule 'mine' is not paper, huawei or search."),
+    "smoothing": (("--smoothing", "yes"), 2, "smoothing 'yes' is not never, quantized or always."),
     "schedule": (("--schedule", "step"), 2, "schedule 'step' is not linear or cosine."),
     "group size that does not divide": (
         ("--group-size", 48),
@@ -390,7 +404,7 @@ BAD_ARGUMENTS = {
         "group_size is 7. It must be a multiple of 8, or -1 for one scale per channel.",
     ),
     "overlap": (("--overlap", 2), 2, "window overlap is 2. It must be 0 to 1 for a window of 2 blocks."),
-    "rounding": (("--rounding", "up"), 2, "rounding 'up' is not nearest, lora_rounding or signround."),
+    "rounding": (("--rounding", "up"), 2, "rounding 'up' is not signround, lora_rounding or nearest."),
     "too little text": (
         ("--num-samples", 17),
         65,
@@ -419,7 +433,7 @@ BAD_ARGUMENTS = {
 
 
 @pytest.mark.parametrize("case", BAD_ARGUMENTS)
-def test_bad_arguments(cbqstream, tiny_models, tokens, tmp_path, case):
+def test_bad_arguments_are_refused_and_nothing_is_written(cbqstream, tiny_models, tokens, tmp_path, case):
     arguments, expected, message = BAD_ARGUMENTS[case]
     out = tmp_path / "out"
     arguments = [str(argument).format(out=out) for argument in arguments]
@@ -429,7 +443,7 @@ def test_bad_arguments(cbqstream, tiny_models, tokens, tmp_path, case):
     assert not list(tmp_path.iterdir())
 
 
-def test_out_that_is_not_empty(cbqstream, tiny_models, tokens, tmp_path):
+def test_quantize_refuses_an_out_folder_that_is_not_empty(cbqstream, tiny_models, tokens, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
     code, _, err = cbqstream("quantize", tiny_models["llama"], tmp_path / "out", *options(tokens))
@@ -439,7 +453,7 @@ def test_out_that_is_not_empty(cbqstream, tiny_models, tokens, tmp_path):
     assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
 
 
-def test_an_empty_out_is_used(cbqstream, tiny_models, tokens, tmp_path):
+def test_quantize_uses_an_empty_out_folder(cbqstream, tiny_models, tokens, tmp_path):
     (tmp_path / "out").mkdir()
     assert (
         cbqstream("quantize", tiny_models["llama"], tmp_path / "out", *options(tokens, "--rounding", "nearest"))[0] == 0
@@ -447,7 +461,7 @@ def test_an_empty_out_is_used(cbqstream, tiny_models, tokens, tmp_path):
     assert (tmp_path / "out" / "config.json").is_file()
 
 
-def test_another_setting_on_a_run_is_refused_with_78(cbqstream, tiny_models, tokens, tmp_path):
+def test_a_run_with_another_seed_is_refused_with_78(cbqstream, tiny_models, tokens, tmp_path):
     assert cbqstream("quantize", tiny_models["llama"], tmp_path / "out", *options(tokens))[0] == 0
     code, _, err = cbqstream("quantize", tiny_models["llama"], tmp_path / "out", *options(tokens, "--seed", 5))
     assert code == 78
@@ -456,12 +470,13 @@ def test_another_setting_on_a_run_is_refused_with_78(cbqstream, tiny_models, tok
 
 
 def test_check_rollback_and_clean(cbqstream, tiny_models, tokens, tmp_path):
+    """A run is stopped after window 2, checked, rolled back to window 1, resumed and deleted. The result stays."""
     out, run = tmp_path / "out", tmp_path / "out.run"
     arguments = ("quantize", tiny_models["llama"], out, *options(tokens))
     code, _, err = cbqstream(*arguments, "--stop-after-window", 2)
     assert (code, err) == (
         75,
-        f"cbqstream: error: stopped after window 2, as asked. To go on: cbqstream resume {run}\n",
+        f"cbqstream: error: stopped after window 2, as asked. To resume: cbqstream resume {run}\n",
     )
 
     code, text, _ = cbqstream("check", run, "--read-data")
@@ -470,14 +485,14 @@ def test_check_rollback_and_clean(cbqstream, tiny_models, tokens, tmp_path):
         "records: 2 of 3 commits, an unbroken chain",
         "parts: 3 files, 3 read and as committed",
         "streams: 2 of 8 segments, read and as committed",
-        "source: 29 of 29 tensors that were read are as they were",
+        "source: 29 of 29 tensors that were read are unchanged",
         "ok",
     ]
     code, _, err = cbqstream("clean", run)
     assert (code, err) == (
         2,
         f"cbqstream: error: {run}: 2 of 3 commits are done."
-        f" Run cbqstream resume {run}, or give it up with --unfinished.\n",
+        f" Run cbqstream resume {run}, or delete it with --unfinished.\n",
     )
     code, _, err = cbqstream("rollback", run, "--to", 2)
     assert (code, err) == (
@@ -485,7 +500,7 @@ def test_check_rollback_and_clean(cbqstream, tiny_models, tokens, tmp_path):
         f"cbqstream: error: {run}: 2 windows are done, so --to must be smaller than that.\n",
     )
     code, text, _ = cbqstream("rollback", run, "--to", 1)
-    assert (code, text) == (0, f"1 of 3 windows are kept; to go on: cbqstream resume {run}\n")
+    assert (code, text) == (0, f"1 of 3 windows are kept. To resume: cbqstream resume {run}\n")
     assert cbqstream("resume", run)[0] == 0
 
     code, text, _ = cbqstream("check", run)
@@ -503,7 +518,8 @@ def test_check_rollback_and_clean(cbqstream, tiny_models, tokens, tmp_path):
     assert cbqstream("check", tmp_path)[0] == 65
 
 
-def test_a_window_whose_carry_is_gone_cannot_be_the_last(cbqstream, tiny_models, tokens, tmp_path):
+def test_only_the_newest_window_or_all_windows_can_be_rolled_back(cbqstream, tiny_models, tokens, tmp_path):
+    """A run keeps the window state of its newest window only, and an older window cannot be the last one without its state."""
     run = tmp_path / "out.run"
     assert cbqstream("quantize", tiny_models["llama"], tmp_path / "out", *options(tokens))[0] == 0
     code, _, err = cbqstream("rollback", run, "--to", 1)
@@ -515,7 +531,7 @@ def test_a_window_whose_carry_is_gone_cannot_be_the_last(cbqstream, tiny_models,
     out = tmp_path / "out"
     assert (code, text) == (
         0,
-        f"0 of 3 windows are kept; to go on: move {out} away, then cbqstream resume {run}\n",
+        f"0 of 3 windows are kept. To resume: move {out} away, then cbqstream resume {run}\n",
     )
     assert windows_committed(run) == 0
     assert cbqstream("resume", run)[0] == 2
@@ -523,7 +539,8 @@ def test_a_window_whose_carry_is_gone_cannot_be_the_last(cbqstream, tiny_models,
     assert cbqstream("resume", run)[0] == 0
 
 
-def test_everything_wrong_is_told(cbqstream, tiny_models, tokens, tmp_path):
+def test_check_reports_all_damaged_files(cbqstream, tiny_models, tokens, tmp_path):
+    """Two shards of the run are damaged. The result is reported too, because its shards are the same files."""
     run = tmp_path / "out.run"
     assert cbqstream("quantize", tiny_models["llama"], tmp_path / "out", *options(tokens))[0] == 0
     shards = sorted((run / "parts").rglob("block-*"))
@@ -533,14 +550,11 @@ def test_everything_wrong_is_told(cbqstream, tiny_models, tokens, tmp_path):
         shard.write_bytes(content)
     code, _, err = cbqstream("check", run, "--read-data")
     assert code == 65
-    told = [line.split(": ")[2] for line in err.splitlines()]
-    assert [*dict.fromkeys(told)] == [
-        *map(str, shards[:2]),
-        str(tmp_path / "out"),
-    ]  # the result has the very same files
+    reported = [line.split(": ")[2] for line in err.splitlines()]
+    assert [*dict.fromkeys(reported)] == [*map(str, shards[:2]), str(tmp_path / "out")]
 
 
-def test_no_run_to_resume(cbqstream, tmp_path):
+def test_resume_and_status_of_a_folder_without_a_run_fail_with_65(cbqstream, tmp_path):
     for command in ("resume", "status"):
         code, _, err = cbqstream(command, tmp_path)
         assert (code, err) == (65, f"cbqstream: error: {tmp_path}: no cbqstream run (run.json is missing).\n")
@@ -558,19 +572,20 @@ BAD_EVALUATIONS = {
 
 
 @pytest.mark.parametrize("case", BAD_EVALUATIONS)
-def test_bad_evaluations(cbqstream, tiny_models, tokens, case):
+def test_bad_arguments_of_eval_are_refused_with_2(cbqstream, tiny_models, tokens, case):
     arguments, message = BAD_EVALUATIONS[case]
     code, out, err = cbqstream("eval", tiny_models["llama"], "--text", tokens, *arguments)
     message = message.format(model=tiny_models["llama"])
     assert (code, out, err) == (2, "", f"cbqstream: error: {message}\n")
 
 
-def test_learned_positions_have_an_end(cbqstream, tiny_models, tokens):
+def test_eval_refuses_segments_that_are_longer_than_the_learned_positions(cbqstream, tiny_models, tokens):
+    """OPT has 64 learned positions."""
     code, _, err = cbqstream("eval", tiny_models["opt"], "--text", tokens, "--seq-len", 65)
     assert (code, err) == (2, "cbqstream: error: seq_len is 65. It must be 2 to 64, the model's positions.\n")
 
 
-def test_a_log_that_cannot_be_opened_is_one_line(cbqstream, tiny_models, tokens, tmp_path):
+def test_a_log_that_cannot_be_opened_fails_with_74_and_nothing_is_written(cbqstream, tiny_models, tokens, tmp_path):
     code, _, err = cbqstream(
         "quantize", tiny_models["llama"], tmp_path / "out", *options(tokens, "--log-json", "/nowhere/log")
     )
@@ -578,19 +593,126 @@ def test_a_log_that_cannot_be_opened_is_one_line(cbqstream, tiny_models, tokens,
     assert not list(tmp_path.iterdir())
 
 
-def test_unknown_flag_and_help(cbqstream):
+def test_an_unknown_flag_is_refused_with_2(cbqstream):
     code, _, err = cbqstream("quantize", "--bitz", "3")
     assert code == 2
     assert "--bitz" in err
+
+
+def test_help_of_the_program_shows_how_to_start(cbqstream):
     code, out, _ = cbqstream("--help")
     assert code == 0
     assert "cbqstream quantize MODEL OUT" in out
+
+
+def test_help_of_quantize_has_five_groups_of_flags_with_the_defaults_of_the_profile(cbqstream):
+    """Defaults in parentheses are those of the profile `default`. All flags are shown in full in 80 columns."""
     code, out, _ = cbqstream("quantize", "--help")
     assert code == 0
-    assert re.search(r"--window-size <int> +Blocks optimized together. +\[default: \(2\)\]", out)
+    groups = re.findall(r"^([A-Z].*):$", out, re.MULTILINE)
+    assert groups == ["Arguments", "Model and output", "Calibration", "Method", "Limits", "Run", "Options"]
+    for option in OPTIONS.values():
+        group = out.split(f"\n{option.panel}:\n")[1].split("\n\n")[0]
+        assert option.name in ("model", "out") or f"  --{option.name.replace('_', '-')} " in group
+    text = " ".join(out.split())
+    assert "--epochs <int> Passes over the calibration segments per window. [default: (6)]" in text
+    assert "--window-size <int> Blocks that are optimized together. [default: (2)]" in text
+    assert "[default: (no-truncate-weights)]" in text
+    assert "--num-samples <int> Number of calibration segments. [default: 128]" in text
 
 
-def test_module_entry_point(tmp_path):
+FLAGS_OF_SETTINGS = [
+    "--activation-scale-lr",
+    "--activation-strategy",
+    "--batch-size",
+    "--blocks-path",
+    "--calibrate-all-experts",
+    "--channel-balance",
+    "--dataset",
+    "--device",
+    "--end-to-end-epochs",
+    "--end-to-end-lr",
+    "--epochs",
+    "--group-size",
+    "--head-stride",
+    "--head-weight",
+    "--ignore",
+    "--init",
+    "--keep-first",
+    "--keep-last",
+    "--kernels",
+    "--kl-weight",
+    "--max-ram",
+    "--max-shift",
+    "--max-vram",
+    "--no-calibrate-all-experts",
+    "--no-quantize-lm-head",
+    "--no-symmetric",
+    "--no-truncate-weights",
+    "--num-samples",
+    "--outlier-lambda1",
+    "--outlier-lambda2",
+    "--overlap",
+    "--override",
+    "--penalty-weight",
+    "--profile",
+    "--quantize-lm-head",
+    "--recipe",
+    "--revision",
+    "--robust-tokens",
+    "--rounding",
+    "--rounding-lr",
+    "--rounding-rank",
+    "--run-dir",
+    "--scale-lr",
+    "--schedule",
+    "--scheme",
+    "--seed",
+    "--seq-len",
+    "--smoothing",
+    "--smoothing-rule",
+    "--symmetric",
+    "--target-mix",
+    "--threads",
+    "--token-balance",
+    "--truncate-weights",
+    "--window-size",
+]
+"""Flags that `quantize` and `plan` share."""
+FLAGS_OF_ONE_COMMAND = {
+    "quantize": [
+        "--allow-numerics-change",
+        "--allow-shared-run-dir",
+        "--log-json",
+        "--push-to",
+        "--stop-after-window",
+    ],
+    "plan": ["--json", "--without-time"],
+}
+
+
+@pytest.mark.parametrize("name", FLAGS_OF_ONE_COMMAND)
+def test_flags_of_quantize_and_plan_are_frozen(name):
+    """Scripts and recipes depend on the names of the flags."""
+    command = typer.main.get_command(main.app).commands[name]
+    options = [parameter for parameter in command.params if isinstance(parameter, TyperOption)]
+    flags = sorted(flag for option in options for flag in (*option.opts, *option.secondary_opts))
+    assert flags == sorted([*FLAGS_OF_SETTINGS, *FLAGS_OF_ONE_COMMAND[name]])
+    arguments = [parameter.name for parameter in command.params if not isinstance(parameter, TyperOption)]
+    assert arguments == ["model", "out"]
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [("epoch", r"^unknown setting 'epoch' \(epochs\?\)\.$"), ("bitz", r"^unknown setting 'bitz'\.$")],
+)
+def test_config_from_options_refuses_an_unknown_option_with_the_nearest_name(option, message):
+    """No name is suggested if none is similar."""
+    with pytest.raises(UsageError, match=message):
+        config_from_options({"model": "MODEL", "out": "OUT", "dataset": "DATASET", option: 3})
+
+
+def test_the_package_can_be_run_as_a_module(tmp_path):
     np.save(tmp_path / "x.npy", np.zeros(4))
     command = [sys.executable, "-m", "cbqstream", "eval", str(tmp_path), "--text", str(tmp_path / "x.npy")]
     result = subprocess.run(command, capture_output=True, text=True, check=False)

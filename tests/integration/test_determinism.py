@@ -1,5 +1,9 @@
-"""What is promised of equal bytes, as far as a CPU can show it. Kills, lost streams, clocks and places: tests/faults."""
+"""Determinism on the CPU: runs with equal settings and inputs produce identical bytes.
 
+tests/faults tests the same after kills, lost streams, changed clocks and moved folders.
+"""
+
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -10,54 +14,59 @@ from cbqstream.activations import read_ahead
 from cbqstream.config import TransformConfig, WindowConfig
 from cbqstream.errors import StoppedError, UsageError
 from cbqstream.records import MemoryMode
-from cbqstream.run import inputs
-from cbqstream.runtime.device import make_deterministic
+from cbqstream.run import inputs, pipeline
+from cbqstream.runtime.device import fixed_numerics
 from cbqstream.runtime.offload import OffloadedTensor
 from cbqstream.scheme import Scheme
-from cbqstream.windows import resident
+from cbqstream.windows import resident_block
 from tiny import files_of
 
+CPU = torch.device("cpu")
 
-def test_one_function_sets_everything():
-    torch.use_deterministic_algorithms(mode=False)
-    torch.backends.cudnn.benchmark = True
-    torch.backends.cudnn.deterministic = False
-    torch.set_float32_matmul_precision("medium")
-    assert make_deterministic(1) == 1
-    assert torch.are_deterministic_algorithms_enabled()
-    assert not torch.is_deterministic_algorithms_warn_only_enabled()
-    assert torch.get_float32_matmul_precision() == "highest"
-    assert torch.get_num_threads() == 1
-    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
-    assert not cuda.matmul.allow_tf32
-    assert not cuda.matmul.allow_bf16_reduced_precision_reduction
-    assert not cuda.matmul.allow_fp16_reduced_precision_reduction
-    assert not cuda.cudnn_sdp_enabled()
-    assert (cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark) == (False, True, False)
+
+def test_fixed_numerics_sets_all_global_state_of_torch_on_which_results_depend():
+    with fixed_numerics(CPU, 2):  # restores the state of torch that this test changes
+        torch.use_deterministic_algorithms(mode=False)
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.deterministic = False
+        torch.set_float32_matmul_precision("medium")
+        with fixed_numerics(CPU, 1) as threads:
+            assert threads == 1
+            assert torch.are_deterministic_algorithms_enabled()
+            assert not torch.is_deterministic_algorithms_warn_only_enabled()
+            assert torch.get_float32_matmul_precision() == "highest"
+            assert torch.get_num_threads() == 1
+            cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+            assert not cuda.matmul.allow_tf32
+            assert not cuda.matmul.allow_bf16_reduced_precision_reduction
+            assert not cuda.matmul.allow_fp16_reduced_precision_reduction
+            assert not cuda.cudnn_sdp_enabled()
+            assert (cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark) == (False, True, False)
 
 
 @pytest.mark.parametrize("variable", ["NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"])
-def test_the_environment_cannot_undo_it(monkeypatch, variable):
+def test_fixed_numerics_refuses_environment_variables_that_enable_tf32(monkeypatch, variable):
     monkeypatch.setenv(variable, "1")
-    with pytest.raises(UsageError, match=f"{variable} is set"):
-        make_deterministic(1)
+    with pytest.raises(UsageError, match=f"{variable} is set"), fixed_numerics(CPU, 1):
+        pass
 
 
 SETTINGS = {"scheme": Scheme(num_bits=2, group_size=16, symmetric=False, activation_bits=8)}
 
 
-def test_twice_the_same_whatever_the_global_generators_say(make_config):
-    """And they are left as they were."""
+def test_results_do_not_depend_on_the_global_random_generator(make_config):
+    """A run does not change the state of the global random generator of torch either."""
     outs = []
     for seed in (1, 2):
+        config = make_config(name=f"out-{seed}", **SETTINGS)  # may make the model, which changes the state
         torch.manual_seed(seed)
         before = torch.get_rng_state()
-        outs.append(files_of(quantize(make_config(name=f"out-{seed}", **SETTINGS))))
+        outs.append(files_of(quantize(config)))
         assert torch.equal(torch.get_rng_state(), before)
     assert outs[0] == outs[1]
 
 
-def test_reading_further_ahead_changes_nothing(make_config, monkeypatch):
+def test_results_do_not_depend_on_the_depth_of_reading_ahead(make_config, monkeypatch):
     outs = []
     for depth in (0, 1, 4):
         monkeypatch.setattr(read_ahead, "READ_DEPTH", depth)
@@ -66,14 +75,14 @@ def test_reading_further_ahead_changes_nothing(make_config, monkeypatch):
 
 
 @pytest.mark.parametrize("mode", ["signround", "lora_rounding"])
-def test_activations_that_are_computed_again_change_nothing(make_config, monkeypatch, mode):
-    real_plan, real_checkpoint, outs, calls = inputs.fitting_plan, resident.checkpoint, [], []
+def test_results_do_not_depend_on_activation_checkpointing(make_config, monkeypatch, mode):
+    real_plan, real_checkpoint, outs, calls = inputs.fitting_plan, resident_block.checkpoint, [], []
 
     def checkpoint(*arguments, **options):
         calls.append(1)
         return real_checkpoint(*arguments, **options)
 
-    monkeypatch.setattr(resident, "checkpoint", checkpoint)
+    monkeypatch.setattr(resident_block, "checkpoint", checkpoint)
     for activation_checkpointing in (False, True):
         monkeypatch.setattr(
             inputs,
@@ -90,20 +99,22 @@ def test_activations_that_are_computed_again_change_nothing(make_config, monkeyp
 
 OFFLOADED = {
     "W2 asymmetric": {"scheme": Scheme(num_bits=2, group_size=16, symmetric=False)},
-    "low rank": {"reconstruction": {"rounding": "lora_rounding"}},
-    "truncated weights": {"outliers": TransformConfig(weights=True)},
-    "rescaled channels": {"scheme": Scheme(num_bits=4, group_size=32, activation_bits=8)},
-    "static inputs": {"scheme": Scheme(num_bits=4, group_size=32, activation_bits=8, activation_strategy="tensor")},
-    "experts, some of them undersampled": {"family": "qwen2_moe", "scheme": Scheme(num_bits=4, group_size=32)},
+    "lora_rounding": {"reconstruction": {"rounding": "lora_rounding"}},
+    "truncated weights": {"transforms": TransformConfig(truncate_weights=True)},
+    "smoothed channels": {"scheme": Scheme(num_bits=4, group_size=32, activation_bits=8)},
+    "learned input scales": {
+        "scheme": Scheme(num_bits=4, group_size=32, activation_bits=8, activation_strategy="tensor")
+    },
+    "experts, some of which are undersampled": {"family": "qwen2_moe", "scheme": Scheme(num_bits=4, group_size=32)},
     "windows of three": {"window": WindowConfig(size=3, overlap=2)},
-    "nothing is carried over": {"window": WindowConfig(size=3, overlap=0)},
+    "windows without overlap": {"window": WindowConfig(size=3, overlap=0)},
 }
 
 
 @pytest.mark.parametrize("options", OFFLOADED.values(), ids=OFFLOADED)
-def test_layers_that_lie_on_disk_change_nothing(make_config, monkeypatch, options):
-    """Nor does being stopped; at most one layer is in memory, and nothing but the result is left of the file."""
-    real_plan, placed = inputs.fitting_plan, []
+def test_results_do_not_depend_on_offloading(make_config, monkeypatch, options):
+    """A run with offloaded layers, which is stopped after the first window and resumed, produces the bytes of a run without them."""
+    real_plan, reads = inputs.fitting_plan, []
     settings = {**SETTINGS, **options}
     family = settings.pop("family", "llama")
     plain = files_of(quantize(make_config(family, name="plain", **settings)))
@@ -114,34 +125,35 @@ def test_layers_that_lie_on_disk_change_nothing(make_config, monkeypatch, option
     )
     real_read = OffloadedTensor.read
 
-    def read(page):
-        placed.append(page.nbytes)
-        return real_read(page)
+    def read(tensor):
+        reads.append(tensor.nbytes)
+        return real_read(tensor)
 
     monkeypatch.setattr(OffloadedTensor, "read", read)
-    config = make_config(family, name="memory_mode", **settings)
+    config = make_config(family, name="offloaded", **settings)
     with pytest.raises(StoppedError):
         quantize(config, stop_after_window=1)
     assert files_of(quantize(config)) == plain
-    assert placed
+    assert reads
 
 
-def test_another_seed_is_another_result(make_config):
+def test_another_seed_gives_another_result(make_config):
     one, two = (files_of(quantize(make_config(name=f"out-{seed}", seed=seed, **SETTINGS))) for seed in (1, 2))
     assert one.keys() == two.keys()
     assert one != two
 
 
-def test_uninitialised_memory_is_never_read(make_config, monkeypatch):
-    """With it filled with NaN or left as it is: the same bytes."""
+def test_uninitialized_memory_is_never_read(make_config, monkeypatch):
+    """Results are identical if torch fills new tensors with NaN and if it leaves them uninitialized."""
     outs = []
     for fill in (True, False):
 
-        def settings(threads, fill=fill):
-            count = make_deterministic(threads)
-            torch.utils.deterministic.fill_uninitialized_memory = fill
-            return count
+        @contextmanager
+        def fixed_and_filled(device, threads, fill=fill):
+            with fixed_numerics(device, threads) as count:
+                torch.utils.deterministic.fill_uninitialized_memory = fill
+                yield count
 
-        monkeypatch.setattr(inputs, "make_deterministic", settings)
+        monkeypatch.setattr(pipeline, "fixed_numerics", fixed_and_filled)
         outs.append(files_of(quantize(make_config(name=f"out-{fill}", **SETTINGS))))
     assert outs[0] == outs[1]

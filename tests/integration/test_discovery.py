@@ -1,4 +1,4 @@
-"""Architectures without a row of their own, experts, and what is said where something is not found."""
+"""Discovery of blocks and layers in models of untested architectures, experts, and messages about what is not found or supported."""
 
 import json
 from dataclasses import replace
@@ -18,11 +18,12 @@ from cbqstream.config import ReconstructionConfig
 from cbqstream.errors import InputError
 from cbqstream.evaluation.model import open_model
 from cbqstream.models.experts import separate_experts
+from cbqstream.models.families import family_of
 from cbqstream.numerics.input_statistics import InputStatistics
 from cbqstream.planning.sizes import ModelSizes
 from cbqstream.records import Compute, RunWarning, WindowReport
 from cbqstream.run.inputs import open_inputs
-from cbqstream.run.limits import model_warnings
+from cbqstream.run.warnings import model_warnings
 from cbqstream.runtime.scratch import Scratch
 from cbqstream.scheme import Scheme
 from cbqstream.windows.quantized_linear import QuantizedLinear
@@ -34,16 +35,17 @@ COMPUTE = Compute(torch.device("cpu"), torch.float32, 4)
 
 @pytest.fixture
 def arcee(tmp_path):
-    """A checkpoint of a family that has no row."""
+    """Checkpoint of Arcee, an architecture that this project does not list as tested."""
     return save_model(tmp_path / "arcee", "arcee", like="llama")
 
 
 def events_of(config):
+    """Quantize, and return the folder of the result and all events of the run."""
     events = []
     return quantize(config, events.append), events
 
 
-def test_an_architecture_without_a_row_runs_and_says_so(make_config, tokens, arcee):
+def test_a_model_of_an_untested_architecture_is_quantized_with_a_warning(make_config, tokens, arcee):
     out, events = events_of(make_config(model=arcee))
     warnings = [event.text for event in events if isinstance(event, RunWarning)]
     assert warnings == [f'{arcee}: architecture "arcee" is untested here; its blocks were found at "model.layers".']
@@ -58,12 +60,12 @@ def test_an_architecture_without_a_row_runs_and_says_so(make_config, tokens, arc
         ("model", r'--blocks-path "model" is not a list of blocks\.'),
     ],
 )
-def test_blocks_path_must_be_a_list(make_config, path, message):
+def test_a_blocks_path_that_is_not_a_list_of_blocks_is_refused(make_config, path, message):
     with pytest.raises(InputError, match=message):
         quantize(make_config(blocks_path=path))
 
 
-def test_blocks_path_can_be_given(make_config, tokens):
+def test_blocks_path_can_be_given_to_quantize_check_and_evaluate(make_config, tokens):
     out = quantize(make_config(blocks_path="model.layers"))
     assert not check(out, read_data=True, blocks_path="model.layers").problems
     options = {"seq_len": SEQ_LEN, "device": "cpu", "threads": 1}
@@ -72,23 +74,22 @@ def test_blocks_path_can_be_given(make_config, tokens):
         evaluate(out, tokens, blocks_path="model", **options)
 
 
-def test_layers_that_are_stored_the_other_way_round_are_refused(tmp_path, make_config):
+def test_a_model_without_linear_layers_is_refused(tmp_path, make_config):
+    """GPT-2 has Conv1D layers, which store the transposed weight."""
     folder = save_model(tmp_path / "gpt2", "gpt2", like="opt")
-    with pytest.raises(InputError, match=r"GPT2LMHeadModel have no linear layers \(GPT-2 has its own kind"):
+    with pytest.raises(InputError, match=r"GPT2LMHeadModel have no linear layers \(those of GPT-2 are Conv1D\)"):
         quantize(make_config(model=folder))
 
 
 def test_experts_of_an_unknown_form_are_refused(tmp_path, make_config):
     folder = save_model(tmp_path / "gpt_oss", "gpt_oss", like="mixtral", head_dim=16)
-    with pytest.raises(
-        InputError, match=r"the experts of GptOssExperts are of a form that is not supported \(is_trans"
-    ):
+    with pytest.raises(InputError, match=r"the experts of GptOssExperts have a form that is not supported \(is_trans"):
         quantize(make_config(model=folder))
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3"])
-def test_separate_experts_compute_what_fused_ones_do(family):
-    """Bit for bit, in their order."""
+def test_separate_experts_compute_the_output_of_fused_experts(family):
+    """The outputs agree within 1e-6, also if every token is sent to every expert, and if an expert gets no token."""
     block = make_model(family).model.layers[1]
     fused = block.mlp.experts
     x = torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
@@ -98,7 +99,7 @@ def test_separate_experts_compute_what_fused_ones_do(family):
     with torch.no_grad():
         expected = fused(x, chosen, weights)
         gate_up, down = fused.gate_up_proj.detach().clone(), fused.down_proj.detach().clone()
-        separate_experts(block)
+        separate_experts(block, family_of(family).experts)
         for index, expert in enumerate(block.mlp.experts):
             gate, up = gate_up[index].chunk(2)
             parts = {"gate_proj.weight": gate, "up_proj.weight": up, "down_proj.weight": down[index]}
@@ -108,7 +109,8 @@ def test_separate_experts_compute_what_fused_ones_do(family):
             assert torch.allclose(block.mlp.experts(x, chosen, weights), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_experts_that_saw_too_few_tokens_are_rounded_to_nearest_and_named(make_config):
+def test_undersampled_experts_are_rounded_to_nearest_and_named_in_a_warning(make_config):
+    """Experts that saw fewer than 32 tokens are undersampled."""
     config = make_config("qwen3_moe", num_samples=3)
     _, events = events_of(config)
     reports = [event for event in events if isinstance(event, WindowReport)]
@@ -125,7 +127,7 @@ def test_experts_that_saw_too_few_tokens_are_rounded_to_nearest_and_named(make_c
     assert any(tokens >= 32 for seen in counts.values() for tokens in seen)
 
 
-def test_every_expert_can_be_shown_every_token(make_config):
+def test_calibration_can_send_every_token_to_every_expert(make_config):
     config = make_config("qwen3_moe", num_samples=8, all_experts=True)
     _, events = events_of(config)
     assert not [event for event in events if isinstance(event, RunWarning)]
@@ -133,33 +135,33 @@ def test_every_expert_can_be_shown_every_token(make_config):
         assert all(tokens == 8 * SEQ_LEN for seen in report.experts.values() for tokens in seen)
 
 
-def test_too_few_segments_to_hold_some_out(make_config):
-    """And a next-token loss whose stride is longer than a segment."""
+def test_a_run_with_too_few_segments_to_hold_some_out_works_with_a_warning(make_config):
+    """The stride of the next-token loss is longer than a segment here, which must work too."""
     events = []
     quantize(make_config(num_samples=7, reconstruction={"head_stride": 64}), events.append)
     (warning,) = [event.text for event in events if isinstance(event, RunWarning)]
-    assert warning.startswith("of 7 segments none can be held out")
+    assert warning.startswith("7 segments are too few to hold some out")
     assert len([event for event in events if isinstance(event, WindowReport)]) == 3
 
 
-def test_a_layer_that_is_only_used_as_a_weight_is_named(make_config, monkeypatch):
-    """As some state space models do; its rounding would never be seen."""
+def test_a_layer_that_is_never_called_is_refused(make_config, monkeypatch):
+    """Some state space models use the weight of a layer without calling the layer, so quantizing the layer would have no effect."""
     monkeypatch.setattr(
         LlamaMLP, "forward", lambda self, x: self.down_proj(self.up_proj(x) + x @ self.gate_proj.weight.float().T)
     )
     with pytest.raises(
-        InputError, match=r"block 0: mlp\.gate_proj is never called as a layer\. Leave it out: --ignore mlp\.gate_proj"
+        InputError, match=r"block 0: mlp\.gate_proj is never called as a layer\. Use --ignore mlp\.gate_proj"
     ):
         quantize(make_config())
 
 
-def test_layers_that_predict_further_tokens_are_copied(tmp_path, make_config, monkeypatch):
-    """transformers ignores them by name, and so do blocks here."""
+def test_blocks_that_transformers_ignores_are_copied(tmp_path, make_config, monkeypatch):
+    """Some checkpoints have further blocks that predict several tokens at once. transformers ignores their tensors by name."""
     folder = save_model(tmp_path / "m", max_shard_size="1GB")
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.4.mlp.up_proj.weight"] = torch.ones(2, 2)
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(InputError, match=r"config\.json says 4 blocks, weights hold 5"):
+    with pytest.raises(InputError, match=r"config\.json describes 4 blocks, but the weights have 5"):
         quantize(make_config(model=folder))
     monkeypatch.setattr(LlamaForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"model\.layers\.4.*"])
     out = quantize(make_config(model=folder))
@@ -167,7 +169,8 @@ def test_layers_that_predict_further_tokens_are_copied(tmp_path, make_config, mo
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_sizes_that_config_leaves_to_its_class(tmp_path, family):
+def test_sizes_that_config_json_leaves_out_are_the_defaults_of_its_class(tmp_path, family):
+    """The vocabulary size is removed from config.json. The default of Llama fits the model, the default of Gemma 3 does not."""
     folder = (
         save_model(tmp_path / family, family, vocab_size=32000)
         if family == "llama"
@@ -180,27 +183,28 @@ def test_sizes_that_config_leaves_to_its_class(tmp_path, family):
     if family == "llama":
         assert open_model(folder)[0].vocab_size == 32000
         assert ModelSizes.of(folder).vocabulary == 32000
-    else:  # the class's own is another number of tokens than the tiny model has
-        with pytest.raises(InputError, match=r"shape \[96, 64\], config.json needs \[26\d+, 64\]"):
+    else:
+        with pytest.raises(InputError, match=r"shape \[96, 64\], but config.json requires \[26\d+, 64\]"):
             open_model(folder)
 
 
-def test_routers_stay_as_they_are_in_any_family(tmp_path):
+def test_routers_are_not_quantized_in_an_untested_family(tmp_path):
     meta_model, _ = open_model(save_model(tmp_path / "m", "olmoe", like="qwen3_moe"))
     assert not [name for name in meta_model.blocks[0].linears if name.rpartition(".")[2] in ("gate", "router")]
     assert "model.layers.0.mlp.gate" in meta_model.never_quantized
 
 
-def test_batches_of_an_expert_that_are_short_are_sampled_too():
+def test_short_batches_of_an_expert_are_sampled():
+    """Batches have 10 tokens and one token of a hundred is sampled, so most batches contain no sampled token."""
     watched, calls = None, [torch.full((10, 4), float(number)) for number in range(40)]
     for x in calls:
         seen = InputStatistics.of(x, 100, 0 if watched is None else watched.tokens)
         watched = seen if watched is None else watched + seen
-    assert watched.sample[:, 0].tolist() == [5.0, 15.0, 25.0, 35.0]  # the 50th of every hundred
+    assert watched.sample[:, 0].tolist() == [5.0, 15.0, 25.0, 35.0]  # token 50 of every hundred
 
 
 @pytest.mark.parametrize("sizes", [[2000], [3] * 200], ids=["one batch", "short batches"])
-def test_the_sample_of_an_expert_is_no_larger_than_asked_for(sizes):
+def test_the_sample_of_an_expert_has_at_most_the_requested_number_of_tokens(sizes):
     layer = QuantizedLinear(nn.Linear(4, 4), Scheme(num_bits=4, group_size=8), Scratch())
     layer.watch_inputs(2, 64)
     for size in sizes:
@@ -209,8 +213,9 @@ def test_the_sample_of_an_expert_is_no_larger_than_asked_for(sizes):
     assert (len(seen.sample), seen.tokens) == (64, sum(sizes))
 
 
-def test_more_steps_than_rounding_values_can_follow(make_config):
+def test_more_training_steps_than_16_bit_rounding_values_can_resolve_give_a_warning(make_config):
     config = make_config(num_samples=16, reconstruction={"batch_size": 1, "epochs": 180})
-    (warning,) = model_warnings(open_inputs(config))
-    assert warning.text.startswith("2,520 steps a window: rounding values have 16 bits")
-    assert not list(model_warnings(open_inputs(replace(config, reconstruction=ReconstructionConfig(epochs=180)))))
+    (warning,) = model_warnings(open_inputs(config, COMPUTE.device, 1))
+    assert warning.text.startswith("2,520 steps a window: 16-bit rounding values do not follow such small steps")
+    config = replace(config, reconstruction=ReconstructionConfig(epochs=180))
+    assert not list(model_warnings(open_inputs(config, COMPUTE.device, 1)))

@@ -1,4 +1,4 @@
-"""The stage after the windows: gradients are those of the whole model, codes stay, and an epoch that is stopped is done again."""
+"""End-to-end stage after the last window: gradients, trained scales, epochs that are reverted, and runs that are killed and resumed."""
 
 from pathlib import Path
 
@@ -27,18 +27,22 @@ SCHEME = Scheme(num_bits=2, group_size=16, symmetric=False)
 
 
 def learn(config, **options):
-    """Quantize, and the reports of the epochs."""
+    """Quantize, and return the folder of the result and the reports of the epochs."""
     reports = []
     out = quantize(config, lambda event: reports.append(event) if isinstance(event, EpochReport) else None, **options)
     return out, reports
 
 
 def shards(folder: Path) -> dict[str, bytes]:
+    """Content of the shards of all blocks, by file name."""
     return {path.name: path.read_bytes() for path in sorted(folder.glob("block-*"))}
 
 
 def divergence_of(out, model, tokens) -> float:
-    """Of the predictions on the first seven segments, by whole models."""
+    """KL divergence of the predictions of a result from those of the original model on the first seven segments.
+
+    transformers computes both predictions with the whole model.
+    """
     ids = load_segments(tokens, model, num_samples=7, seq_len=SEQ_LEN, vocab_size=VOCAB)
     whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     expected = whole(ids, use_cache=False).logits.log_softmax(-1).flatten(0, 1)
@@ -52,7 +56,10 @@ def divergence_of(out, model, tokens) -> float:
 
 @pytest.mark.parametrize("family", SOME_FAMILIES)
 def test_streamed_gradients_are_those_of_the_whole_model(tiny_models, tokens, family):
-    """Against autograd through transformers' own forward pass: at theta = 0, dL/dtheta of a group is the sum of w dL/dw."""
+    """Gradients agree with those of autograd through the forward pass of transformers.
+
+    At theta = 0, dL/dtheta of a group of weights is the sum of w dL/dw. Block 0 is in full precision.
+    """
     folder = tiny_models[family]
     meta_model, source = open_model(folder)
     ids_S = load_segments(tokens, folder, num_samples=1, seq_len=SEQ_LEN, vocab_size=VOCAB)[0]
@@ -88,8 +95,11 @@ def test_streamed_gradients_are_those_of_the_whole_model(tiny_models, tokens, fa
 
 
 @pytest.mark.parametrize("options", [{}, {"keep_first": 1, "keep_last": 1}], ids=["all blocks", "some blocks"])
-def test_it_comes_nearer_to_the_predictions_and_changes_nothing_but_step_sizes(make_config, tokens, options):
-    """The held_out is what is trained on, because there are fewer than eight segments: random text has nothing to learn in general."""
+def test_epochs_reduce_the_divergence_and_change_only_scales(make_config, tokens, options):
+    """The divergence is measured on the training segments, because fewer than eight segments have no held-out segments.
+
+    On other segments it would not decrease: the text is random, so there is nothing general to learn.
+    """
     settings, options = {"end_to_end_lr": 1e-2}, {**options, "num_samples": 7}
     before, _ = learn(make_config(name="before", scheme=SCHEME, **options))
     config = make_config(name="after", scheme=SCHEME, reconstruction={"end_to_end_epochs": 2, **settings}, **options)
@@ -109,20 +119,22 @@ def test_it_comes_nearer_to_the_predictions_and_changes_nothing_but_step_sizes(m
     assert not list((config.run_path / "acts").iterdir())
 
 
-def test_an_epoch_that_makes_it_worse_is_taken_back(make_config):
+def test_an_epoch_that_increases_the_held_out_loss_is_reverted(make_config):
+    """With a learning rate of 3, the shards are those of a run without the end-to-end stage."""
     plain, _ = learn(make_config(name="plain", scheme=SCHEME))
-    worse, reports = learn(
-        make_config(
-            name="held-out loss increased", scheme=SCHEME, reconstruction={"end_to_end_epochs": 1, "end_to_end_lr": 3.0}
-        )
+    reverted, reports = learn(
+        make_config(name="reverted", scheme=SCHEME, reconstruction={"end_to_end_epochs": 1, "end_to_end_lr": 3.0})
     )
     assert reports[0].loss_after == reports[0].loss_before
-    assert shards(plain) == shards(worse)
+    assert shards(plain) == shards(reverted)
 
 
 @pytest.mark.parametrize("family", ["bloom", "deepseek_v3", "gemma3", "mixtral", "qwen2_5_vl", "qwen3_moe"])
-def test_layers_that_the_checkpoint_calls_otherwise(make_config, family):
-    """Step sizes are learned by module and stored by name; those of experts that saw too few tokens stay as they are."""
+def test_scales_are_trained_in_families_whose_layers_have_other_names_in_the_checkpoint(make_config, family):
+    """Scales are trained by the name of the module and stored by the name in the checkpoint.
+
+    Scales of undersampled experts do not change.
+    """
     settings = {"epochs": 0, "end_to_end_lr": 1e-2}
     before, _ = learn(make_config(family, name="before", scheme=SCHEME, reconstruction=settings, num_samples=4))
     config = make_config(family, scheme=SCHEME, reconstruction={"end_to_end_epochs": 1, **settings}, num_samples=4)
@@ -131,18 +143,18 @@ def test_layers_that_the_checkpoint_calls_otherwise(make_config, family):
     undersampled = {path for report in windows for path in report.undersampled}
     meta_model, source = open_model(after)
     original = open_model(before)[1]
-    moved = {
+    changed = {
         f"{spec.prefix}.{name}": not torch.equal(*(of.packed(spec.stored(name)).scale for of in (original, source)))
         for spec in meta_model.blocks
         for name in spec.linears
     }
-    assert any(moved.values())
-    assert not any(moved[path] for path in undersampled)
+    assert any(changed.values())
+    assert not any(changed[path] for path in undersampled)
     assert undersampled or family != "qwen3_moe"
 
 
-def test_stopped_in_any_epoch(make_config):
-    """Killed before each durable operation of this stage: the same bytes, and at most one epoch again."""
+def test_a_run_that_is_killed_in_the_end_to_end_stage_produces_identical_shards(make_config):
+    """The run is killed before every fifth durable operation of this stage. Resuming repeats at most one epoch."""
     settings = {"reconstruction": {"epochs": 1, "end_to_end_epochs": 2, "end_to_end_lr": 1e-2}, "scheme": SCHEME}
     operations = []
     whole, _ = learn(make_config(name="whole", **settings), disk=Disk(lambda *what: operations.append(what)))

@@ -1,4 +1,7 @@
-"""Other formats, read back by code that shares nothing with the writer: plain loops over bits, after each format's own description."""
+"""Export to other formats. Exported weights are read back by code that shares nothing with the export.
+
+The readers of GPTQ and AWQ are plain loops over bits after the descriptions of the formats, and GGUF is read with the package gguf.
+"""
 
 import errno
 import json
@@ -31,12 +34,12 @@ EIGHT, CHANNEL = Scheme(num_bits=8, group_size=16), Scheme(num_bits=4, group_siz
 
 
 def field(word, place, bits):
-    """Unsigned value of some bits of an int32."""
+    """Unsigned value of the field number `place` of an int32 that is divided into fields of `bits` bits."""
     return ((int(word) & 0xFFFFFFFF) >> (place * bits)) & ((1 << bits) - 1)
 
 
 def read_gptq(tensors, layer, bits, offset):
-    """As GPTQModel describes it: w[i, o] = s[g, o] (q[i, o] - z[g, o]), g = g_idx[i]."""
+    """Weight of a GPTQ layer after the description of GPTQModel: w[i, o] = s[g, o] (q[i, o] - z[g, o]) with g = g_idx[i]."""
     qweight, qzeros, scales, g_idx = (
         tensors[f"{layer}.{part}"].numpy() for part in ("qweight", "qzeros", "scales", "g_idx")
     )
@@ -51,7 +54,7 @@ def read_gptq(tensors, layer, bits, offset):
 
 
 def read_awq(tensors, layer, group_size):
-    """As AutoAWQ's gemm kernels read it: nibble j of a word is output 8 n + (0, 4, 1, 5, 2, 6, 3, 7)^-1 [j]."""
+    """Weight of an AWQ layer as the gemm kernels of AutoAWQ read it: nibble j of word n is output 8 n + (0, 4, 1, 5, 2, 6, 3, 7)^-1 [j]."""
     qweight, qzeros, scales = (tensors[f"{layer}.{part}"].numpy() for part in ("qweight", "qzeros", "scales"))
     place_of = {0: 0, 1: 4, 2: 1, 3: 5, 4: 2, 5: 6, 6: 3, 7: 7}  # AWQ_REVERSE_ORDER
     weight = np.zeros((scales.shape[1], len(qweight)), dtype=np.float32)
@@ -64,6 +67,7 @@ def read_awq(tensors, layer, group_size):
 
 
 def tensors_of(folder):
+    """All tensors of a checkpoint by name."""
     return {name: value for shard in folder.glob("*.safetensors") for name, value in load_file(shard).items()}
 
 
@@ -80,7 +84,11 @@ def tensors_of(folder):
         ("dense", ASYMMETRIC),
     ],
 )
-def test_every_weight_is_the_same(make_config, tmp_path, name, scheme):
+def test_exported_weights_equal_the_quantized_weights(make_config, tmp_path, name, scheme):
+    """Weights are compared exactly, or after rounding to bfloat16 if the format is dense. Block 3 is in full precision.
+
+    Tensors that are not quantized are copied, as is generation_config.json.
+    """
     made = quantize(make_config(scheme=scheme, keep_last=1))
     out = export(made, tmp_path / "exported", name)
     meta_model, source = open_model(made)
@@ -107,7 +115,7 @@ def test_every_weight_is_the_same(make_config, tmp_path, name, scheme):
     assert (out / "generation_config.json").read_bytes() == (made / "generation_config.json").read_bytes()
 
 
-def test_dense_is_a_plain_checkpoint(make_config, tokens, tmp_path):
+def test_a_dense_export_is_a_plain_checkpoint_with_the_perplexity_of_the_quantized_model(make_config, tokens, tmp_path):
     made = quantize(make_config(scheme=ASYMMETRIC))
     out = export(made, tmp_path / "dense", "dense")
     assert "quantization_config" not in json.loads((out / "config.json").read_text())
@@ -118,29 +126,31 @@ def test_dense_is_a_plain_checkpoint(make_config, tokens, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "group_size"), [("gptq", 32), ("awq", 32)])
-def test_config_says_what_is_quantized(make_config, tmp_path, name, group_size):
+def test_the_exported_config_lists_the_layers_that_are_not_quantized(make_config, tmp_path, name, group_size):
+    """Block 0, all layers o_proj and the head are in full precision."""
     out = export(quantize(make_config(keep_first=1, ignore=("o_proj",))), tmp_path / "exported", name)
-    said = json.loads((out / "config.json").read_text())["quantization_config"]
-    assert (said["quant_method"], said["bits"], said["group_size"]) == (name, 4, group_size)
-    patterns = said["dynamic"] if name == "gptq" else said["modules_to_not_convert"]
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert (config["quant_method"], config["bits"], config["group_size"]) == (name, 4, group_size)
+    patterns = config["dynamic"] if name == "gptq" else config["modules_to_not_convert"]
     for path, whole in (("lm_head", True), ("model.layers.0.mlp.up_proj", True), ("model.layers.1.mlp.up_proj", False)):
-        said_of = "-:^" + path.replace(".", r"\.") + "$" if name == "gptq" else path
-        assert (said_of in patterns) == whole
+        pattern = "-:^" + path.replace(".", r"\.") + "$" if name == "gptq" else path
+        assert (pattern in patterns) == whole
     assert any("o_proj" in pattern for pattern in patterns)
-    if name == "gptq":  # what transformers and vLLM go by, which know nothing of the others
-        (modules,) = said["modules_in_block_to_quantize"]
+    if name == "gptq":  # transformers and vLLM use this list, and ignore `dynamic`
+        (modules,) = config["modules_in_block_to_quantize"]
         stored = Checkpoint.open(out).infos
         assert {f"{path}.qweight" for path in modules} == {name for name in stored if name.endswith(".qweight")}
         assert len(modules) == 3 * 6
 
 
 @pytest.mark.parametrize("name", ["gptq", "awq"])
-def test_experts_in_full_precision_are_named_together(make_config, tmp_path, name):
+def test_experts_in_full_precision_are_listed_under_one_name(make_config, tmp_path, name):
+    """Inference engines look all experts of a block up under one name."""
     config = make_config("qwen3_moe", keep_first=1, reconstruction={"rounding": "nearest"})
     out = export(quantize(config), tmp_path / "exported", name)
-    said = json.loads((out / "config.json").read_text())["quantization_config"]
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
     together = "-:^model\\.layers\\.0\\.mlp\\.experts$" if name == "gptq" else "model.layers.0.mlp.experts"
-    patterns = said["dynamic"] if name == "gptq" else said["modules_to_not_convert"]
+    patterns = config["dynamic"] if name == "gptq" else config["modules_to_not_convert"]
     assert together in patterns
     assert not any("layers.1.mlp.experts" in pattern.replace("\\", "") for pattern in patterns)
 
@@ -179,14 +189,14 @@ def test_experts_in_full_precision_are_named_together(make_config, tmp_path, nam
         ("exl3", {}, r"format 'exl3' is not dense, gptq, gptq_v2, awq, gguf\."),
     ],
 )
-def test_what_a_format_cannot_hold(make_config, tmp_path, name, settings, message):
+def test_a_format_that_cannot_represent_the_weights_is_refused(make_config, tmp_path, name, settings, message):
     made = quantize(make_config(reconstruction={"rounding": "nearest"}, **settings))
     with pytest.raises(UsageError, match=message):
         export(made, tmp_path / "exported", name)
     assert not list(tmp_path.glob("exported*"))
 
 
-def test_what_cannot_be_exported(make_config, tiny_models, tmp_path):
+def test_export_needs_a_quantized_model_and_a_free_folder(make_config, tiny_models, tmp_path):
     with pytest.raises(InputError, match=r"the model is not quantized"):
         export(tiny_models["llama"], tmp_path / "exported", "dense")
     made = quantize(make_config(reconstruction={"rounding": "nearest"}))
@@ -199,8 +209,8 @@ def test_what_cannot_be_exported(make_config, tiny_models, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["gptq", "awq", "gguf"])
-def test_scales_of_others_are_not_rounded(make_config, with_tokenizer, tmp_path, name):
-    """As in a checkpoint of another program, whose scales float16 cannot hold."""
+def test_scales_that_float16_cannot_represent_are_refused(make_config, with_tokenizer, tmp_path, name):
+    """A checkpoint of another program may have such scales. They are not rounded silently."""
     made = quantize(make_config(model=with_tokenizer("llama"), reconstruction={"rounding": "nearest"}))
     shard = made / "block-00001.safetensors"
     tensors = load_file(shard)
@@ -214,7 +224,8 @@ def test_scales_of_others_are_not_rounded(make_config, with_tokenizer, tmp_path,
 
 
 @pytest.mark.parametrize("name", ["gptq", "gguf"])
-def test_nothing_is_left_of_an_export_that_was_interrupted(make_config, with_tokenizer, tmp_path, monkeypatch, name):
+def test_an_export_that_fails_leaves_no_files(make_config, with_tokenizer, tmp_path, monkeypatch, name):
+    """The export is interrupted, or the disk is full. A link as the output folder is refused before anything is written."""
     made = quantize(make_config(model=with_tokenizer("llama"), reconstruction={"rounding": "nearest"}))
 
     def stop(*_):
@@ -239,14 +250,14 @@ def test_nothing_is_left_of_an_export_that_was_interrupted(make_config, with_tok
         assert not list(tmp_path.glob("exported*"))
 
 
-def test_formats_fill_whole_words():
+def test_the_multiples_of_rows_and_columns_that_fill_whole_words():
     for name, (rows, columns) in {"dense": (1, 1), "gptq": (8, 8), "gptq_v2": (8, 8), "awq": (8, 1)}.items():
         assert EXPORTS[name].fills(4) == (rows, columns)
 
 
 @pytest.fixture
 def with_tokenizer(tmp_path):
-    """A function that makes a checkpoint with a byte-level tokenizer of its own."""
+    """A function that makes a checkpoint of a family with its own byte-level tokenizer."""
 
     def make(family, vocab_size=304, **options):
         folder = save_model(tmp_path / family, family, vocab_size=vocab_size, **options)
@@ -258,14 +269,21 @@ def with_tokenizer(tmp_path):
 
 
 def halves(rows, heads):
-    """Rows of heads whose rotary pairs lie side by side, with the pairs as halves: even rows are the first ones."""
+    """Rows in the order of transformers, from rows in the order of llama.cpp; all rows as they are if `heads` is None.
+
+    The two rows of a rotary pair are neighbors in llama.cpp. In transformers, the first rows of all pairs of a head are followed by the
+    second rows.
+    """
     return rows if heads is None else torch.cat([torch.cat([head[0::2], head[1::2]]) for head in rows.chunk(heads)])
 
 
 @pytest.mark.parametrize(
     ("family", "options"), [("llama", {}), ("llama", {"attention_bias": True}), ("qwen2", {}), ("qwen3", {})]
 )
-def test_gguf_is_read_by_its_own_package(make_config, with_tokenizer, tmp_path, family, options):
+def test_the_package_gguf_reads_the_quantized_weights_and_settings(
+    make_config, with_tokenizer, tmp_path, family, options
+):
+    """Weights, biases, the final norm, the tokenizer and the settings of attention are those of the quantized model."""
     model = with_tokenizer(family, **options)
     made = quantize(make_config(model=model, scheme=SYMMETRIC, keep_last=1, override=("down_proj=W8",)))
     out = export(made, tmp_path / "gguf", "gguf")
@@ -289,15 +307,15 @@ def test_gguf_is_read_by_its_own_package(make_config, with_tokenizer, tmp_path, 
     }
     names |= {"mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
     for spec in meta_model.blocks:
-        for local, there in names.items():
+        for local, exported in names.items():
             expected = source.read(f"{spec.prefix}.{local}.weight", device=CPU)
-            tensor = found[f"blk.{spec.index}.{there}.weight"]
+            tensor = found[f"blk.{spec.index}.{exported}.weight"]
             kinds.add(tensor.tensor_type.name)
             weight = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
-            heads = {"attn_q": 4, "attn_k": 2}.get(there) if family == "llama" else None
+            heads = {"attn_q": 4, "attn_k": 2}.get(exported) if family == "llama" else None
             assert torch.equal(halves(weight, heads), expected.float()), tensor.name
             if f"{spec.prefix}.{local}.bias" in source.tensors():
-                bias = torch.from_numpy(found[f"blk.{spec.index}.{there}.bias"].data.copy())
+                bias = torch.from_numpy(found[f"blk.{spec.index}.{exported}.bias"].data.copy())
                 expected = source.read(f"{spec.prefix}.{local}.bias", device=CPU)
                 assert torch.equal(halves(bias, heads), expected.float()), tensor.name
     assert kinds == {"Q4_0", "Q8_0", "BF16"}
@@ -320,7 +338,7 @@ def test_gguf_is_read_by_its_own_package(make_config, with_tokenizer, tmp_path, 
         ("relu", {}, UsageError, r"llama\.cpp computes silu here, not relu"),
     ],
 )
-def test_what_gguf_cannot_hold(make_config, tmp_path, family, settings, error, message):
+def test_a_model_that_gguf_cannot_represent_is_refused(make_config, tmp_path, family, settings, error, message):
     if family == "relu":
         family, settings = "llama", {"model": save_model(tmp_path / "relu", hidden_act="relu")}
     made = quantize(make_config(family, reconstruction={"rounding": "nearest"}, **settings))
@@ -353,7 +371,9 @@ def test_what_gguf_cannot_hold(make_config, tmp_path, family, settings, error, m
         ),
     ],
 )
-def test_tokenizers_that_gguf_would_take_for_others(make_config, with_tokenizer, tmp_path, file, edit, message):
+def test_a_tokenizer_that_llama_cpp_would_read_differently_is_refused(
+    make_config, with_tokenizer, tmp_path, file, edit, message
+):
     made = quantize(make_config(model=with_tokenizer("llama"), reconstruction={"rounding": "nearest"}))
     content = json.loads((made / file).read_text())
     edit(content)
@@ -363,8 +383,11 @@ def test_tokenizers_that_gguf_would_take_for_others(make_config, with_tokenizer,
     assert not list(tmp_path.glob("gguf*"))
 
 
-def test_gguf_keeps_added_tokens_and_dtypes(make_config, with_tokenizer, tmp_path):
-    """A vocab.json beside tokenizer.json, as many models have, knows nothing of the added tokens."""
+def test_gguf_has_the_added_tokens_and_the_dtype_of_the_source(make_config, with_tokenizer, tmp_path):
+    """The model has a vocab.json without the added tokens beside its tokenizer.json, as many models do.
+
+    Its config.json has no rms_norm_eps, so the default of its class is written.
+    """
     model = with_tokenizer("llama")
     content = json.loads((model / "tokenizer.json").read_text())
     (model / "vocab.json").write_text(json.dumps(content["model"]["vocab"]))

@@ -1,4 +1,7 @@
-"""What is promised of a CUDA device. Run by tools/gpu_check.sh; skipped where there is none."""
+"""Results on a CUDA device: reproducible, independent of the memory mode, and as good as on the CPU.
+
+The tests also run on the CPU. tools/gpu_check.sh runs those with the marker `gpu` on a machine with a CUDA device.
+"""
 
 from dataclasses import replace
 
@@ -13,34 +16,32 @@ from cbqstream.run import inputs
 from cbqstream.scheme import Scheme
 from tiny import SEQ_LEN, SOME_FAMILIES, files_of
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
 SCHEMES = {
     "W4A16": Scheme(num_bits=4, group_size=32),
     "W2A16 asymmetric": Scheme(num_bits=2, group_size=16, symmetric=False),
     "W4A8 channel": Scheme(num_bits=4, group_size=None, activation_bits=8),
 }
+NUM_SAMPLES = {"cpu": 8, "cuda": 16}
+"""Number of calibration segments on each device. The CPU takes fewer, so that the tests are quick there."""
 
 
-@pytest.mark.parametrize("mode", ["signround", "lora_rounding"])
+@pytest.mark.parametrize("rounding", ["signround", "lora_rounding"])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_twice_the_same_and_after_an_interruption(make_config, scheme, mode):
-    options = {"scheme": SCHEMES[scheme], "reconstruction": {"rounding": mode}}
-    first, second, third = (
-        replace(make_config(name=name, **options), device="cuda") for name in ("first", "second", "third")
-    )
+def test_two_runs_and_an_interrupted_run_are_byte_identical(make_config, device, scheme, rounding):
+    """The interrupted run stops after its first and after its second window, and is resumed each time."""
+    options = {"scheme": SCHEMES[scheme], "reconstruction": {"rounding": rounding}}
+    options |= {"device": device, "num_samples": NUM_SAMPLES[device]}
+    first, second, interrupted = (make_config(name=name, **options) for name in ("first", "second", "interrupted"))
     expected = files_of(quantize(first))
     assert files_of(quantize(second)) == expected
     for windows in (1, 2):
         with pytest.raises(StoppedError):
-            quantize(third, stop_after_window=windows)
-    assert files_of(quantize(third)) == expected
+            quantize(interrupted, stop_after_window=windows)
+    assert files_of(quantize(interrupted)) == expected
 
 
-def test_what_takes_less_memory_changes_nothing(make_config, monkeypatch):
-    """Activations that are computed again, and layers that lie on disk."""
+def test_memory_modes_do_not_change_the_result(make_config, device, monkeypatch):
+    """Activation checkpointing, and offloaded layers, give the same files as a run that keeps everything in memory."""
     real, outs = inputs.fitting_plan, []
     for memory_mode in (
         MemoryMode(),
@@ -52,18 +53,21 @@ def test_what_takes_less_memory_changes_nothing(make_config, monkeypatch):
             "fitting_plan",
             lambda *given, memory_mode=memory_mode: replace(real(*given), memory_mode=memory_mode),
         )
-        outs.append(files_of(quantize(replace(make_config(name=f"out-{len(outs)}"), device="cuda"))))
+        config = make_config(name=f"out-{len(outs)}", device=device, num_samples=NUM_SAMPLES[device])
+        outs.append(files_of(quantize(config)))
     assert outs[0] == outs[1] == outs[2]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 @pytest.mark.parametrize("family", SOME_FAMILIES)
-def test_as_good_as_on_the_cpu(make_config, tokens, family):
-    """In bf16 instead of float32, with other kernels: not the same codes, but the same model."""
+def test_perplexity_of_a_model_quantized_on_cuda_is_that_of_one_quantized_on_the_cpu(make_config, tokens, family):
+    """CUDA computes in bf16 instead of float32 and with other kernels, so codes differ. Both kinds of kernels are compared."""
     found = []
     for device, kernels in (("cpu", "auto"), ("cuda", "auto"), ("cuda", "plain")):
-        config = make_config(family, name=f"{device}-{kernels}", reconstruction={"kernels": kernels})
-        out = quantize(replace(config, device=device))
+        name = f"{device}-{kernels}"
+        out = quantize(make_config(family, name=name, reconstruction={"kernels": kernels}, device=device))
         measured = evaluate(out, tokens, num_samples=8, seq_len=SEQ_LEN, batch_size=4, device="cpu", threads=1)
         found.append(measured.perplexity)
-    # bf16 computed on the CPU: within 0.4 %, but for Mistral with 1.5
+    # bf16 computed on the CPU: within 0.4 %, except for Mistral with 1.5 %
     assert found == pytest.approx([found[0]] * 3, rel=0.04)

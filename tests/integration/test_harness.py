@@ -1,4 +1,4 @@
-"""lm-eval through the streamed model, beside its own model class."""
+"""Tasks of lm-eval on the streamed model give the results of lm-eval's own model class `hf`."""
 
 import json
 
@@ -58,6 +58,7 @@ metric_list:
 
 @pytest.fixture
 def folder(tmp_path):
+    """A tiny llama with a tokenizer."""
     made = save_model(tmp_path / "m", "llama", vocab_size=304, dtype=torch.float32)
     save_tokenizer(made, [WORDS] * 9, special_tokens=("<s>", "</s>"))
     names = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
@@ -67,7 +68,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def tasks(tmp_path, monkeypatch):
-    """Folder of tasks. The texts are longer than the model's 64 positions."""
+    """Folder of the tasks in `TASKS`. Some of their texts are longer than the 64 positions of the model."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     words, lines = WORDS.split(), []
     for index in range(10):
@@ -83,7 +84,8 @@ def tasks(tmp_path, monkeypatch):
     return made
 
 
-def figures(found):
+def metrics(found):
+    """Value of every metric of every task, without standard errors."""
     return {
         f"{task} {name}": value
         for task, results in found["results"].items()
@@ -93,21 +95,21 @@ def figures(found):
 
 
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")
-def test_figures_are_those_of_lm_evals_own_class(make_config, folder, tasks):
+def test_task_metrics_of_a_quantized_model_equal_those_of_lm_evals_hf_class(make_config, folder, tasks):
     folder = quantize(make_config(model=folder))
     names = ["own_choices", "own_text"]
-    found = figures(evaluate_tasks(folder, ["own_ch*", "own_text"], include_path=tasks, device="cpu", threads=1))
+    found = metrics(evaluate_tasks(folder, ["own_ch*", "own_text"], include_path=tasks, device="cpu", threads=1))
     own = {"pretrained": str(folder), "dtype": "float32"}
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
     expected = lm_eval.simple_evaluate(
         "hf", model_args=own, tasks=names, task_manager=manager, device="cpu", batch_size=1, bootstrap_iters=0
     )
     assert len(found) == 4
-    assert found == pytest.approx(figures(expected), rel=1e-3)
+    assert found == pytest.approx(metrics(expected), rel=1e-3)
 
 
-def test_scores_are_those_of_lm_evals_own_class(folder):
-    """Each of them; also whether a continuation is what would be written."""
+def test_log_likelihoods_equal_those_of_lm_evals_hf_class(folder):
+    """The scores of single requests, and whether the continuation is the most likely one. A text may be longer than the model."""
     texts = [("the quick", " brown"), ("", "the lazy dog"), ("over ", "the"), (WORDS * 4, " dog"), ("a", WORDS * 9)]
     requests = [Instance("loglikelihood", {}, text, index) for index, text in enumerate(texts)]
     streamed = StreamedLM(str(folder), device="cpu", threads=1)
@@ -115,18 +117,25 @@ def test_scores_are_those_of_lm_evals_own_class(folder):
     assert (streamed.max_length, streamed.prefix_token_id) == (own.max_length, own.prefix_token_id)
     likeliest = own._model_call(torch.tensor([own.tok_encode("the quick")])).argmax(-1)[0, -1].item()
     requests.append(Instance("loglikelihood", {}, ("the quick", own.tokenizer.decode([likeliest])), 5))
-    with pytest.raises(AssertionError):  # longer than the model; streamed, its end is scored
+    with pytest.raises(AssertionError):  # lm-eval refuses a text longer than the model; streamed, its end is scored
         own.loglikelihood(requests[4:5])
     found, expected = streamed.loglikelihood(requests), own.loglikelihood([*requests[:4], requests[5]])
     assert [score for score, _ in [*found[:4], found[5]]] == pytest.approx([score for score, _ in expected], rel=1e-4)
     assert [greedy for _, greedy in [*found[:4], found[5]]] == [greedy for _, greedy in expected]
 
 
-def test_what_lm_eval_cannot_do_here(folder, tasks):
+def test_tasks_that_generate_text_are_refused(folder, tasks):
+    """By the model class when lm-eval calls it, and by `evaluate_tasks` before it runs the other tasks."""
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
     options = {"model_args": {"model": str(folder), "threads": 1}, "task_manager": manager, "device": "cpu"}
-    with pytest.raises(UsageError, match=r"10 requests want text to be generated\. Streamed, each token"):
+    assert lm_eval.api.registry.get_model("cbqstream") is StreamedLM
+    with pytest.raises(UsageError, match=r"10 requests generate text, for which each token"):
         lm_eval.simple_evaluate("cbqstream", tasks=["own_writing"], **options)
+    with pytest.raises(UsageError, match=r"^own_writing generate text, for which .* Leave them out"):
+        evaluate_tasks(folder, ["own_text", "own_writing"], include_path=tasks, device="cpu", threads=1)
+
+
+def test_unknown_tasks_and_impossible_options_are_refused(folder, tasks):
     for options, message in (
         ({"limit": 0}, "limit is 0"),
         ({"num_fewshot": -1}, "num_fewshot is -1"),
@@ -134,8 +143,5 @@ def test_what_lm_eval_cannot_do_here(folder, tasks):
     ):
         with pytest.raises(UsageError, match=message):
             evaluate_tasks(folder, ["own_text"], device="cpu", threads=1, **options)
-    with pytest.raises(UsageError, match=r"^own_writing want text to be generated\. .* Leave them out"):
-        evaluate_tasks(folder, ["own_text", "own_writing"], include_path=tasks, device="cpu", threads=1)
     with pytest.raises(UsageError, match=r"lm-eval has no task nonsense\. `lm-eval ls tasks` lists them"):
         evaluate_tasks(folder, ["own_text", "nonsense"], include_path=tasks, device="cpu", threads=1)
-    assert lm_eval.api.registry.get_model("cbqstream") is StreamedLM

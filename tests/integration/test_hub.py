@@ -1,4 +1,4 @@
-"""Models from the Hub and to it, against a server on this machine that answers as the Hub does."""
+"""Download from the Hub and upload to it, tested with a local server that answers as the Hub does."""
 
 import base64
 import hashlib
@@ -25,15 +25,29 @@ NAME = "owner/tiny-llama"
 
 
 class Hub(ThreadingHTTPServer):
-    """Repositories by name and commit, and what was pushed."""
+    """A local server that answers as the Hub does.
+
+    Args:
+        models: folder of each commit of each repository, by name and commit.
+    """
 
     def __init__(self, models):
         super().__init__(("127.0.0.1", 0), Answers)
-        self.models, self.pushed, self.made, self.asked, self.whole = models, {}, [], [], []
+        self.models = models
+        self.pushed = {}
+        """Content of each uploaded file, by path."""
+        self.created = []
+        """Requests to create a repository."""
+        self.requests = []
+        """Method and path of every request."""
+        self.downloads = []
+        """Names of the files that were downloaded as a whole."""
         self.address = f"http://127.0.0.1:{self.server_port}"
 
 
 class Answers(BaseHTTPRequestHandler):
+    """The routes of the Hub that huggingface_hub uses for downloads and uploads."""
+
     def log_message(self, *_):
         pass
 
@@ -54,7 +68,7 @@ class Answers(BaseHTTPRequestHandler):
 
     def do_GET(self):
         path = unquote(urlparse(self.path).path)
-        self.server.asked.append((self.command, path))
+        self.server.requests.append((self.command, path))
         name = "/".join(path.removeprefix("/api/models").split("/")[1:3])
         if name not in self.server.models:
             self.missing("RepoNotFound")
@@ -80,7 +94,7 @@ class Answers(BaseHTTPRequestHandler):
             asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
             if asked is None:
                 if self.command == "GET":
-                    self.server.whole.append(file.name)
+                    self.server.downloads.append(file.name)
                 self.answer(content, **given)
             else:
                 first, last = int(asked[1]), min(int(asked[2]), len(content) - 1)
@@ -94,11 +108,11 @@ class Answers(BaseHTTPRequestHandler):
 
     def do_POST(self):
         path = urlparse(self.path).path
-        self.server.asked.append(("POST", path))
+        self.server.requests.append(("POST", path))
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         if path == "/api/repos/create":
             asked = json.loads(body)
-            self.server.made.append(asked)
+            self.server.created.append(asked)
             name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
             self.answer({"url": f"{self.server.address}/{name}", "name": name})
         elif path == "/api/validate-yaml":
@@ -127,6 +141,7 @@ class Answers(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path):
+    """A running server with one model of two commits, which also hold weights in formats that are never downloaded."""
     folders = {}
     for index, commit in enumerate(COMMITS.values()):
         folder = save_model(tmp_path / commit[:2], seed=index, dtype=torch.float32)
@@ -143,7 +158,7 @@ def hub(tmp_path):
 
 @pytest.fixture
 def run(hub, tmp_path):
-    """A function that runs the command with that server as the Hub."""
+    """A function that runs the command line with the server as the Hub. Its keyword arguments are environment variables."""
 
     def call(*arguments, **environment):
         settings = {
@@ -162,31 +177,33 @@ def run(hub, tmp_path):
 
 
 def options(tokens):
+    """Options of a small, fast run."""
     lengths = ["--num-samples", 4, "--seq-len", SEQ_LEN, "--group-size", 32, "--rounding", "nearest"]
     return ["--dataset", tokens, *lengths, "--device", "cpu", "--threads", 1]
 
 
-def test_a_model_from_the_hub_and_back(run, hub, tokens, tmp_path):
+def test_quantize_downloads_a_model_from_the_hub_and_uploads_the_result(run, hub, tokens, tmp_path):
+    """The result is that of a local copy of the model. A finished run can be resumed without requests to the Hub."""
     out = tmp_path / "out"
     made = run("quantize", NAME, out, *options(tokens), "--push-to", "me/tiny-w4")
     assert made.returncode == 0, made.stderr
     assert made.stdout.splitlines()[-1].startswith("pushed: ")
-    asked = [path for _, path in hub.asked]
-    assert not any("pytorch_model.bin" in path or "original" in path for path in asked)
+    requested = [path for _, path in hub.requests]
+    assert not any("pytorch_model.bin" in path or "original" in path for path in requested)
     assert {name: content for name, content in hub.pushed.items() if name != ".gitattributes"} == files_of(out)
-    assert [(repository["name"], repository["visibility"]) for repository in hub.made] == [("tiny-w4", "private")]
+    assert [(repository["name"], repository["visibility"]) for repository in hub.created] == [("tiny-w4", "private")]
 
     local = run("quantize", hub.models[NAME][COMMITS["main"]], tmp_path / "local", *options(tokens))
     assert local.returncode == 0, local.stderr
     assert files_of(tmp_path / "local") == files_of(out)
 
-    hub.asked.clear()
+    hub.requests.clear()
     again = run("resume", f"{out}.run", HF_HUB_OFFLINE="1")
     assert again.returncode == 0, again.stderr
-    assert hub.asked == []
+    assert hub.requests == []
 
 
-def test_a_revision_is_what_is_measured(run, hub, tokens):
+def test_eval_measures_the_requested_revision(run, hub, tokens):
     found = {}
     for revision, commit in COMMITS.items():
         lengths = ["--seq-len", SEQ_LEN, "--device", "cpu", "--threads", 1]
@@ -198,25 +215,25 @@ def test_a_revision_is_what_is_measured(run, hub, tokens):
     assert found["main"] != found["old"]
 
 
-def test_a_plan_before_a_download(run, hub, tmp_path):
-    """That of the folder, from the headers alone; of any revision."""
+def test_plan_of_a_model_on_the_hub_reads_only_headers(run, hub, tmp_path):
+    """For each revision, the plan is that of the same model in a folder. Missing models and damaged headers are errors of one line."""
     for revision, commit in COMMITS.items():
         flags = ["--json", "--without-time", "--group-size", 32]
         made = run("plan", NAME, "--revision", revision, *flags)
         assert made.returncode == 0, made.stderr
         assert json.loads(made.stdout) == json.loads(run("plan", hub.models[NAME][commit], *flags).stdout)
-    assert not any(name.endswith(".safetensors") for name in hub.whole)
+    assert not any(name.endswith(".safetensors") for name in hub.downloads)
     hub.models[NAME][COMMITS["old"]] = tmp_path / "cache"
     for arguments, message in (
-        (("owner/nothing",), "owner/nothing: no such folder, and not had from the Hub: "),
+        (("owner/nothing",), "owner/nothing: no such folder, and the download from the Hub failed ("),
         ((NAME, "--revision", "old"), f"{NAME}: no such folder, and "),
     ):
         refused = run("plan", *arguments)
         assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (65, "", 1), refused.stderr
         assert message in refused.stderr
-    odd = hub.models[NAME][COMMITS["main"]]
-    index = json.loads((odd / "model.safetensors.index.json").read_text())["weight_map"]
-    shard = odd / index["model.layers.1.mlp.up_proj.weight"]
+    damaged = hub.models[NAME][COMMITS["main"]]
+    index = json.loads((damaged / "model.safetensors.index.json").read_text())["weight_map"]
+    shard = damaged / index["model.layers.1.mlp.up_proj.weight"]
     for header in (
         "[]",
         '{"a": "x"}',
@@ -232,10 +249,10 @@ def test_a_plan_before_a_download(run, hub, tmp_path):
     assert f"Download it first: hf download {NAME}." in offline.stderr
 
 
-def test_what_the_hub_does_not_give(run, tokens, tmp_path):
+def test_models_that_cannot_be_downloaded_are_errors_of_one_line(run, tokens, tmp_path):
     cases = {
-        ("owner/nothing",): r"owner/nothing: no such folder, and not had from the Hub: ",
-        (NAME, "--revision", "nowhere"): f"{NAME}: no such folder, and not had from the Hub: ",
+        ("owner/nothing",): "owner/nothing: no such folder, and the download from the Hub failed (",
+        (NAME, "--revision", "nowhere"): f"{NAME}: no such folder, and the download from the Hub failed (",
         ("nothing/here/at-all",): "nothing/here/at-all",
     }
     for arguments, message in cases.items():
@@ -252,13 +269,13 @@ def test_what_the_hub_does_not_give(run, tokens, tmp_path):
     assert not list(tmp_path.glob("out*"))
 
 
-def test_settings_are_looked_at_before_a_download(run, hub, tokens, tmp_path):
+def test_invalid_settings_are_refused_before_the_model_is_downloaded(run, hub, tokens, tmp_path):
     refused = run("quantize", NAME, tmp_path / "out", *options(tokens), "--scheme", "W9A16")
-    assert (refused.returncode, hub.asked) == (2, [])
+    assert (refused.returncode, hub.requests) == (2, [])
 
 
 @pytest.mark.parametrize("error", [RuntimeError("upload failed"), TimeoutError(), ValueError("no such\nthing")])
-def test_any_failure_is_one_line(monkeypatch, tmp_path, error):
+def test_every_failure_of_a_download_or_an_upload_is_an_error_of_one_line(monkeypatch, tmp_path, error):
     def fail(*_, **__):
         raise error
 
@@ -268,12 +285,13 @@ def test_any_failure_is_one_line(monkeypatch, tmp_path, error):
         (lambda: hub_module.fetch("a/b"), InputError),
         (lambda: hub_module.push(tmp_path, "a/b", private=True), StorageError),
     ):
-        with pytest.raises(kind) as told:
+        with pytest.raises(kind) as raised:
             call()
-        assert str(told.value).count("\n") == 0
+        assert str(raised.value).count("\n") == 0
 
 
-def test_what_is_not_pushed(run, hub, tokens, tmp_path):
+def test_push_refuses_bad_names_run_directories_and_damaged_results(run, hub, tokens, tmp_path):
+    """A failed upload is an error of one line too."""
     nameless = run("quantize", NAME, tmp_path / "out", *options(tokens), "--push-to", "no name")
     assert (nameless.returncode, "no name is not a name on the Hub" in nameless.stderr) == (2, True)
     assert not list(tmp_path.glob("out*"))
@@ -281,7 +299,7 @@ def test_what_is_not_pushed(run, hub, tokens, tmp_path):
     assert made.returncode == 0, made.stderr
     run_itself = run("push", f"{tmp_path / 'out'}.run", "me/tiny-w4")
     assert (run_itself.returncode, run_itself.stderr.count("\n")) == (65, 1)
-    assert "a run directory, which is never pushed" in run_itself.stderr
+    assert "a run directory, which cannot be uploaded" in run_itself.stderr
     (shard,) = sorted(Path(tmp_path / "out").glob("block-00001*"))
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-3])
@@ -293,6 +311,6 @@ def test_what_is_not_pushed(run, hub, tokens, tmp_path):
     hub.models.clear()
     hub.shutdown()
     hub.server_close()
-    away = run("push", tmp_path / "out", "me/tiny-w4")
-    assert (away.returncode, away.stderr.count("\n")) == (74, 1)
-    assert "the Hub did not take" in away.stderr
+    failed = run("push", tmp_path / "out", "me/tiny-w4")
+    assert (failed.returncode, failed.stderr.count("\n")) == (74, 1)
+    assert re.search(r"me/tiny-w4: the upload of \S+/out to the Hub failed \(", failed.stderr)

@@ -1,4 +1,4 @@
-"""Layers with schemes of their own: left in full precision, or of another width."""
+"""Models whose layers have different schemes: some layers in full precision, some of another width, and a quantized head."""
 
 import json
 import re
@@ -21,7 +21,7 @@ from perplexities import plain_perplexity, streamed_perplexity
 from tiny import SEQ_LEN, VOCAB, save_model
 
 CPU = torch.device("cpu")
-FOLDS = TransformConfig(activations="always", variant="search")
+SMOOTHED = TransformConfig(smoothing="always", smoothing_rule="search")
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ FOLDS = TransformConfig(activations="always", variant="search")
         ("down.proj", "model.layers.3.mlp.down_proj", False),
     ],
 )
-def test_patterns_mean_whole_parts_of_a_path(pattern, path, matches):
+def test_a_pattern_matches_whole_parts_of_a_module_path(pattern, path, matches):
     assert bool(re.fullmatch(path_pattern(pattern), path)) == matches
 
 
@@ -46,20 +46,26 @@ def test_patterns_mean_whole_parts_of_a_path(pattern, path, matches):
 @pytest.mark.parametrize(
     "scheme", [Scheme(num_bits=4, group_size=32), Scheme(num_bits=3, group_size=16, activation_bits=8)]
 )
-def test_transformers_loads_mixed_results_and_agrees(make_config, tokens, family, scheme):
+def test_transformers_loads_a_model_with_mixed_schemes_and_gives_the_same_perplexity(
+    make_config, tokens, family, scheme
+):
+    """One kind of layer stays in full precision, another has 8 bits, and the last block may stay in full precision too.
+
+    With experts, the last block is quantized, because transformers does not load a model in which only some blocks have quantized experts.
+    """
     if family != "llama" and scheme.activation_bits:
-        pytest.skip("transformers quantizes inputs of these otherwise; see tests/families/test_result.py")
+        pytest.skip("transformers quantizes the inputs of this family differently, see tests/families/test_result.py")
     ignored, other = {"llama": ("o_proj", "down_proj"), "opt": ("fc2", "fc1"), "qwen3_moe": ("o_proj", "v_proj")}[
         family
     ]
     others = ("q_proj=W8", "k_proj=W8", "v_proj=W8") if other == "v_proj" else (f"{other}=W8",)
     config = make_config(
-        family, scheme=scheme, ignore=(ignored, "layers.1"), override=others, keep_last=1, outliers=FOLDS
+        family, scheme=scheme, ignore=(ignored, "layers.1"), override=others, keep_last=1, transforms=SMOOTHED
     )
     with pytest.raises(UsageError, match=r"--ignore leaves no layer of model\.(decoder\.)?layers\.1 to quantize"):
         quantize(config)
-    kept = int(family != "qwen3_moe")  # see below
-    config = make_config(family, scheme=scheme, ignore=(ignored,), override=others, keep_last=kept, outliers=FOLDS)
+    kept = int(family != "qwen3_moe")
+    config = make_config(family, scheme=scheme, ignore=(ignored,), override=others, keep_last=kept, transforms=SMOOTHED)
     out = quantize(config)
     meta_model, source = open_model(out)
     stored = Checkpoint.open(out).infos
@@ -76,7 +82,7 @@ def test_transformers_loads_mixed_results_and_agrees(make_config, tokens, family
     assert streamed_perplexity(out, ids) == pytest.approx(plain_perplexity(out, ids), rel=rel)
     groups = json.loads((out / "config.json").read_text())["quantization_config"]["config_groups"]
     widths = {group["targets"][0]: group["weights"]["num_bits"] for group in groups.values()}
-    fused = ["qkv_proj"] if other == "v_proj" else []  # as vLLM calls them together
+    fused = ["qkv_proj"] if other == "v_proj" else []  # name in vLLM of the three layers, which it computes as one
     patterns = [text.removesuffix("=W8") for text in others] + fused
     assert widths == {f"re:(?:.*\\.)?{name}(?:\\..*)?$": 8 for name in patterns} | {"Linear": scheme.num_bits}
 
@@ -84,33 +90,34 @@ def test_transformers_loads_mixed_results_and_agrees(make_config, tokens, family
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"override": ("q_proj=W8",)}, r"layers\.0: self_attn\.q_proj and self_attn\.k_proj are computed as one"),
-        ({"ignore": ("up_proj",)}, r"layers\.0: mlp\.gate_proj and mlp\.up_proj are computed as one"),
+        (
+            {"override": ("q_proj=W8",)},
+            r"layers\.0: inference engines compute self_attn\.q_proj and self_attn\.k_proj as one",
+        ),
+        ({"ignore": ("up_proj",)}, r"layers\.0: inference engines compute mlp\.gate_proj and mlp\.up_proj as one"),
         ({"override": ("mlp.*=W8", "down_proj=W3")}, r"layers\.0\.mlp\.down_proj: two overrides match it"),
         (
             {"ignore": ("donw_proj",)},
-            r'"donw_proj" means no layer\. A path is such as model\.layers\.0\.self_attn\.q_proj',
+            r'"donw_proj" matches no layer\. Use a path such as model\.layers\.0\.self_attn\.q_proj',
         ),
-        ({"override": ("layers.4=W8",)}, r'"layers\.4" means no layer'),
+        ({"override": ("layers.4=W8",)}, r'"layers\.4" matches no layer'),
         ({"ignore": ("*",)}, r"--ignore leaves no layer of model\.layers\.0 to quantize"),
     ],
 )
-def test_what_cannot_be_mixed(make_config, settings, message):
+def test_patterns_that_match_nothing_or_that_split_joined_layers_are_refused(make_config, settings, message):
     with pytest.raises(UsageError, match=message):
         quantize(make_config(**settings))
 
 
-def test_experts_of_a_block_share_a_scheme(make_config):
-    with pytest.raises(
-        UsageError, match=r"mlp\.experts\.0\.gate_proj and mlp\.experts\.1\.gate_proj are computed as one"
-    ):
+def test_different_schemes_for_the_experts_of_a_block_are_refused(make_config):
+    joined = r"compute mlp\.experts\.0\.gate_proj and mlp\.experts\.1\.gate_proj as one"
+    with pytest.raises(UsageError, match=joined):
         quantize(make_config("qwen3_moe", ignore=("experts.0",)))
 
 
-def test_patterns_must_mean_the_names_in_the_checkpoint_too(make_config):
-    message = (
-        r"means model\.layers\.0\.mlp\.experts\.0\.gate_proj and not model\.layers\.0\.block_sparse_moe\.experts\.0\.w1"
-    )
+def test_a_pattern_must_match_a_layer_by_its_module_path_and_by_its_name_in_the_checkpoint(make_config):
+    """The experts of Mixtral have other names in checkpoints than in transformers."""
+    message = r"matches model\.layers\.0\.mlp\.experts\.0\.gate_proj and not model\.layers\.0\.block_sparse_moe\.experts\.0\.w1"
     with pytest.raises(UsageError, match=message):
         quantize(make_config("mixtral", override=("mlp=W8",)))
     out = quantize(make_config("mixtral", override=("experts=W8",)))
@@ -123,13 +130,13 @@ def test_patterns_must_mean_the_names_in_the_checkpoint_too(make_config):
 
 
 @pytest.mark.parametrize("text", ["down_proj", "down_proj=8", "=W8", "down_proj=W9"])
-def test_an_override_that_is_none(make_config, text):
+def test_an_override_of_another_form_than_a_pattern_and_a_width_is_refused(make_config, text):
     with pytest.raises(UsageError, match="is not as PATTERN=W8"):
         make_config(override=(text,))
 
 
 @pytest.mark.parametrize(
-    ("family", "settings", "said"),
+    ("family", "settings", "warned"),
     [
         ("qwen3_moe", {"keep_last": 1}, True),
         ("qwen3_moe", {"ignore": ("experts",)}, False),
@@ -138,19 +145,21 @@ def test_an_override_that_is_none(make_config, text):
         ("deepseek_v3", {}, False),
     ],
 )
-def test_experts_that_transformers_does_not_load_are_told_of(make_config, family, settings, said):
-    """Its loader makes one rule for the experts of all blocks."""
+def test_quantizing_the_experts_of_only_some_blocks_gives_a_warning(make_config, family, settings, warned):
+    """transformers does not load such a model, because its loader has one rule for the experts of all blocks."""
     events = []
     with pytest.raises(StoppedError):
         quantize(make_config(family, **settings), events.append, stop_after_window=1)
     texts = [event.text for event in events if isinstance(event, RunWarning)]
-    assert any("which transformers 5.24 does not load" in text for text in texts) == said
+    assert any("which transformers 5.24 does not load" in text for text in texts) == warned
 
 
 @pytest.mark.parametrize(("family", "head"), [("llama", "lm_head"), ("gpt_neox", "embed_out")])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_the_head_can_be_quantized_too(make_config, tokens, family, head, bits):
-    """To the nearest level of the best scale of those that a search tries; transformers computes with the same."""
+def test_a_quantized_head_is_rounded_to_nearest_and_transformers_computes_with_it(
+    make_config, tokens, family, head, bits
+):
+    """The head has the width of the other layers, or that of an override."""
     override = () if bits == 4 else ("lm_head=W8", f"{head}=W8")
     config = make_config(family, quantize_lm_head=True, override=override, reconstruction={"rounding": "nearest"})
     out = quantize(config)
@@ -171,18 +180,17 @@ def test_the_head_can_be_quantized_too(make_config, tokens, family, head, bits):
     assert {group["weights"]["num_bits"] for group in own} == {bits}
 
 
-def test_formats_without_a_place_for_a_quantized_head(make_config, tmp_path):
+def test_export_of_a_quantized_head_is_refused_for_formats_that_do_not_support_it(make_config, tmp_path):
     out = quantize(make_config(quantize_lm_head=True, reconstruction={"rounding": "nearest"}))
     for name in ("gptq", "gptq_v2", "awq"):
-        with pytest.raises(
-            UsageError, match=rf"format {name} has no place for a quantized lm_head\. Use gguf or dense"
-        ):
+        message = rf"format {name} does not support a quantized lm_head\. Use gguf or dense"
+        with pytest.raises(UsageError, match=message):
             export(out, tmp_path / name, name)
     assert (export(out, tmp_path / "dense", "dense") / "config.json").is_file()
     assert not list(tmp_path.glob("*cbqstream.tmp"))
 
 
-def test_heads_that_cannot_be_quantized(make_config, tmp_path):
+def test_quantizing_the_head_is_refused_where_it_is_impossible(make_config, tmp_path):
     tied = save_model(tmp_path / "tied", tie_word_embeddings=True)
     with pytest.raises(UsageError, match=r"the head is tied to the embeddings\. Leave out --quantize-lm-head"):
         quantize(make_config(model=tied, quantize_lm_head=True))
@@ -190,7 +198,7 @@ def test_heads_that_cannot_be_quantized(make_config, tmp_path):
         make_config(quantize_lm_head=True, scheme=Scheme(num_bits=4, group_size=32, activation_bits=8))
     with pytest.raises(UsageError, match=r"the head is left in full precision by --ignore\. Leave out"):
         quantize(make_config(quantize_lm_head=True, ignore=("lm_head",)))
-    with pytest.raises(UsageError, match=r"means lm_head and not embed_out, its name in the checkpoint"):
+    with pytest.raises(UsageError, match=r"matches lm_head and not embed_out, its name in the checkpoint"):
         quantize(make_config("gpt_neox", quantize_lm_head=True, override=("lm_head=W8",)))
     with pytest.raises(UsageError, match=r"group size 24 does not divide the 64 columns of lm_head\.weight"):
         quantize(make_config(quantize_lm_head=True, scheme=Scheme(num_bits=4, group_size=24)))

@@ -1,4 +1,4 @@
-"""Blocks of the real SmolLM2-135M."""
+"""Quantization of blocks of the real SmolLM2-135M."""
 
 from pathlib import Path
 
@@ -15,8 +15,8 @@ DATA = Path(__file__).parent.parent.parent / "benchmarks" / "data"
 
 
 @pytest.mark.model
-def test_two_bits_in_the_first_blocks(smollm2, tmp_path):
-    """The first three blocks at 2 bits: learning must take most of the damage of round-to-nearest away, on text it never saw."""
+def test_training_removes_most_of_the_perplexity_that_two_bit_rounding_to_nearest_adds(smollm2, tmp_path):
+    """The first three blocks have 2 bits. Perplexity is measured on other text than the calibration text."""
     segments = load_segments(
         DATA / "wikitext2-test.txt", smollm2, num_samples=4, seq_len=256, vocab_size=49152, choice="spread"
     )

@@ -1,4 +1,4 @@
-"""A run that is stopped anywhere goes on, and its files are those of a run that was not."""
+"""Stopped runs resume and give the files of a run that was not stopped; changed inputs and foreign folders are refused."""
 
 import json
 import os
@@ -25,13 +25,14 @@ from tiny import files_of, save_model
 
 
 def windows_done(config, **options):
+    """Quantize, and return the numbers of the windows that were done."""
     reports = []
     quantize(config, lambda event: reports.append(event) if isinstance(event, WindowReport) else None, **options)
-    return [report.window.index for report in reports]
+    return [report.index for report in reports]
 
 
-def test_killed_for_real_in_its_second_window(make_config, tmp_path):
-    """SIGKILL from outside, at a moment that is not chosen by the program."""
+def test_a_process_killed_in_its_second_window_resumes_and_gives_identical_files(make_config):
+    """The process gets SIGKILL at a time that does not depend on its operations."""
     whole = make_config(name="whole", reconstruction={"epochs": 30})
     quantize(whole)
     config = make_config(name="killed", reconstruction={"epochs": 30})
@@ -61,12 +62,14 @@ def test_killed_for_real_in_its_second_window(make_config, tmp_path):
 
 
 def flip(path):
+    """Flip a bit in the middle of a file."""
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
 
 
 def stop_after_the_first_commit(config):
+    """Simulate a kill after the first commit, before its streams are deleted."""
     first = config.run_path / "commits" / "00000"
     quantize_until(
         config, lambda _, name, path: name == "remove_tree" and path.parent.name == "acts" and first.exists()
@@ -85,8 +88,8 @@ LOSSES = {
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_lost_activations_are_made_again(make_config, loss):
-    """From the source and the finished blocks alone, to the checksums that were committed and the same result."""
+def test_missing_or_damaged_streams_are_recomputed(make_config, loss):
+    """The source and the finished blocks are enough to recompute them, and the result is identical."""
     options = {"keep_first": 1, "scheme": Scheme(num_bits=4, group_size=32, activation_bits=8)}
     whole, config = make_config(name="whole", **options), make_config(name="lost", **options)
     quantize(whole)
@@ -97,25 +100,25 @@ def test_lost_activations_are_made_again(make_config, loss):
     assert files_of(Path(config.out)) == files_of(Path(whole.out))
 
 
-def test_activations_that_come_out_otherwise_are_refused(make_config):
-    """Where the blocks on disk are not those that made the committed streams, nothing goes on."""
+def test_recomputed_streams_that_differ_from_the_committed_ones_are_refused(make_config):
+    """They differ if a finished block was changed on disk."""
     config = make_config()
     stop_after_the_first_commit(config)
     shutil.rmtree(config.run_path / "acts" / "00001")
     flip(config.run_path / "parts" / "00000" / "block-00000.safetensors")
-    with pytest.raises(InputError, match="made again they are not what was committed"):
+    with pytest.raises(InputError, match="the recomputed streams are not what was committed"):
         quantize(config)
     assert windows_committed(config.run_path) == 1
 
 
-def test_parts_and_carry_are_identical_too(make_config):
+def test_shards_and_window_states_of_a_killed_run_are_identical_to_those_of_a_whole_run(make_config):
     whole, config = make_config(name="whole"), make_config(name="stopped")
-    carries: dict[str, list[bytes]] = {"whole": [], "stopped": []}
+    states: dict[str, list[bytes]] = {"whole": [], "stopped": []}
     commits = 0
 
     def watch(name, path, kind):
         if name == "remove_file":
-            carries[kind].append(path.read_bytes())
+            states[kind].append(path.read_bytes())
 
     def die(number, name, path):
         nonlocal commits
@@ -130,16 +133,17 @@ def test_parts_and_carry_are_identical_too(make_config):
         quantize(config, disk=Disk(die))
     quantize(config, disk=Disk(lambda number, name, path: watch(name, path, "stopped")))
     assert files_of(whole.run_path / "parts") == files_of(config.run_path / "parts")
-    assert len(carries["whole"]) == 1
-    assert carries["whole"] == carries["stopped"]
+    assert len(states["whole"]) == 1
+    assert states["whole"] == states["stopped"]
 
 
 @pytest.mark.parametrize("rounding", ["signround", "lora_rounding"])
-def test_folds_and_truncated_weights_go_on_too(with_outliers, make_config, rounding):
+def test_a_resumed_run_continues_smoothing_and_truncation(with_outliers, make_config, rounding):
+    """A run that stops in its second window and resumes gives the files of a whole run."""
     options = {
         "model": with_outliers("llama"),
         "scheme": Scheme(num_bits=4, group_size=16, activation_bits=8, activation_strategy="tensor"),
-        "outliers": TransformConfig(weights=True, activations="always", variant="paper"),
+        "transforms": TransformConfig(truncate_weights=True, smoothing="always", smoothing_rule="paper"),
         "reconstruction": {"rounding": rounding, "kl_weight": 0.1, "robust_tokens": 1, "schedule": "cosine"},
     }
     whole, config = make_config(name="whole", **options), make_config(name="stopped", **options)
@@ -152,7 +156,7 @@ def test_folds_and_truncated_weights_go_on_too(with_outliers, make_config, round
 
 
 def die_in_window(number):
-    """A listener that raises when window `number`, counted from 1, begins its reconstruction."""
+    """A listener that simulates a kill when window `number`, counted from 1, begins its reconstruction."""
 
     def listen(event):
         if isinstance(event, str) and f"window {number}/" in event and "reconstruction" in event:
@@ -161,7 +165,7 @@ def die_in_window(number):
     return listen
 
 
-def test_a_finished_run_is_left_alone(make_config):
+def test_quantizing_a_finished_run_again_changes_no_file(make_config):
     config = make_config()
     quantize(config)
     before = {path.name: path.stat().st_mtime_ns for path in Path(config.out).iterdir()}
@@ -169,7 +173,7 @@ def test_a_finished_run_is_left_alone(make_config):
     assert {path.name: path.stat().st_mtime_ns for path in Path(config.out).iterdir()} == before
 
 
-def test_output_is_put_together_again_if_it_was_deleted(make_config):
+def test_a_deleted_result_is_written_again_from_the_run_directory(make_config):
     config = make_config()
     quantize(config)
     expected = files_of(Path(config.out))
@@ -193,7 +197,8 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("field", CHANGES)
-def test_another_identity_is_refused_by_name(make_config, field):
+def test_changed_settings_are_refused_with_the_name_of_the_setting(make_config, field):
+    """So are other calibration tokens and another number of threads. The message gives the old and the new value."""
     config = make_config(reconstruction={"epochs": 1})
     quantize(config)
     before = files_of(config.run_path)
@@ -202,15 +207,15 @@ def test_another_identity_is_refused_by_name(make_config, field):
     assert files_of(config.run_path) == before
 
 
-def test_another_source_is_refused(make_config, tiny_models):
+def test_resuming_with_a_source_of_another_architecture_is_refused(make_config, tiny_models):
     config = make_config()
     quantize(config)
     with pytest.raises(IdentityError, match=r"source\.config"):
         quantize(QuantizeConfig.from_dict({**config.to_dict(), "model": str(tiny_models["mistral"])}))
 
 
-def test_other_weights_under_the_same_names_are_another_source(make_config, tmp_path):
-    """A fine-tune that was overwritten by the next one must not be mixed with it."""
+def test_resuming_after_the_weights_of_the_source_changed_is_refused(make_config, tmp_path):
+    """Otherwise blocks of two models would be mixed, for instance if a fine-tuned model was overwritten by the next one."""
     config = make_config(model=save_model(tmp_path / "model"))
     quantize(config)
     shutil.rmtree(config.model)
@@ -219,7 +224,7 @@ def test_other_weights_under_the_same_names_are_another_source(make_config, tmp_
         quantize(config)
 
 
-def test_moved_runs_go_on(make_config, tmp_path):
+def test_a_moved_run_directory_can_be_resumed_with_another_output(make_config, tmp_path):
     config = make_config()
     quantize(config)
     expected = files_of(Path(config.out))
@@ -231,7 +236,7 @@ def test_moved_runs_go_on(make_config, tmp_path):
     assert files_of(tmp_path / "elsewhere") == expected
 
 
-def test_a_second_process_is_turned_away(make_config):
+def test_a_run_that_another_process_has_locked_is_refused(make_config):
     config = make_config()
     quantize(config)
     with (
@@ -241,7 +246,7 @@ def test_a_second_process_is_turned_away(make_config):
         quantize(config)
 
 
-def test_a_changed_commit_is_found(make_config):
+def test_a_changed_commit_is_refused(make_config):
     config = make_config()
     quantize(config)
     record = config.run_path / "commits" / "00001"
@@ -252,7 +257,7 @@ def test_a_changed_commit_is_found(make_config):
         quantize(config)
 
 
-def test_a_missing_commit_in_the_middle_is_found(make_config):
+def test_a_missing_commit_between_others_is_refused(make_config):
     config = make_config()
     quantize(config)
     (config.run_path / "commits" / "00001").unlink()
@@ -260,7 +265,7 @@ def test_a_missing_commit_in_the_middle_is_found(make_config):
         quantize(config)
 
 
-def test_a_folder_that_is_no_run_is_not_touched(make_config):
+def test_a_run_directory_with_foreign_files_is_refused_and_not_changed(make_config):
     config = make_config()
     config.run_path.mkdir()
     (config.run_path / "thesis.txt").write_text("mine")
@@ -270,7 +275,7 @@ def test_a_folder_that_is_no_run_is_not_touched(make_config):
 
 
 @pytest.mark.parametrize("name", ["tmp", "parts", "commits"])
-def test_a_folder_of_somebody_else_with_our_names_is_not_touched(make_config, name):
+def test_a_foreign_folder_with_subfolders_named_as_in_a_run_is_refused_and_not_changed(make_config, name):
     config = make_config()
     (config.run_path / name).mkdir(parents=True)
     (config.run_path / name / "thesis.txt").write_text("mine")
@@ -279,7 +284,7 @@ def test_a_folder_of_somebody_else_with_our_names_is_not_touched(make_config, na
     assert files_of(config.run_path) == {f"{name}/thesis.txt": b"mine"}
 
 
-def test_a_finished_run_does_not_claim_the_output_of_another(make_config, tmp_path):
+def test_a_finished_run_refuses_an_output_folder_that_holds_another_model(make_config, tmp_path):
     config = make_config()
     quantize(config)
     other = shutil.copytree(config.model, tmp_path / "other")
@@ -289,7 +294,7 @@ def test_a_finished_run_does_not_claim_the_output_of_another(make_config, tmp_pa
     assert files_of(other) == before
 
 
-def test_an_output_that_is_a_link_is_refused_at_once(make_config, tmp_path):
+def test_an_output_that_is_a_symbolic_link_is_refused_before_the_run_starts(make_config, tmp_path):
     config = make_config()
     (tmp_path / "empty").mkdir()
     Path(config.out).symlink_to(tmp_path / "empty")
@@ -298,21 +303,22 @@ def test_an_output_that_is_a_link_is_refused_at_once(make_config, tmp_path):
     assert not config.run_path.exists()
 
 
-def test_only_the_newest_carries_are_kept(make_config):
-    """Each is half a window large; all of them would be as large as the model. With two, a window can be reverted."""
+def test_only_the_two_newest_window_states_are_kept(make_config):
+    """A window state is as large as half a window; all of them would be as large as the model. With two, a window can be rolled back."""
     config = make_config()
     seen = []
 
     def watch(number, name, path):
         if name == "publish" or (name == "rename" and path.parent.name == "commits"):
-            seen.append(sorted(file.parent.name for file in config.run_path.rglob("parts/*/carry.safetensors")))
+            states = config.run_path.rglob("parts/*/state.safetensors")
+            seen.append(sorted(file.parent.name for file in states))
 
     quantize(config, disk=Disk(watch))
     assert seen == [["00000"], ["00000", "00001"], ["00000", "00001"], ["00001"]]
     assert list((config.run_path / "tmp").iterdir()) == []
 
 
-def test_weights_that_are_not_finite_are_one_line(make_config, tmp_path):
+def test_a_weight_that_is_not_finite_is_an_error_of_one_line_that_names_its_place(make_config, tmp_path):
     folder = save_model(tmp_path / "model", max_shard_size="1GB")
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")

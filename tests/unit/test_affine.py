@@ -1,4 +1,4 @@
-"""Affine quantization: the formula, its limits, and exactness of what is stored."""
+"""Affine quantization: codes, zero points, exactness of stored values, and the search for scales."""
 
 import math
 from dataclasses import replace
@@ -31,7 +31,7 @@ def quantize(w, scale, zero, scheme):
 
 
 @given(scheme=schemes, seed=st.integers(0, 1000), size=st.sampled_from([1e-6, 0.02, 3.0]))
-def test_codes_are_in_range_and_the_nearest(scheme, seed, size):
+def test_codes_are_in_range_and_nearest_to_the_weight(scheme, seed, size):
     w = torch.randn(6, 32, generator=torch.Generator().manual_seed(seed)) * size
     scale, zero = minmax_grid(w, scheme)
     hard = quantize(w, scale, zero, scheme)
@@ -45,7 +45,7 @@ def test_codes_are_in_range_and_the_nearest(scheme, seed, size):
 
 @given(scheme=schemes, seed=st.integers(0, 1000))
 def test_dequantized_weights_are_exact_in_float32(scheme, seed):
-    """(q - z) * s needs at most 17 bits, so float64 arithmetic gives the same numbers."""
+    """A product (q - z) * s has at most 17 significant bits, so float32 and float64 arithmetic give the same numbers."""
     w = torch.randn(4, 32, generator=torch.Generator().manual_seed(seed))
     scale, zero = minmax_grid(w, scheme)
     hard = quantize(w, scale, zero, scheme)
@@ -57,15 +57,15 @@ def test_dequantized_weights_are_exact_in_float32(scheme, seed):
 
 
 @given(st.floats(1e-30, 1e6))
-def test_storable_scales_are_exact_in_every_format(value):
+def test_storable_scales_are_exact_in_bfloat16_float16_and_float32(value):
     scale = storable_scale(torch.tensor([value]))
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         assert torch.equal(scale.to(dtype).float(), scale)
     assert scale >= 2.0**-17
 
 
-def test_worked_example_asymmetric():
-    """Range [-1, 2] in 2 bits: step 1, and -1 is code qmin = -2, so zero point -1."""
+def test_asymmetric_weight_of_a_worked_example():
+    """In 2 bits, the range [-1, 2] has the scale 1. The weight -1 has the code qmin = -2, so the zero point is -1."""
     scheme = Scheme(num_bits=2, group_size=None, symmetric=False)
     w = torch.tensor([[-1.0, 0.2, 0.9, 2.0]])
     scale, zero = minmax_grid(w, scheme)
@@ -74,7 +74,7 @@ def test_worked_example_asymmetric():
     assert quantize(w, scale, zero, scheme).codes.tolist() == [[-2, -1, 0, 1]]
 
 
-def test_a_row_of_zeros_stays_zero():
+def test_rows_of_zeros_are_dequantized_to_zeros():
     for symmetric in (True, False):
         scheme = Scheme(num_bits=4, group_size=None, symmetric=symmetric)
         w = torch.zeros(2, 16)
@@ -82,14 +82,14 @@ def test_a_row_of_zeros_stays_zero():
             assert torch.equal(dequantize(quantize(w, *grid, scheme)), w)
 
 
-def test_group_size_that_does_not_divide_is_refused():
+def test_group_size_that_does_not_divide_the_columns_is_refused():
     with pytest.raises(ValueError, match="128 does not divide 576"):
         num_groups(576, 128)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("num_bits", [2, 3, 4])
-def test_search_is_never_worse_than_minmax_in_its_own_measure(num_bits, symmetric):
+def test_search_reduces_the_weighted_error_of_minmax_by_at_least_5_percent(num_bits, symmetric):
     scheme = Scheme(num_bits=num_bits, group_size=16, symmetric=symmetric)
     generator = torch.Generator().manual_seed(3)
     w = torch.randn(24, 64, generator=generator) ** 3
@@ -101,7 +101,7 @@ def test_search_is_never_worse_than_minmax_in_its_own_measure(num_bits, symmetri
     assert error(search_grid(w, moment, scheme)) < 0.95 * error(minmax_grid(w, scheme))
 
 
-def test_signal_to_noise():
+def test_sqnr_db_of_worked_examples_and_its_limits():
     w_OI = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
     scheme = Scheme(num_bits=8, group_size=None)
     off = QuantizedWeight(torch.tensor([[3, 3], [0, 0]], dtype=torch.int8), torch.ones(2, 1), None, scheme)

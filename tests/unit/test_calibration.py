@@ -1,4 +1,4 @@
-"""Text and tokens to segments."""
+"""Calibration segments from text files and from files of token ids."""
 
 import json
 
@@ -21,7 +21,7 @@ DOCUMENTS = [" ".join(WORDS[(3 * line + word) % 50] for word in range(40)) for l
 
 @pytest.fixture(scope="module")
 def tokenizer_folder(tmp_path_factory):
-    """A folder with a tokenizer that gives one id per word."""
+    """Folder with a tokenizer that maps each word to one id."""
     tokenizer = Tokenizer(
         models.WordLevel({word: index for index, word in enumerate(["<unk>", *WORDS])}, unk_token="<unk>")
     )
@@ -35,7 +35,7 @@ def load(path, folder="/nowhere", num_samples=4, seq_len=16, **options):
     return load_segments(path, folder, num_samples=num_samples, seq_len=seq_len, vocab_size=60, **options)
 
 
-def test_every_text_format_gives_the_same_segments(tmp_path, tokenizer_folder):
+def test_jsonl_parquet_and_plain_text_give_the_same_segments(tmp_path, tokenizer_folder):
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in DOCUMENTS) + "\n\n")
     pq.write_table(pa.table({"text": DOCUMENTS}), tmp_path / "a.parquet")
     (tmp_path / "a.txt").write_text("\n\n".join(DOCUMENTS))
@@ -47,7 +47,7 @@ def test_every_text_format_gives_the_same_segments(tmp_path, tokenizer_folder):
     assert first.flatten().tolist() == whole[: 20 * 16]
 
 
-def test_a_long_file_is_not_tokenized_whole_and_gives_the_same(tmp_path, tokenizer_folder):
+def test_segments_do_not_depend_on_text_after_the_last_segment(tmp_path, tokenizer_folder):
     (tmp_path / "long.txt").write_text("\n\n".join(DOCUMENTS * 50))
     (tmp_path / "short.txt").write_text("\n\n".join(DOCUMENTS))
     assert torch.equal(load(tmp_path / "long.txt", tokenizer_folder), load(tmp_path / "short.txt", tokenizer_folder))
@@ -55,8 +55,10 @@ def test_a_long_file_is_not_tokenized_whole_and_gives_the_same(tmp_path, tokeniz
 
 @pytest.mark.parametrize("choice", ["first", "spread"])
 @pytest.mark.parametrize("beginning", [WORDS[:1], WORDS[1:3]], ids=["BOS", "two tokens"])
-def test_every_segment_begins_as_the_tokenizer_begins_a_text(tmp_path, tokenizer_folder, choice, beginning):
-    """Where it puts something before a text; else a segment is as before."""
+def test_with_begun_every_segment_starts_with_the_special_tokens_of_the_tokenizer(
+    tmp_path, tokenizer_folder, choice, beginning
+):
+    """Without such tokens, `begun` changes nothing. Without `begun`, only the first segment starts with them."""
     (tmp_path / "a.txt").write_text("\n\n".join(DOCUMENTS))
     plain = load(tmp_path / "a.txt", tokenizer_folder, 20, choice=choice, begun=True)
     assert torch.equal(plain, load(tmp_path / "a.txt", tokenizer_folder, 20, choice=choice))
@@ -78,7 +80,7 @@ def test_every_segment_begins_as_the_tokenizer_begins_a_text(tmp_path, tokenizer
     assert not (usual[1:, :size] == torch.tensor(ids)).all()
 
 
-def test_token_files(tmp_path):
+def test_npy_and_safetensors_files_of_token_ids_are_read(tmp_path):
     ids = np.arange(100) % 60
     np.save(tmp_path / "ids.npy", ids)
     save_file({"ids": torch.from_numpy(ids).to(torch.int32)}, tmp_path / "ids.safetensors")
@@ -87,14 +89,14 @@ def test_token_files(tmp_path):
     assert torch.equal(load(tmp_path / "ids.safetensors"), expected)
 
 
-def test_spread_takes_both_outer(tmp_path):
+def test_spread_segments_include_the_first_and_the_last(tmp_path):
     np.save(tmp_path / "ids.npy", np.repeat(np.arange(11), 16))
     segments = load(tmp_path / "ids.npy", num_samples=3, choice="spread")
     assert segments[:, 0].tolist() == [0, 5, 10]
     assert len(load(tmp_path / "ids.npy", num_samples=99, choice="spread")) == 11
 
 
-def test_digest_knows_shape_and_content():
+def test_segments_digest_depends_on_shape_and_content():
     ids = torch.arange(12)
     digests = {segments_digest(ids.view(3, 4)), segments_digest(ids.view(4, 3)), segments_digest((ids + 1).view(3, 4))}
     assert len(digests) == 3
@@ -106,14 +108,14 @@ def write(path, content):
     return path
 
 
-def test_too_little_text_says_how_much_is_needed(tmp_path):
+def test_too_few_tokens_are_refused_with_the_number_that_is_needed(tmp_path):
     np.save(tmp_path / "ids.npy", np.zeros(63, dtype=np.int64))
     with pytest.raises(InputError, match="63 tokens, 64 are needed"):
         load(tmp_path / "ids.npy")
 
 
 @pytest.mark.parametrize("value", [60, -1])
-def test_tokens_outside_the_vocabulary(tmp_path, value):
+def test_tokens_outside_the_vocabulary_are_refused(tmp_path, value):
     np.save(tmp_path / "ids.npy", np.full(64, value))
     with pytest.raises(InputError, match=f"token {value} is outside"):
         load(tmp_path / "ids.npy")
@@ -129,14 +131,14 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_broken_text(tmp_path, name):
+def test_broken_text_files_are_refused(tmp_path, name):
     content, message = BROKEN[name]
     with pytest.raises(InputError, match=message):
         list(documents(write(tmp_path / name, content)))
 
 
-def test_damaged_parquet(tmp_path):
-    """The footer is read first and is sound; the pages before it are not."""
+def test_parquet_with_damaged_pages_is_refused(tmp_path):
+    """The footer, which is read first, is intact; the pages before it are damaged."""
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": DOCUMENTS * 20}), path, compression="zstd", use_dictionary=False)
     content = bytearray(path.read_bytes())
@@ -146,25 +148,25 @@ def test_damaged_parquet(tmp_path):
         list(documents(path))
 
 
-def test_missing_file_and_folder(tmp_path):
+def test_missing_files_and_folders_are_refused_as_text(tmp_path):
     with pytest.raises(InputError, match="no such file"):
         list(documents(tmp_path / "none.txt"))
     with pytest.raises(InputError, match="a folder"):
         list(documents(tmp_path))
 
 
-def test_a_pickled_npy_is_refused(tmp_path):
+def test_npy_with_pickled_objects_is_refused(tmp_path):
     np.save(tmp_path / "o.npy", np.array([{}], dtype=object), allow_pickle=True)
     with pytest.raises(InputError, match=r"not a \.npy"):
         load(tmp_path / "o.npy")
 
 
-def test_floats_are_not_token_ids(tmp_path):
+def test_npy_of_floats_is_refused_as_token_ids(tmp_path):
     np.save(tmp_path / "f.npy", np.zeros(64))
     with pytest.raises(InputError, match="token ids are integers"):
         load(tmp_path / "f.npy")
 
 
-def test_text_needs_a_tokenizer(tmp_path):
+def test_text_without_a_tokenizer_is_refused(tmp_path):
     with pytest.raises(InputError, match="no tokenizer"):
         load(write(tmp_path / "a.txt", b"words"), tmp_path)

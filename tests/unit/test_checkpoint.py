@@ -1,4 +1,4 @@
-"""Reading checkpoints: every dtype, shards, and each way a file can be broken."""
+"""Reading of safetensors checkpoints: dtypes, shards, indexes, reading ahead, and broken files."""
 
 import contextlib
 import json
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 def accept(path):
-    """Read a header; the only error that may come of it is one line of ours."""
+    """Read a header, which must succeed or raise an `InputError` with a message of one line."""
     with contextlib.suppress(InputError):
         try:
             read_header(path)
@@ -44,7 +44,7 @@ def one(dtype="F32", shape=(2,), offsets=(0, 8), name="a"):
     return {name: {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}}
 
 
-def test_reads_any_mix_of_dtypes_from_shards(tmp_path):
+def test_tensors_of_different_dtypes_are_read_from_several_shards(tmp_path):
     shards = {
         "a.safetensors": {"x": torch.randn(3, 4).bfloat16(), "y": torch.randn(5)},
         "b.safetensors": {"z": torch.randn(2, 2, 2).half(), "n": torch.tensor([[1, 2]])},
@@ -65,13 +65,13 @@ def test_reads_any_mix_of_dtypes_from_shards(tmp_path):
             assert checkpoint.tensors()[name] == tuple(value.shape)
 
 
-def test_a_single_file_is_enough(tmp_path):
+def test_single_file_checkpoint_needs_no_index(tmp_path):
     save_file({"x": torch.ones(3)}, tmp_path / "model.safetensors")
     assert list(find_tensors(tmp_path)) == ["x"]
 
 
-def test_reading_one_tensor_does_not_read_the_file(tmp_path):
-    """No mmap and no whole-file read: resident memory grows by the tensor, not by the shard."""
+def test_reading_all_tensors_one_by_one_does_not_keep_the_file_in_memory(tmp_path):
+    """Files are neither mapped nor read as a whole, so resident memory grows by the size of a tensor, not of a shard."""
     save_file({f"t{index}": torch.zeros(1 << 20) for index in range(64)}, tmp_path / "model.safetensors")
     checkpoint = Checkpoint.open(tmp_path)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -81,15 +81,15 @@ def test_reading_one_tensor_does_not_read_the_file(tmp_path):
     assert grown < 32 << 10  # KiB; the file is 256 MiB
 
 
-def test_a_header_that_begins_like_a_pickle_is_no_pickle(tmp_path):
-    """A header of 640 bytes has the first bytes 80 02, which are a pickle's."""
+def test_header_of_640_bytes_is_not_mistaken_for_a_pickle(tmp_path):
+    """A file whose header has 640 bytes starts with the bytes 80 02, as a pickle does."""
     text = json.dumps(one()).encode()
     path = raw(tmp_path / "model.safetensors", text + b" " * (640 - len(text)), bytes(8))
     assert path.read_bytes()[:2] == b"\x80\x02"
     assert list(read_header(path)) == ["a"]
 
 
-def test_truncated_while_running_is_a_clean_error(tmp_path):
+def test_file_that_is_truncated_after_opening_raises_an_input_error(tmp_path):
     save_file({"x": torch.ones(1 << 16)}, tmp_path / "model.safetensors")
     checkpoint = Checkpoint.open(tmp_path)
     with (tmp_path / "model.safetensors").open("r+b") as file:
@@ -100,19 +100,19 @@ def test_truncated_while_running_is_a_clean_error(tmp_path):
 
 FILES = {
     "empty": (b"", "empty file"),
-    "short": (b"1234567", "too short"),
+    "too short": (b"1234567", "too short"),
     "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "git-lfs pointer"),
     "html": (b"<!DOCTYPE html><html>", "HTML page"),
     "zip": (b"PK\x03\x04" + bytes(60), "pickle checkpoint"),
     "pickle": (b"\x80\x02}q\x00.........", "pickle checkpoint"),
     "gguf": (b"GGUF" + bytes(60), "GGUF"),
     "huge header": (struct.pack("<Q", 1 << 40) + b"{}", "exceeds the 100,000,000 limit"),
-    "header past the end": (struct.pack("<Q", 1000) + b"{}", "header says 1000 bytes, file has 10"),
+    "header past the end": (struct.pack("<Q", 1000) + b"{}", "header is 1000 bytes long, file has 10"),
 }
 
 
 @pytest.mark.parametrize("case", FILES)
-def test_files_of_other_kinds(tmp_path, case):
+def test_files_that_are_not_safetensors_are_refused(tmp_path, case):
     content, message = FILES[case]
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
@@ -124,34 +124,38 @@ HEADERS = {
     "not JSON": (b"{nonsense", b"", "not JSON"),
     "not UTF-8": (b'{"\xff": 1}', b"", "not JSON"),
     "a list": (b"[]", b"", "not plausible"),
-    "deep": (b"[" * 200_000, b"", "not JSON"),
-    "twice": (b'{"a": {"dtype":"F32","shape":[1],"data_offsets":[0,4]}, "a": {}}', bytes(4), '"a" appears twice'),
-    "dtype": (one(dtype="F99"), bytes(8), "F99 is not supported"),
-    "negative": (one(offsets=(-8, 0)), bytes(8), "not valid"),
-    "reversed": (one(offsets=(8, 0)), bytes(8), "not valid"),
-    "hole": (one(offsets=(4, 12)), bytes(12), "hole"),
-    "size": (one(shape=(3,)), bytes(8), r"shape \[3\] F32 needs 12 bytes, header gives 8"),
-    "overflow": (one(shape=(1 << 30, 1 << 30)), bytes(8), "not plausible"),
-    "zero but huge": (one(shape=(0, 1 << 40), offsets=(0, 0)), b"", "not plausible"),
-    "boolean": (one(shape=(True,)), bytes(8), "not plausible"),
-    "trailing": (one(), bytes(9), "header describes"),
-    "truncated": (one(), bytes(7), "header describes"),
+    "deeply nested": (b"[" * 200_000, b"", "not JSON"),
+    "same name twice": (
+        b'{"a": {"dtype":"F32","shape":[1],"data_offsets":[0,4]}, "a": {}}',
+        bytes(4),
+        '"a" appears twice',
+    ),
+    "unknown dtype": (one(dtype="F99"), bytes(8), "F99 is not supported"),
+    "negative offset": (one(offsets=(-8, 0)), bytes(8), "not valid"),
+    "reversed offsets": (one(offsets=(8, 0)), bytes(8), "not valid"),
+    "unused bytes": (one(offsets=(4, 12)), bytes(12), "hole"),
+    "shape and offsets disagree": (one(shape=(3,)), bytes(8), r"shape \[3\] F32 needs 12 bytes, header gives 8"),
+    "product of sizes overflows": (one(shape=(1 << 30, 1 << 30)), bytes(8), "not plausible"),
+    "huge size in an empty tensor": (one(shape=(0, 1 << 40), offsets=(0, 0)), b"", "not plausible"),
+    "boolean as a size": (one(shape=(True,)), bytes(8), "not plausible"),
+    "bytes after the data": (one(), bytes(9), "header describes"),
+    "truncated data": (one(), bytes(7), "header describes"),
     "name with a slash": (one(name="../x"), bytes(8), "is not allowed"),
     "name with NUL": (one(name="a\0b"), bytes(8), "is not allowed"),
-    "entry": ({"a": 3}, b"", "not an object"),
-    "metadata": ({"__metadata__": {"a": 1}}, b"", "not plausible"),
+    "entry is a number": ({"a": 3}, b"", "not an object"),
+    "metadata is not text": ({"__metadata__": {"a": 1}}, b"", "not plausible"),
 }
 
 
 @pytest.mark.parametrize("case", HEADERS)
-def test_headers_that_lie(tmp_path, case):
+def test_inconsistent_headers_are_refused(tmp_path, case):
     header, data, message = HEADERS[case]
     with pytest.raises(InputError, match=message):
         read_header(raw(tmp_path / "model.safetensors", header, data))
 
 
 @given(st.binary(max_size=300))
-def test_any_bytes_are_an_input_error_or_a_header(tmp_path_factory, content):
+def test_random_bytes_give_a_header_or_an_input_error(tmp_path_factory, content):
     path = tmp_path_factory.mktemp("fuzz") / "model.safetensors"
     path.write_bytes(content)
     accept(path)
@@ -165,25 +169,28 @@ def test_any_bytes_are_an_input_error_or_a_header(tmp_path_factory, content):
         ),
     )
 )
-def test_any_json_is_an_input_error_or_a_header(tmp_path_factory, header):
+def test_random_json_gives_a_header_or_an_input_error(tmp_path_factory, header):
     path = raw(tmp_path_factory.mktemp("fuzz") / "model.safetensors", header, bytes(8))
     accept(path)
 
 
 INDEXES = {
-    "leaves": ({"weight_map": {"x": "../x.safetensors"}}, "leaves the model folder"),
-    "absolute": ({"weight_map": {"x": "/etc/passwd"}}, "leaves the model folder"),
+    "parent folder": ({"weight_map": {"x": "../x.safetensors"}}, "leaves the model folder"),
+    "absolute path": ({"weight_map": {"x": "/etc/passwd"}}, "leaves the model folder"),
     "backslash": ({"weight_map": {"x": "a\\b"}}, "leaves the model folder"),
     "not a string": ({"weight_map": {"x": 3}}, "leaves the model folder"),
-    "no map": ({}, "no weight_map"),
+    "no weight map": ({}, "no weight_map"),
     "missing shard": ({"weight_map": {"x": "b.safetensors", "y": "b.safetensors"}}, r"missing \(2 tensors\)"),
-    "names too much": ({"weight_map": {"x": "a.safetensors", "y": "a.safetensors"}}, "index and shards disagree"),
-    "names too little": ({"weight_map": {"y": "a.safetensors"}}, "index and shards disagree"),
+    "tensor that no shard has": (
+        {"weight_map": {"x": "a.safetensors", "y": "a.safetensors"}},
+        "index and shards disagree",
+    ),
+    "tensor of a shard is missing": ({"weight_map": {"y": "a.safetensors"}}, "index and shards disagree"),
 }
 
 
 @pytest.mark.parametrize("case", INDEXES)
-def test_broken_indexes(tmp_path, case):
+def test_broken_indexes_are_refused(tmp_path, case):
     index, message = INDEXES[case]
     save_file({"x": torch.ones(3)}, tmp_path / "a.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -191,7 +198,7 @@ def test_broken_indexes(tmp_path, case):
         find_tensors(tmp_path)
 
 
-def test_folders_without_safetensors(tmp_path):
+def test_folders_without_safetensors_are_refused(tmp_path):
     with pytest.raises(InputError, match="no safetensors"):
         find_tensors(tmp_path)
     np.save(tmp_path / "x.npy", np.ones(2))
@@ -200,21 +207,21 @@ def test_folders_without_safetensors(tmp_path):
         find_tensors(tmp_path)
 
 
-def test_shards_without_an_index(tmp_path):
+def test_several_shards_without_an_index_are_refused(tmp_path):
     for name in "ab":
         save_file({name: torch.ones(3)}, tmp_path / f"{name}.safetensors")
     with pytest.raises(InputError, match=r"2 shards but no model\.safetensors\.index\.json"):
         find_tensors(tmp_path)
 
 
-def test_a_fifo_is_refused_at_once(tmp_path):
+def test_named_pipe_is_refused_without_waiting_for_a_writer(tmp_path):
     os.mkfifo(tmp_path / "model.safetensors")
     with pytest.raises(InputError, match="not a regular file"):
         read_header(tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize("present", [True, False])
-def test_reading_ahead_reads_and_leaves_errors_to_who_reads(tmp_path, present, monkeypatch):
+def test_reading_ahead_reads_all_tensors_and_ignores_a_missing_file(tmp_path, present, monkeypatch):
     save_file({"a": torch.ones(2), "b": torch.ones(3)}, tmp_path / "model.safetensors")
     checkpoint, seen = Checkpoint.open(tmp_path), []
     raw, done = Checkpoint.raw, threading.Event()
@@ -235,7 +242,7 @@ def test_reading_ahead_reads_and_leaves_errors_to_who_reads(tmp_path, present, m
     assert not [thread for thread in threading.enumerate() if thread.name == "weights-ahead"]
 
 
-def test_reading_ahead_stops_where_it_is_not_needed_any_more(tmp_path, monkeypatch):
+def test_reading_ahead_stops_at_the_end_of_the_with_statement(tmp_path, monkeypatch):
     save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
     given = []
 

@@ -1,4 +1,4 @@
-"""Durable operations: what they promise when they work and when they do not."""
+"""Durable file operations: their results, and their errors when the operating system refuses them."""
 
 import errno
 import hashlib
@@ -11,14 +11,14 @@ from cbqstream.disk import Disk
 from cbqstream.errors import StorageError
 
 
-def test_write_gives_the_digest_of_what_lies_there(tmp_path):
+def test_write_returns_the_digest_of_the_file_content(tmp_path):
     digest = Disk().write(tmp_path / "f", [b"abc", b"", b"def"])
     assert (tmp_path / "f").read_bytes() == b"abcdef"
     assert (digest.size, digest.sha256) == (6, hashlib.sha256(b"abcdef").hexdigest())
     assert (tmp_path / "f").stat().st_mode & 0o777 == 0o600
 
 
-def test_nothing_is_overwritten(tmp_path):
+def test_write_and_rename_do_not_overwrite_a_file(tmp_path):
     (tmp_path / "f").write_text("old")
     with pytest.raises(StorageError, match="File exists"):
         Disk().write(tmp_path / "f", [b"new"])
@@ -28,14 +28,14 @@ def test_nothing_is_overwritten(tmp_path):
     assert (tmp_path / "f").read_text() == "old"
 
 
-def test_a_link_in_the_way_is_not_followed(tmp_path):
+def test_write_does_not_follow_a_symbolic_link(tmp_path):
     (tmp_path / "f").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(StorageError):
         Disk().write(tmp_path / "f", [b"x"])
     assert not (tmp_path / "elsewhere").exists()
 
 
-def test_a_full_disk_is_one_line_with_a_remedy(tmp_path, monkeypatch):
+def test_full_disk_raises_a_storage_error_that_says_what_to_do(tmp_path, monkeypatch):
     def full(handle):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -45,7 +45,7 @@ def test_a_full_disk_is_one_line_with_a_remedy(tmp_path, monkeypatch):
     assert caught.value.exit_code == 74
 
 
-def test_a_scratch_file_has_no_name_and_keeps_its_pieces(tmp_path):
+def test_scratch_file_has_no_name_and_returns_what_was_written(tmp_path):
     with Disk().scratch(tmp_path / "s") as file:
         assert not list(tmp_path.iterdir())
         first, second = file.append(b"abcdef"), file.append(b"gh")
@@ -58,24 +58,24 @@ def test_a_scratch_file_has_no_name_and_keeps_its_pieces(tmp_path):
             file.read(second, bytearray(3))
 
 
-def test_a_scratch_file_on_a_full_disk(tmp_path, monkeypatch):
-    """Written as far as there is room, and then the usual line."""
+def test_scratch_file_on_a_full_disk_raises_a_storage_error(tmp_path, monkeypatch):
+    """The operating system writes three bytes at a time, and refuses the third write."""
     written = []
 
-    def some_room(handle, content, start):
+    def write_three_bytes_twice(handle, content, start):
         if len(written) == 2:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         written.append((start, bytes(content[:3])))
         return 3
 
-    monkeypatch.setattr(disk_module.os, "pwrite", some_room)
+    monkeypatch.setattr(disk_module.os, "pwrite", write_three_bytes_twice)
     with Disk().scratch(tmp_path / "s") as file, pytest.raises(StorageError, match="No space left on device") as caught:
         file.append(b"abcdefgh")
     assert written == [(0, b"abc"), (3, b"def")]
     assert caught.value.full
 
 
-def test_publish_takes_an_empty_folder_and_no_other(tmp_path):
+def test_publish_replaces_an_empty_folder_and_refuses_a_folder_with_files(tmp_path):
     for name in ("source", "empty", "full"):
         (tmp_path / name).mkdir(mode=0o700)
     (tmp_path / "source" / "f").write_text("x")
@@ -88,7 +88,7 @@ def test_publish_takes_an_empty_folder_and_no_other(tmp_path):
 
 
 @pytest.mark.parametrize("why", [errno.EXDEV, errno.EPERM, errno.ENOSYS, errno.EMLINK])
-def test_copies_where_links_are_not_to_be_had(tmp_path, monkeypatch, why):
+def test_link_or_copy_copies_where_hard_links_are_not_possible(tmp_path, monkeypatch, why):
     (tmp_path / "f").write_bytes(b"content")
     Disk().link_or_copy(tmp_path / "f", tmp_path / "linked")
     assert (tmp_path / "linked").samefile(tmp_path / "f")
@@ -102,7 +102,7 @@ def test_copies_where_links_are_not_to_be_had(tmp_path, monkeypatch, why):
     assert not (tmp_path / "copied").samefile(tmp_path / "f")
 
 
-def test_operations_are_numbered_before_they_happen(tmp_path):
+def test_operations_are_reported_with_their_number_before_they_happen(tmp_path):
     seen = []
     disk = Disk(lambda number, name, path: seen.append((number, name, path.exists())))
     disk.make_folder(tmp_path / "d")

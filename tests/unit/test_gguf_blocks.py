@@ -1,4 +1,4 @@
-"""Blocks of GGUF, read by the gguf package."""
+"""Blocks of GGUF: quantized weights are encoded here and decoded by the gguf package."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from cbqstream.packed.gguf_blocks import block_kind, cannot_gguf, encode_blocks
 from cbqstream.records import QuantizedWeight
 from cbqstream.scheme import Scheme
 
-HELD = {
+SUPPORTED = {
     "Q4_0": [Scheme(num_bits=4, group_size=size) for size in (32, 64, None)],
     "Q8_0": [Scheme(num_bits=8, group_size=size) for size in (32, None)],
     "Q4_K": [Scheme(num_bits=4, group_size=size, symmetric=False) for size in (256, None)],
@@ -35,9 +35,9 @@ def random_weight(scheme, rows=24, columns=512):
 
 
 @pytest.mark.parametrize(
-    ("name", "scheme"), [(name, scheme) for name, schemes in HELD.items() for scheme in schemes], ids=str
+    ("name", "scheme"), [(name, scheme) for name, schemes in SUPPORTED.items() for scheme in schemes], ids=str
 )
-def test_every_weight_is_the_same(name, scheme):
+def test_gguf_decodes_exactly_the_dequantized_weight(name, scheme):
     weight = random_weight(scheme)
     assert cannot_gguf(scheme) is None
     assert block_kind(scheme)[0] == name
@@ -48,15 +48,15 @@ def test_every_weight_is_the_same(name, scheme):
 @pytest.mark.parametrize(
     ("scheme", "reason"),
     [
-        (Scheme(num_bits=4, group_size=16), "groups of 16 (Q4_0 can: multiples of 32, or one scale per channel)"),
+        (Scheme(num_bits=4, group_size=16), "groups of 16 (Q4_0 supports multiples of 32, or one scale per channel)"),
         (
             Scheme(num_bits=4, group_size=64, symmetric=False),
-            "groups of 64 (Q4_K can: multiples of 256, or one scale per channel)",
+            "groups of 64 (Q4_K supports multiples of 256, or one scale per channel)",
         ),
         (Scheme(num_bits=3, group_size=None, symmetric=False), "3 bits with zero points"),
         (Scheme(num_bits=6, group_size=None), "6 bits without zero points"),
         (Scheme(num_bits=4, group_size=None, activation_bits=8), "inputs of 8 bits"),
     ],
 )
-def test_what_it_cannot_hold(scheme, reason):
+def test_unsupported_schemes_are_refused_with_a_reason(scheme, reason):
     assert cannot_gguf(scheme) == reason

@@ -1,4 +1,4 @@
-"""Tensors that lie in a file while they are not used."""
+"""Offloading of tensors to a scratch file while nothing is computed with them."""
 
 import pytest
 import torch
@@ -8,8 +8,8 @@ from cbqstream.disk import Disk
 from cbqstream.runtime.offload import Offloadable, OffloadedTensor
 
 
-class Two(Offloadable):
-    """A module with two large tensors and a small one."""
+class TwoLargeTensors(Offloadable):
+    """A module with two large tensors that are offloaded and a small one that is not."""
 
     large = ("weight", "v")
 
@@ -27,86 +27,86 @@ def file(tmp_path):
 
 
 @pytest.fixture
-def two():
-    return Two(torch.randn(4, 6, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16))
+def module():
+    return TwoLargeTensors(torch.randn(4, 6, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.int8, torch.int64])
-def test_pages_come_back_bit_for_bit(file, dtype):
+def test_tensors_are_read_back_bit_for_bit(file, dtype):
     values = torch.arange(-6, 6).to(dtype)
-    pages = [OffloadedTensor.of(values.view(3, 4), file), OffloadedTensor.of(values.view(3, 4).T, file)]
-    assert torch.equal(pages[0].read(), values.view(3, 4))
-    assert torch.equal(pages[1].read(), values.view(3, 4).T)
-    assert pages[0].nbytes == values.nbytes
+    tensors = [OffloadedTensor.of(values.view(3, 4), file), OffloadedTensor.of(values.view(3, 4).T, file)]
+    assert torch.equal(tensors[0].read(), values.view(3, 4))
+    assert torch.equal(tensors[1].read(), values.view(3, 4).T)
+    assert tensors[0].nbytes == values.nbytes
 
 
-def test_what_is_not_placed_is_not_in_memory(file, two):
-    weight = two.weight.clone()
-    two.offload(file)
-    assert (two.weight.device.type, two.v.device.type, two.bias.device.type) == ("meta", "meta", "cpu")
-    assert (two.weight.shape, two.weight.dtype) == (weight.shape, weight.dtype)
-    with two.placed():
-        assert torch.equal(two.weight, weight)
-        assert not two.v.any()
-    assert two.weight.device.type == "meta"
+def test_large_tensors_are_on_the_meta_device_unless_placed(file, module):
+    weight = module.weight.clone()
+    module.offload(file)
+    assert (module.weight.device.type, module.v.device.type, module.bias.device.type) == ("meta", "meta", "cpu")
+    assert (module.weight.shape, module.weight.dtype) == (weight.shape, weight.dtype)
+    with module.placed():
+        assert torch.equal(module.weight, weight)
+        assert not module.v.any()
+    assert module.weight.device.type == "meta"
 
 
-def test_what_changes_while_it_is_placed_stays_changed_and_only_that_is_written(file, two, monkeypatch):
-    two.offload(file)
+def test_only_tensors_that_change_while_placed_are_written_back(file, module, monkeypatch):
+    module.offload(file)
     written = []
     real_write = OffloadedTensor.write
     monkeypatch.setattr(
-        OffloadedTensor, "write", lambda page, tensor: (written.append(tensor.dtype), real_write(page, tensor))
+        OffloadedTensor, "write", lambda stored, tensor: (written.append(tensor.dtype), real_write(stored, tensor))
     )
-    with two.placed():
-        two.v[1:3].add_(0.25)
-    with two.placed():
-        assert two.v.sum() == 0.25 * 12
+    with module.placed():
+        module.v[1:3].add_(0.25)
+    with module.placed():
+        assert module.v.sum() == 0.25 * 12
     assert written == [torch.float16]
 
 
-def test_placed_within_placed_is_one_tensor(file, two):
-    two.offload(file)
-    with two.placed():
-        outer = two.weight
-        with two.placed():
-            two.weight.zero_()
-        assert two.weight is outer
-    with two.placed():
-        assert not two.weight.any()
+def test_nested_placing_gives_the_same_tensor(file, module):
+    module.offload(file)
+    with module.placed():
+        outer = module.weight
+        with module.placed():
+            module.weight.zero_()
+        assert module.weight is outer
+    with module.placed():
+        assert not module.weight.any()
 
 
-def test_an_error_leaves_nothing_in_memory_and_what_lay_there(file, two):
-    weight = two.weight.clone()
-    two.offload(file)
+def test_an_error_while_placed_frees_the_memory_and_keeps_the_stored_values(file, module):
+    weight = module.weight.clone()
+    module.offload(file)
 
     def fail():
-        with two.placed():
-            two.weight.zero_()
+        with module.placed():
+            module.weight.zero_()
             raise ValueError("in the middle")
 
     with pytest.raises(ValueError, match="in the middle"):
         fail()
-    assert two.weight.device.type == "meta"
-    with two.placed():
-        assert torch.equal(two.weight, weight)
+    assert module.weight.device.type == "meta"
+    with module.placed():
+        assert torch.equal(module.weight, weight)
 
 
-def test_a_tensor_of_two_modules_lies_there_once(file, two):
-    two.offload(file)
-    with two.placed():
-        other = Two(two.weight)
-        other.offload_beside(two)
-    assert other.page("weight") == two.page("weight")
-    assert other.page("v") != two.page("v")
-    in_memory = Two(torch.ones(2, 2))
-    Two(in_memory.weight).offload_beside(in_memory)
-    assert in_memory.page("weight") is None
+def test_a_tensor_that_two_modules_share_is_stored_once(file, module):
+    module.offload(file)
+    with module.placed():
+        other = TwoLargeTensors(module.weight)
+        other.offload_beside(module)
+    assert other.offloaded("weight") == module.offloaded("weight")
+    assert other.offloaded("v") != module.offloaded("v")
+    in_memory = TwoLargeTensors(torch.ones(2, 2))
+    TwoLargeTensors(in_memory.weight).offload_beside(in_memory)
+    assert in_memory.offloaded("weight") is None
 
 
-def test_another_tensor_in_its_place(file, two):
-    two.offload(file)
-    two.put("weight", torch.ones(2, 2, dtype=torch.int8))
-    assert (two.weight.device.type, two.weight.dtype) == ("meta", torch.int8)
-    with two.placed():
-        assert torch.equal(two.weight, torch.ones(2, 2, dtype=torch.int8))
+def test_put_replaces_an_offloaded_tensor(file, module):
+    module.offload(file)
+    module.put("weight", torch.ones(2, 2, dtype=torch.int8))
+    assert (module.weight.device.type, module.weight.dtype) == ("meta", torch.int8)
+    with module.placed():
+        assert torch.equal(module.weight, torch.ones(2, 2, dtype=torch.int8))

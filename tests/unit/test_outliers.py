@@ -1,4 +1,4 @@
-"""Outlier preprocessing against examples worked by hand."""
+"""Detection of outliers and its two uses, truncation and channel scales, against worked examples."""
 
 import pytest
 import torch
@@ -8,48 +8,52 @@ from hypothesis import strategies as st
 from cbqstream.config import TransformConfig
 from cbqstream.numerics.outliers import OutlierRule, channel_scales, largest_reserved, power_of_two, truncated
 
-PAPER = OutlierRule.of(TransformConfig(variant="paper"))
-HUAWEI = OutlierRule.of(TransformConfig(variant="huawei"))
+PAPER = OutlierRule.of(TransformConfig(smoothing_rule="paper"))
+HUAWEI = OutlierRule.of(TransformConfig(smoothing_rule="huawei"))
 
 
 def reserved(values, rule=PAPER):
     return largest_reserved(torch.tensor(values), rule)
 
 
-def test_one_candidate_is_an_outlier():
-    # Q1 = 2, Q3 = 4, T = 4 + 1.5 * 2 = 7: only 100 is above it
+def test_a_single_candidate_is_an_outlier():
+    # Q1 = 2, Q3 = 4, T = 4 + 1.5 * 2 = 7: 100 is the only candidate
     assert reserved([1.0, 2.0, 3.0, 4.0, 100.0]) == 4.0
 
 
 def test_candidates_are_split_at_the_widest_gap():
-    # Q1 = 2.75, Q3 = 6.25 (of 0..8 and three more: ranks 2.5 and 7.5), candidates 20, 21, 60:
-    # none reserved (20 - 8)^2 = 144; 20 reserved 1; 20 and 21 reserved 39^2 - 0.25 = 1520.75, the largest
-    values = [*map(float, range(9)), 20.0, 21.0, 60.0]
-    assert reserved(values) == 21.0
+    # Q1 = 2.75, Q3 = 8 + 0.25 * 12 = 11, T = 11 + 1.5 * 8.25 = 23.375: 60 is the only candidate
+    assert reserved([*map(float, range(9)), 20.0, 21.0, 60.0]) == 21.0
+    # Q1 = 5.5, Q3 = 16.5, T = 16.5 + 1.5 * 11 = 33: the candidates are 40, 41 and 80
+    # M is (40 - 19)^2 = 441 if none is reserved, (41 - 40)^2 = 1 with {40}, and 39^2 - 0.25 = 1520.75 with {40, 41}
+    assert reserved([*map(float, range(20)), 40.0, 41.0, 80.0]) == 41.0
 
 
-def test_variance_of_the_reserved_counts_against_a_split():
-    # candidates 100, 200, 310: none reserved (100 - 8)^2 = 8464; {100} 100^2 - 0 = 10000; {100, 200} 110^2 - lambda2 * 2500
+def test_variance_of_the_reserved_candidates_reduces_the_measure_of_a_split():
+    # the candidates are 100, 200 and 310; M is (100 - 8)^2 = 8464 if none is reserved, 100^2 = 10000 with {100},
+    # and 110^2 - lambda2 * 2500 with {100, 200}
     values = [*map(float, range(9)), 100.0, 200.0, 310.0]
     assert reserved(values) == 100.0  # 12100 - 2500 = 9600
-    light = OutlierRule(lambda1=1.5, lambda2=0.5)
-    assert reserved(values, light) == 200.0  # 12100 - 1250 = 10850
+    assert reserved(values, OutlierRule(lambda1=1.5, lambda2=0.5)) == 200.0  # 12100 - 1250 = 10850
 
 
-def test_huawei_has_other_quantiles_and_a_linear_gap():
-    # 0..8, 20, 21, 60: Q1 = 2.2, Q3 = 10.4 at .2 and .8, T = 22.7: 60 is the only candidate
-    values = [*map(float, range(9)), 20.0, 21.0, 60.0]
-    assert reserved(values, HUAWEI) == 21.0
-    # gaps 92, 100, 110 - 2500: squared they would reserve 100 as well; linear too
+def test_huawei_rule_uses_other_quantiles_and_a_gap_that_is_not_squared():
+    # Q1 = 2.2 and Q3 = 8 + 0.8 * 12 = 17.6 at the quantiles 0.2 and 0.8, T = 17.6 + 1.5 * 15.4 = 40.7: 60 is the only candidate
+    assert reserved([*map(float, range(9)), 20.0, 21.0, 60.0], HUAWEI) == 21.0
+    # M is 100 - 19 = 81 if no candidate is reserved, 100 with {100}, and 110 - 2500 with {100, 200}
     assert reserved([*map(float, range(20)), 100.0, 200.0, 310.0], HUAWEI) == 100.0
+    # M is 81, 140 - 100 = 40 and 160 - 400 with gaps as they are, and 81^2 = 6561, 1600 and 160^2 - 400 = 25200 with squared gaps
+    values = [*map(float, range(20)), 100.0, 140.0, 300.0]
+    assert reserved(values, HUAWEI) == 19.0
+    assert reserved(values, PAPER) == 140.0
 
 
 @pytest.mark.parametrize("values", [[3.0], [2.0, 2.0, 2.0, 2.0], [0.0, 0.0, 0.0], [1.0, 2.0, 3.0, 4.0]])
-def test_nothing_stands_out(values):
+def test_values_without_outliers(values):
     assert reserved(values) is None
 
 
-def test_weights_are_truncated_with_their_sign():
+def test_truncated_outliers_of_a_weight_keep_their_sign():
     w = torch.tensor([[1.0, -2.0, 3.0, -4.0], [2.0, -3.0, 1.0, -100.0]], dtype=torch.bfloat16)
     expected = w.clone()
     expected[1, 3] = -4.0
@@ -59,24 +63,25 @@ def test_weights_are_truncated_with_their_sign():
     assert truncated(plain, PAPER) is plain
 
 
-def test_outlier_channels_get_the_root_of_their_ratio():
+def test_scales_of_outlier_channels_are_powers_of_their_ratio_to_the_largest_reserved():
     high = torch.tensor([1.0, 2.0, 3.0, 4.0, 1.0, 2.0])
     low = torch.tensor([-1.0, -1.0, -1.0, -1.0, -64.0, -1.0])
     assert channel_scales(low, high, PAPER).tolist() == [1, 1, 1, 1, 4, 1]  # sqrt(64 / 4)
-    scales = channel_scales(low, high, HUAWEI)  # negative tail: 1 1 1 1 64 1, reserved 1
+    # the negative tail is 1, 1, 1, 1, 64, 1, so its largest reserved magnitude is 1
+    scales = channel_scales(low, high, HUAWEI)
     assert scales.tolist() == pytest.approx([1, 1, 1, 1, 64**0.7, 1])
 
 
-def test_a_tail_that_is_zero_has_no_outliers():
+def test_channels_without_a_reserved_magnitude_above_zero_are_not_scaled():
     zero, high = torch.zeros(6), torch.tensor([1.0, 2.0, 3.0, 4.0, 64.0, 2.0])
     assert channel_scales(zero, high, HUAWEI)[4] == pytest.approx(16**0.7)
     assert channel_scales(zero, zero, HUAWEI).tolist() == [1.0] * 6
-    one_alive = torch.tensor([0.0, 0.0, 0.0, 0.0, 5.0])  # nothing to bring it to
-    assert channel_scales(torch.zeros(5), one_alive, PAPER).tolist() == [1.0] * 5
+    one_channel = torch.tensor([0.0, 0.0, 0.0, 0.0, 5.0])  # the largest reserved magnitude is 0
+    assert channel_scales(torch.zeros(5), one_channel, PAPER).tolist() == [1.0] * 5
 
 
 @given(st.lists(st.floats(0, 1e6, width=32), min_size=1, max_size=60))
-def test_the_split_is_where_the_formula_is_largest(values):
+def test_the_split_of_the_candidates_maximizes_the_measure_of_the_formula(values):
     x = torch.tensor(values)
     q1, q3 = torch.quantile(x, torch.tensor([0.25, 0.75])).tolist()
     candidates = sorted(v for v in x.tolist() if v > q3 + 1.5 * (q3 - q1))
@@ -97,5 +102,5 @@ def test_the_split_is_where_the_formula_is_largest(values):
     assert measure(chosen) == pytest.approx(best, rel=1e-6, abs=1e-3)
 
 
-def test_powers_of_two():
+def test_power_of_two_rounds_in_the_logarithm():
     assert power_of_two(torch.tensor([1.0, 1.4, 1.5, 3.0, 20.0])).tolist() == [1, 1, 2, 4, 16]

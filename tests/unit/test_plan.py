@@ -1,16 +1,18 @@
-"""The plan: counted by hand where that is possible, and in time for a model of 405 billion weights."""
+"""The plan of a run: sizes compared with counts by hand and with real runs, memory modes, limits, and the time that planning takes."""
 
+import ast
 import json
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from cbqstream import quantize
-from cbqstream.config import CalibrationConfig, QuantizeConfig, ReconstructionConfig, parse_bytes
+from cbqstream.config import CalibrationConfig, QuantizeConfig, ReconstructionConfig, RoundingName, parse_bytes
 from cbqstream.errors import DeviceMemoryError, InputError, UsageError
 from cbqstream.planning.alternatives import smaller_settings
 from cbqstream.planning.plan import fitting_plan, make_plan
@@ -21,6 +23,7 @@ from cbqstream.records import MemoryMode
 from cbqstream.scheme import Scheme
 from tiny import SEQ_LEN, save_tokens
 
+PACKAGE = Path(__file__).parent.parent.parent / "cbqstream"
 RATES = Rates(product=1e-11, weight=1e-8, value=1e-9)
 
 
@@ -33,7 +36,10 @@ def settings(model="MODEL", scheme=None, **sizes):
 
 @pytest.fixture(scope="module")
 def sizes_405b(tmp_path_factory):
-    """Headers and an index as Llama-3.1-405B has them: 191 shards whose data are holes; and the seconds to read them."""
+    """Sizes of Llama-3.1-405B, and the seconds that it took to read them.
+
+    The folder has the 191 headers and the index of the model. The data of the shards are holes in sparse files.
+    """
     folder = tmp_path_factory.mktemp("405b")
     hidden, inner, vocabulary = 16384, 53248, 128256
     shapes = {f"self_attn.{name}_proj": (hidden, hidden) for name in "qo"}
@@ -47,41 +53,41 @@ def sizes_405b(tmp_path_factory):
         }
     names, weight_map = list(tensors), {}
     for shard in range(191):
-        file, at, header = f"model-{shard:05d}.safetensors", 0, {}
+        file, offset, header = f"model-{shard:05d}.safetensors", 0, {}
         for name in names[shard::191]:
-            shape, start = tensors[name], at
-            at += 2 * shape[0] * (shape[1] if len(shape) > 1 else 1)
-            header[f"{name}.weight"] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, at]}
+            shape, start = tensors[name], offset
+            offset += 2 * shape[0] * (shape[1] if len(shape) > 1 else 1)
+            header[f"{name}.weight"] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, offset]}
             weight_map[f"{name}.weight"] = file
         text = json.dumps(header).encode()
         with (folder / file).open("wb") as handle:
             handle.write(len(text).to_bytes(8, "little") + text)
-            handle.truncate(8 + len(text) + at)
+            handle.truncate(8 + len(text) + offset)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     config = {"model_type": "llama", "hidden_size": hidden, "vocab_size": vocabulary, "num_hidden_layers": 126}
     (folder / "config.json").write_text(json.dumps(config))
-    began = time.process_time()
+    started = time.process_time()
     sizes = ModelSizes.of(folder)
-    return sizes, time.process_time() - began
+    return sizes, time.process_time() - started
 
 
-def test_405b_is_planned_at_once(sizes_405b):
+def test_a_model_of_405_billion_weights_is_planned_in_less_than_a_second(sizes_405b):
     sizes, seconds = sizes_405b
-    began = time.process_time()
+    started = time.process_time()
     plan = make_plan(settings(num_samples=128, seq_len=2048), sizes, "cuda", RATES)
-    assert seconds + time.process_time() - began < 1
+    assert seconds + time.process_time() - started < 1
     assert (sizes.num_blocks, plan.windows) == (126, 125)
     assert plan.source == pytest.approx(811.7e9, rel=0.001)
     assert sizes.weights == 2 * 16384**2 + 2 * 1024 * 16384 + 3 * 16384 * 53248
     assert plan.vram["weights"] == 2 * sizes.block_bytes
     assert plan.vram["rounding"] == 2 * 2 * sizes.weights
     assert plan.disk["streams"] == 5 * 128 * 2048 * 16384 * 2
-    # per-block forward of reference/performance: 6.442 GFLOP a token at 2048 tokens, half of the attention counted
-    steps = 125 * 2 * 6 * 112 * 3 + 125 * (128 * (1 + 2 + 1) + 2 * 16 * 2)
-    assert plan.flop == pytest.approx(steps * 2048 * 6.442e9, rel=0.01)
+    # the forward pass of a block takes 6.442 GFLOP per token at 2048 tokens, with half of the attention matrix
+    passes = 125 * 2 * 6 * 112 * 3 + 125 * (128 * (1 + 2 + 1) + 2 * 16 * 2)
+    assert plan.flop == pytest.approx(passes * 2048 * 6.442e9, rel=0.01)
 
 
-def test_memory_does_not_grow_with_blocks_or_samples(sizes_405b):
+def test_memory_does_not_depend_on_the_number_of_blocks_and_segments(sizes_405b):
     sizes, _ = sizes_405b
     small, large = (
         make_plan(settings(num_samples=count), replace(sizes, num_blocks=blocks), device, RATES)
@@ -91,21 +97,21 @@ def test_memory_does_not_grow_with_blocks_or_samples(sizes_405b):
     assert large.disk["streams"] == 16 * small.disk["streams"]
 
 
-def test_few_samples_are_trained_on_and_judged_by(sizes_405b):
-    """Fewer than eight are both; each passes the blocks once for the streams all the same."""
+def test_with_fewer_than_eight_segments_all_are_trained_on_and_held_out(sizes_405b):
+    """Each of the 4 segments counts as a training and as a held-out segment, but passes each block only once for the streams."""
     sizes, _ = sizes_405b
     plan = make_plan(settings(num_samples=4, seq_len=2048), sizes, "cuda", RATES)
     passes = 125 * (2 * 6 * 4 * 3 + 4 * (1 + 2 + 1) + 2 * 4 * 2)
     assert plan.flop == pytest.approx(passes * 2048 * 6.442e9, rel=0.01)
 
 
-def test_a_quarter_of_the_blocks_is_a_quarter_of_the_time(sizes_405b):
+def test_the_time_is_proportional_to_the_number_of_windows(sizes_405b):
     sizes, _ = sizes_405b
     seconds = [
         sum(make_plan(settings(), replace(sizes, num_blocks=1 + blocks), "cuda", RATES).seconds.values())
         for blocks in (25, 100)
     ]
-    assert seconds[1] == pytest.approx(4 * seconds[0], rel=0.01)  # but for the head and the start
+    assert seconds[1] == pytest.approx(4 * seconds[0], rel=0.01)  # the head and the start add a constant
 
 
 @pytest.mark.parametrize(
@@ -118,8 +124,8 @@ def test_a_quarter_of_the_blocks_is_a_quarter_of_the_time(sizes_405b):
     ids=str,
 )
 @pytest.mark.parametrize("family", ["llama", "opt", "qwen2"])
-def test_the_result_on_disk(tiny_models, tmp_path, family, scheme):
-    """Counted against what a run writes, but for headers."""
+def test_planned_size_of_the_result_equals_the_size_that_a_run_writes(tiny_models, tmp_path, family, scheme):
+    """The plan does not count the headers of files and the shape that is stored with each layer."""
     tokens = save_tokens(tmp_path / "tokens.npy", 2 * SEQ_LEN)
     config = QuantizeConfig(
         model=str(tiny_models[family]),
@@ -141,7 +147,7 @@ def test_the_result_on_disk(tiny_models, tmp_path, family, scheme):
     assert written["rest.safetensors"] - headers["rest.safetensors"] == plan.disk["rest of the model"]
 
 
-def test_smaller_settings_are_smaller(sizes_405b):
+def test_every_suggested_setting_needs_less_of_something(sizes_405b):
     sizes, _ = sizes_405b
     config = settings(num_samples=128)
     plan = make_plan(config, sizes, "cuda", RATES)
@@ -155,18 +161,18 @@ def test_smaller_settings_are_smaller(sizes_405b):
         "--epochs 3",
     ]
     for other in others.values():
-        figures = [
+        totals = [
             (sum(getattr(other, name).values()), sum(getattr(plan, name).values()))
             for name in ("vram", "ram", "disk", "seconds")
         ]
-        assert any(smaller < larger for smaller, larger in figures)
-    lines = plan_lines({**plan.to_dict(), "smaller": {flags: other.to_dict() for flags, other in others.items()}})
+        assert any(smaller < larger for smaller, larger in totals)
+    lines = plan_lines(replace(plan, smaller=others))
     assert lines[0] == "windows: 125"
     assert any(line.startswith("device memory: ") for line in lines)
     assert any(line.startswith("with --batch-size 2: device memory -") for line in lines)
 
 
-def test_rates_are_measured():
+def test_measured_rates_are_plausible():
     layers = ((64, 64), (128, 64))
     rates = measure_rates(settings(num_samples=4, seq_len=64), layers, torch.device("cpu"), torch.float32)
     assert rates.product >= 0
@@ -174,32 +180,32 @@ def test_rates_are_measured():
     assert 0 < rates.value < 1e-6
 
 
-def test_attention_that_is_computed_whole(tiny_models):
-    """BLOOM and Gemma 2 keep the scores of every head."""
+def test_eager_attention_keeps_a_matrix_of_scores_for_every_head(tiny_models):
+    """BLOOM and Gemma 2 have only eager attention in transformers. Llama has fused attention, which keeps no scores."""
     of = {family: ModelSizes.of(tiny_models[family]) for family in ("bloom", "gemma2", "llama")}
     assert {family: sizes.eager_heads for family, sizes in of.items()} == {"bloom": 4, "gemma2": 4, "llama": 0}
     config = settings(num_samples=8, seq_len=64)
-    with_it, without = (make_plan(config, sizes, "cpu") for sizes in (of["bloom"], replace(of["bloom"], eager_heads=0)))
+    eager, fused = (make_plan(config, sizes, "cpu") for sizes in (of["bloom"], replace(of["bloom"], eager_heads=0)))
     batch = config.reconstruction.batch_size
-    assert with_it.ram["activations"] - without.ram["activations"] == 3 * 8 * 4 * batch * 64 * 64
+    assert eager.ram["activations"] - fused.ram["activations"] == 3 * 8 * 4 * batch * 64 * 64
 
 
-def test_what_the_stage_end_to_end_holds(sizes_405b):
-    """The step sizes of the whole model, five times in float32: no smaller step of a window makes room for them."""
+def test_end_to_end_stage_needs_five_float32_values_per_scale_in_every_memory_mode(sizes_405b):
+    """The scales of all blocks are in memory together, so the memory modes, which save memory in a window, do not help."""
     sizes, _ = sizes_405b
     config = settings(num_samples=128)
     whole = replace(config, reconstruction=replace(config.reconstruction, end_to_end_epochs=2))
     plans = [
-        make_plan(whole, sizes, "cuda", memory_mode=step)
-        for step in (MemoryMode(), MemoryMode(activation_checkpointing=True, offload=True))
+        make_plan(whole, sizes, "cuda", memory_mode=mode)
+        for mode in (MemoryMode(), MemoryMode(activation_checkpointing=True, offload=True))
     ]
     scales = sum(rows * columns // 32 for rows, columns in sizes.layers.values())
     assert plans[0].vram["step sizes"] == plans[1].vram["step sizes"] == 126 * 20 * scales
-    with pytest.raises(DeviceMemoryError, match=r"These fit: .*--end-to-end-epochs 0"):
+    with pytest.raises(DeviceMemoryError, match=r"These settings fit: .*--end-to-end-epochs 0"):
         fitting_plan(replace(whole, max_vram=48 << 30), sizes, "cuda")
 
 
-def test_what_cannot_be_planned(tmp_path, tiny_models):
+def test_missing_models_and_settings_without_blocks_are_refused(tmp_path, tiny_models):
     with pytest.raises(InputError, match="no such folder"):
         ModelSizes.of(tmp_path / "nowhere")
     sizes = ModelSizes.of(tiny_models["llama"])
@@ -207,49 +213,51 @@ def test_what_cannot_be_planned(tmp_path, tiny_models):
         make_plan(replace(settings(), keep_first=4), sizes, "cpu")
 
 
-def test_within_limits(sizes_405b):
-    """Recomputing first, then layers on disk; then a refusal that says what would fit, or that nothing does."""
+def test_fitting_plan_chooses_the_first_memory_mode_within_the_limits(sizes_405b):
+    """Activation checkpointing is tried first, then offloading. If neither fits, the error names settings that do, if there are any."""
     sizes, _ = sizes_405b
     config = settings(num_samples=128)
-    steps = [
+    modes = [
         MemoryMode(),
         MemoryMode(activation_checkpointing=True),
         MemoryMode(activation_checkpointing=True, offload=True),
     ]
-    free, again, memory_mode = (make_plan(config, sizes, "cuda", RATES, step) for step in steps)
-    assert free.largest("vram") > again.largest("vram") > 3 * 2 * sizes.weights + memory_mode.largest("vram")
-    assert sum(again.seconds.values()) > sum(free.seconds.values())
-    assert memory_mode.disk["layers of a window"] > 2 * 4 * sizes.weights
-    assert memory_mode.bytes_read > again.bytes_read + 2 * 4 * sizes.weights * free.windows
-    for limit, step in (
-        (free.largest("vram"), steps[0]),
-        (free.largest("vram") - 1, steps[1]),
-        (again.largest("vram"), steps[1]),
-        (again.largest("vram") - 1, steps[2]),
-        (memory_mode.largest("vram"), steps[2]),
+    plain, checkpointing, offloading = (make_plan(config, sizes, "cuda", RATES, mode) for mode in modes)
+    assert plain.largest("vram") > checkpointing.largest("vram") > 3 * 2 * sizes.weights + offloading.largest("vram")
+    assert sum(checkpointing.seconds.values()) > sum(plain.seconds.values())
+    assert offloading.disk["layers of a window"] > 2 * 4 * sizes.weights
+    assert offloading.bytes_read > checkpointing.bytes_read + 2 * 4 * sizes.weights * plain.windows
+    for limit, mode in (
+        (plain.largest("vram"), modes[0]),
+        (plain.largest("vram") - 1, modes[1]),
+        (checkpointing.largest("vram"), modes[1]),
+        (checkpointing.largest("vram") - 1, modes[2]),
+        (offloading.largest("vram"), modes[2]),
     ):
-        assert fitting_plan(replace(config, max_vram=limit), sizes, "cuda").memory_mode == step
-    with pytest.raises(DeviceMemoryError, match=r"--max-vram .* GiB: this run needs .*\. These fit: --batch-size 2 \("):
-        fitting_plan(replace(config, max_vram=memory_mode.largest("vram") - 1), sizes, "cuda")
-    with pytest.raises(DeviceMemoryError, match="No smaller batch or window fits either"):
+        assert fitting_plan(replace(config, max_vram=limit), sizes, "cuda").memory_mode == mode
+    with pytest.raises(
+        DeviceMemoryError, match=r"--max-vram .* GiB: this run needs .*\. These settings fit: --batch-size 2 \("
+    ):
+        fitting_plan(replace(config, max_vram=offloading.largest("vram") - 1), sizes, "cuda")
+    with pytest.raises(DeviceMemoryError, match=r"No smaller setting fits; use a higher limit\."):
         fitting_plan(replace(config, max_ram=1 << 30), sizes, "cuda")
 
 
 @pytest.mark.parametrize(
     ("text", "size"), [("16GiB", 16 << 30), ("1.5 gb", 1_500_000_000), ("800MiB", 800 << 20), ("2TB", 2 * 10**12)]
 )
-def test_sizes_in_words(text, size):
+def test_sizes_with_a_unit_are_parsed(text, size):
     assert parse_bytes(text) == size
 
 
 @pytest.mark.parametrize("text", ["16", "GiB", "16 PiB", "-1GiB", "1e3GB", ""])
-def test_what_is_no_size(text):
+def test_text_that_is_not_a_size_is_refused(text):
     with pytest.raises(UsageError, match="is not a size"):
         parse_bytes(text)
 
 
 def sizes_with_experts(tmp_path, **settings):
-    """Two blocks with an attention layer of 64 x 64 and eight experts of 3 x 64 x 128."""
+    """Sizes of a model of two blocks, each with an attention layer of 64 x 64 and eight experts of 3 x 64 x 128."""
     shapes = {"self_attn.q_proj.weight": (64, 64), "mlp.gate.weight": (8, 64)}
     for index in range(8):
         for name, shape in (("gate_proj", (128, 64)), ("up_proj", (128, 64)), ("down_proj", (64, 128))):
@@ -265,7 +273,7 @@ def sizes_with_experts(tmp_path, **settings):
     return ModelSizes.of(tmp_path)
 
 
-def test_a_token_is_computed_by_its_experts_and_all_of_them_are_held(tmp_path):
+def test_all_experts_count_as_weights_and_those_of_a_token_as_active(tmp_path):
     sizes = sizes_with_experts(tmp_path)
     dense, expert = 64 * 64 + 8 * 64, 3 * 64 * 128
     assert sizes.weights == dense + 8 * expert
@@ -273,7 +281,7 @@ def test_a_token_is_computed_by_its_experts_and_all_of_them_are_held(tmp_path):
     assert sizes.outputs == 64 + 8 + 2 * (128 + 128 + 64)
 
 
-def test_wider_and_whole_layers_take_more_disk(tmp_path):
+def test_layers_with_more_bits_and_in_full_precision_take_more_disk_space(tmp_path):
     sizes = sizes_with_experts(tmp_path)
 
     def packed(**settings):
@@ -289,3 +297,25 @@ def test_wider_and_whole_layers_take_more_disk(tmp_path):
     down = 2 * 8 * 64 * 128
     assert packed(override=("down_proj=W8",)) - packed() == down // 2
     assert packed(ignore=("down_proj",)) - packed() == 3 * down // 2
+
+
+def compared_method_names(source):
+    """Lines of Python source that compare something with the name of a rounding method."""
+    compared = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Compare | ast.MatchValue)]
+    return sorted(
+        part.lineno
+        for node in compared
+        for part in ast.walk(node)
+        if isinstance(part, ast.Constant) and part.value in get_args(RoundingName)
+    )
+
+
+def test_only_rounding_methods_and_settings_compare_the_name_of_a_rounding_method():
+    """Planning and the pipeline use what a method declares, so a new method needs no change of theirs."""
+    example = 'if a == "nearest":\n    b\nc = d in ("x", "signround")\ne = f(mode="nearest")'
+    assert compared_method_names(example) == [1, 3]
+    allowed = {PACKAGE / "config.py", PACKAGE / "profiles.py", *(PACKAGE / "rounding").glob("*.py")}
+    files = set(PACKAGE.rglob("*.py")) - allowed
+    assert len(files) > 50
+    found = {str(path.relative_to(PACKAGE)): compared_method_names(path.read_text()) for path in sorted(files)}
+    assert {name: lines for name, lines in found.items() if lines} == {}

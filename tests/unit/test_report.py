@@ -1,4 +1,4 @@
-"""What people read: durations, the line of a window, plain output and the live line."""
+"""Printed progress, the log in JSON lines, the lines of `cbqstream status`, and the warning about memory limits."""
 
 import io
 import json
@@ -7,45 +7,60 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from cbqstream.records import EpochReport, Window, WindowReport
+from cbqstream.config import CalibrationConfig, QuantizeConfig
+from cbqstream.records import Costs, EpochReport, Numerics, WindowReport
 from cbqstream.report.progress import Progress, duration
 from cbqstream.report.status import status_lines
 from cbqstream.run.limits import over_limit
+from cbqstream.rundir.chain import Chain
+from cbqstream.rundir.identity import Identity
+from cbqstream.rundir.records import Commit, RunRecord
+from cbqstream.scheme import Scheme
 
-NUMERICS = {"device": "cpu", "threads": 1}
-IDENTITY = {"identity": {"numerics": NUMERICS}}
-
-
-def commit(made, **numerics):
-    return {"report": made.to_dict(), "numerics": NUMERICS | numerics}
+NUMERICS = Numerics("cpu", "x86_64", "AVX2", threads=1, torch="2.13.0", transformers="5.24.0")
 
 
 def report(index=1, seconds=30.0):
+    """Report of a window of two blocks that took 1.5 GiB of memory."""
     return WindowReport(
-        Window(index, index, index + 2, index + 1, index + 1),
-        4,
-        0.5,
-        0.125,
-        None,
-        0.08,
-        seconds,
-        2.0,
-        0.5,
-        3 << 29,
-        {},
-        {},
-        {},
+        index=index,
+        num_windows=4,
+        start=index,
+        stop=index + 2,
+        loss_before=0.5,
+        loss_after=0.125,
+        reverted=None,
+        changed=0.08,
+        sqnr_db={},
+        experts={},
+        smoothed={},
+        costs=Costs(seconds, peak_rss=3 << 29, reading=2.0, writing=0.5),
     )
+
+
+def run_of(path, *, windows, epochs=0):
+    """A run without commits."""
+    config = QuantizeConfig(
+        model="m", out=str(path), scheme=Scheme(num_bits=4), calibration=CalibrationConfig(dataset="d")
+    )
+    identity = Identity.of(config, model={}, weights="w", tokens="t", numerics=NUMERICS)
+    return Chain(path, RunRecord("0.1.0", identity, config, windows, epochs, (4, 16, 64)), ())
+
+
+def with_commit(run, report, numerics=NUMERICS):
+    """The run with one more commit."""
+    place = {"window": run.next_window, "prev": run.last}
+    return run.extended(Commit(**place, parts={}, acts=None, source={}, numerics=numerics, report=report))
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0, "0s"), (59.6, "1m00s"), (61, "1m01s"), (3599, "59m59s"), (9660, "2h41m")]
 )
-def test_duration(seconds, text):
+def test_duration_as_text(seconds, text):
     assert duration(seconds) == text
 
 
-def test_plain_output_is_one_line_per_window_and_a_log(tmp_path):
+def test_progress_prints_one_line_per_window_and_logs_every_report(tmp_path):
     text = io.StringIO()
     with Progress(Console(file=text, width=40), tmp_path / "log.jsonl") as progress:
         progress("window 1/4: targets")
@@ -60,7 +75,7 @@ def test_plain_output_is_one_line_per_window_and_a_log(tmp_path):
     assert records[0] == report(0, 20.0).to_dict()
 
 
-def test_live_output_says_what_is_being_done():
+def test_progress_on_a_terminal_shows_the_current_step():
     text = io.StringIO()
     with Progress(Console(file=text, force_terminal=True, width=120)) as progress:
         progress("window 1/4: targets")
@@ -69,61 +84,62 @@ def test_live_output_says_what_is_being_done():
     assert "ETA" in text.getvalue()
 
 
-def test_status_of_a_finished_window_less_run(tmp_path):
-    content = {"config": {"model": "m", "out": str(tmp_path)}, "windows": 2, "epochs": 0, **IDENTITY}
-    lines = status_lines(tmp_path, content, [])
+def test_status_of_a_run_before_during_and_after_its_windows(tmp_path):
+    run = run_of(tmp_path, windows=2)
+    lines = status_lines(run)
+    assert lines[0] == f"m -> {tmp_path}"
     assert lines[1] == "windows done: 0 of 2"
     assert lines[2] == "time left: unknown"
-    done = [commit(report(index)) for index in range(2)]
-    assert "not put together" in status_lines(tmp_path, content, done)[-1]
-    assert status_lines(tmp_path, content, done, has_result=True)[-1] == "finished"
-    half = status_lines(tmp_path, content, done[:1])
-    assert half[2] == "  window 1  blocks 0-1  loss 0.5 -> 0.125  30 s"
-    assert half[3] == "time left: 30s"
+    half = with_commit(run, report(0))
+    assert status_lines(half)[2] == "  window 1  blocks 0-1  loss 0.5 -> 0.125  30 s"
+    assert status_lines(half)[3] == "time left: 30s"
+    done = with_commit(half, report(1))
+    assert "not assembled" in status_lines(done)[-1]
+    assert status_lines(done, has_result=True)[-1] == "finished"
 
 
-def test_status_names_what_was_taken_back_and_other_numerics(tmp_path):
-    content = {"config": {"model": "m", "out": str(tmp_path)}, "windows": 3, "epochs": 0, **IDENTITY}
-    done = [commit(replace(report(0), reverted="not finite")), commit(report(1), threads=2)]
-    lines = status_lines(tmp_path, content, done)
+def test_status_names_reverted_windows_and_changed_numerics(tmp_path):
+    run = with_commit(run_of(tmp_path, windows=3), replace(report(0), reverted="not finite"))
+    lines = status_lines(with_commit(run, report(1), replace(NUMERICS, threads=2)))
     assert lines[2] == "  window 1  blocks 0-1  loss 0.5 -> 0.125  30 s  reverted: not finite"
-    assert lines[4] == "from commit 2 on with other numerics: threads 1 -> 2"
+    assert lines[4] == "numerics changed at commit 2: threads 1 -> 2"
 
 
-def test_status_of_a_run_that_moved_from_cpu_to_cuda(tmp_path):
-    """On CUDA there are keys that a CPU does not have."""
-    content = {"config": {"model": "m", "out": str(tmp_path)}, "windows": 2, "epochs": 0, **IDENTITY}
-    lines = status_lines(tmp_path, content, [commit(report(0), device="cuda", cudnn=91002)])
-    assert lines[3] == "from commit 1 on with other numerics: cudnn None -> 91002, device cpu -> cuda"
+def test_status_of_a_run_that_was_resumed_on_another_device(tmp_path):
+    """On the CPU, the versions of the libraries of CUDA are None."""
+    on_cuda = replace(NUMERICS, device="cuda", cudnn=91002)
+    lines = status_lines(with_commit(run_of(tmp_path, windows=2), report(0), on_cuda))
+    assert lines[3] == "numerics changed at commit 1: device cpu -> cuda, cudnn None -> 91002"
 
 
-def test_status_and_progress_of_epochs_end_to_end(tmp_path):
+def test_progress_and_status_of_epochs_of_the_end_to_end_stage(tmp_path):
     text = io.StringIO()
-    epoch = EpochReport(0, 2, 0.5, 0.25, 12.0, 3 << 29)
+    epoch = EpochReport(0, 2, 0.5, 0.25, Costs(12.0, 3 << 29))
     with Progress(Console(file=text, width=40), tmp_path / "log.jsonl") as progress:
         progress(epoch)
     assert text.getvalue() == "end to end 1/2  divergence 0.5 -> 0.25  12 s  RAM 1.50 GiB\n"
     assert json.loads((tmp_path / "log.jsonl").read_text()) == epoch.to_dict()
-    content = {"config": {"model": "m", "out": str(tmp_path)}, "windows": 1, "epochs": 2, **IDENTITY}
-    done = [commit(report(0)), commit(epoch)]
-    assert status_lines(tmp_path, content, done)[1:] == [
+    run = with_commit(run_of(tmp_path, windows=1, epochs=2), report(0))
+    assert status_lines(with_commit(run, epoch))[1:] == [
         "windows done: 1 of 1",
         "  window 1  blocks 0-1  loss 0.5 -> 0.125  30 s",
         "epochs end to end done: 1 of 2",
         "  epoch 1  divergence 0.5 -> 0.25  12 s",
         "time left: 0s, and for the epochs 12s",
-        f"a process that was stopped in a window does that window again; go on with: cbqstream resume {tmp_path}",
+        f"a window that was interrupted is repeated. To resume: cbqstream resume {tmp_path}",
     ]
-    assert status_lines(tmp_path, content, done[:1])[-2] == "time left: 0s, and for the epochs unknown"
+    assert status_lines(run)[-2] == "time left: 0s, and for the epochs unknown"
 
 
-def test_device_memory_is_told_and_held_against_the_limit(make_config):
-    text, taken = io.StringIO(), replace(report(), peak_vram=3 << 30)
+def test_device_memory_is_printed_and_compared_with_the_limit(make_config):
+    costs = Costs(30.0, peak_rss=3 << 29, peak_vram=3 << 30)
+    text, window = io.StringIO(), replace(report(), costs=costs)
     with Progress(Console(file=text, width=200)) as progress:
-        progress(taken)
+        progress(window)
     assert "  RAM 1.50 GiB  VRAM 3.00 GiB  ETA " in text.getvalue()
-    assert taken.to_dict()["peak_vram"] == 3 << 30
-    assert not over_limit(replace(make_config(), max_vram=4 << 30), taken)
-    (warning,) = over_limit(replace(make_config(), max_vram=3 << 30), taken)  # the context counts
-    assert warning.text == "device memory: 3.68 GiB were taken, --max-vram is 3.00; the plan was too low."
-    assert over_limit(replace(make_config(), max_vram=3 << 30), EpochReport(0, 1, 1.0, 1.0, 1.0, 1, 3 << 30))
+    assert window.to_dict()["costs"]["peak_vram"] == 3 << 30
+    assert not over_limit(replace(make_config(), max_vram=4 << 30), window)
+    (warning,) = over_limit(replace(make_config(), max_vram=3 << 30), window)  # the CUDA context counts
+    assert warning.text == "device memory: 3.68 GiB were used, but --max-vram is 3.00; the plan was too low."
+    epoch = EpochReport(0, 1, 1.0, 1.0, Costs(1.0, peak_rss=1, peak_vram=3 << 30))
+    assert over_limit(replace(make_config(), max_vram=3 << 30), epoch)

@@ -1,24 +1,24 @@
-"""The Triton kernels against the plain passes and against float64: on a GPU, or in Triton's interpreter, which computes on the CPU."""
+"""Triton kernels of signround, compared with the kernels in plain torch and with float64.
+
+They run on a GPU, or without one in the interpreter of Triton, which computes on the CPU.
+"""
 
 import importlib
 import sys
 
 import pytest
 import torch
-from cbqstream.rounding.straight_through import Plain, passes_for, require_kernels
 
 from cbqstream.errors import UsageError
 from cbqstream.numerics.affine import grouped, level_range
 from cbqstream.numerics.scale_search import minmax_grid
+from cbqstream.rounding.signround_kernels import PlainKernels, kernels_for, require_kernels
 from cbqstream.scheme import Scheme
 
 pytest.importorskip("triton")
-MODULE = "cbqstream.rounding.straight_through_triton"
-
-
+MODULE = "cbqstream.rounding.signround_triton"
 kernels = importlib.import_module(MODULE)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
 
 CASES = [
     (Scheme(num_bits=bits, group_size=size, symmetric=symmetric), shape)
@@ -33,7 +33,7 @@ def operands(scheme, shape, dtype):
     w, v, gradient = (torch.randn(shape, generator=generator) for _ in range(3))
     gradient[0, :5] = 0
     w, v, gradient = w.to(dtype), (v * 0.3).clamp(-0.5, 0.5).half(), gradient.to(dtype)
-    scale, zero_point = minmax_grid(w * 0.9, scheme)  # so that some weights lie beyond the grid
+    scale, zero_point = minmax_grid(w * 0.9, scheme)  # some weights are outside the grid
     theta = torch.randn(scale.shape, generator=generator) * 0.05
     bounds = tuple(
         value.to(DEVICE) if isinstance(value, torch.Tensor) else value for value in level_range(scheme, zero_point)
@@ -43,19 +43,19 @@ def operands(scheme, shape, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("scheme", "shape"), CASES, ids=str)
-def test_the_same_as_the_plain_passes(scheme, shape, dtype):
-    """w_hat and v bit for bit; the gradient of theta as exact as float32 sums are."""
+def test_triton_kernels_equal_the_plain_kernels(scheme, shape, dtype):
+    """w_hat and v are equal bit for bit. The gradient of theta has the precision of a float32 sum."""
     w, scale, v, bounds, gradient = operands(scheme, shape, dtype)
-    expected, actual, moved = torch.empty_like(w.float()), torch.full_like(w.float(), torch.nan), v.clone()
-    Plain().soft(w, scale, v, *bounds, expected)
-    kernels.soft(w, scale, v, *bounds, actual)
+    expected, actual, v_of_triton = torch.empty_like(w.float()), torch.full_like(w.float(), torch.nan), v.clone()
+    PlainKernels().forward(w, scale, v, *bounds, expected)
+    kernels.forward(w, scale, v, *bounds, actual)
     assert torch.equal(actual, expected)
 
     before = v.clone()
-    plain_gradient = Plain().move(w, scale, v, *bounds, gradient, 0.01)
-    triton_gradient = kernels.move(w, scale, moved, *bounds, gradient, 0.01)
-    assert torch.equal(moved, v)
-    assert not torch.equal(moved, before)
+    plain_gradient = PlainKernels().backward_update(w, scale, v, *bounds, gradient, 0.01)
+    triton_gradient = kernels.backward_update(w, scale, v_of_triton, *bounds, gradient, 0.01)
+    assert torch.equal(v_of_triton, v)
+    assert not torch.equal(v_of_triton, before)
 
     exact = theta_gradient(w, scale, before, bounds, gradient)
     size = theta_gradient(w, scale, before, bounds, gradient, absolute=True)
@@ -64,7 +64,7 @@ def test_the_same_as_the_plain_passes(scheme, shape, dtype):
 
 
 def theta_gradient(w, scale, v, bounds, gradient, *, absolute=False):
-    """By the formula, in float64; or the sum of the absolute values of its terms."""
+    """Gradient of theta by its formula, in float64; with `absolute`, the sum of the absolute values of its terms."""
     groups = scale.shape[1]
     scale = scale.unsqueeze(-1)
     w_over_s = grouped(w.float(), groups) / scale
@@ -76,26 +76,26 @@ def theta_gradient(w, scale, v, bounds, gradient, *, absolute=False):
     return (terms.abs() if absolute else terms).sum(-1)
 
 
-def test_kernels_that_do_not_run_are_found_before_a_run(monkeypatch):
-    """As where there is no C compiler; here in the interpreter they run."""
+def test_require_kernels_refuses_kernels_that_do_not_run(monkeypatch):
+    """The error is that of a machine without a C compiler."""
     kernels = importlib.import_module(MODULE)
-    monkeypatch.setattr("cbqstream.rounding.straight_through.passes_for", lambda *_: kernels)
+    monkeypatch.setattr("cbqstream.rounding.signround_kernels.kernels_for", lambda *_: kernels)
     require_kernels("auto", torch.device(DEVICE))
 
     def fail(*_):
         raise RuntimeError("Failed to find C compiler.\nSet CC.")
 
-    monkeypatch.setattr(kernels, "move", fail)
+    monkeypatch.setattr(kernels, "backward_update", fail)
     with pytest.raises(UsageError, match=r"do not run \(Failed to find C compiler\.\)\. .* use --kernels plain\."):
         require_kernels("auto", torch.device(DEVICE))
 
 
-def test_the_kernels_of_a_device(monkeypatch):
+def test_kernels_for_gives_triton_on_cuda_and_plain_kernels_otherwise(monkeypatch):
     cuda = torch.device("cuda")
-    assert isinstance(passes_for("auto", torch.device("cpu")), Plain)
-    assert isinstance(passes_for("plain", cuda), Plain)
-    assert passes_for("auto", cuda).__name__ == MODULE
+    assert isinstance(kernels_for("auto", torch.device("cpu")), PlainKernels)
+    assert isinstance(kernels_for("plain", cuda), PlainKernels)
+    assert kernels_for("auto", cuda).__name__ == MODULE
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, MODULE, raising=False)
     with pytest.raises(UsageError, match=r"triton cannot be loaded .*\. Install it, or use --kernels plain\."):
-        passes_for("auto", cuda)
+        kernels_for("auto", cuda)

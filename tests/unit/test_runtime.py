@@ -1,0 +1,109 @@
+"""The machine: timings with one owner, and the global state of torch that is restored."""
+
+import os
+import threading
+import time
+
+import pytest
+import torch
+
+from cbqstream.disk import Disk
+from cbqstream.errors import UsageError
+from cbqstream.runtime.device import choose_device, compute_dtype, fixed_numerics, numerics_of
+from cbqstream.runtime.timings import Timings
+
+CPU = torch.device("cpu")
+
+
+def test_timings_count_the_thread_that_made_them():
+    timings = Timings()
+    began = timings.now()
+
+    def work(activity):
+        with timings.measure(activity):
+            time.sleep(0.02)
+
+    work("reading")
+    other = threading.Thread(target=work, args=("writing",))
+    other.start()
+    other.join()
+    spent = timings.now().since(began)
+    assert spent.reading >= 0.02
+    assert spent.writing == 0
+    assert spent.time >= 0.04
+
+
+def test_timings_count_operations_of_the_disk(tmp_path):
+    timings = Timings()
+    disk = Disk(measure=timings.measure)
+    began = timings.now()
+    disk.write(tmp_path / "file", [b"x" * 1000])
+    with disk.scratch(tmp_path / "scratch") as file:
+        start = file.append(b"y" * 1000)
+        written = timings.now()
+        file.read(start, bytearray(1000))
+    spent = timings.now().since(began)
+    assert written.since(began).writing > 0
+    assert spent.reading > 0
+    assert spent.reading + spent.writing <= spent.time
+
+
+def test_timings_count_an_operation_that_fails(tmp_path):
+    timings = Timings()
+    with pytest.raises(ZeroDivisionError), timings.measure("writing"):
+        time.sleep(0.01)
+        1 / 0
+    assert timings.now().writing >= 0.01
+
+
+def state():
+    """The global state of torch on which results depend."""
+    return (
+        torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+        torch.get_float32_matmul_precision(),
+        torch.backends.cuda.matmul.allow_tf32,
+        torch.backends.cuda.cudnn_sdp_enabled(),
+        torch.backends.cudnn.allow_tf32,
+        torch.backends.cudnn.benchmark,
+        os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+    )
+
+
+def test_fixed_numerics_restore_the_state_of_torch(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    before = state()
+    with fixed_numerics(CPU, 2) as threads:
+        assert threads == 2
+        assert torch.get_num_threads() == 2
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        with fixed_numerics(CPU, 1):
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+    assert state() == before
+
+
+def test_fixed_numerics_restore_the_state_after_an_error():
+    before = state()
+    with pytest.raises(ZeroDivisionError), fixed_numerics(CPU, 2):
+        1 / 0
+    assert state() == before
+
+
+def test_an_environment_that_enables_tf32_is_refused(monkeypatch):
+    before = state()
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+    with pytest.raises(UsageError, match="NVIDIA_TF32_OVERRIDE is set"), fixed_numerics(CPU):
+        pass
+    assert state() == before
+
+
+def test_devices():
+    assert choose_device("cpu") == CPU
+    assert compute_dtype(CPU) == torch.float32
+    with pytest.raises(UsageError, match="not auto, cpu or cuda"):
+        choose_device("tpu")
+    numerics = numerics_of(CPU, 3)
+    assert (numerics.device, numerics.threads, numerics.torch, numerics.cuda) == ("cpu", 3, torch.__version__, None)
