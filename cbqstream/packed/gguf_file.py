@@ -7,9 +7,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import gguf
@@ -18,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cbqstream.errors import InputError, UsageError, shown
+from cbqstream.models.families import FAMILIES, GgufArchitecture, family_of
 from cbqstream.packed.gguf_blocks import block_kind, encode_blocks
 from cbqstream.packed.packed_checkpoint import CPU, PackedCheckpoint
 
@@ -35,28 +34,6 @@ _NOT_WEIGHTS = (".rotary_emb.inv_freq",)
 """Ends of the names of tensors that old checkpoints contain and that llama.cpp computes itself."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Architecture:
-    """An architecture of llama.cpp."""
-
-    name: gguf.MODEL_ARCH
-    interleaved: bool
-    """Whether the rotary embedding of llama.cpp rotates pairs of neighboring channels, and not the two halves of a head.
-
-    The rows of queries and keys are then stored in another order.
-    """
-
-
-_ARCHITECTURES: Mapping[str, _Architecture] = MappingProxyType(
-    {
-        "llama": _Architecture(gguf.MODEL_ARCH.LLAMA, interleaved=True),
-        "mistral": _Architecture(gguf.MODEL_ARCH.LLAMA, interleaved=True),
-        "qwen2": _Architecture(gguf.MODEL_ARCH.QWEN2, interleaved=False),
-        "qwen3": _Architecture(gguf.MODEL_ARCH.QWEN3, interleaved=False),
-    }
-)
-
-
 def write_gguf(path: Path, folder: Path, config: Mapping[str, Any], source: PackedCheckpoint) -> None:
     """Write a model into one GGUF file.
 
@@ -72,13 +49,14 @@ def write_gguf(path: Path, folder: Path, config: Mapping[str, Any], source: Pack
         InputError: the tokenizer is missing or is not supported.
     """
     architecture = _architecture(config)
+    arch = gguf.MODEL_ARCH[architecture.name]
     for layer, (_, columns) in source.layers.items():
         blocks, width = block_kind(source.schemes.of(layer))
         if columns % width:
             raise UsageError(
                 f"gguf: {blocks} has blocks of {width} columns, but {layer} has {columns}. Use another format."
             )
-    names = gguf.get_tensor_name_map(architecture.name, int(config["num_hidden_layers"]))
+    names = gguf.get_tensor_name_map(arch, int(config["num_hidden_layers"]))
     rotated = _head_counts(config) if architecture.interleaved else {}
 
     def arranged(name: str, rows: Tensor) -> Tensor:
@@ -86,16 +64,14 @@ def write_gguf(path: Path, folder: Path, config: Mapping[str, Any], source: Pack
         return rows if heads is None else neighbors(rows, heads)
 
     order = sorted(name for name in source.tensors() if not name.endswith(_NOT_WEIGHTS))
-    with closing(gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture.name])) as writer:
+    with closing(gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])) as writer:
         _add_settings(writer, config)
         writer.add_name(f"{folder.name} W{source.schemes.default.num_bits}A16")
         _add_tokenizer(writer, folder, int(config["vocab_size"]))
         for name in order:
             new = names.get_name(name, try_suffixes=(".weight", ".bias"))
             if new is None:
-                raise UsageError(
-                    f"gguf: {gguf.MODEL_ARCH_NAMES[architecture.name]} has no tensor for {name}. Use another format."
-                )
+                raise UsageError(f"gguf: {gguf.MODEL_ARCH_NAMES[arch]} has no tensor for {name}. Use another format.")
             shape, kind = _stored(name, source)
             writer.add_tensor_info(new, shape, np.dtype(np.uint8), int(np.prod(shape)), kind)
         writer.write_header_to_file()
@@ -115,10 +91,16 @@ def neighbors(rows: Tensor, heads: int) -> Tensor:
     return rows.reshape(heads, 2, len(rows) // heads // 2, -1).transpose(1, 2).reshape(rows.shape)
 
 
-def _architecture(config: Mapping[str, Any]) -> _Architecture:
-    found = _ARCHITECTURES.get(str(config.get("model_type")))
+def _architecture(config: Mapping[str, Any]) -> GgufArchitecture:
+    """Architecture of llama.cpp of a model.
+
+    Raises:
+        UsageError: the family, its rotary embedding or its activation function is not supported.
+    """
+    found = family_of(str(config.get("model_type"))).gguf
     if found is None:
-        raise UsageError(f"gguf: supports {', '.join(_ARCHITECTURES)} only. Use another format.")
+        known = ", ".join(name for name, family in FAMILIES.items() if family.gguf is not None)
+        raise UsageError(f"gguf: supports {known} only. Use another format.")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
