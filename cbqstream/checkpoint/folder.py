@@ -47,7 +47,7 @@ def is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 1 << 20
 
 
-def method_of(quantization_config: object) -> str:
+def quant_method_of(quantization_config: object) -> str:
     """Name of the method in a `quantization_config` of config.json, safe to print; "None" if it has no name."""
     found = quantization_config.get("quant_method") if isinstance(quantization_config, dict) else None
     return shown(str(found))

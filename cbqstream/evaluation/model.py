@@ -14,14 +14,12 @@ from cbqstream.activations.map_segments import map_segments
 from cbqstream.activations.store import ActivationStore, StreamShape
 from cbqstream.activations.zarr_store import ZarrStore
 from cbqstream.checkpoint.folder import read_json
-from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.disk import Disk
 from cbqstream.errors import UsageError
 from cbqstream.models.block import BlockArguments, build_block, run_block
 from cbqstream.models.embedding_and_head import EmbeddingAndHead, Part, load_embedding_and_head
 from cbqstream.models.meta_model import MetaModel
-from cbqstream.packed.format import schemes_of
-from cbqstream.packed.packed_checkpoint import PackedCheckpoint
+from cbqstream.packed.sources import open_source
 from cbqstream.records import Compute, WeightSource
 from cbqstream.runtime.device import choose_device, compute_dtype, fixed_numerics
 
@@ -58,9 +56,7 @@ def open_model(folder: Path, blocks_path: str | None = None) -> tuple[MetaModel,
         UsageError: the model is quantized in another form.
     """
     config = read_json(folder, "config.json")
-    source: WeightSource = Checkpoint.open(folder)
-    if isinstance(source, Checkpoint) and config.get("quantization_config"):
-        source = PackedCheckpoint(source, schemes_of(config["quantization_config"]))
+    source = open_source(folder, config)
     return MetaModel(folder, config, source.tensors(), blocks_path), source
 
 

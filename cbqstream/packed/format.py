@@ -19,7 +19,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32,
 from compressed_tensors.quantization import QuantizationConfig
 from torch import Tensor
 
-from cbqstream.checkpoint.folder import method_of
+from cbqstream.checkpoint.folder import quant_method_of
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.errors import UsageError, shown
 from cbqstream.models.families import JOINED
@@ -151,13 +151,13 @@ def schemes_of(config: dict[str, Any]) -> LayerSchemes:
     try:
         found = [_read_group(config, group) for group in config["config_groups"].values()]
     except (AttributeError, LookupError, TypeError) as error:
-        raise _not_read_here(config) from error
+        raise not_supported(config) from error
     default = [scheme for target, scheme in found if target == "Linear"]
     others = tuple(
         (target[3:-1], scheme) for target, scheme in found if target.startswith("re:") and target.endswith("$")
     )
     if len(default) != 1 or len(others) != len(found) - 1:
-        raise _not_read_here(config)
+        raise not_supported(config)
     return LayerSchemes(default[0], others)
 
 
@@ -178,7 +178,7 @@ def _read_group(config: dict[str, Any], group: dict[str, Any]) -> tuple[str, Sch
         and len(targets) == 1
     )
     if not known:
-        raise _not_read_here(config)
+        raise not_supported(config)
     return str(group["targets"][0]), Scheme(
         num_bits=weights["num_bits"],
         group_size=weights["group_size"] if weights["strategy"] == "group" else None,
@@ -234,8 +234,9 @@ def _words(codes: int, scheme: Scheme) -> int:
     return -(-codes * scheme.num_bits // _WORD)
 
 
-def _not_read_here(config: object) -> UsageError:
+def not_supported(config: object) -> UsageError:
+    """The error for a quantization_config that is not supported, with its `quant_method`."""
     return UsageError(
-        f"the model is already quantized ({method_of(config)}) in a form that is not supported."
+        f"the model is already quantized ({quant_method_of(config)}) in a form that is not supported."
         " Give the original model, or a result of cbqstream quantize."
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cbqstream.checkpoint.folder import find_tensors, is_size, method_of, read_json
+from cbqstream.checkpoint.folder import find_tensors, is_size, quant_method_of, read_json
 from cbqstream.checkpoint.header import described
 from cbqstream.errors import InputError
 from cbqstream.hub import fetch_headers
@@ -143,7 +143,7 @@ def require_original(folder: Path, model: Mapping[str, Any]) -> None:
     """
     config = model.get("quantization_config")
     if config:
-        problem = f"the model is already quantized ({method_of(config)})"
+        problem = f"the model is already quantized ({quant_method_of(config)})"
         raise InputError(
             folder / "config.json", f"{problem}. Give the original model; if that is in FP8, convert it to bf16."
         )

@@ -1,0 +1,43 @@
+"""Formats of checkpoints, by the `quant_method` of config.json, and the reader of each.
+
+A new format is a reader with the members of `WeightSource` in a file of its own, and a row here.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from cbqstream.checkpoint.folder import quant_method_of
+from cbqstream.checkpoint.reader import Checkpoint
+from cbqstream.packed.format import METHOD, not_supported, schemes_of
+from cbqstream.packed.packed_checkpoint import PackedCheckpoint
+from cbqstream.records import WeightSource
+
+
+def _packed(checkpoint: Checkpoint, quantization_config: dict[str, Any]) -> WeightSource:
+    return PackedCheckpoint(checkpoint, schemes_of(quantization_config))
+
+
+SOURCES: Mapping[str, Callable[[Checkpoint, dict[str, Any]], WeightSource]] = MappingProxyType({METHOD: _packed})
+"""Functions that open a quantized checkpoint, by the `quant_method` of its quantization_config."""
+
+
+def open_source(folder: Path, config: Mapping[str, Any]) -> WeightSource:
+    """The dense tensors of a model folder, dequantized one at a time if it is quantized.
+
+    Args:
+        folder: folder of the model.
+        config: content of its config.json.
+
+    Raises:
+        InputError: the checkpoint cannot be read.
+        UsageError: the checkpoint is quantized in a form that is not supported.
+    """
+    checkpoint, quantization_config = Checkpoint.open(folder), config.get("quantization_config")
+    if not quantization_config:
+        return checkpoint
+    opener = SOURCES.get(quant_method_of(quantization_config))
+    if opener is None:
+        raise not_supported(quantization_config)
+    return opener(checkpoint, quantization_config)
