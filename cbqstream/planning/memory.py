@@ -222,6 +222,6 @@ def disk_bytes(
         "streams": 5 * tokens * sizes.hidden * STREAM_BYTES,
         "blocks": quantized * packed_bytes(config, sizes) * rewritten,
         "window states": 2 * state_bytes(config, sizes, staying),
-        "rest of the model": sizes.source_bytes - quantized * sizes.block_bytes,
+        "rest of the model": sizes.outer_bytes + (sizes.num_blocks - quantized) * sizes.block_bytes,
         "layers of a window": offloaded.size,
     }
