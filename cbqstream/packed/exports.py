@@ -1,7 +1,7 @@
 """Formats to which a quantized layer is exported: tensors of the layer, schemes that are supported, and the quantization_config.
 
-An export keeps every code. I is the number of inputs of a layer, O of outputs, G of groups in a row, and b of bits of a code. `gptq`,
-`gptq_v2` and `awq` store codes and zero points unsigned, `u = q + 2^(b-1)`.
+I is the number of inputs of a layer, O of outputs, G of groups in a row, and b of bits of a code. `gptq`, `gptq_v2` and `awq` keep every
+code. They store codes and zero points unsigned, `u = q + 2^(b-1)`.
 
     format    tensor     dtype and shape              content
     dense     weight     dtype of the scales [O, I]   (q - z) s, rounded to that dtype

@@ -191,7 +191,7 @@ class Rounding(Offloadable, ABC):
         return {name: value.detach().clone() for name, value in values.items() if value is not None}
 
     def large_state(self) -> dict[str, Tensor | OffloadedTensor]:
-        """The part of the state that is of the size of the weight, not copied; without what has not changed since `start`."""
+        """The part of the state that is of the size of the weight, not copied; without what has not changed since the start."""
         return {}
 
     @torch.no_grad()
