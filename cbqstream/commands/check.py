@@ -21,7 +21,7 @@ from cbqstream.packed.format import faults_of
 from cbqstream.packed.output import SUMS, require_sums
 from cbqstream.packed.packed_checkpoint import PackedCheckpoint
 from cbqstream.records import WeightSource
-from cbqstream.rundir.chain import Chain
+from cbqstream.rundir.chain import Chain, is_run
 
 CPU = torch.device("cpu")
 
@@ -69,7 +69,7 @@ def check(path: Path, *, read_data: bool, blocks_path: str | None = None, load: 
         InputError: the records of a run are damaged, or the folder is neither a run nor a model.
         IdentityError: the run was made by another version.
     """
-    if (path / "run.json").exists():
+    if is_run(path):
         while True:
             chain = Chain.read(path)
             found = _check_run(chain, read_data=read_data, load=load)

@@ -6,6 +6,7 @@ from cbqstream.commands.check import check
 from cbqstream.errors import InputError
 from cbqstream.hub import push as upload
 from cbqstream.hub import require_name
+from cbqstream.rundir.chain import is_run
 
 
 def push(out: Path, name: str, *, private: bool = True, blocks_path: str | None = None) -> str:
@@ -26,7 +27,7 @@ def push(out: Path, name: str, *, private: bool = True, blocks_path: str | None 
         StorageError: the upload failed.
     """
     require_name(name)  # first, because the check reads the whole model
-    if (out / "run.json").exists():
+    if is_run(out):
         raise InputError(out, "a run directory, which cannot be uploaded. Give the folder of the finished model.")
     problems = check(out, read_data=True, blocks_path=blocks_path).problems
     if problems:

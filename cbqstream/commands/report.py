@@ -22,7 +22,7 @@ from cbqstream.report.card import METRICS
 from cbqstream.report.facts import Facts
 from cbqstream.report.figures import as_png, as_svg, figures
 from cbqstream.report.page import page
-from cbqstream.rundir.chain import Chain
+from cbqstream.rundir.chain import Chain, is_run
 
 
 def report(
@@ -53,7 +53,7 @@ def report(
     """
     require_free(folder, "--out")
     folder, blocks_path = folder.absolute(), options.get("blocks_path")
-    if (path / "run.json").exists():
+    if is_run(path):
         chain = Chain.read(path)
         facts, models = _of_run(chain)
         blocks_path = blocks_path or chain.run.config.blocks_path

@@ -35,8 +35,6 @@ from cbqstream.runtime.device import choose_device, compute_dtype, fixed_numeric
 from cbqstream.runtime.memory import GIB
 from cbqstream.windows.schedule import schedule, split_held_out
 
-__all__ = ["CONTEXT", "Plan", "fitting_plan", "make_plan", "plan"]
-
 _MODES = (
     MemoryMode(),
     MemoryMode(activation_checkpointing=True),

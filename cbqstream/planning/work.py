@@ -13,7 +13,7 @@ from cbqstream.windows.schedule import split_held_out
 
 _START = 4.0
 """Seconds to import everything and to open the model."""
-_LOGIT_COPIES = 6
+_LOGIT_PASSES = 6
 """Number of reads and writes of each logit in training."""
 _GRID_SEARCH = {True: 22, False: 120}
 """Cost of the grid search of a weight, in training steps of its rounding, by whether the scheme is symmetric."""
@@ -107,7 +107,7 @@ def seconds_of(config: QuantizeConfig, sizes: ModelSizes, work: Work, rates: Rat
     values = passes * seq_len * _ELEMENTWISE[config.scheme.activation_bits] * sizes.outputs
     seen = work.head_segments * seq_len / config.reconstruction.head_stride
     products += seen * sizes.vocabulary * sizes.hidden
-    values += seen * sizes.vocabulary * _LOGIT_COPIES
+    values += seen * sizes.vocabulary * _LOGIT_PASSES
     return {
         "matrix products": products * rates.product,
         "rounding": weights * rates.weight,

@@ -8,7 +8,7 @@ from pathlib import Path
 from cbqstream.config import QuantizeConfig
 from cbqstream.disk import free_bytes
 from cbqstream.errors import DeviceMemoryError, StorageError, shown
-from cbqstream.planning.plan import CONTEXT
+from cbqstream.planning.memory import CONTEXT
 from cbqstream.records import BlockSpec, EpochReport, RunWarning, WindowReport
 from cbqstream.run.inputs import RunInputs
 from cbqstream.runtime.memory import GIB, is_out_of_memory

@@ -41,7 +41,7 @@ from cbqstream.run.result import write_result
 from cbqstream.run.streams import Streams
 from cbqstream.run.warnings import model_warnings, require_finite_windows, undersampled_experts
 from cbqstream.run.window_report import window_report
-from cbqstream.rundir.chain import QUANTIZED, REFERENCE, WINDOW_STATE, Chain
+from cbqstream.rundir.chain import QUANTIZED, REFERENCE, WINDOW_STATE, Chain, is_run
 from cbqstream.rundir.identity import require_same
 from cbqstream.rundir.journal import Journal, open_journal
 from cbqstream.rundir.records import RunRecord
@@ -90,7 +90,7 @@ def quantize(
         inputs = open_inputs(config, device, threads, timings.measure)
         return_large_blocks(offloading=inputs.compute.memory_mode.offload)
         out, run = Path(config.out), config.run_path
-        if (run / "run.json").exists():
+        if is_run(run):
             _require_same(Chain.read(run), inputs, allow_numerics_change=allow_numerics_change)
         elif is_occupied(out):
             raise UsageError(f"{out}: exists and is not empty. Give another OUT.")

@@ -28,6 +28,11 @@ def numbered(index: int) -> str:
     return f"{index:05d}"
 
 
+def is_run(path: Path) -> bool:
+    """Whether a folder is a run directory, finished or not."""
+    return (path / "run.json").exists()
+
+
 @dataclass(frozen=True, slots=True)
 class Chain:
     """A run as far as it is committed. Windows are numbered from 0, and epochs of the end-to-end stage on after the last window."""

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from cbqstream.disk import Disk, FileDigest
 from cbqstream.errors import IdentityError, InputError, StoppedError, StorageError, UsageError
 from cbqstream.records import EpochReport, Numerics, WindowReport
-from cbqstream.rundir.chain import RESTORE, STATES_KEPT, WINDOW_STATE, Chain, numbered
+from cbqstream.rundir.chain import RESTORE, STATES_KEPT, WINDOW_STATE, Chain, is_run, numbered
 from cbqstream.rundir.identity import canonical
 from cbqstream.rundir.records import Checksums, Commit, RunRecord
 
@@ -178,12 +178,12 @@ def open_journal(
     disk.remove_tree(_deleted(path))
     if run is not None:
         _make_run_folder(path, disk)
-    elif not (path / "run.json").exists():
+    elif not is_run(path):
         raise InputError(path, "no cbqstream run (run.json is missing).")
     if not shared:
         _require_private(path)
     with _locked(path):
-        if run is not None and not (path / "run.json").exists():
+        if run is not None and not is_run(path):
             _begin(path, disk, run)
         _finish_rollback(path, disk)
         chain = Chain.read(path)
