@@ -35,7 +35,7 @@ def one_thread() -> None:
 def imported_modules_excluded_from_garbage_collection() -> None:
     """Exclude the objects of torch and transformers from garbage collection.
 
-    Every window ends with a garbage collection. With these objects, it would take half of the time of a tiny run.
+    Every window ends with a garbage collection. With these objects, the collections would take half of the time of a tiny run.
     """
     gc.collect()
     gc.freeze()

@@ -57,7 +57,9 @@ def test_a_new_result_has_no_problems(made):
 @pytest.mark.parametrize("part", ["weight_scale", "weight_shape", "weight_zero_point"])
 def test_a_missing_part_of_a_packed_layer_is_reported(made, part):
     edit_tensors(made, lambda tensors: tensors.pop(f"{LAYER}.{part}"))
-    assert check(made, read_data=False).problems == [f"{made}: {LAYER}: {part} missing."]
+    assert check(made, read_data=False).problems == [
+        f"{made}: {LAYER}: {part} missing. Download or copy the model again."
+    ]
 
 
 def test_a_weight_shape_that_is_not_two_numbers_is_reported(made):
@@ -73,7 +75,7 @@ def test_packed_codes_with_half_of_the_columns_are_reported(made):
         tensors[f"{LAYER}.weight_packed"] = tensors[f"{LAYER}.weight_packed"][:, ::2].contiguous()
 
     edit_tensors(made, narrow)
-    expected = f"{made}: {LAYER}: weight_packed is [128, 4], [128, 8] belong to 4 bits of [128, 64]."
+    expected = f"{made}: {LAYER}: weight_packed has shape [128, 4], but 4 bits of [128, 64] need [128, 8]."
     assert check(made, read_data=False).problems == [expected]
 
 
@@ -83,8 +85,8 @@ def test_a_wrong_number_of_bits_of_per_channel_weights_is_reported(make_config):
     edit_quantization_config(made, lambda config: config["config_groups"]["group_0"]["weights"].update(num_bits=2))
     problems = check(made, read_data=False).problems
     assert len(problems) == 28
-    assert f"{made}: {LAYER}: weight_packed is [128, 8], [128, 4] belong to 2 bits of [128, 64]." in problems
-    with pytest.raises(InputError, match=r"up_proj\": weight_packed is \[128, 8\], not \[128, 4\]\."):
+    assert f"{made}: {LAYER}: weight_packed has shape [128, 8], but 2 bits of [128, 64] need [128, 4]." in problems
+    with pytest.raises(InputError, match=r"up_proj\": weight_packed has shape \[128, 8\], not \[128, 4\]\."):
         open_model(made)[1].read(f"{LAYER}.weight", device=torch.device("cpu"))
 
 
@@ -100,7 +102,7 @@ def test_a_wrong_number_of_bits_of_per_channel_weights_is_reported(make_config):
 def test_a_quantization_config_of_an_unknown_form_is_reported(made, edit):
     edit_quantization_config(made, edit)
     assert (
-        "already quantized (compressed-tensors) in a form that is not read here."
+        "already quantized (compressed-tensors) in a form that is not supported."
         in check(made, read_data=False).problems[-1]
     )
 
@@ -118,7 +120,7 @@ def test_checksums_of_all_shards_are_compared(made, tmp_path):
     tensors[f"{LAYER}.weight_packed"][3, 2] ^= 1
     save_file(tensors, copy / SHARD, metadata={"format": "pt"})
     assert check(copy, read_data=False).problems == []
-    expected = f"{copy / SHARD}: is not what was written (by its SHA-256 in SHA256SUMS). Copy it again."
+    expected = f"{copy / SHARD}: is not what was written (its SHA-256 does not match SHA256SUMS). Copy it again."
     assert check(copy, read_data=True).problems == [expected]
     (copy / "SHA256SUMS").write_text("nonsense\n")
     assert check(copy, read_data=True).problems == [
@@ -136,7 +138,7 @@ def test_checksums_of_a_result_are_compared_when_its_run_directory_is_checked(ma
     run = made.with_name(f"{made.name}.run")
     assert check(run, read_data=True).problems == []
     sums.write_text(text.replace(shard, f"{64 * '0'}  {SHARD}"))
-    expected = f"{made / SHARD}: is not what was written (by its SHA-256 in SHA256SUMS). Copy it again."
+    expected = f"{made / SHARD}: is not what was written (its SHA-256 does not match SHA256SUMS). Copy it again."
     assert check(run, read_data=True).problems == [expected]
 
 
@@ -156,7 +158,7 @@ def test_layers_that_inference_engines_fuse_must_have_one_scheme(made):
 def test_a_quantization_config_that_compressed_tensors_refuses_is_reported(made):
     edit_quantization_config(made, lambda config: config.update(quantization_status="packed up"))
     (problem,) = check(made, read_data=False).problems
-    assert problem.startswith(f"{made}: quantization_config is not read by compressed-tensors: ")
+    assert problem.startswith(f"{made}: compressed-tensors cannot read the quantization_config: ")
 
 
 @pytest.mark.parametrize(
@@ -186,7 +188,7 @@ def test_a_result_that_transformers_fails_to_load_is_reported(made, monkeypatch)
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
     (problem,) = check(made, read_data=False, load=True).problems
-    assert re.fullmatch(rf"{made}: transformers \S+ does not load it: 'no such layer.*", problem)
+    assert re.fullmatch(rf"{made}: transformers \S+ cannot load it: 'no such layer.*", problem)
     assert check(made, read_data=False).problems == []
 
 
@@ -200,7 +202,7 @@ def test_other_logits_in_transformers_are_reported(made, monkeypatch):
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: RandomLogits())
     (problem,) = check(made, read_data=False, load=True).problems
-    assert problem.startswith(f"{made}: gives other logits in transformers. transformers ")
+    assert problem.startswith(f"{made}: its logits in transformers differ from the streamed ones. transformers ")
 
 
 @pytest.mark.parametrize(
@@ -231,7 +233,7 @@ def test_too_little_memory_to_load_a_model_is_an_error_and_not_a_problem_of_the_
         raise error
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
-    with pytest.raises(DeviceMemoryError, match=r"does not fit in memory as a whole\. Leave out --load"):
+    with pytest.raises(DeviceMemoryError, match=r"the whole model does not fit in memory\. Leave out --load"):
         check(made, read_data=False, load=True)
 
 

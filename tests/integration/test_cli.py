@@ -83,7 +83,7 @@ def test_a_run_is_quantized_resumed_and_evaluated(cbqstream, tiny_models, tokens
     out.mkdir()
     (out / "config.json").write_text("{}")
     _, text, _ = cbqstream("status", f"{out}.run")
-    assert "the model is not put together yet" in text.splitlines()[-1]
+    assert "the model is not assembled yet" in text.splitlines()[-1]
     (out / "config.json").unlink()
 
     assert cbqstream("resume", f"{out}.run")[0] == 0
@@ -156,8 +156,8 @@ def test_a_recipe_gives_defaults_of_flags(cbqstream, tiny_models, tokens, tmp_pa
 BAD_RECIPES = {
     "unknown": ("epoch = 3", '{recipe}: unknown key "epoch" (epochs?).'),
     "nothing like it": ("bitz = 3", '{recipe}: unknown key "bitz".'),
-    "a table": ("[seed]\nsize = 2", '{recipe}: "seed" is not one value, nor a list of values.'),
-    "twice": ("seq-len = 2\nseq_len = 3", '{recipe}: "seq_len" is there twice, once with - and once with _.'),
+    "a table": ("[seed]\nsize = 2", '{recipe}: "seed" is neither a value nor a list of values.'),
+    "twice": ("seq-len = 2\nseq_len = 3", '{recipe}: "seq_len" appears twice, once with - and once with _.'),
     "another recipe": ('recipe = "a"', '{recipe}: unknown key "recipe".'),
     "not TOML": ("scheme: W4A16", "{recipe}: not TOML (Expected '=' after a key"),
     "out of range": ("group-size = 7", "group_size is 7. It must be a multiple of 8"),
@@ -331,23 +331,23 @@ BAD_MODELS = {
     ),
     "unknown architecture": (
         edit_config(model_type="mambo"),
-        '{model}/config.json: architecture "mambo" is not one of transformers\'.',
+        '{model}/config.json: architecture "mambo" is not in transformers. Use another model.',
     ),
     "hidden size of 0": (
         edit_config(hidden_size=0),
-        "{model}/config.json: hidden_size is 0, it must be a whole number from 1 to 1,048,576.",
+        "{model}/config.json: hidden_size is 0. It must be a whole number from 1 to 1,048,576.",
     ),
     "more blocks in the weights": (
         edit_config(num_hidden_layers=3),
-        "{model}: config.json says 3 blocks, weights hold 4.",
+        "{model}: config.json describes 3 blocks, but the weights have 4.",
     ),
     "fewer blocks in the weights": (
         edit_config(num_hidden_layers=5),
-        '{model}: tensor "model.layers.4.self_attn.q_proj.weight": missing from the weights, config.json needs it.',
+        '{model}: tensor "model.layers.4.self_attn.q_proj.weight": missing from the weights. Download the model again.',
     ),
     "shape": (
         edit_config(intermediate_size=96),
-        '{model}: tensor "model.layers.0.mlp.gate_proj.weight": shape [128, 64], config.json needs [96, 64].',
+        '{model}: tensor "model.layers.0.mlp.gate_proj.weight": has shape [128, 64], but config.json requires [96, 64].',
     ),
     "impossible norm": (
         edit_config(rms_norm_eps=None),
@@ -355,7 +355,7 @@ BAD_MODELS = {
     ),
     "already quantized": (
         edit_config(quantization_config={"quant_method": "gptq"}),
-        "{model}/config.json: the model is already quantized (gptq). Give the original; where that is FP8, convert it to bf16.",
+        "{model}/config.json: the model is already quantized (gptq). Give the original model; if that is in FP8, convert it to bf16.",
     ),
     "quantized in an unknown way": (
         edit_config(quantization_config="x"),
@@ -414,12 +414,12 @@ BAD_ARGUMENTS = {
     "nothing left": (
         ("--keep-first", 2, "--keep-last", 2),
         2,
-        "keep_first + keep_last is 4 and the model has 4 blocks; nothing is left to quantize.",
+        "keep_first + keep_last is 4. It must be below the 4 blocks of the model.",
     ),
     "memory": (
         ("--max-ram", "300MiB"),
         69,
-        "--max-ram 0.29 GiB: this run needs 0.38 (process 0.38). No smaller batch or window fits either; give it more.",
+        "--max-ram 0.29 GiB: this run needs 0.38 (process 0.38). No smaller setting fits; use a higher limit.",
     ),
     "no size": (("--max-ram", "16"), 2, "'16' is not a size. Write it as 16GiB or 800MB."),
     "device": (("--device", "cuda:7"), 2, "device cuda:7 is not available. Use --device cpu."),
@@ -427,7 +427,7 @@ BAD_ARGUMENTS = {
     "run inside OUT": (
         ("--run-dir", "{out}/run"),
         2,
-        "{out}/run: the run directory is inside OUT. Use another place.",
+        "{out}/run: the run directory is inside OUT. Use another folder.",
     ),
 }
 
@@ -525,7 +525,7 @@ def test_only_the_newest_window_or_all_windows_can_be_rolled_back(cbqstream, tin
     code, _, err = cbqstream("rollback", run, "--to", 1)
     assert (code, err) == (
         2,
-        f"cbqstream: error: {run}: what window 1 carried over is gone. Only the newest window can be given up, or all: --to 0.\n",
+        f"cbqstream: error: {run}: the state of window 1 is no longer kept. Only the newest window can be rolled back, or all: --to 0.\n",
     )
     code, text, _ = cbqstream("rollback", run, "--to", 0)
     out = tmp_path / "out"
@@ -565,8 +565,8 @@ BAD_EVALUATIONS = {
     "length": (("--seq-len", 1), "seq_len is 1. It must be 2 or more."),
     "batch": (("--batch-size", 0), "batch_size is 0. It must be at least 1."),
     "scratch": (("--scratch", "/nowhere"), "/nowhere: no such folder."),
-    "limit": (("--limit", 3), "--limit is for --tasks."),
-    "questions": (("--num-questions", 3), "--num-questions is for --choices."),
+    "limit": (("--limit", 3), "--limit is for --tasks. Leave it out."),
+    "questions": (("--num-questions", 3), "--num-questions is for --choices. Leave it out."),
     "revision": (("--revision", "main"), "{model} is a folder. --revision is for a name on the Hub."),
 }
 

@@ -161,32 +161,44 @@ def test_experts_in_full_precision_are_listed_under_one_name(make_config, tmp_pa
         (
             "gptq",
             {"scheme": ASYMMETRIC},
-            r"format gptq cannot hold zero points .* exactly\. Formats that can: awq; dense rounds the weights\.",
+            r"format gptq cannot represent zero points .* exactly\. Formats that can: awq; dense rounds the weights\.",
         ),
         (
             "gptq",
             {"scheme": Scheme(num_bits=3, group_size=32)},
-            r"cannot hold 3 bits .*\. No format but OUT's own can; dense rounds",
+            r"cannot represent 3 bits .*\. No other format can; dense rounds",
         ),
-        ("awq", {"scheme": EIGHT}, r"cannot hold 8 bits \(4 can\) exactly\. Formats that can: gptq, gptq_v2; dense"),
+        (
+            "awq",
+            {"scheme": EIGHT},
+            r"cannot represent 8 bits \(4 is supported\) exactly\. Formats that can: gptq, gptq_v2; dense",
+        ),
         (
             "awq",
             {"scheme": CHANNEL},
-            r"cannot hold one scale per channel exactly\. Formats that can: gptq, gptq_v2, gguf; dense",
+            r"cannot represent one scale per channel exactly\. Formats that can: gptq, gptq_v2, gguf; dense",
         ),
-        ("awq", {"scheme": Scheme(num_bits=4, group_size=32, activation_bits=8)}, r"cannot hold inputs of 8 bits"),
+        (
+            "awq",
+            {"scheme": Scheme(num_bits=4, group_size=32, activation_bits=8)},
+            r"cannot represent inputs of 8 bits exactly",
+        ),
         (
             "awq",
             {"scheme": Scheme(num_bits=4, group_size=8)},
-            r"cannot hold groups of 8 \(16, 32, 64, 128 can\) exactly\. No format",
+            r"cannot represent groups of 8 \(16, 32, 64, 128 are supported\) exactly\. No other format",
         ),
-        ("gptq", {"scheme": Scheme(num_bits=8, group_size=8)}, r"cannot hold groups of 8 \(16, .*, 1024 can\)"),
+        (
+            "gptq",
+            {"scheme": Scheme(num_bits=8, group_size=8)},
+            r"cannot represent groups of 8 \(16, .*, 1024 are supported\)",
+        ),
         (
             "gptq",
             {"override": ("down_proj=W8",)},
-            r"cannot hold layers of different widths exactly\. Formats that can: gguf; dense",
+            r"cannot represent layers with different schemes exactly\. Formats that can: gguf; dense",
         ),
-        ("exl3", {}, r"format 'exl3' is not dense, gptq, gptq_v2, awq, gguf\."),
+        ("exl3", {}, r"format 'exl3' is not supported\. Use dense, gptq, gptq_v2, awq, gguf\."),
     ],
 )
 def test_a_format_that_cannot_represent_the_weights_is_refused(make_config, tmp_path, name, settings, message):
@@ -218,7 +230,7 @@ def test_scales_that_float16_cannot_represent_are_refused(make_config, with_toke
     tensors["model.layers.1.mlp.up_proj.weight_scale"] = scale + 2.0**-18
     shard.unlink()
     save_file(tensors, shard)
-    with pytest.raises(UsageError, match=r"float16, .* does not hold them exactly\. Use dense"):
+    with pytest.raises(UsageError, match=r"stores scales in float16, which would round them\. Use --format dense"):
         export(made, tmp_path / "exported", name)
     assert not list(tmp_path.glob("exported*"))
 
@@ -326,16 +338,21 @@ def test_the_package_gguf_reads_the_quantized_weights_and_settings(
 @pytest.mark.parametrize(
     ("family", "settings", "error", "message"),
     [
-        ("opt", {}, UsageError, r"gguf: written for llama, mistral, qwen2, qwen3 only"),
-        ("llama", {"scheme": ASYMMETRIC}, UsageError, r"cannot hold groups of 32 \(Q4_K can: multiples of 256"),
+        ("opt", {}, UsageError, r"gguf: supports llama, mistral, qwen2, qwen3 only"),
+        (
+            "llama",
+            {"scheme": ASYMMETRIC},
+            UsageError,
+            r"cannot represent groups of 32 \(Q4_K supports multiples of 256",
+        ),
         (
             "llama",
             {"scheme": Scheme(num_bits=2, group_size=None)},
             UsageError,
-            r"Q2_K has blocks of 256 columns, model\.layers\.0",
+            r"Q2_K has blocks of 256 columns, but model\.layers\.0",
         ),
-        ("llama", {}, InputError, r"tokenizer\.json: missing, which GGUF needs"),
-        ("relu", {}, UsageError, r"llama\.cpp computes silu here, not relu"),
+        ("llama", {}, InputError, r"tokenizer\.json: missing\. Add it, or use another format"),
+        ("relu", {}, UsageError, r"gguf: the activation must be silu, not relu"),
     ],
 )
 def test_a_model_that_gguf_cannot_represent_is_refused(make_config, tmp_path, family, settings, error, message):
@@ -350,24 +367,32 @@ def test_a_model_that_gguf_cannot_represent_is_refused(make_config, tmp_path, fa
 @pytest.mark.parametrize(
     ("file", "edit", "message"),
     [
-        ("tokenizer.json", lambda content: content["pre_tokenizer"].update(use_regex=False), "splits text in a way"),
+        (
+            "tokenizer.json",
+            lambda content: content["pre_tokenizer"].update(use_regex=False),
+            r"llama\.cpp would split text differently",
+        ),
         (
             "tokenizer.json",
             lambda content: content["pre_tokenizer"].update(add_prefix_space=True),
-            "splits text in a way",
+            r"llama\.cpp would split text differently",
         ),
-        ("tokenizer.json", lambda content: content.update(normalizer={"type": "Lowercase"}), "splits text in a way"),
+        (
+            "tokenizer.json",
+            lambda content: content.update(normalizer={"type": "Lowercase"}),
+            r"llama\.cpp would split text differently",
+        ),
         (
             "tokenizer.json",
             lambda content: content["added_tokens"].append(
                 {**content["added_tokens"][0], "id": 304, "content": "<new>"}
             ),
-            r"tokenizer\.json: has a token 304, the model 304 rows of embeddings\. Resize them first",
+            r"tokenizer\.json: has a token 304, but the model has 304 rows of embeddings\. Resize the embeddings",
         ),
         (
             "config.json",
             lambda content: content.update(pad_token_id=-1),
-            r"special tokens are not read by gguf: invalid value for special token type pad: -1",
+            r"gguf cannot read the special tokens: invalid value for special token type pad: -1",
         ),
     ],
 )

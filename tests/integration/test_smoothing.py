@@ -63,7 +63,7 @@ def test_smoothing_does_not_change_the_output_of_a_block(tiny_models, family, se
 
 @pytest.mark.parametrize("family", SOME_FAMILIES)
 def test_a_block_that_only_computes_gives_the_same_bits_as_a_block_in_a_window(tiny_models, family, monkeypatch):
-    """Lost streams could otherwise not be recomputed. The layers are multiplied in slabs of rows, as windows multiply large layers."""
+    """If the bits differed, lost streams could not be recomputed. Layers are multiplied in slabs of rows, as large layers of a run are."""
     monkeypatch.setattr("cbqstream.numerics.slabs.SLAB_WEIGHTS", 700)
     meta_model, source, arguments = opened(tiny_models[family])
     x = torch.randn(8, SEQ_LEN, meta_model.hidden_size, generator=torch.Generator().manual_seed(0))
@@ -74,7 +74,7 @@ def test_a_block_that_only_computes_gives_the_same_bits_as_a_block_in_a_window(t
 
 
 def test_norms_whose_output_the_residual_adds_are_not_smoothed(tmp_path):
-    """In OPT with norms after the residual, only v_proj and fc1 can be smoothed; before an activation other than ReLU, fc1 cannot either."""
+    """OPT with norms after the residual has only the pairs of v_proj and fc1, and without ReLU only that of v_proj."""
     folder = save_model(tmp_path / "opt", "opt", do_layer_norm_before=False)
     smooth_layers = [pair.smooth_layer for pair in open_model(folder)[0].smoothing_pairs(1)]
     assert smooth_layers == ["self_attn.v_proj", "fc1"]

@@ -40,5 +40,5 @@ def test_the_last_eighth_of_the_segments_is_held_out():
     assert split_held_out(8) == (list(range(7)), [7])
 
 
-def test_with_fewer_than_eight_segments_all_are_trained_on_and_held_out():
+def test_the_split_of_fewer_than_eight_segments_has_all_of_them_in_both_parts():
     assert split_held_out(7) == (list(range(7)), list(range(7)))
