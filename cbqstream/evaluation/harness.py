@@ -62,7 +62,15 @@ class StreamedLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
 
     @property
     def eot_token_id(self) -> int:
-        """Id of the token that ends a text."""
+        """Id of the token that ends a text.
+
+        Raises:
+            UsageError: the tokenizer has none.
+        """
+        if self.tokenizer.eos_token_id is None:
+            raise UsageError(
+                "tasks need a tokenizer with a beginning-of-sequence or end-of-sequence token. Set eos_token in tokenizer_config.json."
+            )
         return int(self.tokenizer.eos_token_id)
 
     @property

@@ -134,7 +134,7 @@ CASES: dict[str, tuple[Callable[[Bad], object], str]] = {
     ),
     "9 header longer than the file": (
         lambda bad: bad.put((5000).to_bytes(8, "little") + b"{}"),
-        r"{weights}: header says 5000 bytes, file has 10 \(truncated\?\)\. .*",
+        r"{weights}: header is 5000 bytes long, file has 10 \(truncated\?\)\. .*",
     ),
     "10 header is not JSON": (lambda bad: bad.header(lambda entries: b"{nothing"), r"{weights}: header is not JSON\."),
     "10 header is not UTF-8": (
@@ -254,55 +254,55 @@ CASES: dict[str, tuple[Callable[[Bad], object], str]] = {
     ),
     "34 unknown architecture": (
         lambda bad: bad.config(model_type="\x1b[2Jfoo"),
-        r'{model}/config\.json: architecture "\\x1b\[2Jfoo" is not one of transformers\'\.',
+        r'{model}/config\.json: architecture "\\x1b\[2Jfoo" is not in transformers\. Use another model\.',
     ),
     "35 architecture that needs remote code": (
         lambda bad: bad.config(model_type="foo", auto_map={"AutoModel": "x.y"}),
-        r'{model}/config\.json: architecture "foo" needs remote code, which is never run\.',
+        r'{model}/config\.json: architecture "foo" needs remote code, which is never run\. Use another model\.',
     ),
     "37 hidden size of zero": (
         lambda bad: bad.config(hidden_size=0),
-        r"{model}/config\.json: hidden_size is 0, it must be .*",
+        r"{model}/config\.json: hidden_size is 0\. It must be .*",
     ),
     "37 negative number of heads": (
         lambda bad: bad.config(num_attention_heads=-4),
-        r"{model}/config\.json: num_attention_heads is -4, .*",
+        r"{model}/config\.json: num_attention_heads is -4\. It must be .*",
     ),
     "37 hidden size is a float": (
         lambda bad: bad.config(hidden_size=64.0),
-        r"{model}/config\.json: hidden_size is 64\.0, .*",
+        r"{model}/config\.json: hidden_size is 64\.0\. It must be .*",
     ),
     "37 huge vocabulary": (
         lambda bad: bad.config(vocab_size=10**12),
-        r"{model}/config\.json: vocab_size is 1000000000000, .*",
+        r"{model}/config\.json: vocab_size is 1000000000000\. It must be .*",
     ),
     "37 number of blocks is text": (
         lambda bad: bad.config(num_hidden_layers="4"),
-        r"{model}/config\.json: num_hidden_layers is 4, .*",
+        r"{model}/config\.json: num_hidden_layers is 4\. It must be .*",
     ),
     "37 more blocks than tensors": (
         lambda bad: bad.config(num_hidden_layers=1 << 20),
-        r"{model}/config\.json: num_hidden_layers is 1,048,576, the weights hold 39 tensors\.",
+        r"{model}/config\.json: num_hidden_layers is 1,048,576, but the weights have 39 tensors\.",
     ),
     "37 negative intermediate size": (
         lambda bad: bad.config(intermediate_size=-1),
-        r"{model}/config\.json: intermediate_size is -1, .*",
+        r"{model}/config\.json: intermediate_size is -1\. It must be .*",
     ),
     "37 huge intermediate size": (
         lambda bad: bad.config(intermediate_size=10**12),
-        r"{model}/config\.json: intermediate_size is 1000000000000, .*",
+        r"{model}/config\.json: intermediate_size is 1000000000000\. It must be .*",
     ),
     "38 weights of a block are missing": (
         lambda bad: bad.config(num_hidden_layers=5),
-        r'{model}: tensor "model.layers.4.*": missing from the weights, config.json needs it\.',
+        r'{model}: tensor "model.layers.4.*": missing from the weights\. Download the model again\.',
     ),
     "38 weights of one block too many": (
         lambda bad: bad.config(num_hidden_layers=3),
-        r"{model}: config.json says 3 blocks, weights hold 4\.",
+        r"{model}: config.json describes 3 blocks, but the weights have 4\.",
     ),
     "39 tensor of another shape": (
         lambda bad: bad.config(intermediate_size=96),
-        r"{model}: tensor .*: shape \[128, 64\], config.json needs \[96, 64\]\.",
+        r"{model}: tensor .*: has shape \[128, 64\], but config.json requires \[96, 64\]\.",
     ),
     "40 weight of integers": (
         lambda bad: bad.tensors(
@@ -310,15 +310,15 @@ CASES: dict[str, tuple[Callable[[Bad], object], str]] = {
                 {"model.layers.1.mlp.up_proj.weight": torch.ones(128, 64, dtype=torch.int32)}
             )
         ),
-        r'{weights}: tensor "model.layers.1.mlp.up_proj.weight": dtype torch.int32; weights must be bf16, fp16 or fp32\.',
+        r'{weights}: tensor "model.layers.1.mlp.up_proj.weight": has dtype torch.int32\. Convert the weights to bf16, fp16 or fp32\.',
     ),
     "41 missing head": (
         lambda bad: bad.tensors(lambda tensors: tensors.pop("lm_head.weight")),
-        r'{model}: tensor "lm_head.weight": missing from the weights, config.json needs it\.',
+        r'{model}: tensor "lm_head.weight": missing from the weights\. Download the model again\.',
     ),
     "42 model that is already quantized": (
         lambda bad: bad.config(quantization_config={"quant_method": "gptq"}),
-        r"{model}/config\.json: the model is already quantized \(gptq\)\. Give the original; where that is FP8, convert it to bf16\.",
+        r"{model}/config\.json: the model is already quantized \(gptq\)\. Give the original model; if that is in FP8, convert it to bf16\.",
     ),
     "43 weight with NaN": (
         lambda bad: bad.tensors(
@@ -328,7 +328,7 @@ CASES: dict[str, tuple[Callable[[Bad], object], str]] = {
     ),
     "45 activations that overflow": (
         lambda bad: bad.tensors(lambda tensors: tensors["model.layers.1.mlp.down_proj.weight"].fill_(3e38)),
-        r"block 0-1: [1-4] of 4 samples became non-finite\. .*",
+        r"block 0-1: [1-4] of 4 segments are not finite\. .*",
     ),
     "46 tokenizer.json is not JSON": (
         lambda bad: ((bad.model / "tokenizer.json").write_text("{"), bad.calibration("c.txt", b"some text " * 99)),
@@ -351,7 +351,7 @@ CASES: dict[str, tuple[Callable[[Bad], object], str]] = {
     ),
     "48 calibration file is a folder": (
         lambda bad: setattr(bad, "tokens", bad.folder),
-        r"{tokens}: a folder; give a file of text\.",
+        r"{tokens}: a folder\. Give a file of text\.",
     ),
     "48 calibration text is not UTF-8": (
         lambda bad: bad.calibration("c.txt", b"abc\xff"),
@@ -363,7 +363,7 @@ CASES: dict[str, tuple[Callable[[Bad], object], str]] = {
     ),
     "48 token ids are floats": (
         lambda bad: bad.calibration("c.npy", np.zeros(64)),
-        r"{tokens}: holds float64, token ids are integers\.",
+        r"{tokens}: holds float64 values, but token ids are integers\.",
     ),
     "48 pickled objects instead of token ids": (
         lambda bad: bad.calibration("c.npy", np.array([{}], dtype=object)),

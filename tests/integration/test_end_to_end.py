@@ -154,7 +154,7 @@ def test_scales_are_trained_in_families_whose_layers_have_other_names_in_the_che
 
 
 def test_a_run_that_is_killed_in_the_end_to_end_stage_produces_identical_shards(make_config):
-    """The run is killed before every fifth durable operation of this stage. Resuming repeats at most one epoch."""
+    """One run is killed before each fifth durable operation of this stage, and resumed. At most one epoch is repeated."""
     settings = {"reconstruction": {"epochs": 1, "end_to_end_epochs": 2, "end_to_end_lr": 1e-2}, "scheme": SCHEME}
     operations = []
     whole, _ = learn(make_config(name="whole", **settings), disk=Disk(lambda *what: operations.append(what)))

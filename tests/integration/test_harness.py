@@ -145,3 +145,10 @@ def test_unknown_tasks_and_impossible_options_are_refused(folder, tasks):
             evaluate_tasks(folder, ["own_text"], device="cpu", threads=1, **options)
     with pytest.raises(UsageError, match=r"lm-eval has no task nonsense\. `lm-eval ls tasks` lists them"):
         evaluate_tasks(folder, ["own_text", "nonsense"], include_path=tasks, device="cpu", threads=1)
+
+
+def test_a_tokenizer_without_special_tokens_is_refused(folder):
+    """Texts without context need a token that precedes them."""
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    with pytest.raises(UsageError, match=r"Set eos_token in tokenizer_config\.json"):
+        evaluate_tasks(folder, ["own_text"], include_path=tasks, device="cpu", threads=1)
