@@ -97,13 +97,16 @@ class MetaModel:
                 self.hf_model: Any = auto.from_config(self.config).eval()
             self.blocks_path: str = blocks_path or self._find_blocks()
             layers = self._blocks()
-            for block in layers:
-                separate_experts(block, self.family.experts)
         except InputError:
             raise
         except Exception as error:
             path = folder / "config.json"
             raise InputError(path, f"does not describe a {model_type} model: {shown(str(error))}") from error
+        try:
+            for block in layers:
+                separate_experts(block, self.family.experts)
+        except ValueError as error:
+            raise InputError(folder / "config.json", f"{error}. Use another model.") from error
         self._stored = stored_names(self.hf_model, tensors, self.family.experts)
         self.templates: list[nn.Module] = list(layers)
         self.blocks = tuple(self._block_spec(index, block) for index, block in enumerate(self.templates))

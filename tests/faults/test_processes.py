@@ -206,7 +206,7 @@ def test_a_log_on_a_full_disk_is_named_in_the_error(toy, tally):
 
 
 def test_further_processes_do_not_touch_a_run_that_is_locked(toy, tally):
-    """The same command, while the run is in progress, ends at once with exit code 75. The lock ends with the process that holds it."""
+    """A second process with the same command ends at once with exit code 75. The lock ends with the process that holds it."""
     with tally(11, "others at the same time") as counted:
         for others in (1, 7) if NIGHTLY else (1,):
             out = toy.new_out()
@@ -227,7 +227,7 @@ def test_further_processes_do_not_touch_a_run_that_is_locked(toy, tally):
 
 
 def test_one_of_two_processes_started_together_makes_the_run(toy, tally):
-    """The same command is started twice at once. One process begins the run; the other finds it locked or finished."""
+    """Two processes with the same command start together. One begins the run; the other finds it locked or finished."""
     with tally(11, "two first starts at once") as counted:
         for _ in range(20 if NIGHTLY else 4):
             out = toy.new_out()

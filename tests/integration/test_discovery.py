@@ -83,7 +83,9 @@ def test_a_model_without_linear_layers_is_refused(tmp_path, make_config):
 
 def test_experts_of_an_unknown_form_are_refused(tmp_path, make_config):
     folder = save_model(tmp_path / "gpt_oss", "gpt_oss", like="mixtral", head_dim=16)
-    with pytest.raises(InputError, match=r"the experts of GptOssExperts have a form that is not supported \(is_trans"):
+    with pytest.raises(
+        InputError, match=r"config\.json: the experts of GptOssExperts have a form that is not supported \(is_trans"
+    ):
         quantize(make_config(model=folder))
 
 
