@@ -1,6 +1,7 @@
 """Rounding method `lora_rounding`: AdaRound whose logits have a learned low-rank offset (LoRA-Rounding of CBQ, arXiv 2312.07950).
 
-Formulas: `numerics/adaround.py`. Adam learns the two factors; a penalty drives every weight up or down.
+The logits are V0 + A1 A2. V0 is the logit at which the soft weight equals the original one. Adam trains A1, A2 and the logarithm theta of
+the scales. A penalty drives each weight to round either up or down. Formulas: `numerics/adaround.py`.
 """
 
 import math
@@ -23,10 +24,12 @@ _STEP_FLOP = 90
 
 
 class LoraRounding(Rounding):
-    """A weight whose rounding logits are V0 + A1 A2."""
+    """A weight with the rounding logits V0 + A1 A2."""
 
     name = "lora_rounding"
-    learned = MappingProxyType({"theta": True, "a1": True, "a2": False})
+    learned = MappingProxyType(
+        {"theta": True, "a1": True, "a2": False}
+    )  # whether it has a row for every row of the weight
 
     def __init__(self, start: RoundingStart) -> None:
         super().__init__(start)
@@ -36,20 +39,25 @@ class LoraRounding(Rounding):
         self.a2 = nn.Parameter(torch.zeros(rank, columns, device=device))
         """A2, float32 [R, I]; zero at the start."""
         self._penalty_weight = start.config.penalty_weight
-        self._beta, self._penalty = _BETA_START, 0.0
+        self._beta, self._penalty_per_weight = _BETA_START, 0.0
 
     @classmethod
     @override
     def cost(cls, config: ReconstructionConfig, rows: int, columns: int) -> RoundingCost:
         factors = config.rounding_rank * (rows + columns)
-        step_flop = rows * columns * (_STEP_FLOP + 10 * config.rounding_rank)  # A1 A2 three times, and both gradients
-        return RoundingCost(_FACTOR_BYTES * factors, 4 * factors, 0, rows * columns * _STEP_BYTES, step_flop)
+        products = 10 * config.rounding_rank  # A1 A2 three times in a step, and the gradients of A1 and A2
+        return RoundingCost(
+            resident_bytes=_FACTOR_BYTES * factors,
+            state_bytes=4 * factors,
+            step_bytes=rows * columns * _STEP_BYTES,
+            step_flop=rows * columns * (_STEP_FLOP + products),
+        )
 
     @override
     def begin_step(self, step: TrainingStep) -> None:
         annealed = max(0.0, (step.progress - _WARM_UP) / (1 - _WARM_UP))
         self._beta = _BETA_START + (_BETA_END - _BETA_START) * annealed
-        self._penalty = self._penalty_weight / step.num_layers / self.weight.numel()
+        self._penalty_per_weight = self._penalty_weight / step.num_layers / self.weight.numel()
 
     @override
     def soft_rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
@@ -64,7 +72,7 @@ class LoraRounding(Rounding):
 
     @override
     def levels(self, rows: slice, scale_OG: Tensor) -> Tensor:
-        """Levels of the starting scale, whatever scale is stored. See `Rounding.levels`."""
+        """Levels for the starting scale; `scale_OG` is not used. See `Rounding.levels`."""
         floor, sigmoid = floor_and_sigmoid(self.weight[rows], self.scale0[rows], self.a1[rows], self.a2)
         return clamp_levels(floor + (rectified(sigmoid) >= 0.5), *self.bounds(rows))
 
@@ -73,14 +81,20 @@ class LoraRounding(Rounding):
         """Gradients of theta, A1 and A2. See `Rounding.gradients`."""
         w_OI, scale0_OG, a1_OR, (low, high) = self.weight[rows], self.scale0[rows], self.a1[rows], self.bounds(rows)
         scale_OG1 = self.scale_of(rows).unsqueeze(-1)
-        of_theta, of_a1, of_a2 = torch.empty_like(self.theta[rows]), torch.empty_like(a1_OR), torch.zeros_like(self.a2)
+        theta_gradient, a1_gradient, a2_gradient = (
+            torch.empty_like(self.theta[rows]),
+            torch.empty_like(a1_OR),
+            torch.zeros_like(self.a2),
+        )
         for tile in row_tiles(w_OI):
             gradient = grouped(gradient_OI[tile].float(), scale_OG1.shape[1]) * scale_OG1[tile]
             floor, sigmoid = floor_and_sigmoid(w_OI[tile], scale0_OG[tile], a1_OR[tile], self.a2)
-            reached = floor.add_(rectified(sigmoid))
-            levels = reached.clamp(rows_of(low, tile), rows_of(high, tile))  # type: ignore[arg-type]
-            of_theta[tile] = (levels * gradient).sum(-1)
-            of_v = logit_gradient(gradient, reached, levels, sigmoid, self._beta, self._penalty).flatten(1)
-            torch.mm(of_v, self.a2.t(), out=of_a1[tile])
-            of_a2.addmm_(a1_OR[tile].t(), of_v)
-        return of_theta, of_a1, of_a2
+            unclamped = floor.add_(rectified(sigmoid))
+            levels = unclamped.clamp(rows_of(low, tile), rows_of(high, tile))  # type: ignore[arg-type]
+            theta_gradient[tile] = (levels * gradient).sum(-1)
+            v_gradient = logit_gradient(
+                gradient, unclamped, levels, sigmoid, self._beta, self._penalty_per_weight
+            ).flatten(1)
+            torch.mm(v_gradient, self.a2.t(), out=a1_gradient[tile])
+            a2_gradient.addmm_(a1_OR[tile].t(), v_gradient)
+        return theta_gradient, a1_gradient, a2_gradient

@@ -44,7 +44,13 @@ class SignRound(Rounding):
     def cost(cls, config: ReconstructionConfig, rows: int, columns: int) -> RoundingCost:
         weights = rows * columns
         values = _VALUE_BYTES * weights
-        return RoundingCost(values, values, values, _STEP_BYTES * weights, _STEP_FLOP * weights)
+        return RoundingCost(
+            resident_bytes=values,
+            state_bytes=values,
+            offloaded_bytes=values,
+            step_bytes=_STEP_BYTES * weights,
+            step_flop=_STEP_FLOP * weights,
+        )
 
     @classmethod
     @override

@@ -1,14 +1,17 @@
 """Cross-Block Quantization (arXiv 2312.07950) of a model, window by window. Only this module connects the stages.
 
-Each window of transformer blocks is quantized in seven steps:
+Two streams of hidden states are stored on disk: the reference stream, which the original blocks compute, and the quantized stream, which
+the finished quantized blocks compute. Each window of transformer blocks is quantized in seven steps:
 
     1. Read the blocks of the window.
     2. Compute the targets: move the reference stream through the new blocks (T1), run the window on the quantized stream with its original
-       weights (T2), and store a T1 + (1 - a) T2. Statistics of the inputs of the new blocks are gathered meanwhile.
-    3. Find the transforms of the new blocks and give each layer a grid and a rounding; the other blocks resume from their window state.
-    4. Reconstruct: train scales and rounding until the output of the window is closest to the target.
-    5. Harden and pack the blocks that leave the window, and save the state of the blocks that stay.
-    6. Move the quantized stream through the blocks that leave.
+       weights (T2), and store the target a * T1 + (1 - a) * T2, where a is `target_mix`. Statistics of the inputs of the new blocks are
+       gathered with T2.
+    3. Find the transforms of the new blocks, and give each of their layers a quantization grid and a `Rounding`. The other blocks continue
+       from the state that the window before saved.
+    4. Reconstruct: train scales and roundings so that the output of the window is close to the target.
+    5. Harden the blocks that leave the window (fix every weight to its final level) and pack them. Save the state of the blocks that stay.
+    6. Move the quantized stream through the blocks that leave, unless the window is the last.
     7. Commit the window.
 
 After the last window, the scales of all blocks may be trained end to end (`end_to_end_stage.py`). `result.py` assembles the model.
@@ -74,9 +77,9 @@ def quantize(
         config: settings of the run.
         listener: called with progress.
         disk: used for all writes; a new one by default.
-        stop_after_window: number of committed windows after which the run stops with StoppedError.
-        allow_numerics_change: resume with another number of threads, another device or other versions. The result then equals neither the
-            result of the old numerics nor that of the new ones.
+        stop_after_window: number of committed windows, counted from the start of the run, after which it stops with StoppedError.
+        allow_numerics_change: resume with another number of threads, another device or other versions. The result then differs
+            from that of a whole run with the old numerics, and from that of a whole run with the new ones.
         allow_shared_run_dir: use a run directory that other users can change.
 
     Returns:
@@ -118,7 +121,7 @@ def _quantize_model(run: "_Run", stop_after_window: int | None) -> None:
 
     Args:
         run: the run.
-        stop_after_window: number of committed windows after which the run stops; None stops nowhere.
+        stop_after_window: number of committed windows after which the run stops; None runs to the end.
 
     Raises:
         StoppedError: the run was stopped after the window.
@@ -127,16 +130,16 @@ def _quantize_model(run: "_Run", stop_after_window: int | None) -> None:
     inputs.source.remember(journal.chain.source_digests)
     with room_for("making the streams", disk_bytes(inputs, streams=_missing_streams(journal.chain)), folder):
         run.listener("embedding the calibration segments")
-        with _loaded(inputs, "embedding") as outer:
-            streams = Streams.enter(inputs, journal, outer)
+        with _loaded(inputs, "embedding") as embedding:
+            streams = Streams.enter(inputs, journal, embedding)
     windows = _Windows(run, streams)
     for window in inputs.windows[journal.chain.next_window : stop_after_window]:
         require_finite_windows(journal.chain)
         blocks = inputs.meta_model.blocks[window.start : window.stop]
-        # both streams after the window, and the targets
+        # the window writes three stores: both streams behind it, and the targets
         needed = disk_bytes(inputs, streams=3, blocks=blocks, in_a_window=True)
         with room_for(f"window {window.index + 1}", needed, folder), _reading_ahead(inputs, window.index + 1):
-            report = _twice(windows, window)
+            report = _quantize_with_retry(windows, window)
         run.tell(report, *inputs.source.take_warnings(), *over_limit(config, report))
         release_free_memory()
     require_finite_windows(journal.chain)
@@ -164,7 +167,10 @@ class _Run:
 
 
 def _missing_streams(chain: Chain) -> int:
-    """Largest number of streams on disk while the streams of the next window are computed; 0 if they exist or are not needed."""
+    """Number of streams for which recomputing those of the next window needs space; 0 if they exist or are not needed.
+
+    Each of the two streams is read from one store and written to another.
+    """
     return 0 if chain.is_complete or chain.acts(chain.next_window).exists() else 4
 
 
@@ -175,14 +181,14 @@ def _reading_ahead(inputs: RunInputs, position: int) -> AbstractContextManager[N
     return inputs.source.reading_ahead([name for block in blocks for name in block.tensors.values()])
 
 
-def _twice(windows: "_Windows", window: Window) -> WindowReport:
+def _quantize_with_retry(windows: "_Windows", window: Window) -> WindowReport:
     """Quantize a window, and try once more if device memory runs out, because the memory may be fragmented."""
     try:
         return windows.quantize(window)
     except RuntimeError as error:
         if not is_out_of_device_memory(error):
             raise
-        # memory is released below, because the error keeps the tensors of the window alive while it is handled
+        # memory is released after this block, because the error refers to the tensors of the window
     release_free_memory()
     torch.cuda.empty_cache()
     return windows.quantize(window)
@@ -227,7 +233,7 @@ class _Windows:
         self._journal.new_folder("parts")
         self._journal.new_folder("acts")
         reference, quantized = self._streams.open(REFERENCE), self._streams.open(QUANTIZED)
-        keeps_reference = bool(not is_last or inputs.num_epochs)
+        keeps_reference = bool(not is_last or inputs.num_epochs)  # read by the next window or the end-to-end stage
         reference_out = self._streams.new(f"acts/{REFERENCE}", durable=keeps_reference)
         targets = self._streams.new("targets", durable=False)
 
@@ -246,18 +252,20 @@ class _Windows:
         mix_targets(blocks, quantized, reference_out, targets, compute, a=settings.target_mix)
 
         # 3. Find transforms, grids and roundings.
-        state = read_window_state(self._journal.chain) if window.frontier > window.start else Checkpoint({})
-        self._start_roundings(window, blocks, state)
-        starting = {block.index: block.state() for block in new}
+        saved = read_window_state(self._journal.chain) if window.frontier > window.start else Checkpoint({})
+        self._start_roundings(window, blocks, saved)
+        initial = {block.index: block.state() for block in new}
+
+        def starting_state(block: ResidentBlock) -> Mapping[str, Tensor]:
+            """State to which a block returns if training increases the loss on the held-out segments."""
+            return initial.get(block.index) or self._state(saved, block)
 
         # 4. Reconstruct.
         self._doing(window, "reconstruction")
         order = generator_for(inputs.config.seed, window.index, "order")
         with self._predictions(window, reference_out) as predictions:
             data = WindowData(quantized, targets, compute, predictions)
-            result = reconstruct(
-                blocks, data, settings, order, lambda block: starting.get(block.index) or self._state(state, block)
-            )
+            result = reconstruct(blocks, data, settings, order, starting_state)
 
         # 5. Harden the blocks that leave, and save the state of the blocks that stay.
         self._doing(window, "writing")
@@ -303,16 +311,16 @@ class _Windows:
 
     @contextmanager
     def _predictions(self, window: Window, reference_out: ZarrStore) -> Iterator[Predictions | None]:
-        """The head of the model and the reference stream, for a trained window that ends with the last block; None for other windows."""
+        """The head of the model and the reference stream, if the window ends with the last block and is trained; otherwise None."""
         settings = self._inputs.config.reconstruction
         learns = method_of(settings).learns and settings.epochs and settings.head_weight
         if not learns or window.stop < len(self._inputs.meta_model.blocks):
             yield None
             return
-        with _loaded(self._inputs, "head") as outer:
-            yield Predictions(outer.head, reference_out)
+        with _loaded(self._inputs, "head") as loaded:
+            yield Predictions(loaded.head, reference_out)
 
-    def _start_roundings(self, window: Window, blocks: list[ResidentBlock], state: Checkpoint) -> None:
+    def _start_roundings(self, window: Window, blocks: list[ResidentBlock], saved: Checkpoint) -> None:
         for block in blocks:
             generator = generator_for(self._inputs.config.seed, block.index, "rounding")
             if block.index >= window.frontier:
@@ -320,11 +328,11 @@ class _Windows:
                 if block.undersampled:
                     self._run.tell(undersampled_experts(self._inputs.meta_model.blocks[block.index].prefix, block))
             else:
-                block.resume(self._settings, generator, self._state(state, block))
+                block.resume(self._settings, generator, self._state(saved, block))
 
-    def _state(self, state: Checkpoint, block: ResidentBlock) -> Mapping[str, Tensor]:
-        """Window state of one block, read from the state that the window before wrote."""
-        return state.under(f"{block.index}.", self._inputs.compute.device)
+    def _state(self, saved: Checkpoint, block: ResidentBlock) -> Mapping[str, Tensor]:
+        """State of one block, read from the window state that the window before saved."""
+        return saved.under(f"{block.index}.", self._inputs.compute.device)
 
     def _write_parts(
         self, leaving: list[ResidentBlock], staying: list[ResidentBlock], file: ScratchFile | None
