@@ -97,7 +97,11 @@ class ZarrStore(ActivationStore):
             raise InputError(metadata, f"cannot be read: {error.strerror}.") from error
         if not is_expected:
             raise InputError(metadata, "does not describe the expected stream.")
-        return cls(path, shape, zarr.open_array(str(path), mode="r"), measure)
+        try:
+            array = zarr.open_array(str(path), mode="r")
+        except FileNotFoundError as error:  # another process deleted the store after the comparison
+            raise InputError(path, "missing.") from error
+        return cls(path, shape, array, measure)
 
     def write(self, segment: int, x_SD: Tensor) -> None:
         """Write the chunk of one segment. See `ActivationStore.write`."""
@@ -127,10 +131,13 @@ class ZarrStore(ActivationStore):
             path = self._chunk(segment)
             if not path.is_file():
                 raise InputError(path, f"segment {segment} is missing.")
-            with path.open("rb") as file:
-                size = file.seek(0, 2)
-                file.seek(max(0, size - _CRC_BYTES))
-                table.append([size, int.from_bytes(file.read(_CRC_BYTES), "little")])
+            try:
+                with path.open("rb") as file:
+                    size = file.seek(0, 2)
+                    file.seek(max(0, size - _CRC_BYTES))
+                    table.append([size, int.from_bytes(file.read(_CRC_BYTES), "little")])
+            except FileNotFoundError as error:  # another process deleted it in between
+                raise InputError(path, f"segment {segment} is missing.") from error
         return table
 
     def require(self, checksums: Sequence[Sequence[int]], *, read: bool) -> None:

@@ -2,8 +2,10 @@
 
 import errno
 import os
+import shutil
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -231,3 +233,22 @@ class TestZarrStore(ActivationStoreContract):
     def test_opening_a_missing_store_is_refused(self, tmp_path):
         with pytest.raises(InputError, match=r"zarr\.json: does not describe the expected stream"):
             ZarrStore.open(tmp_path / "nothing", SHAPE)
+
+    def test_a_store_that_is_deleted_while_it_is_opened_is_missing(self, tmp_path, monkeypatch):
+        """`check` may run while another process commits a window and deletes the streams of the window before."""
+        store, open_array = self.filled(tmp_path), zarr.open_array
+
+        def open_after_deletion(path, **options):
+            shutil.rmtree(path)
+            return open_array(path, **options)
+
+        monkeypatch.setattr(zarr, "open_array", open_after_deletion)
+        with pytest.raises(InputError, match=r"missing\."):
+            ZarrStore.open(store.path, SHAPE)
+
+    def test_a_chunk_that_is_deleted_while_it_is_read_is_missing(self, tmp_path, monkeypatch):
+        store = self.filled(tmp_path)
+        (store.path / "c.1.0.0").unlink()
+        monkeypatch.setattr(Path, "is_file", lambda path: True)  # deleted after this question
+        with pytest.raises(InputError, match="segment 1 is missing"):
+            store.checksums()
