@@ -162,12 +162,12 @@ def test_embedding_and_head_are_those_of_the_model(tiny_models, family):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"model_type": "nothing"}, "is not one of transformers'"),
+        ({"model_type": "nothing"}, "is not in transformers"),
         ({"model_type": "nothing", "auto_map": {"AutoModel": "x.Y"}}, "needs remote code"),
         ({"hidden_size": 0}, "hidden_size is 0"),
         ({"num_hidden_layers": 10**6}, "num_hidden_layers"),
-        ({"num_hidden_layers": 3}, "weights hold 4"),
-        ({"hidden_size": 128}, "config.json needs"),
+        ({"num_hidden_layers": 3}, "weights have 4"),
+        ({"hidden_size": 128}, "config.json requires"),
     ],
 )
 def test_a_configuration_that_does_not_fit_is_refused(tiny_models, change, match):

@@ -225,7 +225,7 @@ def test_lora_rounding_gradients_equal_autograd_in_float64(scheme, beta):
     with torch.no_grad():
         for value, exact in zip(rounding.learned_parameters(), (theta, a1, a2), strict=True):
             value.copy_(exact)
-    rounding._beta, rounding._penalty = beta, 0.5 / (ROWS * COLUMNS)
+    rounding._beta, rounding._penalty_per_weight = beta, 0.5 / (ROWS * COLUMNS)
     rounded_linear(torch.eye(COLUMNS), rounding, None, *rounding.learned_parameters()).backward(gradient.t())
     assert torch.allclose(rounding.soft().double(), expected, atol=1e-5)
     for found, exact in zip(rounding.learned_parameters(), (theta, a1, a2), strict=True):
@@ -238,7 +238,7 @@ def test_lora_rounding_penalty_is_shared_by_all_weights_of_all_trained_layers():
     assert isinstance(rounding, LoraRounding)
     rounding.begin_step(TrainingStep(0.0, 1.0, 20, 4))
     weight = ReconstructionConfig().penalty_weight
-    assert (rounding._beta, rounding._penalty) == (20.0, pytest.approx(weight / 4 / (ROWS * COLUMNS)))
+    assert (rounding._beta, rounding._penalty_per_weight) == (20.0, pytest.approx(weight / 4 / (ROWS * COLUMNS)))
     rounding.begin_step(TrainingStep(1.0, 0.0, 20, 4))
     assert rounding._beta == 2.0
 
