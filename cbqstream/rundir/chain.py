@@ -4,13 +4,13 @@ import json
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cbqstream.disk import FileDigest, digest_of_file
 from cbqstream.errors import IdentityError, InputError, shown
 from cbqstream.records import EpochReport, Numerics, WindowReport
 from cbqstream.rundir.identity import FORMAT
-from cbqstream.rundir.records import Checksums, Commit, RunRecord, is_sealed
+from cbqstream.rundir.records import Checksums, Commit, Record, RunRecord, is_sealed
 
 WINDOW_STATE = "state.safetensors"
 """File with what the blocks that stay take into the next window, beside the shards of the blocks that left."""
@@ -23,6 +23,9 @@ STATES_KEPT = 2
 _MAX_RECORD = 256 << 20
 
 
+_Kind = TypeVar("_Kind", bound=Record)
+
+
 def numbered(index: int) -> str:
     """Name of a window's folder or commit."""
     return f"{index:05d}"
@@ -31,6 +34,16 @@ def numbered(index: int) -> str:
 def is_run(path: Path) -> bool:
     """Whether a folder is a run directory, finished or not."""
     return (path / "run.json").exists()
+
+
+def require_run(path: Path) -> None:
+    """Check that a folder is a run directory.
+
+    Raises:
+        InputError: it is not.
+    """
+    if not is_run(path):
+        raise InputError(path, "no cbqstream run (run.json is missing).")
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,9 +207,8 @@ class Chain:
 
 
 def _read_run(path: Path) -> RunRecord:
+    require_run(path)
     file = path / "run.json"
-    if not file.exists():
-        raise InputError(path, "no cbqstream run (run.json is missing).")
     values = _read_record(file)
     try:
         made_by = int(values["identity"]["format"])
@@ -209,13 +221,7 @@ def _read_run(path: Path) -> RunRecord:
         )
     if not is_sealed(values):
         raise InputError(file, f"checksum does not match. {RESTORE}")
-    try:
-        run = RunRecord.from_dict(values)
-        if run.digest != values["self"]:
-            raise ValueError("holds a field that is not known")
-    except (ValueError, RecursionError) as error:
-        raise InputError(file, f"{shown(str(error).rstrip('.'))}. {RESTORE}") from error
-    return run
+    return _parsed(RunRecord, file, values)
 
 
 def _read_commits(folder: Path, before: str) -> list[Commit]:
@@ -226,14 +232,24 @@ def _read_commits(folder: Path, before: str) -> list[Commit]:
         values = _read_record(folder / name)
         if name != numbered(index) or values.get("prev") != before or not is_sealed(values):
             raise InputError(folder / name, f"checksum or place in the chain does not match. {RESTORE}")
-        try:
-            commits.append(Commit.from_dict(values))
-            if commits[-1].digest != values["self"]:
-                raise ValueError("holds a field that is not known")
-        except (ValueError, RecursionError) as error:
-            raise InputError(folder / name, f"{shown(str(error).rstrip('.'))}. {RESTORE}") from error
+        commits.append(_parsed(Commit, folder / name, values))
         before = values["self"]
     return commits
+
+
+def _parsed(kind: type[_Kind], file: Path, values: Mapping[str, Any]) -> _Kind:
+    """The record of a file with a valid seal.
+
+    Raises:
+        InputError: the values are not those of such a record.
+    """
+    try:
+        record = kind.from_dict(values)
+        if record.digest != values["self"]:
+            raise ValueError("holds a field that is not known")
+    except (ValueError, RecursionError) as error:
+        raise InputError(file, f"{shown(str(error).rstrip('.'))}. {RESTORE}") from error
+    return record
 
 
 def _read_record(file: Path) -> dict[str, Any]:

@@ -13,13 +13,14 @@ import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from cbqstream.disk import Disk, FileDigest
 from cbqstream.errors import IdentityError, InputError, StoppedError, StorageError, UsageError
 from cbqstream.records import EpochReport, Numerics, WindowReport
-from cbqstream.rundir.chain import RESTORE, STATES_KEPT, WINDOW_STATE, Chain, is_run, numbered
+from cbqstream.rundir.chain import RESTORE, STATES_KEPT, WINDOW_STATE, Chain, is_run, numbered, require_run
 from cbqstream.rundir.identity import canonical
 from cbqstream.rundir.records import Checksums, Commit, RunRecord
 
@@ -116,10 +117,7 @@ class Journal:
         self.disk.sync_folder(before.path / "parts")
         if acts is not None:
             self.publish_acts(before.acts(window + 1))
-        pending = self.building / "commit"
-        self.disk.write(pending, [canonical(record.to_dict())])
-        self.disk.rename(pending, before.path / "commits" / numbered(window))
-        self.disk.sync_folder(before.path / "commits")
+        _publish(self.disk, self.building / "commit", before.path / "commits" / numbered(window), record.to_dict())
         self.chain = before.extended(record)
         if before.acts(window).name not in self.chain.acts_to_keep():
             self.disk.remove_tree(before.acts(window))
@@ -140,10 +138,7 @@ class Journal:
                 f"{chain.path}: the state of window {windows} is no longer kept. Only the newest window can be rolled back, or all: --to 0."
             )
         chain.shortened(windows).require_parts()
-        pending = self.building / _ROLLBACK
-        self.disk.write(pending, [canonical({"windows": windows})])
-        self.disk.rename(pending, chain.path / _ROLLBACK)
-        self.disk.sync_folder(chain.path)
+        _publish(self.disk, self.building / _ROLLBACK, chain.path / _ROLLBACK, {"windows": windows})
         _finish_rollback(chain.path, self.disk)
         self.chain = Chain.read(chain.path)
         self.clean()
@@ -178,8 +173,8 @@ def open_journal(
     disk.remove_tree(_deleted(path))
     if run is not None:
         _make_run_folder(path, disk)
-    elif not is_run(path):
-        raise InputError(path, "no cbqstream run (run.json is missing).")
+    else:
+        require_run(path)
     if not shared:
         _require_private(path)
     with _locked(path):
@@ -222,10 +217,14 @@ def _begin(path: Path, disk: Disk, run: RunRecord) -> None:
         disk.remove_tree(path / folder)
         disk.make_folder(path / folder)
     disk.sync_folder(path)  # then the folders: a run has all of them
-    pending = path / "tmp" / "run.json"
-    disk.write(pending, [canonical(run.to_dict())])
-    disk.rename(pending, path / "run.json")
-    disk.sync_folder(path)
+    _publish(disk, path / "tmp" / "run.json", path / "run.json", run.to_dict())
+
+
+def _publish(disk: Disk, pending: Path, file: Path, record: Mapping[str, Any]) -> None:
+    """Write a record durably as `pending`, and rename it to `file`. A crash leaves all of it or nothing."""
+    disk.write(pending, [canonical(record)])
+    disk.rename(pending, file)
+    disk.sync_folder(file.parent)
 
 
 def _finish_rollback(path: Path, disk: Disk) -> None:

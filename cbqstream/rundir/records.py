@@ -4,9 +4,12 @@ On disk a record is canonical JSON that names its own SHA-256 as `self`. A commi
 so a record that was changed, lost, or taken from another run is detected.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self
+
+from typing_extensions import override
 
 from cbqstream.config import QuantizeConfig
 from cbqstream.disk import FileDigest
@@ -18,8 +21,36 @@ Checksums = list[list[int]]
 """Size in bytes and crc32c of every chunk of a stream."""
 
 
+class Record(ABC):
+    """A record that is sealed with its own digest."""
+
+    __slots__ = ()
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 that the record is sealed with."""
+        return digest_of(self._body())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as it is stored."""
+        return sealed(self._body())
+
+    @abstractmethod
+    def _body(self) -> dict[str, Any]:
+        """The record without its digest, as plain values."""
+
+    @classmethod
+    @abstractmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`; the seal is not checked.
+
+        Raises:
+            ValueError: a field is missing, unknown, or has another type.
+        """
+
+
 @dataclass(frozen=True, slots=True)
-class RunRecord:
+class RunRecord(Record):
     """Content of run.json: what a run is, as it began."""
 
     version: str
@@ -33,15 +64,7 @@ class RunRecord:
     stream: tuple[int, int, int]
     """Shape [N, S, D] of a stream of hidden states."""
 
-    @property
-    def digest(self) -> str:
-        """SHA-256 that the record is sealed with."""
-        return digest_of(self._body())
-
-    def to_dict(self) -> dict[str, Any]:
-        """The record as it is stored."""
-        return sealed(self._body())
-
+    @override
     def _body(self) -> dict[str, Any]:
         return {
             "version": self.version,
@@ -53,12 +76,8 @@ class RunRecord:
         }
 
     @classmethod
+    @override
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The inverse of `to_dict`; the seal is not checked.
-
-        Raises:
-            ValueError: a field is missing, unknown, or has another type.
-        """
         try:
             segments, tokens, hidden = (int(size) for size in values["stream"])
             return cls(
@@ -74,7 +93,7 @@ class RunRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Commit:
+class Commit(Record):
     """Record of a finished window or epoch: what it wrote, and what it was made from."""
 
     window: int
@@ -90,15 +109,7 @@ class Commit:
     numerics: Numerics
     report: WindowReport | EpochReport
 
-    @property
-    def digest(self) -> str:
-        """SHA-256 that the record is sealed with."""
-        return digest_of(self._body())
-
-    def to_dict(self) -> dict[str, Any]:
-        """The record as it is stored."""
-        return sealed(self._body())
-
+    @override
     def _body(self) -> dict[str, Any]:
         return {
             "format": FORMAT,
@@ -112,12 +123,8 @@ class Commit:
         }
 
     @classmethod
+    @override
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The inverse of `to_dict`; the seal is not checked.
-
-        Raises:
-            ValueError: a field is missing, unknown, or has another type.
-        """
         try:
             acts = values["acts"]
             return cls(
