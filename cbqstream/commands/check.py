@@ -9,7 +9,7 @@ import torch
 
 from cbqstream.activations.store import StreamShape
 from cbqstream.activations.zarr_store import ZarrStore
-from cbqstream.checkpoint.folder import read_json
+from cbqstream.checkpoint.folder import quant_method_of, read_json
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.checkpoint.verified import VerifiedCheckpoint
 from cbqstream.errors import CbqstreamError, DeviceMemoryError, InputError
@@ -17,13 +17,11 @@ from cbqstream.evaluation.loaded import load_beside_streamed
 from cbqstream.evaluation.model import open_model
 from cbqstream.models.families import joined_with
 from cbqstream.models.meta_model import MetaModel
-from cbqstream.packed.format import faults_of
+from cbqstream.packed.format import METHOD, faults_of
 from cbqstream.packed.output import SUMS, require_sums
-from cbqstream.packed.packed_checkpoint import PackedCheckpoint
+from cbqstream.packed.packed_checkpoint import CPU, PackedCheckpoint
 from cbqstream.records import WeightSource
-from cbqstream.rundir.chain import Chain, is_run
-
-CPU = torch.device("cpu")
+from cbqstream.rundir.chain import Chain, is_run, neither_run_nor_model
 
 
 @dataclass(slots=True)
@@ -79,9 +77,7 @@ def check(path: Path, *, read_data: bool, blocks_path: str | None = None, load: 
         found = Findings()
         found.attempt(_check_model, path, blocks_path, read_data, load, {}, found)
         return found
-    raise InputError(
-        path, "neither a run directory (run.json is missing) nor a model (config.json is missing). Give one of them."
-    )
+    raise neither_run_nor_model(path)
 
 
 def _check_run(chain: Chain, *, read_data: bool, load: bool) -> Findings:
@@ -161,7 +157,7 @@ def _check_model(
     found: Findings,
 ) -> None:
     config = read_json(folder, "config.json")
-    if config.get("quantization_config"):
+    if quant_method_of(config.get("quantization_config")) == METHOD:
         faults = list(faults_of(config["quantization_config"], Checkpoint.open(folder)))
         found.problems.extend(f"{folder}: {fault}" for fault in faults)
         if faults:

@@ -10,11 +10,11 @@ from torch import Tensor
 from cbqstream.checkpoint.folder import read_json
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.disk import Disk, FileDigest
-from cbqstream.errors import InputError, UsageError
+from cbqstream.errors import UsageError
 from cbqstream.models.families import EXPERT, joined_with
 from cbqstream.models.meta_model import MetaModel
 from cbqstream.packed.exports import EXPORTS, GGUF, require_exact, require_whole_words
-from cbqstream.packed.format import PACKED, schemes_of
+from cbqstream.packed.format import PACKED, schemes_of_result
 from cbqstream.packed.gguf_file import write_gguf
 from cbqstream.packed.output import complete_folder, filled_folder, require_free
 from cbqstream.packed.packed_checkpoint import CPU, PackedCheckpoint
@@ -40,10 +40,8 @@ def export(model: Path, out: Path, format_name: str, disk: Disk | None = None) -
     """
     disk, out = disk or Disk(), out.absolute()
     config = read_json(model, "config.json")
-    if not config.get("quantization_config"):
-        raise InputError(model / "config.json", "the model is not quantized. Give a result of cbqstream quantize.")
+    schemes = schemes_of_result(model, config)
     require_free(out, "folder")
-    schemes = schemes_of(config["quantization_config"])
     require_exact(format_name, schemes)
     source = PackedCheckpoint(Checkpoint.open(model), schemes)
     with filled_folder(disk, out, format_name) as building:

@@ -14,7 +14,7 @@ from cbqstream.errors import InputError
 from cbqstream.evaluation.model import EvaluationOptions
 from cbqstream.evaluation.perplexity import evaluate
 from cbqstream.options import recipe_of
-from cbqstream.packed.format import SHAPE, schemes_of
+from cbqstream.packed.format import SHAPE, schemes_of_result
 from cbqstream.packed.output import filled_folder, require_free
 from cbqstream.packed.packed_checkpoint import PackedCheckpoint
 from cbqstream.records import EpochReport, WindowReport, report_from_dict
@@ -22,7 +22,7 @@ from cbqstream.report.card import METRICS
 from cbqstream.report.facts import Facts
 from cbqstream.report.figures import as_png, as_svg, figures
 from cbqstream.report.page import page
-from cbqstream.rundir.chain import Chain, is_run
+from cbqstream.rundir.chain import Chain, is_run, neither_run_nor_model
 
 
 def report(
@@ -101,14 +101,8 @@ def _of_run(chain: Chain) -> tuple[Facts, dict[str, Path]]:
 def _of_result(folder: Path) -> tuple[Facts, dict[str, Path]]:
     """Facts of a result without its run directory, and its folder."""
     if not (folder / "config.json").exists():
-        raise InputError(
-            folder,
-            "neither a run directory (run.json is missing) nor a model (config.json is missing). Give one of them.",
-        )
-    config = read_json(folder, "config.json").get("quantization_config")
-    if not config:
-        raise InputError(folder / "config.json", "the model is not quantized. Give a result of cbqstream quantize.")
-    schemes, reports = schemes_of(config), _metrics(folder / METRICS)
+        raise neither_run_nor_model(folder)
+    schemes, reports = schemes_of_result(folder, read_json(folder, "config.json")), _metrics(folder / METRICS)
     windows = [report for report in reports if isinstance(report, WindowReport)]
     weights, stored = _stored(PackedCheckpoint(Checkpoint.open(folder), schemes))
     models = {"result": folder}

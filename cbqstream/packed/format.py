@@ -11,7 +11,8 @@ groups in a row is stored as
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from cbqstream.checkpoint.folder import quant_method_of
 from cbqstream.checkpoint.reader import Checkpoint
-from cbqstream.errors import UsageError, shown
+from cbqstream.errors import InputError, UsageError, shown
 from cbqstream.models.families import JOINED
 from cbqstream.records import QuantizedWeight
 from cbqstream.scheme import ActivationStrategy, LayerSchemes, Scheme
@@ -159,6 +160,22 @@ def schemes_of(config: dict[str, Any]) -> LayerSchemes:
     if len(default) != 1 or len(others) != len(found) - 1:
         raise not_supported(config)
     return LayerSchemes(default[0], others)
+
+
+def schemes_of_result(folder: Path, config: Mapping[str, Any]) -> LayerSchemes:
+    """Schemes of the layers of a result of `quantize`.
+
+    Args:
+        folder: folder of the result.
+        config: content of its config.json.
+
+    Raises:
+        InputError: the model is not quantized.
+        UsageError: it is quantized in another form.
+    """
+    if not config.get("quantization_config"):
+        raise InputError(folder / "config.json", "the model is not quantized. Give a result of cbqstream quantize.")
+    return schemes_of(config["quantization_config"])
 
 
 def _read_group(config: dict[str, Any], group: dict[str, Any]) -> tuple[str, Scheme]:

@@ -46,6 +46,13 @@ def require_run(path: Path) -> None:
         raise InputError(path, "no cbqstream run (run.json is missing).")
 
 
+def neither_run_nor_model(path: Path) -> InputError:
+    """The error for a folder that is neither a run directory nor a model."""
+    return InputError(
+        path, "neither a run directory (run.json is missing) nor a model (config.json is missing). Give one of them."
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Chain:
     """A run as far as it is committed. Windows are numbered from 0, and epochs of the end-to-end stage on after the last window."""

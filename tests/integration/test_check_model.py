@@ -16,6 +16,7 @@ from cbqstream import quantize
 from cbqstream.commands.check import check
 from cbqstream.errors import DeviceMemoryError, InputError, StoppedError
 from cbqstream.evaluation.model import open_model
+from cbqstream.rundir.chain import Chain
 from cbqstream.scheme import Scheme
 from tiny import VOCAB
 
@@ -244,3 +245,51 @@ def test_load_reports_that_an_unfinished_run_has_no_result(make_config):
     found = check(Path(f"{config.out}.run"), read_data=False, load=True)
     assert found.problems == []
     assert found.facts[-1] == "result: not finished yet, so nothing was loaded"
+
+
+class Halves:
+    """A checkpoint of a made-up format: every stored value is half of the weight."""
+
+    def __init__(self, checkpoint):
+        self.checkpoint = checkpoint
+
+    def tensors(self):
+        return self.checkpoint.tensors()
+
+    def read(self, name, *, device, dtype=None):
+        return self.checkpoint.read(name, device=device, dtype=dtype) * 2
+
+    def input_quantizer(self, name):
+        return None
+
+
+def test_a_model_of_a_registered_source_format_is_checked(tiny_models, tmp_path, monkeypatch):
+    """One row of `SOURCES` is enough: the format is not taken for that of cbqstream, and all tensors are read through its reader."""
+    folder = shutil.copytree(tiny_models["llama"], tmp_path / "halves")
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "halves"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    refused = "the model is already quantized (halves) in a form that is not supported"
+    assert [problem.startswith(refused) for problem in check(folder, read_data=True).problems] == [True]
+
+    monkeypatch.setattr(
+        "cbqstream.packed.sources.SOURCES", {"halves": lambda checkpoint, quantization_config: Halves(checkpoint)}
+    )
+    found = check(folder, read_data=True)
+    assert found.problems == []
+    assert "all finite" in found.facts[-1]
+    name, device = "model.norm.weight", torch.device("cpu")
+    _, original = open_model(tiny_models["llama"])
+    assert torch.equal(open_model(folder)[1].read(name, device=device), 2 * original.read(name, device=device))
+
+
+def test_streams_that_the_run_deletes_during_the_check_are_not_called_damaged(make_config, monkeypatch):
+    """`check` reads the records of a run just before the run commits another window and deletes the streams of the one before."""
+    config = make_config(reconstruction={"epochs": 1})
+    with pytest.raises(StoppedError):
+        quantize(config, stop_after_window=2)
+    now = Chain.read(config.run_path)
+    read = iter([now.shortened(1), now])
+    monkeypatch.setattr(Chain, "read", lambda path: next(read))
+    found = check(config.run_path, read_data=True)
+    assert found.problems == []
+    assert "streams: not checked, because the run committed a window during the check" in found.facts
