@@ -200,28 +200,15 @@ class ResidentBlock:
             self.found[transform.name] = _under(f"{transform.name}.", state)
             transform.apply(self.parts, self.found[transform.name])
         for name, layer in self.layers.items():
-            self._resume_layer(name, layer, settings, generator, _under(f"{name}.", state))
-
-    def _resume_layer(
-        self,
-        name: str,
-        layer: QuantizedLinear,
-        settings: BlockSettings,
-        generator: torch.Generator,
-        state: dict[str, Tensor],
-    ) -> None:
-        if state.pop(_UNDERSAMPLED, None) is not None:
-            self.undersampled.add(name)
-        step = _under(_INPUT, state)
-        if step:
-            layer.input_step = InputStep(step["scale0"], settings.scheme.activation_bits or 0)
-            layer.input_step.load(step)
-        state = {key: value for key, value in state.items() if not key.startswith(_INPUT)}
-        grid = (state["scale0"], state.get("zero_point"))
-        with layer.placed():
-            self._give_rounding(name, self._weight_to_round(layer), grid, settings, generator)
-        if layer.rounding is not None:
-            layer.rounding.load(state)
+            own = _under(f"{name}.", state)
+            if _UNDERSAMPLED in own:
+                self.undersampled.add(name)
+            if f"{_INPUT}scale0" in own:
+                layer.input_step = InputStep(own[f"{_INPUT}scale0"], settings.scheme.activation_bits or 0)
+            with layer.placed():
+                grid = own["scale0"], own.get("zero_point")
+                self._give_rounding(name, self._weight_to_round(layer), grid, settings, generator)
+            _load_layer(layer, own)
 
     def state(self) -> dict[str, Tensor]:
         """Copies of the state of every rounding, input step and transform, by name, without the tensors of the size of a weight."""
@@ -246,12 +233,7 @@ class ResidentBlock:
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Restore every rounding and input step from `state` or `window_state`; transforms stay applied."""
         for name, layer in self.layers.items():
-            own = _under(f"{name}.", state)
-            own.pop(_UNDERSAMPLED, None)
-            if layer.input_step is not None:
-                layer.input_step.load(_under(_INPUT, own))
-            if layer.rounding is not None:
-                layer.rounding.load({key: value for key, value in own.items() if not key.startswith(_INPUT)})
+            _load_layer(layer, _under(f"{name}.", state))
 
     def harden(self) -> Iterator[tuple[str, QuantizedWeight]]:
         """Name and final quantized weight of each layer. After a weight is yielded, its layer computes with it."""
@@ -327,6 +309,15 @@ def read_block(
     pairs = meta_model.smoothing_pairs(index)
     usable = tuple(pair for pair in pairs if not whole & {pair.smooth_layer, *pair.balance_layers})
     return ResidentBlock(index, module, arguments, layers, usable)
+
+
+def _load_layer(layer: QuantizedLinear, state: Mapping[str, Tensor]) -> None:
+    """Restore the rounding and the input step of a layer from its part of the state of a block."""
+    if layer.input_step is not None:
+        layer.input_step.load(_under(_INPUT, state))
+    if layer.rounding is not None:
+        own = {name: value for name, value in state.items() if name != _UNDERSAMPLED and not name.startswith(_INPUT)}
+        layer.rounding.load(own)
 
 
 def _under(prefix: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
