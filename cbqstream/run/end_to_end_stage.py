@@ -13,14 +13,14 @@ from cbqstream.disk import FileDigest
 from cbqstream.models.embedding_and_head import load_embedding_and_head
 from cbqstream.packed.block_shard import read_scales, rewrite_scales
 from cbqstream.packed.shard import write_tensors
-from cbqstream.records import Costs, EpochReport
+from cbqstream.records import EpochReport
 from cbqstream.run.finished import FinishedBlocks, read_window_state
 from cbqstream.run.inputs import RunInputs
 from cbqstream.run.streams import Streams
+from cbqstream.run.window_report import costs_of
 from cbqstream.rundir.chain import REFERENCE, WINDOW_STATE
 from cbqstream.rundir.journal import Journal
-from cbqstream.runtime.device import peak_device_bytes
-from cbqstream.runtime.memory import peak_resident_bytes, release_free_memory
+from cbqstream.runtime.memory import release_free_memory
 from cbqstream.runtime.seeds import generator_for
 from cbqstream.runtime.timings import Timings
 from cbqstream.windows.schedule import split_held_out
@@ -60,8 +60,7 @@ def train_end_to_end(
             release_free_memory()
             last = epoch + 1 == num_epochs
             parts = _write_shards(inputs, journal, blocks, steps) if last else _write_state(inputs, journal, steps)
-            spent, rss, vram = timings.now().since(began), peak_resident_bytes(), peak_device_bytes(compute.device)
-            costs = Costs(spent.time, rss, spent.reading, spent.writing, vram)
+            costs = costs_of(timings.now().since(began), compute.device)
             report = EpochReport(epoch, num_epochs, before, after, costs)
             read, numerics = inputs.source.take_digests(), inputs.identity.numerics
             journal.commit(parts=parts, acts=None, source=read, numerics=numerics, report=report)

@@ -1,6 +1,8 @@
-"""The report of a window, made from the result of its reconstruction and from its blocks."""
+"""The report of a window, made from the result of its reconstruction and from its blocks, and the costs of windows and epochs."""
 
 from collections.abc import Sequence
+
+import torch
 
 from cbqstream.models.experts import tokens_by_expert
 from cbqstream.records import Costs, Window, WindowReport
@@ -53,11 +55,21 @@ def window_report(
             for layer, scale in block.found.get(Smoothing.name, {}).items()
         },
         undersampled=[f"{prefix[block.index]}.{name}" for block in new for name in sorted(block.undersampled)],
-        costs=Costs(
-            seconds=spent.time,
-            reading=spent.reading,
-            writing=spent.writing,
-            peak_rss=peak_resident_bytes(),
-            peak_vram=peak_device_bytes(inputs.compute.device),
-        ),
+        costs=costs_of(spent, inputs.compute.device),
+    )
+
+
+def costs_of(spent: Clock, device: torch.device) -> Costs:
+    """Costs of a window or an epoch that ends now.
+
+    Args:
+        spent: time that it took.
+        device: device that computed.
+    """
+    return Costs(
+        seconds=spent.time,
+        reading=spent.reading,
+        writing=spent.writing,
+        peak_rss=peak_resident_bytes(),
+        peak_vram=peak_device_bytes(device),
     )
