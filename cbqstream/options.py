@@ -19,7 +19,6 @@ from cbqstream.scheme import Scheme
 from cbqstream.setting import Panel
 
 _PER_CHANNEL = -1
-_SCHEME = "W4A16"
 _OF_PROFILE = ("window", "transforms", "reconstruction")
 _NOT_IN_RECIPE = ("model", "out", "dataset", "run_dir", "device", "threads", "max_ram", "max_vram")
 
@@ -43,8 +42,10 @@ _CONVERTED: Mapping[str, Callable[[Any], Any]] = {
     "override": tuple,
 }
 """Functions from the value of an option to the value of its field, where the two differ."""
-_KINDS: dict[str, type] = {"max_ram": str, "max_vram": str, "scheme": str}
+_KINDS: Mapping[str, type] = {"max_ram": str, "max_vram": str, "scheme": str}
 """Types of options whose type is not that of the field."""
+_DEFAULTS: Mapping[str, Any] = {"scheme": "W4A16"}
+"""Defaults of options whose field has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,8 @@ class Option:
     panel: Panel
     default: Any
     """Value if the flag is not given; None if it is required, or if the profile has the default."""
+    required: bool
+    """Whether there is no default."""
     method: str | None
     """The rounding method that alone uses the option."""
     section: str | None
@@ -78,10 +81,19 @@ def _options_of(cls: Any, section: str | None) -> dict[str, Option]:
         name = item.name if flag is None else flag
         if not name:
             continue
-        default = None if item.default is MISSING or section in _OF_PROFILE else item.default
-        kind = _KINDS.get(name) or _kind(hints[item.name])
+        given = _DEFAULTS.get(name, item.default)
         about = item.metadata
-        found[name] = Option(name, kind, about["help"], about["panel"], default, about["method"], section, item.name)
+        found[name] = Option(
+            name=name,
+            kind=_KINDS.get(name) or _kind(hints[item.name]),
+            help=about["help"],
+            panel=about["panel"],
+            default=None if given is MISSING or section in _OF_PROFILE else given,
+            required=given is MISSING,
+            method=about["method"],
+            section=section,
+            field=item.name,
+        )
     return found
 
 
@@ -128,7 +140,7 @@ def config_from_options(values: Mapping[str, Any], profile: str = "default") -> 
             place[option.field] = _CONVERTED.get(name, _unchanged)(value)
     parts = PROFILES[profile]
     config = QuantizeConfig(
-        scheme=Scheme.named(own.pop("scheme", _SCHEME), **sections["scheme"]),
+        scheme=Scheme.named(own.pop("scheme", OPTIONS["scheme"].default), **sections["scheme"]),
         calibration=CalibrationConfig(**sections["calibration"]),
         **{section: replace(getattr(parts, section), **sections[section]) for section in _OF_PROFILE},
         **own,

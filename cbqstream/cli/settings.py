@@ -46,20 +46,15 @@ def _parameter(option: Option, *, optional: bool) -> inspect.Parameter:
         optional: whether OUT and --dataset may be left out.
     """
     text = f"{option.help}."
-    kind: Any = option.kind if option.default is not None and option.kind is not list[str] else option.kind | None
+    required = option.required and not (optional and option.name != "model")
     default = None if option.kind is list[str] else option.default
-    required = option.name in ("model", "out", "dataset") and not (optional and option.name != "model")
+    kind: Any = option.kind if required or default is not None else option.kind | None
     if option.name in _ARGUMENTS:
         info: Any = typer.Argument(help=text, metavar=option.name.upper())
-        kind = str if required else str | None
     else:
         shown = _shown(option.name, _DEFAULTS[option.name]) if option.has_profile_default else True
         info = typer.Option(help=text, rich_help_panel=option.panel, show_default=shown)
-    if option.name == "scheme":
-        kind, default = str, "W4A16"
-    if required:
-        kind, default = str, inspect.Parameter.empty
-    return _keyword(option.name, default, Annotated[kind, info])
+    return _keyword(option.name, inspect.Parameter.empty if required else default, Annotated[kind, info])
 
 
 def _keyword(name: str, default: Any, annotation: Any) -> inspect.Parameter:

@@ -8,7 +8,7 @@ A new method is a subclass in a file of its own and a row in `registry.py`; its 
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar
 
@@ -96,11 +96,6 @@ class Rounding(Offloadable, ABC):
         self.scratch = start.scratch
 
     # What a method declares.
-
-    @classmethod
-    def settings(cls) -> tuple[str, ...]:
-        """Names of the fields of `ReconstructionConfig` that only this method uses."""
-        return tuple(item.name for item in fields(ReconstructionConfig) if item.metadata["method"] == cls.name)
 
     @classmethod
     def cost(cls, config: ReconstructionConfig, rows: int, columns: int) -> RoundingCost:
