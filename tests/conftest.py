@@ -25,6 +25,14 @@ settings.load_profile("default")
 SMOLLM2 = Path(os.environ.get("CBQSTREAM_TEST_MODEL", Path(__file__).parent.parent / ".models" / "smollm2-135m"))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests with the marker `gpu` if there is no CUDA device."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="there is no CUDA device"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """Compute with one thread, which is fastest for tiny tensors. Results then do not depend on the number of cores."""
@@ -80,16 +88,7 @@ def smollm2() -> Path:
 
 
 @pytest.fixture(
-    params=[
-        "cpu",
-        pytest.param(
-            "cuda",
-            marks=[
-                pytest.mark.gpu,
-                pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
-            ],
-        ),
-    ]
+    params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)],
 )
 def device(request) -> str:
     """Name of the device of a test. The test runs on the CPU, and with the marker `gpu` on the CUDA device if there is one."""

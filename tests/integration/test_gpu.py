@@ -6,7 +6,6 @@ The tests also run on the CPU. tools/gpu_check.sh runs those with the marker `gp
 from dataclasses import replace
 
 import pytest
-import torch
 
 from cbqstream import quantize
 from cbqstream.errors import StoppedError
@@ -59,7 +58,6 @@ def test_memory_modes_do_not_change_the_result(make_config, device, monkeypatch)
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 @pytest.mark.parametrize("family", SOME_FAMILIES)
 def test_perplexity_of_a_model_quantized_on_cuda_is_that_of_one_quantized_on_the_cpu(make_config, tokens, family):
     """CUDA computes in bf16 instead of float32 and with other kernels, so codes differ. Both kinds of kernels are compared."""
