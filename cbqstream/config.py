@@ -4,7 +4,6 @@ Every field is made with `setting`, which holds its description. The flags of th
 (`options.py`), so a setting is described once.
 """
 
-import difflib
 import re
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any, Literal
 
 from cbqstream.errors import UsageError
 from cbqstream.scheme import LayerSchemes, Scheme, path_pattern
-from cbqstream.setting import require, require_at_least, require_choice, setting
+from cbqstream.setting import require, require_at_least, require_choice, require_device, setting, suggestion
 
 RoundingName = Literal["signround", "lora_rounding", "nearest"]
 ScaleInit = Literal["minmax", "search"]
@@ -220,10 +219,7 @@ class QuantizeConfig:
 
     def __post_init__(self) -> None:
         require_at_least(self, 0, "keep_first", "keep_last")
-        require(
-            re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None,
-            f"device {self.device!r} is not auto, cpu or cuda.",
-        )
+        require_device(self.device)
         for name in ("ignore", "override"):  # JSON has lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for text in self.override:
@@ -285,8 +281,7 @@ def _build(cls: Any, values: dict[str, Any]) -> Any:
         raise UsageError(f"{cls.__name__} is not a table of settings.")
     for key in values:
         if key not in known:
-            nearest = difflib.get_close_matches(key, known, 1)
-            raise UsageError(f"unknown setting {key!r}{f' ({nearest[0]}?)' if nearest else ''}.")
+            raise UsageError(f"unknown setting {key!r}{suggestion(key, known)}.")
     try:
         return cls(**values)
     except TypeError as error:

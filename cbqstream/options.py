@@ -4,7 +4,6 @@ An option has the name, the type, the description and the default of its field. 
 default of the chosen profile.
 """
 
-import difflib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields, replace
@@ -16,7 +15,7 @@ from cbqstream.config import SECTIONS, CalibrationConfig, QuantizeConfig, parse_
 from cbqstream.errors import UsageError
 from cbqstream.profiles import PROFILES, Profile
 from cbqstream.scheme import Scheme
-from cbqstream.setting import Panel
+from cbqstream.setting import Panel, suggestion
 
 _PER_CHANNEL = -1
 _OF_PROFILE = ("window", "transforms", "reconstruction")
@@ -132,8 +131,7 @@ def config_from_options(values: Mapping[str, Any], profile: str = "default") -> 
     own: dict[str, Any] = {}
     for name, value in values.items():
         if name not in OPTIONS:
-            nearest = difflib.get_close_matches(name, OPTIONS, 1)
-            raise UsageError(f"unknown setting {name!r}{f' ({nearest[0]}?)' if nearest else ''}.")
+            raise UsageError(f"unknown setting {name!r}{suggestion(name, OPTIONS)}.")
         if value is not None:
             option = OPTIONS[name]
             place = own if option.section is None else sections[option.section]

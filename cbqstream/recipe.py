@@ -1,11 +1,11 @@
 """Recipes: files of settings in TOML, in which each key is a flag of the command line, written with - or _."""
 
-import difflib
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
 from cbqstream.errors import UsageError, shown
+from cbqstream.setting import suggestion
 
 _COMMAND_LINE_ONLY = ("recipe", "help")
 
@@ -36,8 +36,7 @@ def read_recipe(path: Path, flags: Sequence[str]) -> dict[str, str | list[str]]:
     for key, value in content.items():
         flag = key.replace("-", "_")
         if flag not in known:
-            nearest = difflib.get_close_matches(flag, known, 1)
-            raise UsageError(f'{path}: unknown key "{shown(key)}"{f" ({nearest[0]}?)" if nearest else ""}.')
+            raise UsageError(f'{path}: unknown key "{shown(key)}"{suggestion(flag, known)}.')
         if flag in values:
             raise UsageError(f'{path}: "{key}" appears twice, once with - and once with _.')
         if not all(isinstance(one, (str, int, float)) for one in (value if isinstance(value, list) else [value])):

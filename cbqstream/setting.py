@@ -1,5 +1,8 @@
-"""Fields of the settings dataclasses, and checks of their values."""
+"""Fields of the settings dataclasses, and checks of their names and values."""
 
+import difflib
+import re
+from collections.abc import Iterable
 from dataclasses import MISSING, field
 from typing import Any, Literal, get_args
 
@@ -39,6 +42,12 @@ def setting(
     return field(default=default, metadata=metadata)
 
 
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """The known name nearest to an unknown one, as " (NAME?)" for an error message; empty if no name is near."""
+    nearest = difflib.get_close_matches(name, known, 1)
+    return f" ({nearest[0]}?)" if nearest else ""
+
+
 def require(ok: bool, message: str) -> None:  # noqa: FBT001
     """Raise a UsageError with a message unless a condition holds."""
     if not ok:
@@ -54,6 +63,15 @@ def require_choice(settings: Any, name: str, choices: Any) -> None:
     value, known = getattr(settings, name), get_args(choices)
     if value not in known:
         raise UsageError(f"{name} {value!r} is not {', '.join(known[:-1])} or {known[-1]}.")
+
+
+def require_device(name: str) -> None:
+    """Refuse a name that is not that of a device.
+
+    Raises:
+        UsageError: it is not.
+    """
+    require(re.fullmatch(r"auto|cpu|cuda(:\d+)?", name) is not None, f"device {name!r} is not auto, cpu or cuda.")
 
 
 def require_at_least(settings: Any, least: int, *names: str) -> None:

@@ -2,7 +2,6 @@
 
 import os
 import platform
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -13,6 +12,7 @@ import torch
 from cbqstream.errors import UsageError
 from cbqstream.records import Numerics
 from cbqstream.runtime.memory import physical_cores
+from cbqstream.setting import require_device
 
 _OVERRIDES = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
@@ -26,8 +26,7 @@ def choose_device(name: str) -> torch.device:
     Raises:
         UsageError: the name is not that of a device, or the CUDA device does not exist.
     """
-    if re.fullmatch(r"auto|cpu|cuda(:\d+)?", name) is None:
-        raise UsageError(f"device {name!r} is not auto, cpu or cuda.")
+    require_device(name)
     available = torch.cuda.is_available()
     device = torch.device(("cuda:0" if available else "cpu") if name == "auto" else name)
     if device.type == "cuda":
