@@ -82,11 +82,11 @@ def separate_experts(block: nn.Module, layout: ExpertLayout) -> None:
         if not all(isinstance(value, nn.Parameter) and value.dim() == 3 for value in fused):
             continue
         gate = getattr(module, "_apply_gate", None)
-        odd = [key for key, value in layout.required.items() if getattr(module, key, value) != value]
-        if gate is None or odd:
-            raise ValueError(
-                f"the experts of {type(module).__name__} have a form that is not supported ({', '.join(odd)})"
-            )
+        odd = {key: getattr(module, key, value) for key, value in layout.required.items()}
+        found = [f"{key} is {odd[key]}" for key, value in layout.required.items() if odd[key] != value]
+        if gate is None or found:
+            form = ", ".join(found) or "their gate is not a function of its own"
+            raise ValueError(f"the experts of {type(module).__name__} have a form that is not supported ({form})")
         number, double, hidden = module.gate_up_proj.shape
         for part in layout.fused:
             delattr(module, part)  # the module itself stays alive for its method `_apply_gate`

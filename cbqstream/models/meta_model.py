@@ -22,7 +22,7 @@ from cbqstream.checkpoint.folder import is_size
 from cbqstream.errors import InputError, UsageError, shown
 from cbqstream.models.experts import separate_experts
 from cbqstream.models.families import FAMILIES, SmoothingPair, family_of, smoothing_pairs
-from cbqstream.models.naming import stored_names
+from cbqstream.models.naming import StoredNames
 from cbqstream.records import BlockSpec
 
 _SIZES = ("hidden_size", "num_hidden_layers", "vocab_size")
@@ -40,9 +40,12 @@ _OTHER_SIZES = (
     "kv_lora_rank",
     "q_lora_rank",
 )
-"""Sizes that not every architecture has, and that may be null."""
+"""Sizes that not every architecture has. They may be null, and 0 means that the model does not have the part."""
+_FURTHER_BLOCKS = ("num_nextn_predict_layers", "num_mtp_layers")
+"""Numbers of blocks that predict further tokens. They are stored after the blocks of the model, and copied."""
 _USUAL_LENGTH = 2048
 """Length that is assumed of a model whose configuration has none."""
+_FLOAT = "__float__"
 _NEVER_READ = ("auto_map", "quantization_config", "model_type", "transformers_version", "architectures")
 """Keys of config.json that are not passed to the configuration of transformers."""
 _A_SIZE = f"It must be a whole number from 1 to {1 << 20:,}"
@@ -69,13 +72,14 @@ class MetaModel:
         blocks_path: str | None = None,
     ) -> None:
         self.folder = folder
-        self._tensors = tensors
+        self.tensors = tensors
+        """Shape of every dense tensor of the checkpoint, by name."""
         model_type = str(config.get("model_type"))
         self.is_tested = model_type in FAMILIES
         self.family = family_of(model_type)
         self._refuse_implausible(config, model_type)
         kept = {
-            key: value
+            key: _with_floats(value)
             for key, value in config.items()
             if key not in _NEVER_READ
             and not key.startswith("_")
@@ -84,11 +88,13 @@ class MetaModel:
         }
         try:
             self.config: Any = CONFIG_MAPPING[model_type](**kept)
-            self._text = self.config.get_text_config()
+            self.text_config: Any = self.config.get_text_config()
+            """Configuration of the text model, which is a part of that of a multimodal model."""
             for key in _SIZES:
-                if not is_size(getattr(self._text, key, None)):
+                if not is_size(getattr(self.text_config, key, None)):
                     raise InputError(
-                        folder / "config.json", f"{key} is {shown(str(getattr(self._text, key, None)))}. {_A_SIZE}."
+                        folder / "config.json",
+                        f"{key} is {shown(str(getattr(self.text_config, key, None)))}. {_A_SIZE}.",
                     )
             # a multimodal model contains a text model, and only the text model is quantized
             causal = type(self.config) in MODEL_FOR_CAUSAL_LM_MAPPING
@@ -107,7 +113,7 @@ class MetaModel:
                 separate_experts(block, self.family.experts)
         except ValueError as error:
             raise InputError(folder / "config.json", f"{error}. Use another model.") from error
-        self._stored = stored_names(self.hf_model, tensors, self.family.experts)
+        self._stored = StoredNames(folder, self.hf_model, tensors, self.family.experts)
         self.templates: list[nn.Module] = list(layers)
         self.blocks = tuple(self._block_spec(index, block) for index, block in enumerate(self.templates))
         if not any(spec.linears for spec in self.blocks):
@@ -123,13 +129,13 @@ class MetaModel:
     def smoothing_pairs(self, index: int) -> tuple[SmoothingPair, ...]:
         """Smoothing pairs of block `index`, without those whose smoothed layer has no weight."""
         modules = dict(self.templates[index].named_modules())
-        found = smoothing_pairs(self.family, self._text, modules.keys())
+        found = smoothing_pairs(self.family, self.text_config, modules.keys())
         return tuple(pair for pair in found if getattr(modules[pair.smooth_layer], "weight", None) is not None)
 
     @property
     def hidden_size(self) -> int:
         """Width D of the hidden states."""
-        return int(self._text.hidden_size)
+        return int(self.text_config.hidden_size)
 
     @property
     def never_quantized(self) -> tuple[str, ...]:
@@ -144,25 +150,33 @@ class MetaModel:
         return (*outside, *inside)
 
     @property
+    def embedding(self) -> str:
+        """Name of the weight of the embedding in the checkpoint."""
+        return self.outer[f"{path_of(self.hf_model, self.hf_model.get_input_embeddings())}.weight"]
+
+    @property
     def head(self) -> tuple[str, str]:
-        """Module path of the head, and name of its weight in the checkpoint, which is that of the embeddings if the head is tied."""
+        """Module path of the head, and name of its weight in the checkpoint.
+
+        If config.json ties the head to the embedding, the name is that of the embedding, unless the checkpoint has a head of its own.
+        """
         path = path_of(self.hf_model, self.hf_model.get_output_embeddings())
         return path, self.outer[f"{path}.weight"]
 
     @property
     def is_head_tied(self) -> bool:
-        """Whether the head is tied to the embeddings."""
-        return self.outer[f"{path_of(self.hf_model, self.hf_model.get_input_embeddings())}.weight"] == self.head[1]
+        """Whether config.json ties the head to the embeddings."""
+        return f"{self.head[0]}.weight" in self.hf_model.all_tied_weights_keys
 
     @property
     def vocab_size(self) -> int:
         """Number of token ids."""
-        return int(self._text.vocab_size)
+        return int(self.text_config.vocab_size)
 
     @property
     def max_length(self) -> int:
         """Largest number of tokens of a text, from the configuration of the model; 2,048 if the configuration has none."""
-        known = (getattr(self._text, name, None) for name in ("max_position_embeddings", "seq_length"))
+        known = (getattr(self.text_config, name, None) for name in ("max_position_embeddings", "seq_length"))
         return int(next((length for length in known if length), _USUAL_LENGTH))
 
     def check_length(self, seq_len: int) -> None:
@@ -174,8 +188,8 @@ class MetaModel:
         tokens = self.hf_model.get_input_embeddings()
         decoder = self.hf_model.get_submodule(self._decoder_path)
         learned = any(isinstance(module, nn.Embedding) and module is not tokens for module in decoder.modules())
-        if seq_len < 2 or (learned and seq_len > self._text.max_position_embeddings):
-            most = f" to {self._text.max_position_embeddings}, the model's positions" if learned else " or more"
+        if seq_len < 2 or (learned and seq_len > self.text_config.max_position_embeddings):
+            most = f" to {self.text_config.max_position_embeddings}, the model's positions" if learned else " or more"
             raise UsageError(f"seq_len is {seq_len}. It must be 2{most}.")
 
     def _refuse_implausible(self, config: Mapping[str, Any], model_type: str) -> None:
@@ -192,12 +206,13 @@ class MetaModel:
         other_names = getattr(CONFIG_MAPPING[model_type], "attribute_map", {})
         sizes = {key: config.get(key, config.get(other_names.get(key, key))) for key in (*_SIZES, *_OTHER_SIZES)}
         for key, value in sizes.items():
-            if value is not None and not is_size(value):
+            each = value if isinstance(value, list) and value else [value]  # some families have a size for each block
+            if value is not None and not all(is_size(one) or (one == 0 and key not in _SIZES) for one in each):
                 raise InputError(path, f"{key} is {shown(str(value))}. {_A_SIZE}.")
-        if int(sizes["num_hidden_layers"] or 0) > len(self._tensors):
+        if int(sizes["num_hidden_layers"] or 0) > len(self.tensors):
             raise InputError(
                 path,
-                f"num_hidden_layers is {sizes['num_hidden_layers']:,}, but the weights have {len(self._tensors):,} tensors.",
+                f"num_hidden_layers is {sizes['num_hidden_layers']:,}, but the weights have {len(self.tensors):,} tensors.",
             )
 
     @property
@@ -214,13 +229,11 @@ class MetaModel:
         lists = {
             name: sum(value.numel() for value in module.parameters())
             for name, module in self.hf_model.named_modules()
-            if isinstance(module, nn.ModuleList) and len(module) == self._text.num_hidden_layers
+            if isinstance(module, nn.ModuleList) and len(module) == self.text_config.num_hidden_layers
         }
         if not lists:
-            raise InputError(
-                self.folder / "config.json",
-                f"no list of {self._text.num_hidden_layers} blocks in {type(self.hf_model).__name__}. Give its path with --blocks-path.",
-            )
+            problem = f"no list of {self.text_config.num_hidden_layers} blocks in {type(self.hf_model).__name__}"
+            raise InputError(self.folder / "config.json", f"{problem}. Give its path with --blocks-path.")
         return str(max(lists.items(), key=itemgetter(1))[0])
 
     def _blocks(self) -> nn.ModuleList:
@@ -247,7 +260,7 @@ class MetaModel:
         """
         prefix = f"{self.blocks_path}.{index}"
         names = {
-            local: self._stored_name(f"{prefix}.{local}", tuple(value.shape))
+            local: self._stored.require(f"{prefix}.{local}", tuple(value.shape))
             for local, value in block.state_dict().items()
         }
         linears = tuple(
@@ -261,31 +274,15 @@ class MetaModel:
     def _outer_tensors(self) -> dict[str, str]:
         """Name in the checkpoint of every parameter of the decoder outside the blocks and of the head, by its name in the model.
 
-        A parameter that is tied to another one has the name of the other one in the checkpoint.
-        """
-        tied: Mapping[str, str] = getattr(self.hf_model, "_tied_weights_keys", None) or {}
-        head = {id(value) for value in self.hf_model.get_output_embeddings().parameters()}
-        names = {}
-        for name, value in self.hf_model.named_parameters(remove_duplicate=False):
-            if not name.startswith(f"{self._decoder_path}.") and id(value) not in head:
-                continue  # a parameter of an image tower
-            twin = tied.get(name) if self.config.tie_word_embeddings else None
-            names[name] = self._stored_name(twin or name, tuple(value.shape))
-        return names
-
-    def _stored_name(self, name: str, shape: tuple[int, ...]) -> str:
-        """Name in the checkpoint of the tensor with a name in the model. Some checkpoints omit the prefix of the base model.
-
         Raises:
-            InputError: the tensor is missing, or has another shape.
+            InputError: a tensor is missing from the checkpoint, or has another shape.
         """
-        stored = self._stored.get(name) or self._stored.get(name.removeprefix(f"{self.hf_model.base_model_prefix}."))
-        if stored is None:
-            raise InputError(self.folder, "missing from the weights. Download the model again.", tensor=name)
-        if self._tensors[stored] != shape:
-            found, needed = list(self._tensors[stored]), list(shape)
-            raise InputError(self.folder, f"has shape {found}, but config.json requires {needed}.", tensor=stored)
-        return stored
+        head = {id(value) for value in self.hf_model.get_output_embeddings().parameters()}
+        return {
+            name: self._stored.require(name, tuple(value.shape))
+            for name, value in self.hf_model.named_parameters(remove_duplicate=False)
+            if name.startswith(f"{self._decoder_path}.") or id(value) in head  # others are parameters of an image tower
+        }
 
     def _refuse_extra_blocks(self) -> None:
         """Check that the checkpoint has no blocks besides those of the model.
@@ -303,10 +300,20 @@ class MetaModel:
             and (part := name[len(prefix) :].split(".")[0]).isdigit()
             and not any(re.search(pattern, name) for pattern in ignored)
         }
-        if len(held) > len(self.blocks):
+        further = max(int(getattr(self.text_config, name, None) or 0) for name in _FURTHER_BLOCKS)
+        if len(held) > len(self.blocks) + further:
             raise InputError(
                 self.folder, f"config.json describes {len(self.blocks)} blocks, but the weights have {len(held)}."
             )
+
+
+def _with_floats(value: Any) -> Any:
+    """A value of config.json with floats in place of objects such as `{"__float__": "Infinity"}`, which transformers writes for them."""
+    if isinstance(value, dict):
+        if value.keys() == {_FLOAT} and value[_FLOAT] in ("Infinity", "-Infinity", "NaN"):
+            return float(value[_FLOAT])
+        return {key: _with_floats(inner) for key, inner in value.items()}
+    return [_with_floats(inner) for inner in value] if isinstance(value, list) else value
 
 
 def path_of(hf_model: nn.Module, wanted: nn.Module) -> str:

@@ -1,6 +1,7 @@
 """Model families: facts in one record, experts as separate layers, and names in checkpoints."""
 
 import copy
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,7 @@ from cbqstream.models.embedding_and_head import load_embedding_and_head
 from cbqstream.models.experts import Experts, separate_experts, tokens_by_expert
 from cbqstream.models.families import FAMILIES, UNTESTED, SmoothingPair, family_of, joined_with, smoothing_pairs
 from cbqstream.models.meta_model import MetaModel
-from cbqstream.models.naming import stored_names
+from cbqstream.models.naming import StoredNames
 from tiny import FAMILIES as TINY
 from tiny import SEQ_LEN, VOCAB, make_model
 
@@ -103,7 +104,7 @@ def test_experts_of_an_unknown_form_are_refused_by_name():
     block = make_model("mixtral").model.layers[0]
     fused = next(module for module in block.modules() if hasattr(module, "gate_up_proj"))
     fused.has_bias = True
-    with pytest.raises(ValueError, match=r"form that is not supported \(has_bias\)"):
+    with pytest.raises(ValueError, match=r"form that is not supported \(has_bias is True\)"):
         separate_experts(block, family_of("mixtral").experts)
 
 
@@ -119,8 +120,9 @@ def test_tokens_of_experts_are_counted_once_for_each_expert():
 def test_names_of_experts_in_checkpoints(tiny_models):
     meta_model, _ = open_model(tiny_models["mixtral"])
     stored = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
-    names = stored_names(meta_model.hf_model, [stored], meta_model.family.experts)
-    assert names == {"model.layers.1.mlp.experts.2.down_proj.weight": stored}
+    names = StoredNames(Path("model"), meta_model.hf_model, {stored: (64, 128)}, meta_model.family.experts)
+    assert list(names) == ["model.layers.1.mlp.experts.2.down_proj.weight"]
+    assert names.find("model.layers.1.mlp.experts.2.down_proj.weight") == stored
 
 
 def test_arguments_for_a_batch_repeat_what_runs_over_segments():
