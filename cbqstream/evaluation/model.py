@@ -19,6 +19,7 @@ from cbqstream.errors import UsageError
 from cbqstream.models.block import BlockArguments, build_block, run_block
 from cbqstream.models.embedding_and_head import EmbeddingAndHead, Part, load_embedding_and_head
 from cbqstream.models.meta_model import MetaModel
+from cbqstream.models.probe import probe
 from cbqstream.packed.sources import open_source
 from cbqstream.records import Compute, WeightSource
 from cbqstream.runtime.device import choose_device, compute_dtype, fixed_numerics
@@ -52,12 +53,14 @@ def open_model(folder: Path, blocks_path: str | None = None) -> tuple[MetaModel,
         blocks_path: module path of the list of transformer blocks; found by default.
 
     Raises:
-        InputError: the model cannot be read.
+        InputError: the model cannot be read, or cannot be run block by block.
         UsageError: the model is quantized in another form.
     """
     config = read_json(folder, "config.json")
     source = open_source(folder, config)
-    return MetaModel(folder, config, source.tensors(), blocks_path), source
+    meta_model = MetaModel(folder, config, source.tensors(), blocks_path)
+    probe(meta_model)
+    return meta_model, source
 
 
 def require_counts(**counts: int | None) -> None:

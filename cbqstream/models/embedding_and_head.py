@@ -7,7 +7,8 @@ embeddings, scalings, the final norm and the head are therefore those of transfo
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -50,6 +51,20 @@ class _StandIn(nn.Module):
         return (output,) if self.gives_tuple else output
 
 
+@dataclass(frozen=True, slots=True)
+class BlockCall:
+    """A call of a block by the model."""
+
+    index: int
+    """Number of the block."""
+    hidden_states: Tensor
+    """The first argument."""
+    arguments: BlockArguments
+    """The other arguments."""
+    output: Tensor
+    """The hidden states that were returned."""
+
+
 class EmbeddingAndHead:
     """Embedding and head of a model in memory, made by `load_embedding_and_head`.
 
@@ -83,13 +98,32 @@ class EmbeddingAndHead:
     def block_arguments(self, ids_S: Tensor) -> list[BlockArguments]:
         """Keyword arguments of each block, for batches of segments with the length of `ids_S`, int64 [S]."""
         self.embed(ids_S)
-        return [
-            BlockArguments(
-                {**stand_in.arguments, **{key: value for key, value in _NO_CACHE.items() if key in stand_in.arguments}},
-                self._by_segment,
-            )
-            for stand_in in self._stand_ins
-        ]
+        return [self._arguments_of(stand_in) for stand_in in self._stand_ins]
+
+    def trace(self, ids_S: Tensor) -> list[BlockCall]:
+        """Calls of the blocks in order, for one segment of token ids, int64 [S]. Each block returns random hidden states."""
+        shape, calls = self.embed(ids_S).shape, list[BlockCall]()
+
+        def record(index: int, stand_in: _StandIn) -> None:
+            if stand_in.seen is not None and stand_in.replacement is not None:
+                arguments = self._arguments_of(stand_in)
+                calls.append(BlockCall(index, stand_in.seen, arguments, stand_in.replacement))
+
+        generator = torch.Generator().manual_seed(int(ids_S.sum()))
+        with ExitStack() as hooks:
+            for index, stand_in in enumerate(self._stand_ins):
+                stand_in.replacement = torch.randn(1, *shape, generator=generator).to(self._device, self._dtype)
+                hook = stand_in.register_forward_hook(lambda module, *_, index=index: record(index, module))
+                hooks.callback(hook.remove)
+            self.embed(ids_S)
+        for stand_in in self._stand_ins:
+            stand_in.replacement = None
+        return calls
+
+    def _arguments_of(self, stand_in: _StandIn) -> BlockArguments:
+        """Keyword arguments of the last call of a block, with its cache turned off."""
+        off = {key: value for key, value in _NO_CACHE.items() if key in stand_in.arguments}
+        return BlockArguments({**stand_in.arguments, **off}, self._by_segment)
 
     @torch.no_grad()
     def logits(self, x_SD: Tensor) -> Iterator[Tensor]:
