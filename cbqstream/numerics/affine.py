@@ -119,6 +119,19 @@ def sqnr_db(w_OI: Tensor, weight: QuantizedWeight) -> float:
     return 10 * math.log10(signal.item() / noise.item()) if signal.item() else -_MAX_SQNR_DB
 
 
+def vanished_rows(w_OI: Tensor, weight: QuantizedWeight) -> int:
+    """Number of rows that are zero throughout in a quantized weight and not in the original weight w, [O, I].
+
+    A row vanishes if its weights are below half of the smallest scale that can be stored.
+    """
+    count = 0
+    if (weight.scale == SMALLEST_SCALE).any():
+        for rows in row_tiles(w_OI):
+            gone = ~dequantize(weight.rows(rows)).any(1)
+            count += int((gone & w_OI[rows].any(1)).sum())
+    return count
+
+
 def dequantize(weight: QuantizedWeight, out: Tensor | None = None) -> Tensor:
     """Dequantized weight `(q - z) * s`, [O, I].
 

@@ -20,7 +20,7 @@ from cbqstream.models.block import BlockArguments, build_block, run_block
 from cbqstream.models.experts import Experts
 from cbqstream.models.families import EXPERT, SmoothingPair
 from cbqstream.models.meta_model import MetaModel
-from cbqstream.numerics.affine import sqnr_db
+from cbqstream.numerics.affine import sqnr_db, vanished_rows
 from cbqstream.numerics.input_statistics import InputStatistics, Statistic, sum_of
 from cbqstream.numerics.scale_search import minmax_grid, search_grid
 from cbqstream.records import Compute, QuantizedWeight, StoredTensors
@@ -89,6 +89,8 @@ class ResidentBlock:
         """Number of tokens from which the statistics of each layer were gathered."""
         self.sqnr_db: dict[str, float] = {}
         """Signal to quantization noise of the hard weights in decibels, by layer."""
+        self.vanished: dict[str, int] = {}
+        """Number of rows of the hard weights that are zero although the original rows are not, by layer; without layers that have none."""
         self.undersampled: set[str] = set()
         """Layers of experts that saw too few tokens to learn from; they are rounded to nearest."""
         self._transforms: tuple[Transform, ...] = ()
@@ -243,6 +245,9 @@ class ResidentBlock:
                 hard = replace(layer.rounding.harden(), input_scale=step)
                 with layer.placed():
                     self.sqnr_db[name] = sqnr_db(layer.weight, hard)
+                    vanished = vanished_rows(layer.weight, hard)
+                if vanished:
+                    self.vanished[name] = vanished
                 layer.freeze(hard)
                 yield name, hard
 
