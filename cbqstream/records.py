@@ -163,6 +163,13 @@ class RunWarning:
 
 
 @dataclass(frozen=True, slots=True)
+class RunNotice:
+    """A fact about the result that the user should know."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Costs:
     """Time and memory of a window or an epoch on this machine."""
 

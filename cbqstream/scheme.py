@@ -64,9 +64,10 @@ class Scheme:
         size = self.group_size
         if size is not None and columns % size:
             fitting = [other for other in _COMMON_GROUP_SIZES if columns % other == 0 and other < size]
-            fits = f"{fitting[0]} fits; or " if fitting else ""
+            own = layer.removesuffix(".weight").rpartition(".")[2]
+            remedy = f"{fitting[0]} fits; or use" if fitting else f"Leave the layer out with --ignore {own}, or use"
             raise UsageError(
-                f"group size {size} does not divide the {columns} columns of {layer}. {fits}use -1 (per channel)."
+                f"group size {size} does not divide the {columns} columns of {layer}. {remedy} -1 (per channel)."
             )
 
     @property

@@ -49,6 +49,14 @@ AllowSharedRunDir = Annotated[
         "--allow-shared-run-dir", help="Use a run directory that other users can change.", rich_help_panel="Run"
     ),
 ]
+AllowPartial = Annotated[
+    bool,
+    typer.Option(
+        "--allow-partial",
+        help="Accept a model with less than 80 % of its block weights in linear layers.",
+        rich_help_panel="Run",
+    ),
+]
 LogJson = Annotated[
     Path | None, typer.Option(help="Append a JSON line per window to this file.", rich_help_panel="Run")
 ]

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from cbqstream.cli.app import (
     AllowNumericsChange,
+    AllowPartial,
     AllowSharedRunDir,
     GroupedCommand,
     LogJson,
@@ -41,6 +42,7 @@ def quantize(
     stop_after_window: StopAfterWindow = None,
     allow_numerics_change: AllowNumericsChange = False,
     allow_shared_run_dir: AllowSharedRunDir = False,
+    allow_partial: AllowPartial = False,
     log_json: LogJson = None,
 ) -> None:
     """Quantize MODEL into OUT, or resume the run that was begun."""
@@ -51,7 +53,15 @@ def quantize(
     config = config_of(settings)  # first, so that wrong settings are reported before a model is downloaded
     config = replace(config, model=str(folder_of(config.model, revision).absolute()))
     to_resume = "the same command" if push_to is not None else None
-    _run(config, log_json, stop_after_window, allow_numerics_change, allow_shared_run_dir, to_resume)
+    _run(
+        config,
+        log_json,
+        to_resume,
+        stop_after_window=stop_after_window,
+        allow_numerics_change=allow_numerics_change,
+        allow_shared_run_dir=allow_shared_run_dir,
+        allow_partial=allow_partial,
+    )
     if push_to is not None:
         from cbqstream.commands.push import push as upload
 
@@ -66,17 +76,25 @@ def plan(
     without_time: Annotated[
         bool, typer.Option("--without-time", help="Do not measure this machine, which takes five seconds.")
     ] = False,
+    allow_partial: AllowPartial = False,
 ) -> None:
-    """Show the memory, disk space and time that `quantize` would need with the same flags. Reads headers and writes nothing.
+    """Show the memory, disk space and time that `quantize` would need with the same flags, or why it would refuse. Writes nothing.
 
-    MODEL is a folder or a name on the Hub. OUT and --dataset may be left out.
+    MODEL is a folder or a name on the Hub, of which only headers are read. OUT and --dataset may be left out.
     """
     from cbqstream.planning.plan import plan as make_plan
     from cbqstream.planning.plan_lines import plan_lines
 
     given = {name: value for name, value in settings.items() if value is not None}
     config = config_of({"out": "OUT", "dataset": "DATASET", **given})
-    made = make_plan(config, with_time=not without_time, revision=revision)
+    made = make_plan(
+        config,
+        with_time=not without_time,
+        revision=revision,
+        check_out="out" in given,
+        check_dataset="dataset" in given,
+        allow_partial=allow_partial,
+    )
     if as_json:
         typer.echo(json.dumps(made.to_dict(), indent=1))
         return
@@ -101,30 +119,31 @@ def resume(
 
     chain = Chain.read(run)
     config = replace(chain.run.config, run_dir=str(run.absolute()), threads=chain.numerics.threads)
-    _run(config, log_json, stop_after_window, allow_numerics_change, allow_shared_run_dir)
+    _run(
+        config,
+        log_json,
+        stop_after_window=stop_after_window,
+        allow_numerics_change=allow_numerics_change,
+        allow_shared_run_dir=allow_shared_run_dir,
+    )
 
 
-def _run(
-    config: QuantizeConfig,
-    log_json: Path | None,
-    stop_after_window: int | None,
-    allow_numerics_change: bool,
-    allow_shared_run_dir: bool,
-    to_resume: str | None = None,
-) -> None:
+def _run(config: QuantizeConfig, log_json: Path | None, to_resume: str | None = None, **allowed: Any) -> None:
+    """Run the pipeline with progress on the console.
+
+    Args:
+        config: settings of the run.
+        log_json: file to which a JSON line per window is appended.
+        to_resume: what to do to resume an interrupted run; by default, the command that resumes it.
+        allowed: further arguments of the pipeline.
+    """
     from cbqstream.report.progress import Progress
     from cbqstream.run.pipeline import quantize as run_pipeline
 
     gc.freeze()  # imported modules stay alive, so garbage collection need not visit them
     try:
         with Progress(Console(), log_json) as progress:
-            out = run_pipeline(
-                config,
-                progress,
-                stop_after_window=stop_after_window,
-                allow_numerics_change=allow_numerics_change,
-                allow_shared_run_dir=allow_shared_run_dir,
-            )
+            out = run_pipeline(config, progress, **allowed)
     except (Interrupted, StoppedError) as stop:
         raise StoppedError(f"{stop} To resume: {to_resume or _to_resume(config)}") from stop
     finally:

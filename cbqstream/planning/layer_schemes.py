@@ -1,7 +1,8 @@
 """The schemes that the settings give to the layers of a model, and checks that the layers can be quantized with them."""
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from cbqstream.config import QuantizeConfig
 from cbqstream.errors import InputError, UsageError, shown
@@ -9,6 +10,9 @@ from cbqstream.models.families import joined_with
 from cbqstream.models.meta_model import MetaModel
 from cbqstream.records import BlockSpec, TensorInfo
 from cbqstream.scheme import LayerSchemes, Scheme, path_pattern
+
+_LEAST_SHARE = 0.8
+"""Share of the weights of the blocks below which a model is only quantized on request."""
 
 
 def layer_schemes(config: QuantizeConfig, spec: BlockSpec) -> dict[str, Scheme]:
@@ -29,27 +33,50 @@ def head_scheme(config: QuantizeConfig, meta_model: MetaModel) -> Scheme:
     """The scheme of a quantized head.
 
     Raises:
-        UsageError: the head is tied to the embeddings, or --ignore leaves it in full precision.
+        UsageError: the head is tied to the embedding, or --ignore leaves it in full precision.
     """
     scheme = _scheme_of(config, config.schemes, *meta_model.head)
     if meta_model.is_head_tied or scheme is None:
-        what = "is tied to the embeddings" if meta_model.is_head_tied else "is left in full precision by --ignore"
+        what = "is tied to the embedding" if meta_model.is_head_tied else "is left in full precision by --ignore"
         raise UsageError(f"the head {what}. Leave out --quantize-lm-head.")
     return scheme
 
 
-def require_quantizable(config: QuantizeConfig, meta_model: MetaModel, infos: Mapping[str, TensorInfo]) -> None:
+def _block_weights(meta_model: MetaModel) -> int:
+    """Number of weights in all matrices of all blocks, without biases and norms."""
+    return sum(
+        math.prod(shape) for block in range(len(meta_model.blocks)) for shape in _matrices(meta_model, block).values()
+    )
+
+
+def quantized_share(config: QuantizeConfig, meta_model: MetaModel) -> float:
+    """Share of the weights of all blocks that a run quantizes, from 0 to 1."""
+    first, stop = config.keep_first, len(meta_model.blocks) - config.keep_last
+    layers = {spec.index: layer_schemes(config, spec) for spec in meta_model.blocks[first:stop]}
+    return _share(meta_model, layers)
+
+
+def require_quantizable(
+    config: QuantizeConfig,
+    meta_model: MetaModel,
+    infos: Mapping[str, TensorInfo],
+    unusable: Sequence[Mapping[str, str]],
+    *,
+    allow_partial: bool,
+) -> None:
     """Check that the settings fit the layers of a model.
 
     Args:
         config: settings of the run.
         meta_model: the model.
         infos: location, shape and dtype of every tensor of the source, by name.
+        unusable: for each block, its linear layers that cannot be quantized, with the reason (see `probe`).
+        allow_partial: accept a model most of whose block weights are not in linear layers.
 
     Raises:
         UsageError: a pattern matches no layer, no layer is left to quantize, the group size does not divide the columns of a layer, or
             layers that inference engines join have different schemes.
-        InputError: weights have a dtype that is not supported.
+        InputError: weights have a dtype that is not supported, a layer cannot be quantized, or too few weights are in linear layers.
     """
     kept = config.keep_first + config.keep_last
     if kept >= len(meta_model.blocks):
@@ -68,6 +95,44 @@ def require_quantizable(config: QuantizeConfig, meta_model: MetaModel, infos: Ma
         _require_alike(spec, layers)
         for name, scheme in layers.items():
             _require_storable(infos[spec.tensors[f"{name}.weight"]], scheme)
+            if name in unusable[spec.index]:
+                reason = unusable[spec.index][name]
+                raise InputError(f"block {spec.index}", f"{name} {reason}. Use --ignore {name}.")
+    if not allow_partial:
+        _require_share(meta_model)
+
+
+def _require_share(meta_model: MetaModel) -> None:
+    """Check that most weights of the blocks are in linear layers.
+
+    Raises:
+        InputError: less than 80 % of them are.
+    """
+    share = _share(meta_model, {spec.index: spec.linears for spec in meta_model.blocks})
+    if share < _LEAST_SHARE:
+        held = _matrices(meta_model, 0)
+        linears = {f"{name}.weight" for name in meta_model.blocks[0].linears}
+        largest = max(held.keys() - linears, key=lambda name: math.prod(held[name]), default="")
+        raise InputError(
+            meta_model.folder,
+            f"only {share:.0%} of the weights of the blocks are in linear layers; the others, such as"
+            f" {meta_model.blocks[0].prefix}.{largest}, would stay in full precision. Use --allow-partial to accept that.",
+        )
+
+
+def _share(meta_model: MetaModel, layers: Mapping[int, Iterable[str]]) -> float:
+    """Share of the weights of all blocks that are in some layers, given by their names in each block."""
+    weights = 0
+    for index, names in layers.items():
+        shapes = _matrices(meta_model, index)
+        weights += sum(math.prod(shapes[f"{name}.weight"]) for name in names)
+    return weights / _block_weights(meta_model)
+
+
+def _matrices(meta_model: MetaModel, index: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters of a block with two or more dimensions, by their name in the block."""
+    named = meta_model.templates[index].named_parameters()
+    return {name: tuple(value.shape) for name, value in named if value.dim() > 1}
 
 
 def _require_matches(config: QuantizeConfig, meta_model: MetaModel) -> None:

@@ -166,7 +166,7 @@ def _end_to_end_bytes(config: QuantizeConfig, sizes: ModelSizes, width: int) -> 
         "weights": rest + width * 2 * sizes.weights + 8 * sizes.largest,
         "step sizes": sizes.num_blocks * scale_bytes(config, sizes, 20),  # s0, theta, gradient, two moments
         "activations": int(_HEAP * width * together * of_block) + attention,
-        "embedding, head and logits": width * (sizes.outer_bytes // sizes.stored) + logits,
+        "embedding, head and logits": width * (sizes.ends_bytes // sizes.stored) + logits,
     }
 
 

@@ -1,8 +1,8 @@
 """The plan of a run: the memory, disk space and time that it will need.
 
-A plan is computed from headers, config.json and settings. No weight is read, and no model is built. Sizes are those of the largest block,
-and the counts follow the steps of a window (`run/pipeline.py`). `benchmarks/plan_check.py` compares plans with real runs. The time is
-computed from rates that are measured on this machine, on layers with the shapes of the model.
+A plan is computed from headers, config.json and settings, and no weight is read. Sizes are those of the largest block, and the counts
+follow the steps of a window (`run/pipeline.py`). `benchmarks/plan_check.py` compares plans with real runs. The time is computed from rates
+that are measured on this machine, on layers with the shapes of the model.
 """
 
 from collections.abc import Mapping
@@ -14,6 +14,7 @@ from cbqstream.config import QuantizeConfig
 from cbqstream.errors import DeviceMemoryError, UsageError
 from cbqstream.hub import is_name
 from cbqstream.planning.alternatives import smaller_settings
+from cbqstream.planning.layer_schemes import quantized_share
 from cbqstream.planning.memory import (
     CONTEXT,
     STREAM_BYTES,
@@ -27,6 +28,13 @@ from cbqstream.planning.memory import (
     state_bytes,
 )
 from cbqstream.planning.rates import Rates, measure_rates
+from cbqstream.planning.requirements import (
+    checked_model,
+    load_calibration,
+    read_headers,
+    require_original,
+    require_paths,
+)
 from cbqstream.planning.sizes import ModelSizes
 from cbqstream.planning.work import Work, attention_weights, seconds_of
 from cbqstream.records import MemoryMode
@@ -69,6 +77,8 @@ class Plan:
     """Parts of the time, by kind of work; empty if the plan was made without rates."""
     memory_mode: MemoryMode
     """Memory mode that keeps the run within the limits."""
+    quantized: float | None = None
+    """Share of the weights of all blocks that the run quantizes, from 0 to 1; None if the model was not opened."""
     smaller: "Mapping[str, Plan]" = field(default_factory=dict)
     """Plans with smaller settings, by the flags that select them."""
 
@@ -144,7 +154,9 @@ def make_plan(
         vram={"context": CONTEXT, "tiles": TILES} | on_device if device == "cuda" else {},
         disk=disk_bytes(config, sizes, quantized, staying, offloaded),
         source=sizes.source_bytes,
-        bytes_read=int(len(windows) * in_window * sizes.block_bytes + stream_reads * stream + 2 * sizes.outer_bytes)
+        bytes_read=int(len(windows) * in_window * sizes.block_bytes + stream_reads * stream)
+        + sizes.ends_bytes
+        + sizes.outer_bytes
         + whole_model * sizes.num_blocks * 4 * packed
         + offloaded.read,
         bytes_written=len(windows) * (3 * stream + state_bytes(config, sizes, staying))
@@ -200,29 +212,42 @@ def _over(config: QuantizeConfig, made: Plan) -> tuple[Literal["ram", "vram"], i
     return None
 
 
-def plan(config: QuantizeConfig, *, with_time: bool = True, revision: str | None = None) -> Plan:
-    """Make the plan of a run.
+def plan(
+    config: QuantizeConfig,
+    *,
+    with_time: bool = True,
+    revision: str | None = None,
+    check_out: bool = True,
+    check_dataset: bool = True,
+    allow_partial: bool = False,
+) -> Plan:
+    """Make the plan of a run, after the same checks that `quantize` makes before it writes anything.
 
     Args:
-        config: settings of the run. The dataset is not read. If the model is a name on the Hub, only headers are fetched.
+        config: settings of the run. If the model is a name on the Hub, only headers are fetched, and the dataset is not read.
         with_time: measure the speed of this machine, which takes five seconds.
         revision: branch, tag or commit of a model on the Hub.
+        check_out: check OUT and the run directory of the settings.
+        check_dataset: read the dataset of the settings.
+        allow_partial: accept a model most of whose block weights stay in full precision.
 
     Returns:
         The plan, with plans of smaller settings.
 
     Raises:
-        InputError: the model cannot be read.
+        InputError: the model or the dataset cannot be used.
         UsageError: the settings do not fit the model.
         DeviceMemoryError: the run does not fit the memory limits of the settings.
     """
-    name = config.model
-    sizes = ModelSizes.of_name(name, revision) if is_name(name, revision) else ModelSizes.of(Path(name))
-    for layer, (_, columns) in sizes.layers.items():
-        path = layer.removesuffix(".weight")
-        if not config.is_ignored(path):
-            config.schemes.of(path).require_whole_groups(layer, columns)
+    model, infos = read_headers(config.model, revision)
+    require_original(Path(config.model), model)
+    if check_out:
+        require_paths(config)
     device, rates = choose_device(config.device), None
+    meta_model = checked_model(config, model, infos, device, allow_partial=allow_partial)
+    if check_dataset and not is_name(config.model, revision):
+        load_calibration(config, meta_model)
+    sizes = ModelSizes.of(meta_model, infos)
     if with_time:
         with fixed_numerics(device, config.threads):
             rates = measure_rates(config, list(sizes.layers.values()), device, compute_dtype(device))
@@ -231,4 +256,4 @@ def plan(config: QuantizeConfig, *, with_time: bool = True, revision: str | None
         flags: make_plan(other, sizes, device.type, rates, made.memory_mode)
         for flags, other in smaller_settings(config).items()
     }
-    return replace(made, smaller=others)
+    return replace(made, smaller=others, quantized=quantized_share(config, meta_model))

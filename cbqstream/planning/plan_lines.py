@@ -11,6 +11,8 @@ _SPREAD = 0.3
 def plan_lines(plan: Plan) -> list[str]:
     """The lines of `cbqstream plan`."""
     lines = [f"windows: {plan.windows}"]
+    if plan.quantized is not None:
+        lines.append(f"quantized: {plan.quantized:.1%} of the weights of the blocks")
     for parts, label in ((plan.vram, "device memory"), (plan.ram, "memory"), (plan.disk, "disk")):
         if parts:
             listed = ", ".join(f"{part} {size / GIB:.2f}" for part, size in parts.items() if size >= GIB / 200)

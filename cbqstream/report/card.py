@@ -19,13 +19,14 @@ def metrics_lines(reports: Sequence[WindowReport | EpochReport]) -> str:
     return "".join(json.dumps(values, sort_keys=True) + "\n" for values in without_costs)
 
 
-def model_card(chain: Chain, original: str) -> str:
+def model_card(chain: Chain, original: str, share: float) -> str:
     """The model card of a finished run: a table of facts, the settings as a recipe, and the card of the source.
 
     Args:
         chain: the run.
         original: README.md of the source; an empty string if there is none. Its metadata for the Hub, such as the license, stays at the
             start of the card.
+        share: share of the weights of all blocks that is quantized, from 0 to 1.
     """
     run, windows, epochs = chain.run, chain.window_reports, chain.epoch_reports
     config, (segments, tokens, _) = run.config, run.stream
@@ -39,11 +40,11 @@ def model_card(chain: Chain, original: str) -> str:
     before = sum(report.loss_before for report in windows) / len(windows)
     after = sum(report.loss_after for report in windows) / len(windows)
     changed = sum(report.changed for report in windows) / len(windows)
-    blocks = f"blocks {windows[0].start} to {windows[-1].stop - 1}"
+    blocks = f"blocks {windows[0].start} to {windows[-1].stop - 1}, {share:.1%} of the weights of all blocks"
     rows = {
         "weights": f"{scheme.num_bits} bits, {grid_in_words(scheme)}",
         "inputs": inputs,
-        "quantized": f"{blocks}{', and the head' if config.quantize_lm_head else ''}",
+        "quantized": f"{blocks}{'; the head' if config.quantize_lm_head else ''}",
         "calibration": f"{segments} x {tokens} tokens, SHA-256 {run.identity.tokens}",
         "weights of the source": f"fingerprint {run.identity.source_weights}",
         "loss on held-out segments": f"{before:.4g} before training, {after:.4g} after (mean of {len(windows)} windows)",

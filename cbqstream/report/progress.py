@@ -14,7 +14,7 @@ from rich.text import Text
 
 from cbqstream.disk import open_log
 from cbqstream.errors import StorageError
-from cbqstream.records import Costs, EpochReport, RunWarning, WindowReport
+from cbqstream.records import Costs, EpochReport, RunNotice, RunWarning, WindowReport
 from cbqstream.runtime.memory import GIB, resident_bytes
 
 
@@ -95,17 +95,18 @@ class Progress(AbstractContextManager["Progress"]):
         if self._log is not None:
             self._log.close()
 
-    def __call__(self, event: str | WindowReport | EpochReport | RunWarning) -> None:
+    def __call__(self, event: str | WindowReport | EpochReport | RunWarning | RunNotice) -> None:
         """Print an event.
 
         Args:
-            event: the current step, which the live line shows; a report, for which a line is printed; or a warning.
+            event: the current step, which the live line shows; a report, for which a line is printed; a warning or a notice.
 
         Raises:
             StorageError: the report cannot be appended to the file.
         """
-        if isinstance(event, RunWarning):
-            self._console.print(f"warning: {event.text}", highlight=False, soft_wrap=True, markup=False)
+        if isinstance(event, RunWarning | RunNotice):
+            text = f"warning: {event.text}" if isinstance(event, RunWarning) else event.text
+            self._console.print(text, highlight=False, soft_wrap=True, markup=False)
             return
         if isinstance(event, str):
             self._doing, self._since = event, time.monotonic()

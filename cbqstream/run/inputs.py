@@ -7,20 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cbqstream.calibration.segments import load_segments, segments_digest
+from cbqstream.calibration.segments import segments_digest
 from cbqstream.checkpoint.folder import read_json
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.checkpoint.verified import VerifiedCheckpoint
 from cbqstream.config import QuantizeConfig
 from cbqstream.disk import Measure, unmeasured
-from cbqstream.errors import UsageError
 from cbqstream.models.meta_model import MetaModel
-from cbqstream.packed.output import require_replaceable
+from cbqstream.planning.layer_schemes import layer_schemes
 from cbqstream.planning.plan import fitting_plan
-from cbqstream.planning.sizes import ModelSizes, require_original
+from cbqstream.planning.requirements import checked_model, load_calibration, require_original, require_paths
+from cbqstream.planning.sizes import ModelSizes
 from cbqstream.records import Compute, Window
 from cbqstream.rounding.registry import method_of
-from cbqstream.run.layer_schemes import layer_schemes, require_quantizable
 from cbqstream.rundir.identity import Identity
 from cbqstream.runtime.device import compute_dtype, numerics_of
 from cbqstream.scheme import Scheme
@@ -59,7 +58,14 @@ class RunInputs:
         return settings.end_to_end_epochs if method_of(settings).learns else 0
 
 
-def open_inputs(config: QuantizeConfig, device: torch.device, threads: int, measure: Measure = unmeasured) -> RunInputs:
+def open_inputs(
+    config: QuantizeConfig,
+    device: torch.device,
+    threads: int,
+    measure: Measure = unmeasured,
+    *,
+    allow_partial: bool = False,
+) -> RunInputs:
     """Open and check the inputs of a run, without writing anything.
 
     Args:
@@ -67,6 +73,7 @@ def open_inputs(config: QuantizeConfig, device: torch.device, threads: int, meas
         device: device that computes.
         threads: number of CPU threads.
         measure: measures the time of reading the source.
+        allow_partial: accept a model most of whose block weights cannot be quantized.
 
     Raises:
         UsageError: settings do not fit the model, or paths collide.
@@ -76,24 +83,10 @@ def open_inputs(config: QuantizeConfig, device: torch.device, threads: int, meas
     folder = Path(config.model)
     model = read_json(folder, "config.json")
     require_original(folder, model)
-    _check_paths(config)
+    require_paths(config)
     source = VerifiedCheckpoint(Checkpoint.open(folder), measure)
-    meta_model = MetaModel(folder, model, source.tensors(), config.blocks_path)
-    require_quantizable(config, meta_model, source.infos)
-    method_of(config.reconstruction).require_runnable(config.reconstruction, device)
-    meta_model.check_length(config.calibration.seq_len)
-    if config.reconstruction.robust_tokens >= config.calibration.seq_len:
-        raise UsageError(
-            f"robust_tokens is {config.reconstruction.robust_tokens}. It must be below seq_len, {config.calibration.seq_len}."
-        )
-    tokens_NS = load_segments(
-        Path(config.calibration.dataset),
-        folder,
-        num_samples=config.calibration.num_samples,
-        seq_len=config.calibration.seq_len,
-        vocab_size=meta_model.vocab_size,
-        begun=True,
-    )
+    meta_model = checked_model(config, model, source.infos, device, allow_partial=allow_partial)
+    tokens_NS = load_calibration(config, meta_model)
     identity = Identity.of(
         config,
         model=model,
@@ -102,27 +95,6 @@ def open_inputs(config: QuantizeConfig, device: torch.device, threads: int, meas
         numerics=numerics_of(device, threads),
     )
     windows = tuple(schedule(config.keep_first, len(meta_model.blocks) - config.keep_last, config.window))
-    plan = fitting_plan(config, ModelSizes.counted(folder, model, source.infos), device.type)
+    plan = fitting_plan(config, ModelSizes.of(meta_model, source.infos), device.type)
     compute = Compute(device, compute_dtype(device), config.reconstruction.batch_size, plan.memory_mode)
     return RunInputs(config, model, source, meta_model, tokens_NS, windows, compute, identity)
-
-
-def _check_paths(config: QuantizeConfig) -> None:
-    """Check that model, OUT and run directory are not inside each other, and that their parent folders exist.
-
-    Raises:
-        UsageError: two of them collide, or a folder does not exist.
-    """
-    model, out, run = (Path(path).resolve() for path in (config.model, config.out, config.run_path))
-    for inner, outer, text in (
-        (out, model, "OUT is inside the model"),
-        (run, model, "the run directory is inside the model"),
-        (run, out, "the run directory is inside OUT"),
-        (out, run, "OUT is inside the run directory"),
-    ):
-        if inner == outer or outer in inner.parents:
-            raise UsageError(f"{inner}: {text}. Use another folder.")
-    require_replaceable(Path(config.out))
-    for parent in (out.parent, run.parent):
-        if not parent.is_dir():
-            raise UsageError(f"{parent}: no such folder. Create it first.")

@@ -34,7 +34,8 @@ from cbqstream.models.embedding_and_head import EmbeddingAndHead, Part, load_emb
 from cbqstream.packed.block_shard import write_block
 from cbqstream.packed.output import is_occupied
 from cbqstream.packed.shard import write_tensors
-from cbqstream.records import EpochReport, RunWarning, Window, WindowReport
+from cbqstream.planning.layer_schemes import quantized_share
+from cbqstream.records import EpochReport, RunNotice, RunWarning, Window, WindowReport
 from cbqstream.rounding.registry import method_of
 from cbqstream.run.end_to_end_stage import train_end_to_end
 from cbqstream.run.finished import read_window_state
@@ -42,7 +43,7 @@ from cbqstream.run.inputs import RunInputs, open_inputs
 from cbqstream.run.limits import disk_bytes, over_limit, room_for
 from cbqstream.run.result import write_result
 from cbqstream.run.streams import Streams
-from cbqstream.run.warnings import model_warnings, require_finite_windows, undersampled_experts
+from cbqstream.run.warnings import model_warnings, require_finite_windows, undersampled_experts, vanished_rows
 from cbqstream.run.window_report import window_report
 from cbqstream.rundir.chain import QUANTIZED, REFERENCE, WINDOW_STATE, Chain, is_run
 from cbqstream.rundir.identity import require_same
@@ -57,9 +58,9 @@ from cbqstream.windows.quantized_linear import Phase
 from cbqstream.windows.reconstruct import Predictions, WindowData, reconstruct
 from cbqstream.windows.resident_block import BlockSettings, ResidentBlock, read_block
 
-Event = str | WindowReport | EpochReport | RunWarning
+Event = str | WindowReport | EpochReport | RunWarning | RunNotice
 Listener = Callable[[Event], None]
-"""Function that is called with a description of the current step, with the report of each window and epoch, and with warnings."""
+"""Function that is called with a description of the current step, with reports of windows and epochs, with warnings and with notices."""
 
 
 def quantize(
@@ -70,6 +71,7 @@ def quantize(
     stop_after_window: int | None = None,
     allow_numerics_change: bool = False,
     allow_shared_run_dir: bool = False,
+    allow_partial: bool = False,
 ) -> Path:
     """Quantize a model, or resume the run that was begun with the same settings.
 
@@ -81,6 +83,7 @@ def quantize(
         allow_numerics_change: resume with another number of threads, another device or other versions. The result then differs
             from that of a whole run with the old numerics, and from that of a whole run with the new ones.
         allow_shared_run_dir: use a run directory that other users can change.
+        allow_partial: quantize a model most of whose block weights stay in full precision. A run that was begun is resumed in any case.
 
     Returns:
         Folder of the quantized model.
@@ -90,13 +93,12 @@ def quantize(
     """
     device, timings = choose_device(config.device), Timings()
     with fixed_numerics(device, config.threads) as threads:
-        inputs = open_inputs(config, device, threads, timings.measure)
-        return_large_blocks(offloading=inputs.compute.memory_mode.offload)
         out, run = Path(config.out), config.run_path
+        partial = allow_partial or is_run(run)
+        inputs = open_inputs(config, device, threads, timings.measure, allow_partial=partial)
+        return_large_blocks(offloading=inputs.compute.memory_mode.offload)
         if is_run(run):
             _require_same(Chain.read(run), inputs, allow_numerics_change=allow_numerics_change)
-        elif is_occupied(out):
-            raise UsageError(f"{out}: exists and is not empty. Give another OUT.")
         for warning in model_warnings(inputs):
             listener(warning)
         version = installed_version("cbqstream") or "unknown"
@@ -113,6 +115,9 @@ def quantize(
             _quantize_model(_Run(inputs, journal, timings, listener), stop_after_window)
             listener("writing the model")
             write_result(inputs, journal, out)
+            listener(
+                RunNotice(f"quantized: {quantized_share(config, inputs.meta_model):.1%} of the weights of the blocks")
+            )
     return out
 
 
@@ -343,6 +348,7 @@ class _Windows:
             spec, source = self._inputs.meta_model.blocks[block.index], self._inputs.source
             name, digest = write_block(disk, folder, spec, block.harden(), block.stored, source, file)
             digests[name] = digest
+            self._run.tell(*vanished_rows(spec.prefix, block))
         if staying:
             state = {
                 f"{block.index}.{name}": value for block in staying for name, value in block.window_state().items()

@@ -11,11 +11,11 @@ from cbqstream.numerics.scale_search import search_grid
 from cbqstream.packed.block_shard import write_head
 from cbqstream.packed.format import quantization_config
 from cbqstream.packed.output import assemble, building_folder
+from cbqstream.planning.layer_schemes import head_scheme, quantized_share
 from cbqstream.report.card import CARD, METRICS, metrics_lines, model_card
 from cbqstream.rounding.nearest import Nearest
 from cbqstream.rounding.rounding import RoundingStart
 from cbqstream.run.inputs import RunInputs
-from cbqstream.run.layer_schemes import head_scheme
 from cbqstream.rundir.journal import Journal
 from cbqstream.runtime.scratch import Scratch
 from cbqstream.scheme import LayerSchemes, path_pattern
@@ -43,9 +43,12 @@ def write_result(inputs: RunInputs, journal: Journal, out: Path) -> None:
     quantized = inputs.meta_model.blocks[config.keep_first : last]
     kept = [*inputs.meta_model.blocks[: config.keep_first], *inputs.meta_model.blocks[last:]]
     head = [inputs.meta_model.head] if config.quantize_lm_head else []
+    replaced = {name for spec in quantized for name in spec.tensors.values()} | {name for _, name in head}
+    copied = [name for name, info in inputs.source.infos.items() if name not in replaced and len(info.shape) > 1]
     not_quantized = [
         *(path for path in inputs.meta_model.never_quantized if path not in dict(head)),
         *(f"{spec.prefix}.{name}" for spec in kept for name in spec.linears),
+        *(name.removesuffix(".weight") for name in copied),  # of heads and blocks, too, that transformers does not load
         *(f"re:{path_pattern(pattern)}$" for pattern in config.ignore),
     ]
     schemes = config.schemes
@@ -64,8 +67,11 @@ def write_result(inputs: RunInputs, journal: Journal, out: Path) -> None:
         source_folder=Path(config.model),
         source=inputs.source,
         shards=shards,
-        replaced={name for spec in quantized for name in spec.tensors.values()} | {name for _, name in head},
-        config={**inputs.model, "quantization_config": quantization_config(schemes, not_quantized)},
+        replaced=replaced,
+        config={
+            **inputs.model,
+            "quantization_config": quantization_config(schemes, list(dict.fromkeys(not_quantized))),
+        },
         texts=_texts(inputs, journal),
     )
 
@@ -84,4 +90,5 @@ def _texts(inputs: RunInputs, journal: Journal) -> dict[str, str]:
     """Model card and metrics of the result."""
     original, chain = Path(inputs.config.model) / CARD, journal.chain
     text = original.read_text(encoding="utf-8", errors="replace") if original.is_file() else ""
-    return {CARD: model_card(chain, text), METRICS: metrics_lines(chain.reports)}
+    share = quantized_share(inputs.config, inputs.meta_model)
+    return {CARD: model_card(chain, text, share), METRICS: metrics_lines(chain.reports)}

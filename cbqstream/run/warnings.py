@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import zip_longest
 
 from cbqstream.errors import InputError
 from cbqstream.models.experts import tokens_by_expert
@@ -42,6 +43,11 @@ def model_warnings(inputs: RunInputs) -> Iterator[RunWarning]:
         yield RunWarning(
             f'{inputs.config.model}: architecture "{kind}" is untested here; its blocks were found at "{path}".'
         )
+    if _stores_another_head(inputs):
+        yield RunWarning(
+            f"{inputs.config.model}: config.json ties the head to the embedding, but {inputs.meta_model.head[1]} is stored and differs"
+            " from it. The stored head is used, as in transformers; other programs may tie it."
+        )
     quantized = {_has_experts(layers) for layers in _layers_of_expert_blocks(inputs)}
     if len(quantized) > 1:
         yield RunWarning(
@@ -60,6 +66,14 @@ def model_warnings(inputs: RunInputs) -> Iterator[RunWarning]:
         yield RunWarning(text)
     if inputs.model.get("auto_map"):
         yield RunWarning(f"{inputs.config.model}: the model contains code (auto_map), which is not run.")
+
+
+def _stores_another_head(inputs: RunInputs) -> bool:
+    """Whether config.json ties the head to the embedding, and the source has a head that differs from the embedding."""
+    embedding, head = inputs.meta_model.embedding, inputs.meta_model.head[1]
+    if not inputs.meta_model.is_head_tied or embedding == head:
+        return False
+    return any(one != other for one, other in zip_longest(inputs.source.raw(embedding), inputs.source.raw(head)))
 
 
 def _layers_of_expert_blocks(inputs: RunInputs) -> Iterator[Sequence[str]]:
@@ -88,3 +102,18 @@ def undersampled_experts(prefix: str, block: ResidentBlock) -> RunWarning:
         f"{prefix}: its {len(counts)} experts saw {min(counts):,} to {max(counts):,} tokens; rounded to nearest: {shown_names}."
         " A larger --num-samples gives them more tokens."
     )
+
+
+def vanished_rows(prefix: str, block: ResidentBlock) -> Iterator[RunWarning]:
+    """A warning for each layer of a finished block with rows that became zero because they are below the smallest scale.
+
+    Args:
+        prefix: module path of the block.
+        block: the block, which is hardened.
+    """
+    for name, rows in block.vanished.items():
+        count = f"{rows:,} of {block.layers[name].weight.shape[0]:,} rows"
+        yield RunWarning(
+            f"{prefix}.{name}: {count} are below the smallest scale (2^-17) and became zero."
+            f" To keep them, use --ignore {name} in a new run."
+        )

@@ -192,7 +192,7 @@ def test_export_of_a_quantized_head_is_refused_for_formats_that_do_not_support_i
 
 def test_quantizing_the_head_is_refused_where_it_is_impossible(make_config, tmp_path):
     tied = save_model(tmp_path / "tied", tie_word_embeddings=True)
-    with pytest.raises(UsageError, match=r"the head is tied to the embeddings\. Leave out --quantize-lm-head"):
+    with pytest.raises(UsageError, match=r"the head is tied to the embedding\. Leave out --quantize-lm-head"):
         quantize(make_config(model=tied, quantize_lm_head=True))
     with pytest.raises(UsageError, match=r"--quantize-lm-head quantizes no inputs\. Use a scheme with A16"):
         make_config(quantize_lm_head=True, scheme=Scheme(num_bits=4, group_size=32, activation_bits=8))

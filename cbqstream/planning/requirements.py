@@ -1,0 +1,139 @@
+"""Requirements of a run on its model, settings and dataset. A plan and a run check them alike, before anything is written."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cbqstream.calibration.segments import load_segments
+from cbqstream.checkpoint.folder import find_tensors, quant_method_of, read_json
+from cbqstream.checkpoint.header import described
+from cbqstream.config import QuantizeConfig
+from cbqstream.errors import InputError, UsageError
+from cbqstream.hub import fetch_headers, is_name
+from cbqstream.models.meta_model import MetaModel
+from cbqstream.models.probe import probe
+from cbqstream.packed.output import is_occupied, require_replaceable
+from cbqstream.planning.layer_schemes import require_quantizable
+from cbqstream.records import TensorInfo
+from cbqstream.rounding.registry import method_of
+from cbqstream.rundir.chain import is_run
+
+
+def read_headers(model: str, revision: str | None = None) -> tuple[dict[str, Any], Mapping[str, TensorInfo]]:
+    """Content of config.json, and location, shape and dtype of every tensor by name, from headers alone.
+
+    Args:
+        model: folder of the model, or its name on the Hub, from which only headers and config.json are fetched.
+        revision: branch, tag or commit of a model on the Hub; None is the default branch.
+
+    Raises:
+        InputError: the model cannot be read or fetched.
+    """
+    if not is_name(model, revision):
+        return read_json(Path(model), "config.json"), find_tensors(Path(model))
+    folder, headers = fetch_headers(model, revision)
+    infos = {key: info for file, held in headers.items() for key, info in described(Path(model, file), held).items()}
+    return read_json(folder, "config.json"), infos
+
+
+def checked_model(
+    config: QuantizeConfig,
+    model: dict[str, Any],
+    infos: Mapping[str, TensorInfo],
+    device: torch.device,
+    *,
+    allow_partial: bool = False,
+) -> MetaModel:
+    """The model of a run, after all checks that need only headers and settings.
+
+    Args:
+        config: settings of the run.
+        model: content of config.json of the source.
+        infos: location, shape and dtype of every tensor of the source, by name.
+        device: device that will compute.
+        allow_partial: accept a model most of whose block weights cannot be quantized.
+
+    Raises:
+        UsageError: the settings do not fit the model.
+        InputError: the model cannot be quantized.
+        DeviceMemoryError: there is not enough memory to try the code of the model.
+    """
+    folder, settings, seq_len = Path(config.model), config.reconstruction, config.calibration.seq_len
+    require_original(folder, model)
+    meta_model = MetaModel(folder, model, {name: info.shape for name, info in infos.items()}, config.blocks_path)
+    require_quantizable(config, meta_model, infos, probe(meta_model), allow_partial=allow_partial)
+    method_of(settings).require_runnable(settings, device)
+    meta_model.check_length(seq_len)
+    if settings.robust_tokens >= seq_len:
+        raise UsageError(f"robust_tokens is {settings.robust_tokens}. It must be below seq_len, {seq_len}.")
+    return meta_model
+
+
+def load_calibration(config: QuantizeConfig, meta_model: MetaModel) -> Tensor:
+    """Calibration segments of a run, token ids int64 [N, S].
+
+    Args:
+        config: settings of the run.
+        meta_model: the model, whose folder has the tokenizer.
+
+    Raises:
+        InputError: the dataset cannot be read, or has too few tokens.
+    """
+    calibration = config.calibration
+    return load_segments(
+        Path(calibration.dataset),
+        meta_model.folder,
+        num_samples=calibration.num_samples,
+        seq_len=calibration.seq_len,
+        vocab_size=meta_model.vocab_size,
+        begun=True,
+    )
+
+
+def require_original(folder: Path, model: Mapping[str, Any]) -> None:
+    """Check that a model is not quantized already.
+
+    Args:
+        folder: folder of the model, for the message.
+        model: content of config.json.
+
+    Raises:
+        InputError: config.json has a quantization_config.
+    """
+    config = model.get("quantization_config")
+    if config:
+        problem = f"the model is already quantized ({quant_method_of(config)})"
+        raise InputError(
+            folder / "config.json", f"{problem}. Give the original model; if that is in FP8, convert it to bf16."
+        )
+
+
+def require_paths(config: QuantizeConfig) -> None:
+    """Check that model, OUT and run directory are not inside each other, that their parent folders exist, and that OUT is free.
+
+    OUT of a run that was begun is not checked.
+
+    Args:
+        config: settings of the run.
+
+    Raises:
+        UsageError: two of them collide, a folder does not exist, or OUT is not empty.
+    """
+    model, out, run = (Path(path).resolve() for path in (config.model, config.out, config.run_path))
+    for inner, outer, text in (
+        (out, model, "OUT is inside the model"),
+        (run, model, "the run directory is inside the model"),
+        (run, out, "the run directory is inside OUT"),
+        (out, run, "OUT is inside the run directory"),
+    ):
+        if inner == outer or outer in inner.parents:
+            raise UsageError(f"{inner}: {text}. Use another folder.")
+    require_replaceable(Path(config.out))
+    for parent in (out.parent, run.parent):
+        if not parent.is_dir():
+            raise UsageError(f"{parent}: no such folder. Create it first.")
+    if not is_run(config.run_path) and is_occupied(Path(config.out)):
+        raise UsageError(f"{config.out}: exists and is not empty. Give another OUT.")
