@@ -251,4 +251,7 @@ def _explained(meta_model: MetaModel, what: str) -> Iterator[None]:
         reason = shown(str(error).partition("\n")[0].rstrip(". "))
         if is_out_of_memory(error):
             raise DeviceMemoryError(f"{meta_model.folder}: not enough memory to try {what} ({reason}).") from error
+        if "meta" in reason:
+            decoder = meta_model.blocks_path.rpartition(".")[0]
+            raise not_streamable(meta_model, f"{what}: uses weights outside {decoder}, which are not loaded") from error
         raise not_streamable(meta_model, f"{what}: {type(error).__name__}: {reason}") from error
