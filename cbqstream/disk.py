@@ -240,6 +240,11 @@ def digest_of_file(path: Path) -> FileDigest:
         return FileDigest(os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
+def is_occupied(out: Path) -> bool:
+    """Whether `out` is a file, or a folder that is not empty."""
+    return out.exists() and (not out.is_dir() or any(out.iterdir()))
+
+
 def free_bytes(folder: Path) -> int:
     """Bytes that this user can still write on the file system of `folder`."""
     return shutil.disk_usage(folder).free

@@ -12,12 +12,12 @@ from cbqstream.errors import InputError, UsageError
 @app.command()
 def status(run: Annotated[Path, typer.Argument(help="The run directory.")]) -> None:
     """Show the progress of a run without changing it."""
-    from cbqstream.report.status import status_lines
+    from cbqstream.report.status import obstacles_to_resume, status_lines
     from cbqstream.rundir.chain import Chain
 
     chain = Chain.read(run)
     has_result = chain.is_complete and chain.is_result(Path(chain.run.config.out), read=False)
-    for line in status_lines(chain, has_result=has_result):
+    for line in status_lines(chain, has_result=has_result, obstacles=obstacles_to_resume(chain)):
         say(line)
 
 
@@ -53,8 +53,7 @@ def rollback(
     allow_shared_run_dir: AllowSharedRunDir = False,
 ) -> None:
     """Delete the newest windows of a run: the last one, or all."""
-    from cbqstream.disk import Disk
-    from cbqstream.packed.output import is_occupied
+    from cbqstream.disk import Disk, is_occupied
     from cbqstream.rundir.journal import open_journal
 
     with open_journal(run, Disk(), shared=allow_shared_run_dir, whole=False) as journal:

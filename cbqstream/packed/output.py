@@ -12,7 +12,7 @@ from typing import Any
 
 from cbqstream.checkpoint.folder import INDEX, find_tensors
 from cbqstream.checkpoint.header import read_header
-from cbqstream.disk import Disk, digest_of_file
+from cbqstream.disk import Disk, digest_of_file, is_occupied
 from cbqstream.errors import InputError, UsageError
 from cbqstream.packed.shard import copy_tensors
 from cbqstream.records import StoredTensors
@@ -22,11 +22,6 @@ REST = "rest.safetensors"
 SUMS = "SHA256SUMS"
 """File name of the list of checksums."""
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
-
-
-def is_occupied(out: Path) -> bool:
-    """Whether `out` is a file, or a folder that is not empty."""
-    return out.exists() and (not out.is_dir() or any(out.iterdir()))
 
 
 def require_replaceable(out: Path) -> None:

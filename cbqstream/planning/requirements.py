@@ -11,11 +11,12 @@ from cbqstream.calibration.segments import load_segments
 from cbqstream.checkpoint.folder import find_tensors, quant_method_of, read_json
 from cbqstream.checkpoint.header import described
 from cbqstream.config import QuantizeConfig
+from cbqstream.disk import is_occupied
 from cbqstream.errors import InputError, UsageError
 from cbqstream.hub import fetch_headers, is_name
 from cbqstream.models.meta_model import MetaModel
 from cbqstream.models.probe import probe
-from cbqstream.packed.output import is_occupied, require_replaceable
+from cbqstream.packed.output import require_replaceable
 from cbqstream.planning.layer_schemes import require_quantizable
 from cbqstream.records import TensorInfo
 from cbqstream.rounding.registry import method_of

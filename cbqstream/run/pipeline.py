@@ -28,11 +28,10 @@ from torch import Tensor
 from cbqstream.activations.zarr_store import ZarrStore
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.config import QuantizeConfig
-from cbqstream.disk import Disk, FileDigest, ScratchFile
+from cbqstream.disk import Disk, FileDigest, ScratchFile, is_occupied
 from cbqstream.errors import StoppedError, UsageError
 from cbqstream.models.embedding_and_head import EmbeddingAndHead, Part, load_embedding_and_head
 from cbqstream.packed.block_shard import write_block
-from cbqstream.packed.output import is_occupied
 from cbqstream.packed.shard import write_tensors
 from cbqstream.planning.layer_schemes import quantized_share
 from cbqstream.records import EpochReport, RunNotice, RunWarning, Window, WindowReport

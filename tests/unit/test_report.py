@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from rich.console import Console
 from cbqstream.config import CalibrationConfig, QuantizeConfig
 from cbqstream.records import Costs, EpochReport, Numerics, WindowReport
 from cbqstream.report.progress import Progress, duration
-from cbqstream.report.status import status_lines
+from cbqstream.report.status import obstacles_to_resume, status_lines
 from cbqstream.run.limits import over_limit
 from cbqstream.rundir.chain import Chain
 from cbqstream.rundir.identity import Identity
@@ -96,6 +97,26 @@ def test_status_of_a_run_before_during_and_after_its_windows(tmp_path):
     done = with_commit(half, report(1))
     assert "not assembled" in status_lines(done)[-1]
     assert status_lines(done, has_result=True)[-1] == "finished"
+
+
+def test_status_names_what_keeps_a_run_from_being_resumed(tmp_path):
+    """A command that would fail is not recommended without its remedy."""
+    run = with_commit(run_of(tmp_path, windows=2), report(0), replace(NUMERICS, torch="1.0"))
+    (tmp_path / "file").touch()  # the folder is OUT, too
+    obstacles = obstacles_to_resume(run)
+    assert obstacles[:2] == [
+        "m has no config.json; restore the model",
+        "d is missing; restore the dataset",
+    ]
+    assert f"{tmp_path} is not empty and not the result of this run; move it away" in obstacles
+    assert any(
+        re.fullmatch(r"torch 1\.0 made the run, \S+ is installed; .* --allow-numerics-change", text)
+        for text in obstacles
+    )
+    line = status_lines(run, obstacles=obstacles[:1])[-1]
+    assert line.endswith(
+        f"It cannot be resumed yet: m has no config.json; restore the model. Then: cbqstream resume {tmp_path}"
+    )
 
 
 def test_status_names_reverted_windows_and_changed_numerics(tmp_path):
