@@ -1,0 +1,118 @@
+"""Architectures that cannot be run block by block, or are stored in a form that is not supported.
+
+`plan`, `quantize` and `evaluate` refuse them with one true line before anything is written.
+"""
+
+import re
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from cbqstream import evaluate, plan, quantize
+from cbqstream.errors import InputError
+from tiny import save_model
+
+_POSITIONS = {"pad_token_id": 1, "d_model": 64}
+CASES = {
+    "bart": (
+        "llama",
+        {
+            **_POSITIONS,
+            **{f"{part}_attention_heads": 4 for part in ("encoder", "decoder")},
+            **{f"{part}_ffn_dim": 64 for part in ("encoder", "decoder")},
+            **{f"{part}_layers": 4 for part in ("encoder", "decoder")},
+        },
+        r"block 0: encoder_attn\.\w+ is never called as a layer\. Use --ignore encoder_attn\.\w+\.",
+    ),
+    "bert": (
+        "llama",
+        {"is_decoder": True, "pad_token_id": 0},
+        r"embedding and head: uses weights outside bert\.encoder, which are not loaded",
+    ),
+    "deepseek_v32": (
+        "deepseek_v3",
+        {},
+        r"block 0: self_attn\.indexer\.weights_proj has a weight that the code of the block uses directly\. Use --ignore ",
+    ),
+    "dory": ("llama", {}, r"the model does not call the blocks of model\.layers once each, in order"),
+    "gemma4_text": ("gemma2", {}, r"embedding and head: RuntimeError: .* without providing `input_ids`"),
+    "glm_moe_dsa": ("deepseek_v3", {}, r"embedding and head: ValueError: not enough values to unpack"),
+    "gpt2": ("opt", {}, r"the blocks of GPT2LMHeadModel have no linear layers"),
+    "gpt_oss": (
+        "mixtral",
+        {"head_dim": 16},
+        r"the experts of GptOssExperts have a form that is not supported \(is_transposed is True",
+    ),
+    "granitemoe": (
+        "mixtral",
+        {},
+        r'experts\.0\.gate_proj\.weight": the experts are stored fused \(in "model\.layers\.0\.block_sparse_moe\.input_linear\.weight"\)',
+    ),
+    "olmo_hybrid": (
+        "llama",
+        {},
+        r'OlmoHybridForCausalLM makes it from "linear_attn\.q_conv1d\.weight" and .* as it reads a checkpoint',
+    ),
+    "rwkv": ("llama", {"attention_hidden_size": 64}, r"embedding and head: ValueError: not enough values to unpack"),
+    "xglm": (
+        "llama",
+        {**_POSITIONS, "ffn_dim": 128, "num_layers": 4, "attention_heads": 4},
+        r"model\.layers\.0 \(XGLMDecoderLayer\): ValueError: Attention mask should be of size \(2, 1, ",
+    ),
+    "xlm": (
+        "llama",
+        {"emb_dim": 64, "n_heads": 4, "n_layers": 4, "n_words": 96, "pad_index": 2},
+        r"transformer\.ffns\.1 \(TransformerFFN\) does not receive the output of the block before it",
+    ),
+    "zamba": (
+        "llama",
+        {},
+        r'receives an argument "original_hidden_states" that depends on the tokens or on other blocks',
+    ),
+}
+"""Family whose sizes are used, other settings, and the reason, by model type."""
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_an_architecture_that_is_not_supported_is_refused_with_the_reason(tmp_path, make_config, tokens, family):
+    like, settings, reason = CASES[family]
+    folder = save_model(tmp_path / "model", family, like=like, **settings)
+    config = make_config(model=folder)
+    lines = set()
+    for command in (quantize, lambda config: plan(config, with_time=False)):
+        with pytest.raises(InputError, match=reason) as caught:
+            command(config)
+        lines.add(str(caught.value))
+    assert len(lines) == 1, lines
+    assert len(lines.pop().splitlines()) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+    if "--ignore" not in reason:
+        with pytest.raises(InputError, match=reason):
+            evaluate(folder, tokens, num_samples=2, seq_len=16, device="cpu")
+
+
+def test_the_remedy_of_a_layer_that_cannot_be_quantized_works(tmp_path, make_config):
+    like, settings, _ = CASES["deepseek_v32"]
+    folder = save_model(tmp_path / "model", "deepseek_v32", like=like, **settings)
+    out = quantize(make_config(model=folder, ignore=("indexer.weights_proj",), reconstruction={"rounding": "nearest"}))
+    assert out.is_dir()
+
+
+def test_the_reason_why_a_tensor_is_missing_names_what_is_stored_instead(tmp_path, make_config):
+    folder = save_model(tmp_path / "model", max_shard_size="1GB")
+    path = folder / "model.safetensors"
+    original = load_file(path)
+    name = "model.layers.1.mlp.up_proj.weight"
+
+    def message(tensors):
+        save_file(tensors, path)
+        with pytest.raises(InputError) as caught:
+            quantize(make_config(model=folder))
+        return re.sub(r"^\S+: ", "", str(caught.value))
+
+    without = {key: value for key, value in original.items() if key != name}
+    assert message(without) == f'tensor "{name}": missing from the weights. Download the model again.'
+    instead = 'missing from the weights. They have "{}" instead, which LlamaForCausalLM of transformers does not have. Use'
+    for other in ("model.layers.1.mlp.w3.weight", "encoder.layers.1.mlp.up_proj.weight"):
+        found = message({**without, other: original[name]})
+        assert found.startswith(f'tensor "{name}": {instead.format(other)}'), found
