@@ -7,11 +7,20 @@ a layer of an expert is quantized, stored and named like any other layer.
 from collections.abc import Callable, Mapping
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from cbqstream.models.families import EXPERT, ExpertLayout, joined_with
 from cbqstream.runtime.memory import trim_heap
+
+
+class _EmptyLinear(nn.Linear):
+    """A linear layer without bias whose weight is on the meta device and is not initialized, which would take most of the time."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False, device="meta")
+
+    def reset_parameters(self) -> None:
+        """Do nothing, because the weight has no values."""
 
 
 class Expert(nn.Module):
@@ -25,10 +34,9 @@ class Expert(nn.Module):
 
     def __init__(self, hidden: int, inner: int, gate: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        with init_empty_weights():
-            self.gate_proj = nn.Linear(hidden, inner, bias=False)
-            self.up_proj = nn.Linear(hidden, inner, bias=False)
-            self.down_proj = nn.Linear(inner, hidden, bias=False)
+        self.gate_proj = _EmptyLinear(hidden, inner)
+        self.up_proj = _EmptyLinear(hidden, inner)
+        self.down_proj = _EmptyLinear(inner, hidden)
         self._gate = gate
 
     def forward(self, x_TD: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from accelerate import init_empty_weights
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
@@ -20,6 +19,7 @@ from transformers import (
 
 from cbqstream.checkpoint.folder import is_size
 from cbqstream.errors import InputError, UsageError, shown
+from cbqstream.models.empty_weights import empty_weights
 from cbqstream.models.experts import separate_experts
 from cbqstream.models.families import FAMILIES, SmoothingPair, family_of, smoothing_pairs
 from cbqstream.models.naming import StoredNames
@@ -99,7 +99,7 @@ class MetaModel:
             # a multimodal model contains a text model, and only the text model is quantized
             causal = type(self.config) in MODEL_FOR_CAUSAL_LM_MAPPING
             auto: Any = AutoModelForCausalLM if causal else AutoModelForImageTextToText
-            with init_empty_weights(include_buffers=False):
+            with empty_weights():
                 self.hf_model: Any = auto.from_config(self.config).eval()
             self.blocks_path: str = blocks_path or self._find_blocks()
             layers = self._blocks()

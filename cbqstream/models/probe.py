@@ -75,18 +75,22 @@ def probe(meta_model: MetaModel) -> list[Mapping[str, str]]:
 
 
 class _Watched(nn.Linear):
-    """A linear layer that records whether it is called, and whether other code than its own uses its weight."""
+    """A linear layer that records whether it is called, and whether other code than its own uses its weight.
+
+    It computes with a weight of rank one, the product of the first column and the first row of its weight, which is much faster.
+    """
 
     calls = 0
     reads = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        """The output of the layer."""
+        """The output [..., O] for inputs [..., I]."""
         self.calls += 1
-        reads = self.reads
-        output = super().forward(x)
-        self.reads = reads
-        return output
+        weight_OI, bias = self._parameters["weight"], self._parameters.get("bias")
+        if weight_OI is None:
+            raise RuntimeError("the layer has no weight")
+        y = (x @ weight_OI[0]).unsqueeze(-1) * weight_OI[:, 0]
+        return y if bias is None else y + bias
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight":

@@ -112,7 +112,9 @@ def test_the_reason_why_a_tensor_is_missing_names_what_is_stored_instead(tmp_pat
 
     without = {key: value for key, value in original.items() if key != name}
     assert message(without) == f'tensor "{name}": missing from the weights. Download the model again.'
-    instead = 'missing from the weights. They have "{}" instead, which LlamaForCausalLM of transformers does not have. Use'
+    instead = (
+        'missing from the weights. They have "{}" instead, which LlamaForCausalLM of transformers does not have. Use'
+    )
     for other in ("model.layers.1.mlp.w3.weight", "encoder.layers.1.mlp.up_proj.weight"):
         found = message({**without, other: original[name]})
         assert found.startswith(f'tensor "{name}": {instead.format(other)}'), found
