@@ -16,7 +16,7 @@ import torch
 from measure import load, save
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-from cbqstream.calibration.segments import load_tokenizer
+from cbqstream.calibration.tokenizer import load_tokenizer
 from cbqstream.evaluation.choices import evaluate_choices, read_questions
 
 HERE = Path(__file__).resolve().parent

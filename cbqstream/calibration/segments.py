@@ -5,17 +5,17 @@ The selected segments depend only on the content of the files and on the given n
 
 import hashlib
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from cbqstream.calibration.text import documents
-from cbqstream.checkpoint.folder import read_json
+from cbqstream.calibration.tokenizer import load_tokenizer, token_ids, tokens_before_text
 from cbqstream.checkpoint.header import read_header
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.errors import InputError
@@ -23,7 +23,6 @@ from cbqstream.errors import InputError
 Choice = Literal["first", "spread"]
 """Selection of segments: the first segments of a file, or segments that are spread evenly over it."""
 
-_TOKENIZER = "tokenizer.json"
 _SEPARATOR = "\n\n"
 _CHARACTERS_PER_TOKEN = 8
 _UNSURE_TOKENS = 32
@@ -58,15 +57,15 @@ def load_segments(
         Token ids, int64 [N, S].
 
     Raises:
-        InputError: the file cannot be read or has too few tokens, or a token is outside the vocabulary.
+        InputError: the file cannot be read or has too few tokens, the tokenizer cannot be loaded, or a token is outside the vocabulary.
     """
-    token_file, beginning = TOKEN_FILES.get(data.suffix.lower()), list[int]()
+    token_file = TOKEN_FILES.get(data.suffix.lower())
     if token_file is not None:
-        ids = token_file(data)
+        tokens = _Tokens(token_file(data))
     else:
-        ids, beginning = _tokenize(data, model, num_samples * seq_len if choice == "first" else None)
-    start = beginning if begun else []
-    ids = ids[len(start) :]  # removed from the text, because these tokens are put before every segment
+        tokens = _tokenize(data, model, num_samples * seq_len if choice == "first" else None)
+    start = tokens.beginning if begun else ()
+    ids = tokens.ids[len(start) :]  # removed from the text, because these tokens are put before every segment
     length = seq_len - len(start)
     rows = len(ids) // length
     needed = num_samples * length if choice == "first" else length
@@ -81,11 +80,15 @@ def load_segments(
     elif rows > num_samples:
         segments = segments[torch.linspace(0, rows - 1, num_samples).long()]
     segments = torch.cat([torch.tensor(start, dtype=torch.int64).expand(len(segments), -1), segments], dim=1)
-    smallest, largest = int(segments.min()), int(segments.max())
-    if smallest < 0 or largest >= vocab_size:
+    outside = segments[(segments < 0) | (segments >= vocab_size)]
+    if len(outside) and tokens.tokenizer_size is not None:
         raise InputError(
-            data, f"token {largest if smallest >= 0 else smallest} is outside the vocabulary of {vocab_size:,}."
+            model,
+            f"the tokenizer has {tokens.tokenizer_size:,} tokens, but the model has {vocab_size:,}: token {int(outside[0])} of the text is "
+            "outside. The tokenizer belongs to another model. Use the tokenizer files of this model.",
         )
+    if len(outside):
+        raise InputError(data, f"token {int(outside[0])} is outside the vocabulary of {vocab_size:,}.")
     return segments.contiguous()
 
 
@@ -95,15 +98,20 @@ def segments_digest(ids_NS: Tensor) -> str:
     return hashlib.sha256(header + ids_NS.to(torch.int64).numpy().astype("<i8").tobytes()).hexdigest()
 
 
-def _tokens_before_text(tokenizer: Any) -> list[int]:
-    """Tokens that the tokenizer puts before a text: BOS, several tokens or none."""
-    bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
-    ids: list[int] = tokenizer("a")["input_ids"]
-    return next((ids[:at] for at in range(len(ids)) if ids[at : at + len(bare)] == bare), [])
+@dataclass(frozen=True, slots=True)
+class _Tokens:
+    """Token ids of a file."""
+
+    ids: Tensor
+    """int64 [number of tokens]."""
+    beginning: tuple[int, ...] = ()
+    """Tokens that the tokenizer puts before a text."""
+    tokenizer_size: int | None = None
+    """Number of tokens of the tokenizer, if the file holds text."""
 
 
-def _tokenize(data: Path, model: Path, wanted: int | None) -> tuple[Tensor, list[int]]:
-    """Token ids of a file of text, and the tokens that the tokenizer puts before a text.
+def _tokenize(data: Path, model: Path, wanted: int | None) -> _Tokens:
+    """Token ids of a file of text.
 
     Args:
         data: file of text.
@@ -113,14 +121,13 @@ def _tokenize(data: Path, model: Path, wanted: int | None) -> tuple[Tensor, list
     """
     limit = None if wanted is None else wanted * _CHARACTERS_PER_TOKEN
     text, complete = _text(data, limit)
-    tokenizer: Any = load_tokenizer(model)
+    tokenizer = load_tokenizer(model)
     while True:
-        ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
-        if complete or limit is None:
-            return ids, _tokens_before_text(tokenizer)
-        ids = ids[:-_UNSURE_TOKENS]  # the text was cut, which may have changed how its last words are split into tokens
-        if wanted is not None and len(ids) >= wanted:
-            return ids, _tokens_before_text(tokenizer)
+        ids = token_ids(tokenizer, model, text)
+        if not complete:  # the text was cut, which may have changed how its last words are split into tokens
+            ids = ids[:-_UNSURE_TOKENS]
+        if complete or limit is None or wanted is None or len(ids) >= wanted:
+            return _Tokens(ids, tuple(tokens_before_text(tokenizer)), len(tokenizer))
         limit *= 2
         text, complete = _text(data, limit)
 
@@ -134,22 +141,6 @@ def _text(data: Path, limit: int | None) -> tuple[str, bool]:
         if limit is not None and length > limit:
             return _SEPARATOR.join(parts)[:limit], False
     return _SEPARATOR.join(parts), True
-
-
-def load_tokenizer(model: Path) -> Any:
-    """Load the tokenizer of a model folder.
-
-    Raises:
-        InputError: the folder has no tokenizer that transformers can load.
-    """
-    if (model / _TOKENIZER).exists():
-        read_json(model, _TOKENIZER)
-    try:
-        return AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        raise InputError(
-            model, "no tokenizer that transformers can load. Give token ids (.npy) instead of text."
-        ) from error
 
 
 def _npy(path: Path) -> Tensor:

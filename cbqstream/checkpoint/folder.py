@@ -14,7 +14,7 @@ from cbqstream.records import TensorInfo
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_MAX_JSON = {INDEX: 256 << 20, "tokenizer.json": 256 << 20}
+_MAX_JSON = {INDEX: 256 << 20, "tokenizer.json": 256 << 20, "tokenizer_config.json": 16 << 20}
 _MAX_OTHER_JSON = 1 << 20
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
-from cbqstream.calibration.segments import load_tokenizer
+from cbqstream.calibration.tokenizer import load_tokenizer
 from cbqstream.errors import InputError, UsageError
 from cbqstream.evaluation.likelihood import Request, log_likelihoods
 from cbqstream.evaluation.model import EvaluatedModel, EvaluationOptions, require_counts

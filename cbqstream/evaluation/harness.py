@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cbqstream.calibration.segments import load_tokenizer
+from cbqstream.calibration.tokenizer import load_tokenizer
 from cbqstream.errors import UsageError
 from cbqstream.evaluation.likelihood import Request, log_likelihoods
 from cbqstream.evaluation.model import EvaluatedModel, require_counts

@@ -5,7 +5,7 @@ from typing import Unpack
 
 import torch
 
-from cbqstream.calibration.segments import load_tokenizer
+from cbqstream.calibration.tokenizer import load_tokenizer
 from cbqstream.errors import UsageError
 from cbqstream.evaluation.model import EvaluatedModel, EvaluationOptions, require_counts
 

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from toy import one_line
 
-from tiny import save_model
+from tiny import save_model, save_tokenizer
 
 
 class Bad:
@@ -339,7 +339,30 @@ CASES: dict[str, tuple[Callable[[Bad], object], str]] = {
             (bad.model / "tokenizer.json").write_text('{"model": 1}'),
             bad.calibration("c.txt", b"some text " * 99),
         ),
-        r"{model}: no tokenizer that transformers can load\. .*",
+        r"{model}/tokenizer\.json: transformers \S+ cannot load the tokenizer \(.*\)\. Download it again, .*",
+    ),
+    "46 no tokenizer": (
+        lambda bad: bad.calibration("c.txt", b"some text " * 99),
+        r"{model}: no tokenizer \(looked for .*tokenizer\.json.*\)\. Add the file of the model, or give token ids .*",
+    ),
+    "46 tokenizer with code of its own": (
+        lambda bad: (
+            (bad.model / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["evil.Evil", null]}}'),
+            (bad.model / "evil.py").write_text("raise SystemExit(99)"),
+            bad.calibration("c.txt", b"some text " * 99),
+        ),
+        r"{model}: the tokenizer needs code of the model \(auto_map: .*evil\.Evil.*\), which is never run\. Give token ids .*",
+    ),
+    "46 tokenizer is a git-lfs pointer": (
+        lambda bad: (
+            (bad.model / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n"),
+            bad.calibration("c.txt", b"some text " * 99),
+        ),
+        r"{model}/tokenizer\.json: a git-lfs pointer, not a tokenizer\. .*",
+    ),
+    "46 tokenizer of a larger model": (
+        lambda bad: (save_tokenizer(bad.model, ["some text"]), bad.calibration("c.txt", b"some text " * 99)),
+        r"{model}: the tokenizer has \d+ tokens, but the model has 96: token \d+ of the text is outside\. .*",
     ),
     "46 token outside the vocabulary": (
         lambda bad: bad.calibration("c.npy", np.full(64, 151_936)),

@@ -1,6 +1,10 @@
-"""Calibration segments from text files and from files of token ids."""
+"""Calibration segments from text files and files of token ids, and reasons why a dataset or a tokenizer is refused."""
 
+import importlib.util
 import json
+import logging
+import re
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -10,9 +14,11 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import import_utils
 
 from cbqstream.calibration.segments import load_segments, segments_digest
 from cbqstream.calibration.text import documents
+from cbqstream.calibration.tokenizer import load_tokenizer
 from cbqstream.errors import InputError
 
 WORDS = [f"w{index}" for index in range(50)]
@@ -167,6 +173,189 @@ def test_npy_of_floats_is_refused_as_token_ids(tmp_path):
         load(tmp_path / "f.npy")
 
 
-def test_text_without_a_tokenizer_is_refused(tmp_path):
-    with pytest.raises(InputError, match="no tokenizer"):
-        load(write(tmp_path / "a.txt", b"words"), tmp_path)
+def test_a_tokenizer_with_more_tokens_than_the_model_is_blamed_instead_of_the_text(tmp_path, tokenizer_folder):
+    folder, words = tokenizer_folder, ["<unk>", *WORDS]
+    path = write(tmp_path / "a.txt", " ".join(WORDS * 9).encode())
+    with pytest.raises(InputError) as caught:
+        load_segments(path, folder, num_samples=4, seq_len=16, vocab_size=45)
+    assert str(caught.value) == (
+        f"{folder}: the tokenizer has 51 tokens, but the model has 45: token {words.index('w44')} of the text is outside. "
+        "The tokenizer belongs to another model. Use the tokenizer files of this model."
+    )
+
+
+BPE = {"type": "BPE", "dropout": None, "unk_token": None, "vocab": {"a": 0}, "merges": []}
+FAST = {"version": "1.0", "added_tokens": [], "model": BPE}
+CODE = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]}}
+SENTENCEPIECE = b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02"
+TEKKEN = {"config": {"pattern": ".", "default_vocab_size": 9, "default_num_special_tokens": 1}, "vocab": []}
+IDS = r"give token ids \(\.npy or \.safetensors\) instead of text\."
+TOKENIZERS = {
+    "no files, unknown model": ({}, "x", rf": no tokenizer \(looked for .*tokenizer\.json, .*\)\. Add .*, or {IDS}"),
+    "no files, for which transformers returns an empty tokenizer": (
+        {},
+        "gpt2",
+        r": no tokenizer \(looked for merges\.txt, tekken\.json, tiktoken\.model, tokenizer\.json, tokenizer\.model, vocab\.json\)\. ",
+    ),
+    "only a configuration": (
+        {"tokenizer_config.json": {"tokenizer_class": "LlamaTokenizer"}},
+        "llama",
+        ": no tokenizer",
+    ),
+    "own code": (
+        {"tokenizer_config.json": CODE, "tokenization_own.py": b"raise SystemExit(9)", "own.tiktoken": b"IQ== 0\n"},
+        "x",
+        r': the tokenizer needs code of the model \(auto_map: .*"tokenization_own.OwnTokenizer".*\), which is never run\. G'
+        + IDS[1:],
+    ),
+    "own code beside tokenizer.json": (
+        {"tokenizer_config.json": CODE, "tokenizer.json": FAST, "tokenization_own.py": b"raise SystemExit(9)"},
+        "llama",
+        r": the tokenizer needs code of the model \(auto_map: .*\), which is never run\. ",
+    ),
+    "sentencepiece": (
+        {"tokenizer.model": SENTENCEPIECE},
+        "llama",
+        r"/tokenizer\.model: transformers needs sentencepiece and protobuf to read it\. "
+        rf"Run: pip install sentencepiece protobuf, or {IDS}",
+    ),
+    "tiktoken": (
+        {"tiktoken.model": b"IQ== 0\nIg== 1\n"},
+        "llama",
+        rf"/tiktoken\.model: transformers needs tiktoken to read it\. Run: pip install tiktoken, or {IDS}",
+    ),
+    "tekken": (
+        {"tekken.json": TEKKEN},
+        "mistral",
+        r": the tokenizer needs a package that is not installed \(ImportError: .*mistral-common.*\)\. "
+        rf"Run: pip install mistral-common, or {IDS}",
+    ),
+    "another package": (
+        {"vocab.json": {"a": 0}, "merges.txt": b"#\n", "tokenizer_config.json": {"tokenizer_class": "BioGptTokenizer"}},
+        "biogpt",
+        rf": the tokenizer needs a package that is not installed \(ImportError: .*sacremoses.*\)\. Install it, or {IDS}",
+    ),
+    "damaged tekken": (
+        {"tekken.json": {"a": 1}},
+        "mistral",
+        rf": transformers .* cannot load the tokenizer \(KeyError: 'config'\)\. Download it again, .*, or {IDS}",
+    ),
+    "tokenizer.json is not JSON": ({"tokenizer.json": b"{"}, "llama", r"/tokenizer\.json: not JSON\."),
+    "tokenizer.json of another kind": (
+        {"tokenizer.json": {**FAST, "model": {"type": "Own"}}},
+        "llama",
+        r"/tokenizer\.json: transformers .* cannot load the tokenizer \(Exception: data did not match any variant .*\)\. "
+        rf"Download it again, upgrade transformers, or {IDS}",
+    ),
+    "tokenizer_config.json is not JSON": (
+        {"tokenizer.json": FAST, "tokenizer_config.json": b"{"},
+        "llama",
+        r"/tokenizer_config\.json: not JSON\.",
+    ),
+    "git-lfs pointer": (
+        {"tokenizer.json": b"version https://git-lfs.github.com/spec/v1\n"},
+        "llama",
+        r"/tokenizer\.json: a git-lfs pointer, not a tokenizer\. .*",
+    ),
+    "empty file": (
+        {"tokenizer.model": b""},
+        "llama",
+        r"/tokenizer\.model: empty file \(0 bytes\)\. Download it again\.",
+    ),
+}
+"""Files beside config.json, the type of the model, and the pattern of the message after the folder, by description."""
+
+
+def tokenizer_files(folder, files, model_type="llama"):
+    folder.mkdir()
+    for name, content in {"config.json": {"model_type": model_type}, **files}.items():
+        write(folder / name, content if isinstance(content, bytes) else json.dumps(content).encode())
+    return folder
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Function that makes transformers find only the given ones of the packages for vocabularies; none before it is called."""
+    modules = {
+        "sentencepiece": "sentencepiece",
+        "google": "protobuf",
+        "tiktoken": "tiktoken",
+        "mistral_common": "",
+        "sacremoses": "",
+    }
+    found, real = set(), importlib.util.find_spec
+    checks = [
+        getattr(import_utils, f"is_{name}_available")
+        for name in ("sentencepiece", "protobuf", "tiktoken", "mistral_common")
+    ]
+
+    def find_spec(name, package=None):
+        package_of = modules.get(name.split(".")[0])
+        return real(name, package) if package_of is None else (real("json") if package_of in found else None)
+
+    def only(*names):
+        found.update(names)
+        for check in checks:
+            check.cache_clear()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.util, "find_spec", find_spec)
+        for name in ("tiktoken", "sacremoses"):
+            patch.setitem(sys.modules, name, None)
+        only()
+        yield only
+    only()
+
+
+@pytest.fixture
+def logged():
+    """Messages that transformers logs."""
+    messages, library = [], logging.getLogger("transformers")
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    library.addHandler(handler)
+    yield messages
+    library.removeHandler(handler)
+
+
+@pytest.mark.parametrize("case", TOKENIZERS)
+def test_the_reason_why_a_tokenizer_cannot_be_loaded_is_true(tmp_path, installed, logged, case):
+    files, model_type, pattern = TOKENIZERS[case]
+    folder = tokenizer_files(tmp_path / "model", files, model_type)
+    with pytest.raises(InputError) as caught:
+        load(write(tmp_path / "a.txt", b"words"), folder)
+    assert re.match(f"{re.escape(str(folder))}{pattern}", str(caught.value)), caught.value
+    assert "\n" not in str(caught.value)
+    assert logged == []  # the warnings of transformers name other reasons
+
+
+def test_only_the_missing_package_of_a_vocabulary_is_named(tmp_path, installed):
+    installed("sentencepiece")
+    folder = tokenizer_files(tmp_path / "model", {"tokenizer.model": SENTENCEPIECE})
+    with pytest.raises(
+        InputError, match=r"tokenizer\.model: transformers needs protobuf to read it\. Run: pip install protobuf,"
+    ):
+        load_tokenizer(folder)
+
+
+def test_warnings_of_transformers_about_a_good_tokenizer_are_logged_once(tmp_path, logged):
+    load_tokenizer(tokenizer_files(tmp_path / "model", {"tokenizer.json": FAST}, "no_such_type"))
+    assert len(logged) == 1
+    assert "no_such_type" in logged[0]
+
+
+UNUSABLE = {
+    "knows no word": ({**FAST, "model": {**BPE, "vocab": {"z": 0}}}, "the tokenizer knows no word of the text"),
+    "fails": (
+        {**FAST, "model": {"type": "WordLevel", "vocab": {"z": 0}, "unk_token": "<unk>"}},
+        r"the tokenizer fails on the text \(Exception: WordLevel error: Missing \[UNK\] token",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_a_tokenizer_that_cannot_tokenize_the_text_is_blamed(tmp_path, case):
+    content, message = UNUSABLE[case]
+    folder = tokenizer_files(tmp_path / "model", {"tokenizer.json": content})
+    with pytest.raises(InputError, match=message):
+        load(write(tmp_path / "a.txt", b"words"), folder)
