@@ -26,7 +26,8 @@ class CalibrationConfig:
     """The text from which the quantizer learns."""
 
     dataset: str = setting(
-        help="Calibration data: .txt, .jsonl or .parquet, or token ids in .npy or .safetensors", panel="Calibration"
+        help="Calibration data: text, JSON lines, JSON, CSV or parquet, or token ids in .npy or .safetensors",
+        panel="Calibration",
     )
     num_samples: int = setting(128, help="Number of calibration segments", panel="Calibration")
     seq_len: int = setting(2048, help="Tokens in a segment", panel="Calibration")

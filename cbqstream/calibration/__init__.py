@@ -1,1 +1,1 @@
-"""Calibration data: text or token ids are read and cut into segments of token ids."""
+"""Calibration data: text, chats or token ids are read and cut into segments of token ids."""

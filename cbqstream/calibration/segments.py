@@ -6,6 +6,7 @@ The selected segments depend only on the content of the files and on the given n
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
@@ -14,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cbqstream.calibration.text import documents
-from cbqstream.calibration.tokenizer import load_tokenizer, token_ids, tokens_before_text
+from cbqstream.calibration.rows import Chat
+from cbqstream.calibration.text import documents, require_file
+from cbqstream.calibration.tokenizer import load_tokenizer, render, token_ids, tokens_before_text
 from cbqstream.checkpoint.header import read_header
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.errors import InputError
@@ -40,10 +42,11 @@ def load_segments(
 ) -> Tensor:
     """Load segments of token ids from a file.
 
-    The documents of a text are joined with blank lines and tokenized as one text. The tokens are cut into segments without overlap.
+    The documents of a text are joined with blank lines and tokenized as one text; chats, which the chat template of the model renders, are
+    joined with nothing. The tokens are cut into segments without overlap.
 
     Args:
-        data: token ids in a .npy or .safetensors file, or a file of text (see `text.py`).
+        data: token ids in a .npy or .safetensors file, or a file of text or chats (see `text.py`).
         model: folder with the tokenizer.
         num_samples: number of segments, N.
         seq_len: tokens in a segment, S.
@@ -59,6 +62,7 @@ def load_segments(
     Raises:
         InputError: the file cannot be read or has too few tokens, the tokenizer cannot be loaded, or a token is outside the vocabulary.
     """
+    require_file(data)
     token_file = TOKEN_FILES.get(data.suffix.lower())
     if token_file is not None:
         tokens = _Tokens(token_file(data))
@@ -111,36 +115,37 @@ class _Tokens:
 
 
 def _tokenize(data: Path, model: Path, wanted: int | None) -> _Tokens:
-    """Token ids of a file of text.
+    """Token ids of a file of text or chats.
 
     Args:
-        data: file of text.
+        data: file of text or chats.
         model: folder with the tokenizer.
         wanted: number of ids that are needed; None returns all. If the file has more, at least this number is returned, and no more of the
             text is kept in memory than that needs.
     """
     limit = None if wanted is None else wanted * _CHARACTERS_PER_TOKEN
-    text, complete = _text(data, limit)
-    tokenizer = load_tokenizer(model)
+    loaded = cache(partial(load_tokenizer, model))  # loaded after the text is read, unless the text needs it
     while True:
+        text, complete = _text(data, limit, lambda chat: render(loaded(), model, data, chat))
+        tokenizer = loaded()
         ids = token_ids(tokenizer, model, text)
         if not complete:  # the text was cut, which may have changed how its last words are split into tokens
             ids = ids[:-_UNSURE_TOKENS]
         if complete or limit is None or wanted is None or len(ids) >= wanted:
             return _Tokens(ids, tuple(tokens_before_text(tokenizer)), len(tokenizer))
         limit *= 2
-        text, complete = _text(data, limit)
 
 
-def _text(data: Path, limit: int | None) -> tuple[str, bool]:
-    """The documents joined with blank lines, cut after `limit` characters, and whether the text is complete."""
-    parts, length = [], 0
+def _text(data: Path, limit: int | None, render_chat: Callable[[Chat], str]) -> tuple[str, bool]:
+    """The documents joined with blank lines, and chats with nothing, cut after `limit` characters, and whether the text is complete."""
+    parts, length = list[str](), 0
     for document in documents(data):
-        parts.append(document)
-        length += len(document) + len(_SEPARATOR)
+        part, separator = (render_chat(document), "") if isinstance(document, Chat) else (document, _SEPARATOR)
+        parts += [separator, part] if parts else [part]
+        length += len(part) + len(separator)
         if limit is not None and length > limit:
-            return _SEPARATOR.join(parts)[:limit], False
-    return _SEPARATOR.join(parts), True
+            return "".join(parts)[:limit], False
+    return "".join(parts), True
 
 
 def _npy(path: Path) -> Tensor:

@@ -1,9 +1,10 @@
-"""The tokenizer of a model folder: loading it, with the reason where that fails."""
+"""The tokenizer of a model folder: loading it, with the reason where that fails, and rendering chats."""
 
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import datetime
 from importlib.metadata import version
 from logging.handlers import BufferingHandler
 from pathlib import Path
@@ -20,6 +21,7 @@ from transformers.utils.import_utils import (
     is_tiktoken_available,
 )
 
+from cbqstream.calibration.rows import Chat
 from cbqstream.checkpoint.folder import read_json
 from cbqstream.errors import InputError, shown
 
@@ -40,6 +42,13 @@ _INSTALLED: Mapping[str, Callable[[], bool]] = MappingProxyType(
 )
 """Functions that tell whether a package is installed, by its name."""
 _IDS = "give token ids (.npy or .safetensors) instead of text."
+_DATE = datetime(2024, 7, 26)
+_DATED = (
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f"|replace('%{code}', '{_DATE.strftime(f'%{code}')}')" for code in (*"aAbBcdDeFHIjmMpSTxXyY", "-d", "-m"))
+    + " }}{% endmacro %}{{ '' }}"
+)
+"""Beginning of a chat template in which the current date is a fixed one, so that a run that resumes on another day has the same tokens."""
 
 
 def load_tokenizer(model: Path) -> Any:
@@ -95,6 +104,35 @@ def tokens_before_text(tokenizer: Any) -> list[int]:
     bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
     ids: list[int] = tokenizer("a")["input_ids"]
     return next((ids[:at] for at in range(len(ids)) if ids[at : at + len(bare)] == bare), [])
+
+
+def render(tokenizer: Any, model: Path, data: Path, chat: Chat) -> str:
+    """Text of a chat by the chat template of a tokenizer, without the tokens that the tokenizer itself puts before a text.
+
+    Args:
+        tokenizer: the tokenizer of the model.
+        model: folder of the model, for errors.
+        data: the file with the chat, for errors.
+        chat: the chat.
+
+    Raises:
+        InputError: the tokenizer has no chat template, or the template refuses the chat.
+    """
+    if not tokenizer.chat_template:
+        raise InputError(
+            data,
+            f"{chat.place} is a chat, but the tokenizer of {model} has no chat template. "
+            'Add chat_template.jinja to the model, or give rows with a field "text".',
+        )
+    try:
+        template = tokenizer.get_chat_template()
+        text: str = tokenizer.apply_chat_template([*chat.messages], tokenize=False, chat_template=_DATED + template)
+        text.encode()
+    except Exception as error:
+        raise InputError(
+            data, f"{chat.place}: the chat template of the model refuses the chat ({_reason(error)}). Correct the chat."
+        ) from error
+    return text.removeprefix("".join(tokenizer.convert_ids_to_tokens(tokens_before_text(tokenizer))))
 
 
 def _refuse_placeholder(path: Path) -> None:

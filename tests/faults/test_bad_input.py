@@ -5,6 +5,7 @@ The cases are a catalogue of mistakes. Each one has a number, damages a good mod
 Wrong flags are tested in tests/integration/test_cli.py, damaged run directories in test_damage.py and test_surroundings.py.
 """
 
+import gzip
 import json
 import os
 import re
@@ -364,6 +365,13 @@ CASES: dict[str, tuple[Callable[[Bad], object], str]] = {
         lambda bad: (save_tokenizer(bad.model, ["some text"]), bad.calibration("c.txt", b"some text " * 99)),
         r"{model}: the tokenizer has \d+ tokens, but the model has 96: token \d+ of the text is outside\. .*",
     ),
+    "46 chats without a chat template": (
+        lambda bad: (
+            save_tokenizer(bad.model, ["some text"]),
+            bad.calibration("c.jsonl", b'{"messages": [{"role": "user", "content": "a"}]}'),
+        ),
+        r"{tokens}: line 1 is a chat, but the tokenizer of {model} has no chat template\. .*",
+    ),
     "46 token outside the vocabulary": (
         lambda bad: bad.calibration("c.npy", np.full(64, 151_936)),
         r"{tokens}: token 151936 is outside the vocabulary of 96\.",
@@ -374,7 +382,31 @@ CASES: dict[str, tuple[Callable[[Bad], object], str]] = {
     ),
     "48 calibration file is a folder": (
         lambda bad: setattr(bad, "tokens", bad.folder),
-        r"{tokens}: a folder\. Give a file of text\.",
+        r"{tokens}: a folder\. Give text in UTF-8, JSON lines, a JSON list, CSV, TSV or parquet .*",
+    ),
+    "48 calibration file is a pipe": (
+        lambda bad: (setattr(bad, "tokens", bad.folder / "pipe"), os.mkfifo(bad.tokens)),
+        r"{tokens}: not a regular file, but a pipe or a device\. Give the \.gz, or write the text to a file\. .*",
+    ),
+    "48 calibration file of another kind": (
+        lambda bad: bad.calibration("c.arrow", b"\xff\xff\xff\xff\0\0"),
+        r"{tokens}: an Arrow file\. Give text in UTF-8, JSON lines, .*",
+    ),
+    "48 binary calibration file": (
+        lambda bad: bad.calibration("c", b"\x7fELF\0"),
+        r"{tokens}: a binary file, or not UTF-8 \(it contains NUL bytes\)\. .*",
+    ),
+    "48 zip archive as calibration text": (
+        lambda bad: bad.calibration("c.txt", b"PK\x03\x04\0"),
+        r"{tokens}: a zip archive\. .*",
+    ),
+    "48 calibration text in UTF-16": (
+        lambda bad: bad.calibration("c.txt", "text".encode("utf-16")),
+        r"{tokens}: UTF-16 or UTF-32 text\. .*",
+    ),
+    "48 gzip data that end early": (
+        lambda bad: bad.calibration("c.jsonl.gz", gzip.compress(b'{"text": "some text"}\n' * 99)[:-9]),
+        r"{tokens}: damaged or truncated gzip data\.",
     ),
     "48 calibration text is not UTF-8": (
         lambda bad: bad.calibration("c.txt", b"abc\xff"),
@@ -382,7 +414,31 @@ CASES: dict[str, tuple[Callable[[Bad], object], str]] = {
     ),
     "48 jsonl without the field text": (
         lambda bad: bad.calibration("c.jsonl", b'{"a": 1}\n'),
-        r'{tokens}: line 1 is not a JSON object with a field "text"\.',
+        r'{tokens}: line 1 has no field "text", "messages" or "conversations" \(fields: "a"\)\.',
+    ),
+    "48 json lines under another name, without the field text": (
+        lambda bad: bad.calibration("c.txt", b'{"a": 1}\n'),
+        r'{tokens}: line 1 has no field "text", "messages" or "conversations" \(fields: "a"\)\.',
+    ),
+    "48 json list without the field text": (
+        lambda bad: bad.calibration("c.json", b'[{"a": 1, "\\u001b[2J": 2}]'),
+        r'{tokens}: entry 1 has no field "text", "messages" or "conversations" \(fields: "a", "\\x1b\[2J"\)\.',
+    ),
+    "48 deeply nested json": (
+        lambda bad: bad.calibration("c.json", b'{"text":' + DEEP),
+        r"{tokens}: not JSON \(.*\)\. Give JSON lines, or one list of objects\.",
+    ),
+    "48 json object with two lists": (
+        lambda bad: bad.calibration("c.json", b'{"train": [{"text": "a"}], "test": [{"text": "b"}]}'),
+        r'{tokens}: holds several lists of objects \("train", "test"\)\. Write one of them as JSON lines\.',
+    ),
+    "48 csv without the column text": (
+        lambda bad: bad.calibration("c.csv", b"a,b\n1,2\n"),
+        r'{tokens}: no column "text" in the first line \(columns: "a", "b"\)\.',
+    ),
+    "48 csv with a comma in the text": (
+        lambda bad: bad.calibration("c.csv", b"id,text\n1,some, text\n"),
+        r"{tokens}: line 2: 3 columns, but the first line has 2\. Quote the text\.",
     ),
     "48 token ids are floats": (
         lambda bad: bad.calibration("c.npy", np.zeros(64)),
@@ -459,7 +515,7 @@ def test_harmless_oddities_give_warnings_at_most(toy, single, tmp_path, tally):
     """A model is quantized although four things about it are odd.
 
     35: it has code of its own, which is not run. 36: config.json asks for an attention kernel from elsewhere, which is ignored. 44: a
-    tensor is zero. 47: its chat template would never end; it is copied and never run.
+    tensor is zero. 47: its chat template would never end; it is copied and only run for chats.
     """
     bad = Bad(tmp_path, single, toy.model)
     bad.config(

@@ -1,10 +1,16 @@
-"""Calibration segments from text files and files of token ids, and reasons why a dataset or a tokenizer is refused."""
+"""Calibration segments from text files, chats and files of token ids, and reasons why a dataset or a tokenizer is refused."""
 
+import codecs
+import csv
+import gzip
 import importlib.util
+import io
 import json
 import logging
+import os
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -16,10 +22,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import import_utils
 
+from cbqstream.calibration import readers
+from cbqstream.calibration.rows import Chat
 from cbqstream.calibration.segments import load_segments, segments_digest
-from cbqstream.calibration.text import documents
-from cbqstream.calibration.tokenizer import load_tokenizer
+from cbqstream.calibration.text import KINDS, REFUSED, documents
+from cbqstream.calibration.tokenizer import load_tokenizer, render
 from cbqstream.errors import InputError
+from tiny import save_tokenizer
 
 WORDS = [f"w{index}" for index in range(50)]
 DOCUMENTS = [" ".join(WORDS[(3 * line + word) % 50] for word in range(40)) for line in range(30)]
@@ -41,16 +50,122 @@ def load(path, folder="/nowhere", num_samples=4, seq_len=16, **options):
     return load_segments(path, folder, num_samples=num_samples, seq_len=seq_len, vocab_size=60, **options)
 
 
-def test_jsonl_parquet_and_plain_text_give_the_same_segments(tmp_path, tokenizer_folder):
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in DOCUMENTS) + "\n\n")
-    pq.write_table(pa.table({"text": DOCUMENTS}), tmp_path / "a.parquet")
-    (tmp_path / "a.txt").write_text("\n\n".join(DOCUMENTS))
-    first, second, third = (load(tmp_path / f"a.{kind}", tokenizer_folder, 20) for kind in ("jsonl", "parquet", "txt"))
-    assert first.shape == (20, 16)
-    assert torch.equal(first, second)
-    assert torch.equal(first, third)
+def json_lines(rows):
+    return "\n".join(json.dumps(row) for row in rows).encode()
+
+
+def table(rows, delimiter):
+    file = io.StringIO()
+    csv.writer(file, delimiter=delimiter).writerows(rows)
+    return file.getvalue().encode()
+
+
+def parquet(columns):
+    file = io.BytesIO()
+    pq.write_table(pa.table(columns), file)
+    return file.getvalue()
+
+
+ROWS = [{"id": number, "text": text} for number, text in enumerate(DOCUMENTS)]
+CELLS = [["id", "text"], *([row["id"], row["text"]] for row in ROWS)]
+SAME = {
+    "jsonl": ("a.jsonl", json_lines(ROWS) + b"\n\n"),
+    "jsonl with CRLF and blank lines": ("a.jsonl", b"\r\n\r\n" + json_lines(ROWS).replace(b"\n", b"\r\n\r\n")),
+    "ndjson": ("a.NDJSON", json_lines(ROWS)),
+    "json lines in .json": ("a.json", json_lines(ROWS)),
+    "json lines in .txt": ("a.txt", b"\n" + json_lines(ROWS)),
+    "json lines without suffix": ("a", json_lines(ROWS)),
+    "list": ("a.json", json.dumps(ROWS).encode()),
+    "list over many lines": ("a.json", json.dumps(ROWS, indent=1).encode()),
+    "list in .jsonl": ("a.jsonl", json.dumps(ROWS, indent=1).encode()),
+    "list in .txt": ("a.txt", json.dumps(ROWS).encode()),
+    "object with a list": ("a.json", json.dumps({"version": 1, "data": ROWS}).encode()),
+    "object with a list over many lines": ("a.json", json.dumps({"train": ROWS, "tags": []}, indent=1).encode()),
+    "csv": ("a.csv", table(CELLS, ",")),
+    "tsv": ("a.tsv", table(CELLS, "\t")),
+    "parquet": ("a.parquet", parquet({"text": DOCUMENTS, "id": list(range(30))})),
+    "parquet without suffix": ("a", parquet({"text": DOCUMENTS})),
+    "plain": ("a.txt", "\n\n".join(DOCUMENTS).encode()),
+    "plain with CRLF": ("a.md", "\r\n\r\n".join(DOCUMENTS).encode()),
+}
+"""Name and content of files whose texts are DOCUMENTS, by description."""
+
+
+FORMS = ("", "with BOM", "as .gz", "gzip data without .gz")
+FORMS_OF_KINDS = [(kind, form) for kind in SAME for form in FORMS if not ("parquet" in kind and form == "with BOM")]
+
+
+@pytest.mark.parametrize(("kind", "form"), FORMS_OF_KINDS, ids=[f"{kind} {form}" for kind, form in FORMS_OF_KINDS])
+def test_every_kind_of_dataset_gives_the_same_segments(tmp_path, tokenizer_folder, kind, form):
+    name, content = SAME[kind]
+    if form == "with BOM":
+        content = codecs.BOM_UTF8 + content
+    if "gz" in form:
+        content, name = gzip.compress(content), f"{name}.gz" if form == "as .gz" else name
+    segments = load(write(tmp_path / name, content), tokenizer_folder, 20)
     whole = [WORDS.index(word) + 1 for word in "\n\n".join(DOCUMENTS).split()]
-    assert first.flatten().tolist() == whole[: 20 * 16]
+    assert segments.shape == (20, 16)
+    assert segments.flatten().tolist() == whole[: 20 * 16]
+    joined = "\n\n".join(documents(tmp_path / name))
+    assert joined.splitlines() == "\n\n".join(DOCUMENTS).splitlines()
+
+
+PLAIN = {
+    "prose": "Once upon a time, a text.\n",
+    "empty": "",
+    "blank": "\n \n",
+    "a brace": "{not json} is how this text begins.\n",
+    "json over many lines": '{\n"text": "a"\n}\n',
+    "a bracket": '[Music] "a" [1]\n',
+    "a list of numbers": "[1, 2]\n[3]\n",
+    "a table": "text,b\n1,2\n",
+    "the name of a magic": "%PD BZh9 PK PAR1 text\n",
+    "an inner mark": "a\ufeffb\n",
+    "form feed and other line ends": "a\x0cb\u2028c\x85d\n",
+}
+
+
+@pytest.mark.parametrize("content", PLAIN.values(), ids=PLAIN)
+@pytest.mark.parametrize("suffix", [".txt", "", ".md", ".2024"])
+def test_other_text_stays_plain_text(tmp_path, content, suffix):
+    """Such a file is one document, which is what Python reads in text mode."""
+    path = write(tmp_path / f"a{suffix}", content.encode())
+    assert list(documents(path)) == [path.read_text(encoding="utf-8")]
+
+
+def test_large_files_are_not_read_to_the_end(tmp_path):
+    """What follows the first documents is damaged, and is not seen."""
+    rows = json_lines(ROWS * 400)
+    compressed = gzip.compress(rows)
+    for name, content in (
+        ("a.jsonl", rows + b"\n{broken"),
+        ("a.jsonl.gz", compressed[:-100]),
+        ("a.json", json.dumps(ROWS).encode()[:-1] + b", {broken"),
+        ("a.csv", table(CELLS, ",") + b"1\n"),
+    ):
+        assert next(documents(write(tmp_path / name, content))) == DOCUMENTS[0]
+        with pytest.raises(InputError):
+            list(documents(tmp_path / name))
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 7, 64])
+def test_lists_are_read_in_chunks_of_any_size(tmp_path, monkeypatch, chunk):
+    texts = ["", "a", 'q"uo\\te', "caf\xe9 \u2028 \U0001f600", "]", "x" * 100]
+    path = write(
+        tmp_path / "a.json", json.dumps([{"text": text} for text in texts], ensure_ascii=False, indent=1).encode()
+    )
+    monkeypatch.setattr(readers, "_CHUNK", chunk)
+    assert list(documents(path)) == texts
+
+
+def test_lists_may_be_empty(tmp_path):
+    assert list(documents(write(tmp_path / "a.json", b" [ ] \n"))) == []
+
+
+def test_cells_of_csv_may_hold_line_ends_and_quotation_marks(tmp_path):
+    texts = ["a\nb", 'say "x", then', "c\td", "x" * 200_000]
+    assert list(documents(write(tmp_path / "a.csv", table([["text"], *([text] for text in texts)], ",")))) == texts
+    assert csv.field_size_limit() == 131_072
 
 
 def test_segments_do_not_depend_on_text_after_the_last_segment(tmp_path, tokenizer_folder):
@@ -127,13 +242,68 @@ def test_tokens_outside_the_vocabulary_are_refused(tmp_path, value):
         load(tmp_path / "ids.npy")
 
 
+TAKEN = "Give text in UTF-8, JSON lines, a JSON list, CSV, TSV or parquet .* token ids in .npy or .safetensors"
+NO_FIELD = 'has no field "text", "messages" or "conversations"'
 BROKEN = {
-    "x.jsonl": (b'{"txt": 1}\n', 'line 1 is not a JSON object with a field "text"'),
-    "y.jsonl": (b'{"text": "a"}\n[1]\n', "line 2"),
+    "x.jsonl": (b'{"txt": 1}\n', rf'line 1 {NO_FIELD} \(fields: "txt"\)'),
+    "y.jsonl": (b'{"text": "a"}\n[1]\n', "line 2 is not a JSON object"),
+    "z.jsonl": (b'{"text": "a"}\n{"text": \n', "line 2 is not a JSON object"),
     "n.jsonl": (b'{"text": 7}\n', "not a string"),
-    "u.txt": (b"caf\xe9", "not UTF-8"),
+    "u.jsonl": (b'{"text": "a"}\n{"text": "caf\xe9"}\n', "line 2 is not UTF-8 text"),
+    "p.jsonl": (b"prose", "line 1 is not a JSON object"),
+    "s.jsonl": (rb'{"text": "\ud800"}', "unpaired surrogate"),
+    "u.txt": (b"caf\xe9", r"not UTF-8 text \(byte 3\)"),
+    "j.txt": (b'{"a": 1, "b": 2}\n', rf'line 1 {NO_FIELD} \(fields: "a", "b"\)'),
+    "e.txt": (b'{"\\u001b[2J": 1}\n', r'\(fields: "\\x1b\[2J"\)'),
     "p.parquet": (b"PAR0", "not a parquet"),
+    "c.parquet": (parquet({"a": [1], "b": [2]}), r'the table has no column "text", .* \(columns: "a", "b"\)'),
+    "n.parquet": (parquet({"text": [1]}), 'column "text" holds int64, not strings'),
+    "a.json": (b"prose", "not JSON"),
+    "b.json": (b'{"a": 1}\n{"a": 2}\n', rf'line 1 {NO_FIELD} \(fields: "a"\)'),
+    "c.json": (b'{"a": {"b": 1}, "c": [1]}', r'the object has no list of objects .* \(fields: "a", "c"\)'),
+    "d.json": (
+        b'{"train": [{"text": "a"}], "test": [{"text": "b"}]}',
+        'several lists of objects \\("train", "test"\\)',
+    ),
+    "e.json": (b'{"data": [{"a": 1}]}', f'entry 1 of "data" {NO_FIELD}'),
+    "f.json": (b'{"text": "a"\n}\n{"text": "b"\n}', "not JSON .*Give JSON lines"),
+    "g.json": (b'["a", "b"]', "entry 1 is not a JSON object"),
+    "h.json": (b'[{"text": "a"}, {"txt": "b"}]', f"entry 2 {NO_FIELD}"),
+    "i.json": (b'[{"text": "a"},]', "entry 2 of the list is not complete JSON"),
+    "k.json": (b'[{"text": "a"} {"text": "b"}]', "no comma after entry 1"),
+    "l.json": (b'[{"text": "a"}]\n[{"text": "b"}]', "goes on after the end of the JSON list"),
+    "m.json": (b'[{"text": "a"}, {"text": "caf\xe9"}]', "not UTF-8 text"),
+    "n.json": (b"[" * 100_000, "entry 1 of the list is not complete JSON"),
+    "o.json": (b"3", "neither a JSON object nor a list"),
+    "a.csv": (b"a,b\n1,2\n", r'no column "text" in the first line \(columns: "a", "b"\)'),
+    "b.csv": (b"id;text\n1;2\n", r'columns: "id;text"'),
+    "c.csv": (b"", r"columns: none|no column"),
+    "d.csv": (b"id,text\n1,a, b\n", "line 2: 3 columns, but the first line has 2"),
+    "e.csv": (b'text\n"a\nb\n', "line 3: unexpected end of data"),
+    "f.csv": (b'text\n"a" b\n', "line 2: .* expected after"),
+    "g.csv": (b"text,text\na,b\n", 'several columns "text"'),
+    "h.csv": (b"text\ncaf\xe9\n", "line 2 is not UTF-8"),
+    "a.gz": (b"plain", "not gzip data"),
+    "b.txt.gz": (gzip.compress(b"a" * 9999)[:-9], "damaged or truncated gzip data"),
+    "c.txt.gz": (gzip.compress(b"a" * 9999)[:-8] + bytes(8), "damaged or truncated gzip data"),
+    "16.txt": ("text".encode("utf-16"), f"UTF-16 or UTF-32 text. {TAKEN}"),
+    "16be.jsonl": (codecs.BOM_UTF16_BE + "text".encode("utf-16-be"), f"UTF-16 text. {TAKEN}"),
+    "16.csv.gz": (gzip.compress("text".encode("utf-16")), f"UTF-16 or UTF-32 text. {TAKEN}"),
+    "16": ("text".encode("utf-16-le"), f"NUL bytes.*{TAKEN}"),
+    "binary": (b"\x7fELF\0\0", f"NUL bytes.*{TAKEN}"),
+    "a.npy.gz": (gzip.compress(b"\x93NUMPY\1\0"), f"a NumPy array, but its name does not end in .npy. {TAKEN}"),
+    "c4.tar.gz": (gzip.compress(b"x"), f"a tar archive. {TAKEN}"),
+    "archive": (b"PK\x03\x04" + bytes(99), f"a zip archive. {TAKEN}"),
+    "chat.jsonl": (b'{"messages": []}', '"messages" is empty or not a list of messages'),
+    "chat2.jsonl": (b'{"messages": ["hi"]}', "line 1, message 1 is not a JSON object"),
+    "chat3.jsonl": (
+        b'{"messages": [{"role": "user", "content": "a"}, {"who": "user"}]}',
+        r'line 1, message 2 has no texts "role" and "content", or "from" and "value" \(fields: "who"\)',
+    ),
+    "chat4.jsonl": (b'{"conversations": [{"from": "bob", "value": "a"}]}', '"from" is "bob", not "system", "human"'),
+    "chat5.jsonl": (rb'{"messages": [{"role": "user", "content": "\ud800"}]}', "unpaired surrogate"),
 }
+"""Content of files that are refused, and a pattern of the message, by the name of the file."""
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -154,11 +324,65 @@ def test_parquet_with_damaged_pages_is_refused(tmp_path):
         list(documents(path))
 
 
-def test_missing_files_and_folders_are_refused_as_text(tmp_path):
+SUFFIXES = [(suffix, kind.what) for kind in REFUSED for suffix in kind.suffixes]
+
+
+@pytest.mark.parametrize(("suffix", "what"), SUFFIXES, ids=[suffix for suffix, _ in SUFFIXES])
+def test_files_of_other_kinds_are_refused_by_name(tmp_path, suffix, what):
+    with pytest.raises(InputError, match=f": {what}. {TAKEN}"):
+        list(documents(write(tmp_path / f"data{suffix.upper()}", b"text")))
+
+
+MAGICS = [kind for kind in REFUSED if kind.magic is not None]
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("kind", MAGICS, ids=[f"{kind.what} {kind.magic!r}" for kind in MAGICS])
+def test_files_of_other_kinds_are_refused_by_content(tmp_path, kind, compressed):
+    content = b"a" * kind.offset + kind.magic
+    path = write(tmp_path / "data.txt", gzip.compress(content) if compressed else content)
+    with pytest.raises(InputError, match=f": {re.escape(kind.what)}. {TAKEN}"):
+        list(documents(path))
+
+
+def test_no_suffix_is_both_read_and_refused():
+    suffixes = [suffix for row in (*KINDS, *REFUSED) for suffix in row.suffixes]
+    assert len(suffixes) == len(set(suffixes))
+
+
+@pytest.mark.parametrize(
+    ("name", "what"), [("a.jsonl", "JSON lines?|line 1"), ("a.txt", "plain text"), ("a.json", "a JSON object")]
+)
+def test_what_must_be_read_as_a_whole_has_a_largest_size(tmp_path, monkeypatch, name, what):
+    for limit in ("_MAX_PLAIN", "_MAX_OBJECT", "MAX_LINE"):
+        monkeypatch.setattr(readers, limit, 40)
+    content = b'{"text":\n"' + b"a" * 50 + b'"}' if name == "a.json" else b"{" + b"a" * 50
+    for compressed in (False, True):
+        path = write(
+            tmp_path / f"{name}{'.gz' if compressed else ''}", gzip.compress(content) if compressed else content
+        )
+        with pytest.raises(InputError, match=f"({what}).* (longer than|is read as a whole)"):
+            list(documents(path))
+
+
+@pytest.mark.parametrize("name", ["none.txt", "none.npy", "none.safetensors"])
+def test_missing_files_and_folders_are_refused(tmp_path, name):
     with pytest.raises(InputError, match="no such file"):
-        list(documents(tmp_path / "none.txt"))
-    with pytest.raises(InputError, match="a folder"):
-        list(documents(tmp_path))
+        load(tmp_path / name)
+    (tmp_path / name).mkdir()
+    with pytest.raises(InputError, match=f"a folder. {TAKEN}"):
+        load(tmp_path / name)
+
+
+def test_pipes_are_refused(tmp_path):
+    """A shell gives `<(zcat text.gz)` as such a path."""
+    reading, writing = os.pipe()
+    try:
+        with pytest.raises(InputError, match=f"not a regular file, but a pipe or a device. Give the .gz, .*{TAKEN}"):
+            load(Path(f"/dev/fd/{reading}"))
+    finally:
+        os.close(reading)
+        os.close(writing)
 
 
 def test_npy_with_pickled_objects_is_refused(tmp_path):
@@ -173,13 +397,117 @@ def test_npy_of_floats_is_refused_as_token_ids(tmp_path):
         load(tmp_path / "f.npy")
 
 
-def test_a_tokenizer_with_more_tokens_than_the_model_is_blamed_instead_of_the_text(tmp_path, tokenizer_folder):
-    folder, words = tokenizer_folder, ["<unk>", *WORDS]
+CHAT = [("system", "w1 w2"), ("user", "w3"), ("assistant", "w4 w5 w6")]
+STANDARD = {"messages": [{"role": role, "content": content} for role, content in CHAT]}
+SHAREGPT = {
+    "id": 7,
+    "conversations": [
+        {"from": {"user": "human", "assistant": "gpt"}.get(role, role), "value": content} for role, content in CHAT
+    ],
+}
+COLUMNS = {"messages": [[{**message, "name": None} for message in STANDARD["messages"]]] * 20}
+CHATS = {
+    "messages in jsonl": ("a.jsonl", json_lines([STANDARD] * 20)),
+    "messages in .txt": ("a.txt", json_lines([STANDARD] * 20)),
+    "messages in a list": ("a.json", json.dumps([STANDARD] * 20).encode()),
+    "messages in parquet": ("a.parquet", parquet(COLUMNS)),
+    "messages as conversations": ("a.jsonl", json_lines([{"conversations": STANDARD["messages"]}] * 20)),
+    "conversations in jsonl": ("a.jsonl", json_lines([SHAREGPT] * 20)),
+    "conversations in a gzipped list": ("a.json.gz", gzip.compress(json.dumps([SHAREGPT] * 20).encode())),
+    "conversations in parquet": ("a.parquet", parquet({"conversations": [SHAREGPT["conversations"]] * 20})),
+}
+TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message.role }} {{ message.content }} {% endfor %}"
+
+
+def chat_tokenizer(folder, template=TEMPLATE, *, adds_bos=True):
+    """Save a tokenizer of words with a chat template, and return the folder and the words by id."""
+    words = ["<unk>", "<s>", "system", "user", "assistant", "26Jul2024", *WORDS]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if adds_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>")
+    wrapped.chat_template = template
+    wrapped.save_pretrained(folder)
+    return folder, words
+
+
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("kind", CHATS)
+def test_chats_are_rendered_with_the_chat_template_of_the_model(tmp_path, kind, begun):
+    """BOS, which both the template and the tokenizer write, stands where it stands in a text, and once."""
+    folder, words = chat_tokenizer(tmp_path / "model")
+    name, content = CHATS[kind]
+    segments = load(write(tmp_path / name, content), folder, begun=begun)
+    rendered = " ".join(f"{role} {content}" for role, content in CHAT * 20)
+    text = load(write(tmp_path / "plain.txt", rendered.encode()), folder, begun=begun)
+    assert torch.equal(segments, text)
+    assert [words[index] for index in segments[0, :5]] == ["<s>", "system", "w1", "w2", "user"]
+    assert (segments == 1).sum() == (4 if begun else 1)
+
+
+def test_chats_follow_each_other_and_texts_are_separated_by_blank_lines(tmp_path):
+    tokenizer = save_tokenizer(tmp_path, ["some text"])
+    (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}<{{ m.content }}>{% endfor %}")
+    sizes = {"num_samples": 1, "seq_len": 12, "vocab_size": 300}
+    chats = write(tmp_path / "a.jsonl", json_lines([{"messages": [{"role": "user", "content": "hi"}]}] * 20))
+    assert tokenizer.decode(load_segments(chats, tmp_path, **sizes)[0].tolist()) == "<hi>" * 3
+    texts = write(tmp_path / "b.jsonl", json_lines([{"text": "<hi>"}] * 20))
+    assert tokenizer.decode(load_segments(texts, tmp_path, **sizes)[0].tolist()) == "<hi>\n\n" * 2
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_a_template_that_writes_no_bos_is_rendered_as_it_is(tmp_path, adds_bos):
+    folder, words = chat_tokenizer(tmp_path / "model", TEMPLATE.removeprefix("{{ bos_token }}"), adds_bos=adds_bos)
+    segments = load(write(tmp_path / "a.jsonl", json_lines([STANDARD] * 20)), folder)
+    assert [words[index] for index in segments[0, :2]] == (["<s>", "system"] if adds_bos else ["system", "w1"])
+    assert (segments == 1).sum() == adds_bos
+
+
+def test_the_current_date_in_a_chat_template_is_a_fixed_one(tmp_path):
+    """A run that resumes on another day has the same tokens, so its identity is the same."""
+    folder, words = chat_tokenizer(tmp_path / "model", "{{ strftime_now('%d%b%Y') }} " + TEMPLATE)
+    segments = load(write(tmp_path / "a.jsonl", json_lines([STANDARD] * 20)), folder)
+    assert words[segments[0, 1]] == "26Jul2024"
+
+
+def test_fixing_the_date_changes_nothing_else_of_a_chat_template(tmp_path):
+    for number, template in enumerate(
+        (
+            "\n\n{{ bos_token }}x",
+            "  {%- for m in messages %}{{ m.content }}\n{% endfor %}",
+            "\n{% for m in messages %}\n{{ m.role }}\n{% endfor %}\n",
+            "{% macro f(x) %}[{{ x }}{{ bos_token }}]{% endmacro %}{{ f(messages[0].content) }}",
+            "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
+        )
+    ):
+        folder, _ = chat_tokenizer(tmp_path / str(number), template, adds_bos=False)
+        tokenizer = load_tokenizer(folder)
+        expected = tokenizer.apply_chat_template(STANDARD["messages"], tokenize=False)
+        assert render(tokenizer, folder, tmp_path, Chat(tuple(STANDARD["messages"]), "line 1")) == expected
+
+
+def test_chats_need_a_chat_template_that_accepts_them(tmp_path, tokenizer_folder):
+    path = write(tmp_path / "a.jsonl", json_lines([STANDARD]))
+    with pytest.raises(
+        InputError, match=r"line 1 is a chat, but the tokenizer of .* has no chat template. Add chat_templ"
+    ):
+        load(path, tokenizer_folder)
+    folder, _ = chat_tokenizer(tmp_path / "strict", "{{ raise_exception('System role not supported') }}")
+    with pytest.raises(InputError, match=r"line 1: .* refuses the chat \(TemplateError: System role not supported\)"):
+        load(path, folder)
+    folder, _ = chat_tokenizer(tmp_path / "endless", "{% for a in range(10**9) %}{% endfor %}")
+    with pytest.raises(InputError, match=r"line 1: .* refuses the chat \(OverflowError: Range too big"):
+        load(path, folder)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_blamed_instead_of_the_text(tmp_path):
+    folder, words = chat_tokenizer(tmp_path / "model")
     path = write(tmp_path / "a.txt", " ".join(WORDS * 9).encode())
     with pytest.raises(InputError) as caught:
-        load_segments(path, folder, num_samples=4, seq_len=16, vocab_size=45)
+        load_segments(path, folder, num_samples=4, seq_len=16, vocab_size=50)
     assert str(caught.value) == (
-        f"{folder}: the tokenizer has 51 tokens, but the model has 45: token {words.index('w44')} of the text is outside. "
+        f"{folder}: the tokenizer has 56 tokens, but the model has 50: token {words.index('w44')} of the text is outside. "
         "The tokenizer belongs to another model. Use the tokenizer files of this model."
     )
 
