@@ -1,10 +1,20 @@
 #!/usr/bin/env bash
-# Run the complete fault-injection tests, and write the page with their counts. Takes about an hour and a half on one core.
+# Run the complete fault-injection tests, and try all architectures of transformers, and write the pages with their results. Takes about
+# two hours and a half on one core.
 # Usage: tools/nightly.sh [PYTEST ARGUMENTS]
 # Counts are stored in build/fault-tally.jsonl. With arguments, such as --last-failed, only some tests run, and their counts are replaced.
+# Results of architectures are stored in build/architectures.jsonl, and they are tried only without arguments.
 . "$(dirname "$0")/setup.sh" test
 tally=$PWD/build/fault-tally.jsonl
 mkdir -p build
 [ $# -gt 0 ] || rm -f "$tally"
 CBQSTREAM_NIGHTLY=1 CBQSTREAM_FAULT_TALLY=$tally "$venv/bin/python" -m pytest tests/faults "$@"
 "$venv/bin/python" tests/faults/page.py "$tally" tests/faults/README.md
+[ $# -eq 0 ] || exit 0
+results=build/architectures.jsonl
+version=$("$venv/bin/python" -c 'import transformers; print(transformers.__version__)')
+rm -f "$results"
+code=0
+"$venv/bin/python" tools/architectures.py "$results" || code=$?
+"$venv/bin/python" tests/families/page.py "$results" "$version" tests/families/README.md
+exit $code

@@ -1,17 +1,21 @@
 #!/usr/bin/env python3
-"""Write the results of the family tests with one version of transformers into the table of README.md.
+"""Write the results of the family tests, or of all architectures, with one version of transformers into the tables of README.md.
 
-Usage: page.py JUNIT_XML TRANSFORMERS_VERSION README
+Usage: page.py JUNIT_XML|RESULTS_JSONL TRANSFORMERS_VERSION README
 
-Columns of other versions of transformers, and the text around the table, are kept.
+In the table of families, columns of other versions of transformers are kept. The table of architectures is replaced.
 """
 
+import json
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 from xml.etree import ElementTree
 
 BEGIN, END = "<!-- table -->\n", "<!-- end of table -->\n"
+BEGIN_ARCHITECTURES, END_ARCHITECTURES = "<!-- architectures -->\n", "<!-- end of architectures -->\n"
+OUTCOMES = ("right", "refused", "not buildable", "wrong", "traceback", "refused late", "check failed")
 COLUMNS = {
     "test_streamed_logits_are_those_of_transformers": "logits",
     "test_streamed_perplexity_is_that_of_transformers": "perplexity",
@@ -51,12 +55,9 @@ def read_table(text: str) -> dict[str, dict[str, str]]:
     return {row[0]: dict(zip(rows[0][1:], row[1:], strict=True)) for row in rows[2:]}
 
 
-def main() -> None:
-    """Replace the columns of the version in the table of the page."""
-    junit, version, page = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
-    before, _, rest = page.read_text().partition(BEGIN)
-    table, _, after = rest.partition(END)
-    cells = read_table(table)
+def family_table(text: str, junit: Path, version: str) -> list[str]:
+    """Lines of the table of families: those of a page, with the columns of one version of transformers replaced."""
+    cells = read_table(text)
     for family, columns in outcomes(junit).items():
         held = {name: value for name, value in cells.get(family, {}).items() if not name.startswith(f"{version}: ")}
         cells[family] = held | {f"{version}: {name}": value for name, value in columns.items()}
@@ -66,12 +67,36 @@ def main() -> None:
         key=lambda text: [*map(int, text.split("."))],
     )
     heads = [f"{other}: {name}" for other in versions for name in names]
-    lines = ["| family | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
-    lines += [
+    rows = [
         f"| {family} | " + " | ".join(row.get(head, "") for head in heads) + " |"
         for family, row in sorted(cells.items())
     ]
-    page.write_text(before + BEGIN + "\n".join(lines) + "\n" + END + after)
+    return ["| family | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|", *rows]
+
+
+def architecture_table(results: Path, version: str) -> list[str]:
+    """Counts and table of the results of `tools/architectures.py`. The last result of a type counts."""
+    records = {record["type"]: record for record in map(json.loads, results.read_text().splitlines())}
+    counts = Counter(record["outcome"] for record in records.values())
+    summary = ", ".join(f"{counts[outcome]} {outcome}" for outcome in OUTCOMES)
+    lines = [f"transformers {version}, {len(records)} architectures: {summary}.", ""]
+    lines += ["| type | outcome | share of block weights quantized | message |", "|---|---|---|---|"]
+    for name, record in sorted(records.items()):
+        share = record.get("quantized")
+        message = record["line"].replace("|", "\\|").replace("<", "&lt;")
+        lines.append(f"| {name} | {record['outcome']} | {'' if share is None else f'{share:.0%}'} | {message} |")
+    return lines
+
+
+def main() -> None:
+    """Replace a table of the page, or the columns of one version in it."""
+    results, version, page = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+    is_architectures = results.suffix == ".jsonl"
+    begin, end = (BEGIN_ARCHITECTURES, END_ARCHITECTURES) if is_architectures else (BEGIN, END)
+    before, _, rest = page.read_text().partition(begin)
+    table, _, after = rest.partition(end)
+    lines = architecture_table(results, version) if is_architectures else family_table(table, results, version)
+    page.write_text(before + begin + "\n".join(lines) + "\n" + end + after)
 
 
 if __name__ == "__main__":
