@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
+from cbqstream.errors import InputError
+
 if TYPE_CHECKING:  # so that modules which only pass records on start without torch
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
@@ -21,7 +23,10 @@ class TensorInfo:
     """Location of a tensor in a checkpoint."""
 
     name: str
-    dtype: torch.dtype
+    stored_dtype: str
+    """Name of the dtype in the header of the file, such as BF16."""
+    torch_dtype: torch.dtype | None
+    """The dtype in torch; None if tensors of this dtype are copied but not computed with."""
     shape: tuple[int, ...]
     file: Path
     start: int
@@ -33,6 +38,30 @@ class TensorInfo:
     def num_bytes(self) -> int:
         """Size in the file."""
         return self.end - self.start
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype in which the values are read.
+
+        Raises:
+            InputError: tensors of this dtype are copied but not computed with.
+        """
+        if self.torch_dtype is None:
+            raise self._not_readable()
+        return self.torch_dtype
+
+    def require_readable(self) -> None:
+        """Check that the values can be computed with.
+
+        Raises:
+            InputError: tensors of this dtype are only copied.
+        """
+        if self.torch_dtype is None:
+            raise self._not_readable()
+
+    def _not_readable(self) -> InputError:
+        problem = f"has dtype {self.stored_dtype}, which is copied but not computed with"
+        return InputError(self.file, f"{problem}. Convert it to bf16, fp16 or fp32.", tensor=self.name)
 
 
 class WeightSource(Protocol):

@@ -4,9 +4,11 @@ Format: 8 bytes with the length N, little-endian; N bytes of JSON, `{name: {dtyp
 """
 
 import json
+import math
 import os
 import stat
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +30,21 @@ DTYPES = {
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+"""Dtypes in which tensors are read, by the name in the header."""
+_COPIED_BITS = {
+    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+    "C64": 64,
+}
+"""Bits of a value in each of the other dtypes of safetensors 0.8. Their tensors are copied byte for byte, and not read."""
+_BITS = {**{name: 8 * dtype.itemsize for name, dtype in DTYPES.items()}, **_COPIED_BITS}
 
 _OTHER_KINDS = (
     (b"version https://git-lfs", "a git-lfs pointer, not weights. Run `git lfs pull` in the model's folder."),
@@ -131,10 +145,7 @@ def _checked(path: Path, entries: dict[str, Any], *, data_start: int, file_size:
         raise InputError(
             path, f"file is {file_size} bytes, header describes {data_start + expected}. Download it again."
         )
-    return {
-        info.name: TensorInfo(info.name, info.dtype, info.shape, path, data_start + info.start, data_start + info.end)
-        for info in tensors
-    }
+    return {info.name: replace(info, start=data_start + info.start, end=data_start + info.end) for info in tensors}
 
 
 def _tensor(path: Path, name: str, entry: Any) -> TensorInfo:
@@ -145,22 +156,22 @@ def _tensor(path: Path, name: str, entry: Any) -> TensorInfo:
     dtype: Any = entry.get("dtype")
     shape: Any = entry.get("shape")
     offsets: Any = entry.get("data_offsets")
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise InputError(path, f"dtype {shown(str(dtype))} is not supported.", tensor=name)
+    if not isinstance(dtype, str) or dtype not in _BITS:
+        raise InputError(
+            path, f"dtype {shown(str(dtype))} is not known. Convert it to bf16, fp16 or fp32.", tensor=name
+        )
     if not _is_sizes(shape):
         raise InputError(path, "shape is not plausible.", tensor=name)
     if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise InputError(path, f"offsets {shown(str(offsets))} are not valid.", tensor=name)
-    needed = DTYPES[dtype].itemsize
-    for size in shape:
-        needed *= size
-    if needed >= 1 << 48 or max(shape, default=0) >= 1 << 40:
+    needed, rest = divmod(math.prod((_BITS[dtype], *shape)), 8)
+    if rest or needed >= 1 << 48 or max(shape, default=0) >= 1 << 40:
         raise InputError(path, "shape is not plausible.", tensor=name)
     if offsets[1] - offsets[0] != needed:
         raise InputError(
             path, f"shape {shape} {dtype} needs {needed} bytes, header gives {offsets[1] - offsets[0]}.", tensor=name
         )
-    return TensorInfo(name, DTYPES[dtype], tuple(shape), path, offsets[0], offsets[1])
+    return TensorInfo(name, dtype, DTYPES.get(dtype), tuple(shape), path, offsets[0], offsets[1])
 
 
 def _is_sizes(value: Any) -> bool:

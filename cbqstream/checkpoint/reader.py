@@ -56,19 +56,20 @@ class Checkpoint:
             dtype: dtype of the result; by default, the dtype in which the tensor is stored.
 
         Raises:
-            InputError: the file changed or can no longer be read.
+            InputError: the file changed or can no longer be read, or the tensor has a dtype that is only copied.
             KeyError: no tensor has this name.
         """
         info = self.infos[name]
+        stored = info.dtype
         try:
             if info.file not in self._open:
                 self._open[info.file] = safe_open(info.file, framework="pt", device="cpu", backend="pread")
             tensor: Tensor = self._open[info.file].get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise InputError(info.file, f"cannot be read: {error}.", tensor=name) from error
-        if tuple(tensor.shape) != info.shape or tensor.dtype != info.dtype:
+        if tuple(tensor.shape) != info.shape or tensor.dtype != stored:
             raise InputError(info.file, "changed while it was being read.", tensor=name)
-        return tensor.to(device=device, dtype=dtype or info.dtype)
+        return tensor.to(device=device, dtype=dtype or stored)
 
     def under(self, prefix: str, device: torch.device) -> Mapping[str, Tensor]:
         """The tensors whose names begin with `prefix`, by the rest of their names; each access reads a tensor."""
@@ -83,7 +84,7 @@ class Checkpoint:
         digest = hashlib.sha256()
         for name in sorted(self.infos):
             info = self.infos[name]
-            digest.update(f"{name}|{info.dtype}|{list(info.shape)}|".encode())
+            digest.update(f"{name}|{info.torch_dtype or info.stored_dtype}|{list(info.shape)}|".encode())
             with info.file.open("rb") as file:
                 for start in (info.start, info.start + info.num_bytes // 2, max(info.start, info.end - _SAMPLE_BYTES)):
                     file.seek(start)

@@ -67,7 +67,7 @@ class VerifiedCheckpoint:
         """One tensor on `device`, in `dtype` or as it is stored.
 
         Raises:
-            InputError: the file can no longer be read, or the tensor holds values that are not finite.
+            InputError: the file can no longer be read, or the tensor holds values that are not finite, or has a dtype that is only copied.
             IdentityError: the tensor is not what it was when this run first read it.
         """
         with self._measure("reading"):
@@ -75,13 +75,13 @@ class VerifiedCheckpoint:
             sha256 = hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
         info = self.infos[name]
         self._require_same(info, sha256)
-        if name not in self._seen:
+        if name not in self._seen and tensor.is_floating_point():
             low, high = tensor.aminmax()  # NaN if there is one; many times faster than looking at each value
             if not (torch.isfinite(low) and torch.isfinite(high)):
                 raise _not_finite(info, tensor)
-            self._seen[name] = sha256
             if low == high == 0:
                 self._warnings.append(RunWarning(f'{info.file}: tensor "{shown(name)}" is zero throughout.'))
+        self._seen[name] = sha256
         return tensor.to(device=device, dtype=dtype or info.dtype)
 
     def raw(self, name: str) -> Iterator[bytes]:

@@ -1,6 +1,7 @@
 """Check of a run directory or a finished model for missing, damaged or changed data. It changes nothing and takes no lock."""
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -189,6 +190,10 @@ def _joined_otherwise(meta_model: MetaModel, source: WeightSource) -> Iterator[s
 
 
 def _require_finite(folder: Path, name: str, source: WeightSource) -> None:
+    stored = source.checkpoint if isinstance(source, PackedCheckpoint) else source
+    if isinstance(stored, Checkpoint) and name in stored.infos and stored.infos[name].torch_dtype is None:
+        deque(stored.raw(name), maxlen=0)  # it has no values to compute with, but must be there
+        return
     values = source.read(name, device=CPU)
     if not values.is_floating_point() or not values.numel():
         return

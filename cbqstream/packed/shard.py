@@ -61,7 +61,7 @@ def copy_tensors(disk: Disk, path: Path, source: StoredTensors, names: list[str]
 
     def chunks() -> Iterator[bytes]:
         infos = [source.infos[name] for name in names]
-        yield _header([(info.name, _NAMES[info.dtype], list(info.shape), info.num_bytes) for info in infos])
+        yield _header([(info.name, info.stored_dtype, list(info.shape), info.num_bytes) for info in infos])
         for name in names:
             yield from source.raw(name)
 

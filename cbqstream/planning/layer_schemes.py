@@ -76,8 +76,11 @@ def require_quantizable(
     Raises:
         UsageError: a pattern matches no layer, no layer is left to quantize, the group size does not divide the columns of a layer, or
             layers that inference engines join have different schemes.
-        InputError: weights have a dtype that is not supported, a layer cannot be quantized, or too few weights are in linear layers.
+        InputError: a tensor of the model has a dtype that is not supported, a layer cannot be quantized, or too few weights are in linear
+            layers.
     """
+    for name in (*meta_model.outer.values(), *(name for spec in meta_model.blocks for name in spec.tensors.values())):
+        infos[name].require_readable()
     kept = config.keep_first + config.keep_last
     if kept >= len(meta_model.blocks):
         raise UsageError(
@@ -198,5 +201,5 @@ def _require_storable(info: TensorInfo, scheme: Scheme) -> None:
     scheme.require_whole_groups(info.name, info.shape[1])
     if not info.dtype.is_floating_point:
         raise InputError(
-            info.file, f"has dtype {info.dtype}. Convert the weights to bf16, fp16 or fp32.", tensor=info.name
+            info.file, f"has dtype {info.stored_dtype}. Convert it to bf16, fp16 or fp32.", tensor=info.name
         )

@@ -153,7 +153,7 @@ CASES: dict[str, tuple[Callable[[Bad], object], str]] = {
     ),
     "13 unknown dtype": (
         lambda bad: bad.entry(lambda entry: entry.update(dtype="F99")),
-        r'{weights}: tensor "lm_head.weight": dtype F99 is not supported\.',
+        r'{weights}: tensor "lm_head.weight": dtype F99 is not known\. Convert it to bf16, fp16 or fp32\.',
     ),
     "14 offsets in reverse order": (
         lambda bad: bad.entry(lambda entry: entry.update(data_offsets=[8, 0])),
@@ -311,7 +311,14 @@ CASES: dict[str, tuple[Callable[[Bad], object], str]] = {
                 {"model.layers.1.mlp.up_proj.weight": torch.ones(128, 64, dtype=torch.int32)}
             )
         ),
-        r'{weights}: tensor "model.layers.1.mlp.up_proj.weight": has dtype torch.int32\. Convert the weights to bf16, fp16 or fp32\.',
+        r'{weights}: tensor "model.layers.1.mlp.up_proj.weight": has dtype I32\. Convert it to bf16, fp16 or fp32\.',
+    ),
+    "40 norm in FP8": (
+        lambda bad: bad.tensors(
+            lambda tensors: tensors.update({"model.norm.weight": torch.ones(64).to(torch.float8_e4m3fn)})
+        ),
+        r'{weights}: tensor "model.norm.weight": has dtype F8_E4M3, which is copied but not computed with\.'
+        r" Convert it to bf16, fp16 or fp32\.",
     ),
     "41 missing head": (
         lambda bad: bad.tensors(lambda tensors: tensors.pop("lm_head.weight")),

@@ -18,7 +18,10 @@ from safetensors.torch import save_file
 from cbqstream.checkpoint.folder import find_tensors
 from cbqstream.checkpoint.header import read_header
 from cbqstream.checkpoint.reader import Checkpoint
+from cbqstream.checkpoint.verified import VerifiedCheckpoint
+from cbqstream.disk import Disk
 from cbqstream.errors import InputError
+from cbqstream.packed.shard import copy_tensors
 
 CPU = torch.device("cpu")
 
@@ -68,6 +71,48 @@ def test_tensors_of_different_dtypes_are_read_from_several_shards(tmp_path):
 def test_single_file_checkpoint_needs_no_index(tmp_path):
     save_file({"x": torch.ones(3)}, tmp_path / "model.safetensors")
     assert list(find_tensors(tmp_path)) == ["x"]
+
+
+COPIED = {
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "F8_E8M0": 8,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "F4": 4,
+    "C64": 64,
+}
+"""Bits of a value of each dtype that is copied and not read."""
+
+
+@pytest.mark.parametrize("dtype", COPIED)
+def test_tensors_of_other_dtypes_are_copied_byte_for_byte_and_not_read(tmp_path, dtype):
+    content = bytes(range(COPIED[dtype]))  # 8 values
+    raw(tmp_path / "model.safetensors", one(dtype, (2, 4), (0, len(content))), content)
+    checkpoint = Checkpoint.open(tmp_path)
+    copy_tensors(Disk(), tmp_path / "copy.safetensors", checkpoint, ["a"])
+    copy = Checkpoint(read_header(tmp_path / "copy.safetensors"))
+    for source in (checkpoint, copy):
+        assert source.infos["a"].stored_dtype == dtype
+        assert source.tensors() == {"a": (2, 4)}
+        assert b"".join(source.raw("a")) == content
+    assert copy.fingerprint() == checkpoint.fingerprint()
+    problem = rf'model\.safetensors: tensor "a": has dtype {dtype}, which is copied but not computed with\. Convert it to bf16'
+    for refused in (lambda: checkpoint.read("a", device=CPU), lambda: checkpoint.infos["a"].dtype):
+        with pytest.raises(InputError, match=problem):
+            refused()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64])
+def test_unsigned_integers_are_read(tmp_path, dtype):
+    values = torch.tensor([0, 65535], dtype=dtype)
+    save_file({"a": values}, tmp_path / "model.safetensors")
+    source = VerifiedCheckpoint(Checkpoint.open(tmp_path))
+    assert torch.equal(source.read("a", device=CPU), values)
+    assert source.read("a", device=CPU, dtype=torch.int64).tolist() == [0, 65535]
+    assert list(source.take_digests()) == ["a"]
 
 
 def test_reading_all_tensors_one_by_one_does_not_keep_the_file_in_memory(tmp_path):
@@ -130,7 +175,8 @@ HEADERS = {
         bytes(4),
         '"a" appears twice',
     ),
-    "unknown dtype": (one(dtype="F99"), bytes(8), "F99 is not supported"),
+    "unknown dtype": (one(dtype="F99"), bytes(8), "F99 is not known"),
+    "half a byte": (one(dtype="F4", shape=(3,), offsets=(0, 2)), bytes(2), "not plausible"),
     "negative offset": (one(offsets=(-8, 0)), bytes(8), "not valid"),
     "reversed offsets": (one(offsets=(8, 0)), bytes(8), "not valid"),
     "unused bytes": (one(offsets=(4, 12)), bytes(12), "hole"),

@@ -1,0 +1,67 @@
+"""The files of a model folder: tensors and files that are copied, shards in subfolders and behind links, and what is left out."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cbqstream import plan, quantize
+from cbqstream.checkpoint.reader import Checkpoint
+from cbqstream.commands.check import check
+from cbqstream.errors import InputError
+
+CPU = torch.device("cpu")
+NEAREST = {"rounding": "nearest"}
+
+
+@pytest.fixture
+def model(tiny_models, tmp_path) -> Path:
+    """A copy of a tiny Llama in several shards, which a test may change."""
+    return Path(shutil.copytree(tiny_models["llama"], tmp_path / "model"))
+
+
+def add_tensors(model: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Add tensors to a model, in a shard of their own."""
+    save_file(tensors, model / "more.safetensors")
+    path = model / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"] |= dict.fromkeys(tensors, "more.safetensors")
+    path.write_text(json.dumps(index))
+
+
+def test_tensors_of_every_dtype_that_the_model_does_not_use_are_copied(model, make_config):
+    """Such a tensor may stand in a block too. The result passes the check, which reads every byte."""
+    tensors = {
+        "model.layers.1.mlp.up_proj.old_scale": torch.arange(8).to(torch.float8_e8m0fnu),
+        "mtp.proj.weight": torch.randn(8, 8).to(torch.float8_e4m3fn),
+        "mtp.rope": torch.randn(3, dtype=torch.complex64),
+        "mtp.ids": torch.arange(5).to(torch.uint16),
+    }
+    add_tensors(model, tensors)
+    config = make_config(model=str(model), reconstruction=NEAREST)
+    plan(config, with_time=False)
+    out = quantize(config)
+    source, result = Checkpoint.open(model), Checkpoint.open(out)
+    for name, value in tensors.items():
+        assert result.infos[name].stored_dtype == source.infos[name].stored_dtype
+        assert b"".join(result.raw(name)) == value.view(torch.uint8).numpy().tobytes()
+    found = check(out, read_data=True)
+    assert found.problems == []
+    assert check(Path(f"{out}.run"), read_data=True).problems == []
+
+
+@pytest.mark.parametrize("name", ["model.layers.2.mlp.up_proj.weight", "model.layers.0.input_layernorm.weight"])
+def test_fp8_weights_without_scales_are_refused_before_the_run(model, make_config, name):
+    shard = model / json.loads((model / "model.safetensors.index.json").read_text())["weight_map"][name]
+    tensors = load_file(shard)
+    save_file({**tensors, name: tensors[name].to(torch.float8_e5m2)}, shard)
+    config = make_config(model=str(model), reconstruction=NEAREST)
+    problem = rf'{shard.name}: tensor "{name}": has dtype F8_E5M2, which is copied but not computed with\. Convert it'
+    with pytest.raises(InputError, match=problem):
+        quantize(config)
+    assert not config.run_path.exists()
+    with pytest.raises(InputError, match=problem):
+        plan(config, with_time=False)
