@@ -4,10 +4,12 @@ huggingface_hub reads the endpoint, the token, the folder of the cache and the o
 """
 
 import errno
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +69,20 @@ def fetch(model: str, revision: str | None = None) -> Path:
     if not is_name(model, revision):
         return Path(model)  # the caller raises an error if this path is not a model folder
     with _hub_errors(model):
-        return Path(snapshot_download(model, revision=revision, ignore_patterns=_NOT_DOWNLOADED))
+        folder = Path(snapshot_download(model, revision=revision, ignore_patterns=_NOT_DOWNLOADED))
+        shards = _shards_in_subfolders(folder / "model.safetensors.index.json")
+        if shards:
+            snapshot_download(model, revision=folder.name, allow_patterns=[escape(shard) for shard in shards])
+    return folder
+
+
+def _shards_in_subfolders(index: Path) -> list[str]:
+    """Shards in subfolders that an index lists; none if it cannot be read, which is an error when the model is opened."""
+    try:
+        shards = json.loads(index.read_bytes())["weight_map"].values()
+        return sorted({shard for shard in shards if "/" in shard})
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return []
 
 
 def fetch_headers(model: str, revision: str | None = None) -> tuple[Path, dict[str, dict[str, Any]]]:

@@ -1,11 +1,13 @@
 """Tensors and JSON files of a model folder.
 
-The tensors are stored in one `model.safetensors`, or in shards that are listed in an index.
+The tensors are stored in one `model.safetensors`, or in shards that are listed in an index. A shard may be in a subfolder.
 """
 
 import json
+from collections import Counter
+from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cbqstream.checkpoint.header import read_header
@@ -16,6 +18,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _MAX_JSON = {INDEX: 256 << 20, "tokenizer.json": 256 << 20, "tokenizer_config.json": 16 << 20}
 _MAX_OTHER_JSON = 1 << 20
+_MAX_NAME = 255
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -69,56 +72,121 @@ def find_tensors(folder: Path) -> dict[str, TensorInfo]:
         InputError: the folder has no safetensors, the index disagrees with the shards or names a file outside the folder, or a header is
             broken.
     """
+    if not (folder / INDEX).exists():
+        (shard,) = shards_of(folder)
+        _require_inside(folder, folder / shard)
+        return read_header(folder / shard)
+    weight_map = _weight_map(folder)
+    counts = Counter(weight_map.values())
+    if (folder / SINGLE).exists() and SINGLE not in counts:
+        raise InputError(folder, f"two layouts in one folder: {SINGLE}, and the shards of {INDEX}. Remove one.")
+    held = {}
+    for shard, count in sorted(counts.items()):
+        path = folder / shard
+        if not path.exists() and not path.is_symlink():
+            raise InputError(path, f"missing ({count} tensors). Download it again.")
+        _require_inside(folder, path)
+        held[shard] = read_header(path)
+    _require_agreement(folder, weight_map, held)
+    return {name: info for tensors in held.values() for name, info in tensors.items()}
+
+
+def shards_of(folder: Path) -> list[str]:
+    """Paths in a model folder of the files that hold its tensors: `model.safetensors`, or the shards that the index lists.
+
+    Raises:
+        InputError: the folder has no safetensors, or several without an index; or the index is not valid, or names a file outside the
+            folder.
+    """
     if (folder / INDEX).exists():
-        return _from_index(folder)
-    shards = sorted(folder.glob("*.safetensors"))
-    if (folder / SINGLE).exists():
-        shards = [folder / SINGLE]
+        return sorted(set(_weight_map(folder).values()))
+    shards = sorted(path.name for path in folder.glob("*.safetensors"))
+    if SINGLE in shards:
+        return [SINGLE]
     if len(shards) == 1:
-        _require_inside(folder, shards[0])
-        return read_header(shards[0])
+        return shards
     if shards:
         raise InputError(folder, f"{len(shards)} shards but no {INDEX}. Download it too.")
     if any(next(folder.glob(pattern), None) for pattern in _PICKLES):
         raise InputError(folder, "only pickle checkpoints, which are never read. Convert them to safetensors first.")
-    raise InputError(folder, "no safetensors files.")
+    raise InputError(folder, "no safetensors files. Download the weights, or give another folder.")
 
 
-def _from_index(folder: Path) -> dict[str, TensorInfo]:
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Path in the folder of the shard of each tensor, from the index.
+
+    Raises:
+        InputError: the index is not valid, or names a file outside the folder.
+    """
     index = folder / INDEX
     weight_map = read_json(folder, INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(index, "not a weight index (no weight_map).")
-    for shard in weight_map.values():
-        if (
-            not isinstance(shard, str)
-            or not shard
-            or Path(shard).name != shard
-            or "\\" in shard
-            or ":" in shard
-            or not shard.isprintable()
-        ):
-            raise InputError(index, f'shard name "{shown(str(shard))}" leaves the model folder.')
-    if (folder / SINGLE).exists() and SINGLE not in weight_map.values():
-        raise InputError(folder, f"two layouts in one folder: {SINGLE}, and the shards of {INDEX}. Remove one.")
-    tensors: dict[str, TensorInfo] = {}
-    for shard in sorted(set(weight_map.values())):
-        named = {name for name, where in weight_map.items() if where == shard}
-        if not (folder / shard).exists():
-            raise InputError(folder / shard, f"missing ({len(named)} tensors). Download it again.")
-        _require_inside(folder, folder / shard)
-        held = read_header(folder / shard)
-        for name in sorted(named ^ held.keys()):
-            raise InputError(folder / shard, "index and shards disagree.", tensor=name)
-        tensors.update(held)
-    return tensors
+        raise InputError(index, "not a weight index (no weight_map). Download it again.")
+    shards: dict[str, str] = {}
+    for given in weight_map.values():
+        if not isinstance(given, str) or given not in shards:
+            shards[given] = _checked_name(index, given)
+    return {name: shards[given] for name, given in weight_map.items()}
+
+
+def _checked_name(index: Path, given: object) -> str:
+    """Path of a shard in the model folder, as an index gives it.
+
+    Raises:
+        InputError: it is not a path inside the folder.
+    """
+    path, wrong = PurePosixPath(given if isinstance(given, str) else ""), "is not valid"
+    if path.is_absolute() or ".." in path.parts:
+        wrong = "leaves the model folder"
+    elif (
+        path.parts
+        and str(path).isprintable()
+        and not {"\\", ":"} & {*str(path)}
+        and len(str(path).encode()) <= _MAX_NAME
+    ):
+        return str(path)
+    raise InputError(index, f'shard name "{shown(str(given))}" {wrong}. Download the index again.')
+
+
+def _require_agreement(
+    folder: Path, weight_map: Mapping[str, str], held: Mapping[str, Mapping[str, TensorInfo]]
+) -> None:
+    """Check that the shards hold the tensors that the index lists for them, and no others.
+
+    Args:
+        folder: the model folder.
+        weight_map: shard of each tensor by the index.
+        held: tensors of each shard by its header.
+
+    Raises:
+        InputError: they do not; the message names the tensor and both places.
+    """
+    found = {name: shard for shard, tensors in held.items() for name in tensors}
+    for name, shard in sorted(weight_map.items()):
+        if name in held[shard]:
+            continue
+        if name in found:
+            problem = f"is in {found[name]}, but the index lists it for {shard}. Download the index again."
+            raise InputError(folder / INDEX, problem, tensor=name)
+        problem = f"is in no shard, but {INDEX} lists it for this one. Download both again."
+        raise InputError(folder / shard, problem, tensor=name)
+    for shard, tensors in held.items():
+        for name in tensors:
+            if name not in weight_map:
+                problem = f"is in this shard, but not in {INDEX}. Download both again."
+                raise InputError(folder / shard, problem, tensor=name)
+            if weight_map[name] != shard:
+                problem = f"is in this shard and in {weight_map[name]}. Download the model again."
+                raise InputError(folder / shard, problem, tensor=name)
 
 
 def _require_inside(folder: Path, shard: Path) -> None:
-    """Refuse a shard that is a link to a file outside the model folder.
+    """Refuse a shard that is a link to nothing, or to a file outside the model folder.
 
     A link may lead to another file of the folder, or from a snapshot in the Hugging Face cache to the blobs of the cache.
     """
+    if shard.is_symlink() and not shard.exists():
+        raise InputError(shard, f"a link to {shown(str(shard.readlink()))}, which does not exist. Restore the file.")
     real, home = shard.resolve(), folder.resolve()
     if home in real.parents or (home.parent.name == "snapshots" and home.parent.parent / "blobs" == real.parent):
         return

@@ -49,7 +49,7 @@ def export(model: Path, out: Path, format_name: str, disk: Disk | None = None) -
             _write_gguf(disk, model, building, config, source)
             disk.publish(building, out)
         else:
-            weight_map, sums = _write_shards(disk, building, source, format_name)
+            weight_map, sums = _write_shards(disk, model, building, source, format_name)
             new = _config(config, source, format_name)
             complete_folder(disk, out, building, source_folder=model, weight_map=weight_map, sums=sums, config=new)
     return out
@@ -63,9 +63,9 @@ def _write_gguf(disk: Disk, model: Path, building: Path, config: dict[str, Any],
 
 
 def _write_shards(
-    disk: Disk, building: Path, source: PackedCheckpoint, format_name: str
+    disk: Disk, model: Path, building: Path, source: PackedCheckpoint, format_name: str
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Write the shards in the new format.
+    """Write the shards in the new format. Those from subfolders have the name of the subfolder before theirs.
 
     Returns:
         File name of the shard of each tensor, and SHA-256 of each shard.
@@ -80,9 +80,10 @@ def _write_shards(
     weight_map: dict[str, str] = {}
     sums: dict[str, str] = {}
     for file in sorted({info.file for info in source.checkpoint.infos.values()}):
-        names, digest = _write_shard(disk, building / file.name, source, file, format_name)
-        weight_map.update(dict.fromkeys(names, file.name))
-        sums[file.name] = digest.sha256
+        shard = "-".join(file.relative_to(model).parts)
+        names, digest = _write_shard(disk, building / shard, source, file, format_name)
+        weight_map.update(dict.fromkeys(names, shard))
+        sums[shard] = digest.sha256
     return weight_map, sums
 
 

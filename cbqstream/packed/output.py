@@ -182,7 +182,7 @@ def require_sums(folder: Path, intact: Mapping[str, str]) -> int | None:
     except ValueError as error:
         raise InputError(file, "not a list of checksums. Remove it, or copy it again.") from error
     for shard in sorted({info.file for info in find_tensors(folder).values()}):
-        if sums.get(shard.name) != (intact.get(shard.name) or digest_of_file(shard).sha256):
+        if sums.get(shard.relative_to(folder).as_posix()) != (intact.get(shard.name) or digest_of_file(shard).sha256):
             raise InputError(shard, f"is not what was written (its SHA-256 does not match {SUMS}). Copy it again.")
     return len(sums)
 

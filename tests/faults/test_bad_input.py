@@ -108,6 +108,11 @@ def disagree(bad):
     )
 
 
+def twice(bad):
+    bad.shards()
+    bad.tensors(lambda tensors: tensors.update({"model.norm.weight": torch.ones(64)}))
+
+
 DEEP = b"[" * 100_000
 CASES: dict[str, tuple[Callable[[Bad], object], str]] = {
     "1 empty file": (lambda bad: bad.put(b""), r"{weights}: empty file \(0 bytes\)\. Download it again\."),
@@ -205,7 +210,7 @@ CASES: dict[str, tuple[Callable[[Bad], object], str]] = {
     ),
     "23 index without a weight map": (
         lambda bad: bad.index(lambda index: index.pop("weight_map") and None),
-        r"{model}/model\.safetensors\.index\.json: not a weight index \(no weight_map\)\.",
+        r"{model}/model\.safetensors\.index\.json: not a weight index \(no weight_map\)\. Download it again\.",
     ),
     "23 index is not JSON": (
         lambda bad: bad.index(lambda index: "{"),
@@ -227,7 +232,27 @@ CASES: dict[str, tuple[Callable[[Bad], object], str]] = {
         lambda bad: (bad.shards(), replace_by(bad.weights, Path.mkdir)),
         r"{weights}: not a regular file\.",
     ),
-    "29 30 index and shards disagree": (disagree, r'.*: tensor "model.norm.weight": index and shards disagree\.'),
+    "29 30 index and shards disagree": (
+        disagree,
+        r'{model}/model\.safetensors\.index\.json: tensor "model.norm.weight": is in model-\S+\.safetensors,'
+        r" but the index lists it for model-\S+\.safetensors\. Download the index again\.",
+    ),
+    "29 tensor that no shard has": (
+        lambda bad: bad.index(lambda index: index["weight_map"].update({"x": bad.weights.name})),
+        r'{weights}: tensor "x": is in no shard, but model\.safetensors\.index\.json lists it for this one\. Download both again\.',
+    ),
+    "30 tensor that the index does not list": (
+        lambda bad: bad.index(lambda index: index["weight_map"].pop("model.norm.weight") and None),
+        r'{model}/\S+: tensor "model.norm.weight": is in this shard, but not in model\.safetensors\.index\.json\. Download both again\.',
+    ),
+    "30 tensor in two shards": (
+        twice,
+        r'{weights}: tensor "model.norm.weight": is in this shard and in model-\S+\. Download the model again\.',
+    ),
+    "26 shard is a link to nothing": (
+        lambda bad: (bad.shards(), replace_by(bad.weights, lambda path: path.symlink_to("gone"))),
+        r"{weights}: a link to gone, which does not exist\. Restore the file\.",
+    ),
     "32 single file beside shards": (
         lambda bad: (
             bad.weights.rename(bad.folder / "aside"),
@@ -464,16 +489,21 @@ CASES: dict[str, tuple[Callable[[Bad], object], str]] = {
 
 The pattern is a regular expression in which {weights}, {model} and {tokens} are the paths of the shard, the model and the calibration file.
 """
-NAMES = {
+OUTSIDE = {
     "24 relative path": "../../etc/passwd",
+    "24 relative path in a subfolder": "a/../../x.safetensors",
     "25 absolute path": "/etc/passwd",
+}
+"""Names of a shard in an index that leave the folder, by number and description of the case."""
+NAMES = {
     "25 backslash": "..\\x.safetensors",
     "25 drive letter": "C:x.safetensors",
     "25 empty name": "",
     "25 number": 7,
     "25 control character": "a\n.safetensors",
+    "25 too long": "x" * 256,
 }
-"""Names of a shard in an index that are refused, by number and description of the case."""
+"""Names of a shard in an index that no file can have, by number and description of the case."""
 
 
 @pytest.fixture(scope="module")
@@ -546,10 +576,10 @@ def test_harmless_oddities_give_warnings_at_most(toy, single, tmp_path, tally):
         counted.add(faults=4)
 
 
-@pytest.mark.parametrize("case", NAMES)
-def test_shard_names_that_leave_the_model_folder_are_refused(toy, single, tmp_path, tally, case):
+@pytest.mark.parametrize("case", [*OUTSIDE, *NAMES])
+def test_shard_names_that_cannot_be_inside_the_model_folder_are_refused(toy, single, tmp_path, tally, case):
     bad = Bad(tmp_path, single, toy.model)
-    bad.index(lambda index: index["weight_map"].update({"lm_head.weight": NAMES[case]}))
-    assert not refused(
-        toy, bad, r'{model}/model\.safetensors\.index\.json: shard name ".*" leaves the model folder\.', tally
-    )
+    bad.index(lambda index: index["weight_map"].update({"lm_head.weight": {**OUTSIDE, **NAMES}[case]}))
+    reason = "leaves the model folder" if case in OUTSIDE else "is not valid"
+    pattern = r'{model}/model\.safetensors\.index\.json: shard name ".*" ' + reason + r"\. Download the index again\."
+    assert not refused(toy, bad, pattern, tally)

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from cbqstream import hub as hub_module
+from cbqstream.checkpoint.folder import find_tensors
 from cbqstream.errors import InputError, StorageError
 from cbqstream.evaluation.perplexity import evaluate
 from tiny import SEQ_LEN, files_of, save_model
@@ -157,8 +158,8 @@ def hub(tmp_path):
 
 
 @pytest.fixture
-def run(hub, tmp_path):
-    """A function that runs the command line with the server as the Hub. Its keyword arguments are environment variables."""
+def python(hub, tmp_path):
+    """A function that runs Python with the server as the Hub. Its keyword arguments are environment variables."""
 
     def call(*arguments, **environment):
         settings = {
@@ -170,8 +171,27 @@ def run(hub, tmp_path):
             "HF_HUB_DISABLE_TELEMETRY": "1",
             **environment,
         }
-        command = [sys.executable, "-m", "cbqstream", *map(str, arguments)]
+        command = [sys.executable, *map(str, arguments)]
         return subprocess.run(command, env=settings, capture_output=True, text=True, check=False)
+
+    return call
+
+
+@pytest.fixture
+def run(python):
+    """A function that runs the command line with the server as the Hub. Its keyword arguments are environment variables."""
+    return lambda *arguments, **environment: python("-m", "cbqstream", *arguments, **environment)
+
+
+@pytest.fixture
+def fetch(python):
+    """A function that downloads the model, or its headers, and returns what `cbqstream.hub` returns."""
+
+    def call(function="fetch", **environment):
+        code = f"from cbqstream.hub import {function}; print({function}({NAME!r}))"
+        made = python("-c", code, **environment)
+        assert made.returncode == 0, made.stderr
+        return made.stdout.strip()
 
     return call
 
@@ -247,6 +267,22 @@ def test_plan_of_a_model_on_the_hub_reads_only_headers(run, hub, tmp_path):
     offline = run("plan", NAME, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "nothing"))
     assert (offline.returncode, offline.stderr.count("\n")) == (65, 1)
     assert f"Download it first: hf download {NAME}." in offline.stderr
+
+
+def test_shards_in_subfolders_are_downloaded_and_other_weights_are_not(fetch, hub):
+    folder = hub.models[NAME][COMMITS["main"]]
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())["weight_map"]
+    moved = index["model.norm.weight"]
+    (folder / "part[1]").mkdir()
+    (folder / moved).rename(folder / "part[1]" / "x.safetensors")
+    new = {name: "part[1]/x.safetensors" if shard == moved else shard for name, shard in index.items()}
+    path.write_text(json.dumps({"weight_map": new}))
+    assert "part[1]/x.safetensors" in fetch("fetch_headers")
+    for offline in ("0", "1"):
+        assert find_tensors(Path(fetch(HF_HUB_OFFLINE=offline))).keys() == index.keys()
+    assert hub.downloads.count("x.safetensors") == 1
+    assert "weights.safetensors" not in hub.downloads
 
 
 def test_models_that_cannot_be_downloaded_are_errors_of_one_line(run, tokens, tmp_path):

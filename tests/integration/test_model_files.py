@@ -8,10 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cbqstream import plan, quantize
+from cbqstream import evaluate, plan, quantize
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.commands.check import check
+from cbqstream.commands.export import export
 from cbqstream.errors import InputError
+from tiny import SEQ_LEN, files_of
 
 CPU = torch.device("cpu")
 NEAREST = {"rounding": "nearest"}
@@ -30,6 +32,49 @@ def add_tensors(model: Path, tensors: dict[str, torch.Tensor]) -> None:
     index = json.loads(path.read_text())
     index["weight_map"] |= dict.fromkeys(tensors, "more.safetensors")
     path.write_text(json.dumps(index))
+
+
+def move_shards(model: Path) -> None:
+    """Move the first two shards of a model into subfolders, under one name."""
+    path = model / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    new = {}
+    for folder, shard in zip(("a", "b/c"), sorted({*index["weight_map"].values()})[:2], strict=True):
+        new[shard] = f"{folder}/part.safetensors"
+        (model / folder).mkdir(parents=True)
+        (model / shard).rename(model / new[shard])
+    index["weight_map"] = {name: new.get(shard, shard) for name, shard in index["weight_map"].items()}
+    path.write_text(json.dumps(index))
+
+
+def test_shards_in_subfolders_give_the_same_result(model, make_config, tiny_models, tokens, tmp_path):
+    expected = files_of(quantize(make_config(reconstruction=NEAREST)))
+    move_shards(model)
+    config = make_config(model=str(model), name="moved", reconstruction=NEAREST)
+    assert plan(config, with_time=False).source == plan(make_config(), with_time=False).source
+    out = quantize(config)
+    assert files_of(out) == expected
+    lengths = {"num_samples": 4, "seq_len": SEQ_LEN, "device": "cpu", "threads": 1}
+    assert evaluate(model, tokens, **lengths) == evaluate(tiny_models["llama"], tokens, **lengths)
+
+
+def test_checksums_and_exports_of_a_result_with_shards_in_subfolders(make_config, tmp_path):
+    out = quantize(make_config(reconstruction=NEAREST))
+    expected = export(out, tmp_path / "flat", "dense")
+    sums = out / "SHA256SUMS"
+    table = {line.split()[1]: line.split()[0] for line in sums.read_text().splitlines()}
+    first, second = sorted(table)[:2]
+    move_shards(out)
+    moved = {"a/part.safetensors": table.pop(first), "b/c/part.safetensors": table.pop(second)}
+    sums.write_text("".join(f"{digest}  {name}\n" for name, digest in (table | moved).items()))
+    assert check(out, read_data=True).problems == []
+    made = export(out, tmp_path / "moved", "dense")
+    assert {path.name for path in made.glob("*.safetensors")} > {"a-part.safetensors", "b-c-part.safetensors"}
+    assert check(made, read_data=True).problems == []
+    assert Checkpoint.open(made).fingerprint() == Checkpoint.open(expected).fingerprint()
+    sums.write_text(sums.read_text().replace("b/c/part", "c/part"))
+    (problem,) = check(out, read_data=True).problems
+    assert problem.startswith(f"{out}/b/c/part.safetensors: is not what was written")
 
 
 def test_tensors_of_every_dtype_that_the_model_does_not_use_are_copied(model, make_config):

@@ -223,15 +223,19 @@ def test_random_json_gives_a_header_or_an_input_error(tmp_path_factory, header):
 INDEXES = {
     "parent folder": ({"weight_map": {"x": "../x.safetensors"}}, "leaves the model folder"),
     "absolute path": ({"weight_map": {"x": "/etc/passwd"}}, "leaves the model folder"),
-    "backslash": ({"weight_map": {"x": "a\\b"}}, "leaves the model folder"),
-    "not a string": ({"weight_map": {"x": 3}}, "leaves the model folder"),
+    "backslash": ({"weight_map": {"x": "a\\b"}}, "is not valid"),
+    "not a string": ({"weight_map": {"x": 3}}, "is not valid"),
+    "list": ({"weight_map": {"x": ["a.safetensors"]}}, "is not valid"),
     "no weight map": ({}, "no weight_map"),
     "missing shard": ({"weight_map": {"x": "b.safetensors", "y": "b.safetensors"}}, r"missing \(2 tensors\)"),
     "tensor that no shard has": (
         {"weight_map": {"x": "a.safetensors", "y": "a.safetensors"}},
-        "index and shards disagree",
+        r'a\.safetensors: tensor "y": is in no shard',
     ),
-    "tensor of a shard is missing": ({"weight_map": {"y": "a.safetensors"}}, "index and shards disagree"),
+    "tensor that the index does not list": (
+        {"weight_map": {"y": "b/c.safetensors"}},
+        r'c\.safetensors: tensor "x": is in',
+    ),
 }
 
 
@@ -239,6 +243,8 @@ INDEXES = {
 def test_broken_indexes_are_refused(tmp_path, case):
     index, message = INDEXES[case]
     save_file({"x": torch.ones(3)}, tmp_path / "a.safetensors")
+    (tmp_path / "b").mkdir()
+    save_file({"x": torch.ones(3), "y": torch.ones(3)}, tmp_path / "b" / "c.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(InputError, match=message):
         find_tensors(tmp_path)
