@@ -6,14 +6,14 @@ huggingface_hub reads the endpoint, the token, the folder of the cache and the o
 import errno
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from glob import escape
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -22,9 +22,12 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     SafetensorsParsingError,
 )
-from huggingface_hub.utils.tqdm import disable_progress_bars
+from huggingface_hub.utils.tqdm import disable_progress_bars, tqdm
 
 from cbqstream.errors import InputError, StorageError, UsageError, shown
+
+Check = Callable[[Path], None]
+"""Function that raises an error if the folder with the description of a model is that of a model which cannot be used."""
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _NOT_DOWNLOADED = [
@@ -32,7 +35,8 @@ _NOT_DOWNLOADED = [
     "consolidated*",
     *(f"*.{suffix}" for suffix in ("bin", "pt", "pth", "ckpt", "h5", "msgpack", "gguf", "onnx")),
 ]
-
+_DESCRIPTION = ["config.json", "adapter_config.json", ".gitattributes"]
+"""Files that are downloaded first. Every repository has the last one; huggingface_hub prints a warning if there is no file to download."""
 
 _FAILURES: tuple[type[Exception], ...] = (
     HfHubHTTPError,
@@ -49,12 +53,13 @@ The second one is the base class of all errors of its HTTP client. It is found i
 """
 
 
-def fetch(model: str, revision: str | None = None) -> Path:
+def fetch(model: str, revision: str | None = None, check: Check = lambda folder: None) -> Path:
     """Folder of a model, which is downloaded into the local cache first if necessary.
 
     Args:
         model: a folder, or a name on the Hub such as `owner/name`.
         revision: branch, tag or commit; only for a name.
+        check: called with the folder that has the description of the model, before its weights are downloaded.
 
     Returns:
         `model` itself if it is a folder; for a name, the folder of the snapshot in the local cache.
@@ -69,7 +74,8 @@ def fetch(model: str, revision: str | None = None) -> Path:
     if not is_name(model, revision):
         return Path(model)  # the caller raises an error if this path is not a model folder
     with _hub_errors(model):
-        folder = Path(snapshot_download(model, revision=revision, ignore_patterns=_NOT_DOWNLOADED))
+        folder = _described(model, revision, check)
+        snapshot_download(model, revision=folder.name, ignore_patterns=_NOT_DOWNLOADED)
         shards = _shards_in_subfolders(folder / "model.safetensors.index.json")
         if shards:
             snapshot_download(model, revision=folder.name, allow_patterns=[escape(shard) for shard in shards])
@@ -85,12 +91,35 @@ def _shards_in_subfolders(index: Path) -> list[str]:
         return []
 
 
-def fetch_headers(model: str, revision: str | None = None) -> tuple[Path, dict[str, dict[str, Any]]]:
+class _NoBar(tqdm):
+    """A progress bar that is not shown."""
+
+    def __init__(self, *values: Any, **options: Any) -> None:
+        super().__init__(*values, **{**options, "disable": True})  # type: ignore[no-untyped-call]
+
+
+def _described(model: str, revision: str | None, check: Check) -> Path:
+    """Folder of a model on the Hub with its description. The name of the folder is that of the commit.
+
+    Raises:
+        InputError: the model has no config.json.
+    """
+    folder = Path(snapshot_download(model, revision=revision, allow_patterns=_DESCRIPTION, tqdm_class=_NoBar))
+    check(folder)
+    if not (folder / "config.json").is_file():
+        raise InputError(model, "has no config.json. Give a model in safetensors that transformers can load.")
+    return folder
+
+
+def fetch_headers(
+    model: str, revision: str | None = None, check: Check = lambda folder: None
+) -> tuple[Path, dict[str, dict[str, Any]]]:
     """Download the description of a model on the Hub without its weights.
 
     Args:
         model: a name on the Hub.
         revision: branch, tag or commit.
+        check: called with the folder that has the description, before the headers are read.
 
     Returns:
         A folder with config.json, and the header of each shard by the name of its file.
@@ -101,13 +130,13 @@ def fetch_headers(model: str, revision: str | None = None) -> tuple[Path, dict[s
     """
     disable_progress_bars()
     with _hub_errors(model):
-        config = Path(hf_hub_download(model, "config.json", revision=revision))
+        folder = _described(model, revision, check)
         try:
-            shards = HfApi().get_safetensors_metadata(model, revision=revision).files_metadata
+            shards = HfApi().get_safetensors_metadata(model, revision=folder.name).files_metadata
         # huggingface_hub raises these for a header that is JSON but does not describe tensors
         except (TypeError, AttributeError, LookupError) as error:
             raise InputError(model, f"the header of a shard is not plausible ({_reason(error)}).") from error
-    return config.parent, {
+    return folder, {
         file: {name: {**asdict(info), "data_offsets": [*info.data_offsets]} for name, info in held.tensors.items()}
         for file, held in shards.items()
     }

@@ -19,6 +19,8 @@ INDEX = "model.safetensors.index.json"
 _MAX_JSON = {INDEX: 256 << 20, "tokenizer.json": 256 << 20, "tokenizer_config.json": 16 << 20}
 _MAX_OTHER_JSON = 1 << 20
 _MAX_NAME = 255
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+"""Files of an adapter that PEFT wrote."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -26,11 +28,14 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     """Read a JSON object from a file of a model folder.
 
     Raises:
-        InputError: the folder or the file is missing, or the file is too large or is not a JSON object.
+        InputError: the folder or the file is missing, or the file is too large or is not a JSON object; or the file is config.json, and the
+            folder has an adapter.
     """
     path = folder / name
     if not folder.is_dir():
         raise InputError(folder, "no such folder. Give the folder of a model with config.json and safetensors.")
+    if name == "config.json":
+        refuse_adapter(folder)
     if not path.is_file():
         raise InputError(path, f"missing. A model folder has {name}.")
     limit = _MAX_JSON.get(name, _MAX_OTHER_JSON)
@@ -43,6 +48,21 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(path, "not a JSON object.")
     return value
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Check that a folder has no adapter, whose weights change those of the base model and would be left out.
+
+    Raises:
+        InputError: it has one.
+    """
+    for name in _ADAPTER:
+        if (folder / name).exists():
+            raise InputError(
+                folder,
+                f"holds a LoRA adapter ({name}), whose weights would be left out."
+                " Merge it into the base model first (peft: merge_and_unload), then quantize the merged folder.",
+            )
 
 
 def is_size(value: Any) -> bool:

@@ -84,9 +84,10 @@ def folder_of(model: str, revision: str | None) -> Path:
         model: a folder, or `owner/name` on the Hub.
         revision: branch, tag or commit of a model on the Hub.
     """
+    from cbqstream.checkpoint.folder import refuse_adapter
     from cbqstream.hub import fetch
 
-    return fetch(model, revision)
+    return fetch(model, revision, refuse_adapter)
 
 
 def say(line: str) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from cbqstream.activations.store import StreamShape
 from cbqstream.activations.zarr_store import ZarrStore
-from cbqstream.checkpoint.folder import quant_method_of, read_json
+from cbqstream.checkpoint.folder import quant_method_of, read_json, refuse_adapter
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.checkpoint.verified import VerifiedCheckpoint
 from cbqstream.errors import CbqstreamError, DeviceMemoryError, InputError
@@ -78,6 +78,7 @@ def check(path: Path, *, read_data: bool, blocks_path: str | None = None, load: 
         found = Findings()
         found.attempt(_check_model, path, blocks_path, read_data, load, {}, found)
         return found
+    refuse_adapter(path)
     raise neither_run_nor_model(path)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cbqstream.calibration.segments import load_segments
-from cbqstream.checkpoint.folder import find_tensors, quant_method_of, read_json
+from cbqstream.checkpoint.folder import find_tensors, quant_method_of, read_json, require_no_adapter
 from cbqstream.checkpoint.header import described
 from cbqstream.config import QuantizeConfig
 from cbqstream.disk import is_occupied
@@ -35,7 +35,7 @@ def read_headers(model: str, revision: str | None = None) -> tuple[dict[str, Any
     """
     if not is_name(model, revision):
         return read_json(Path(model), "config.json"), find_tensors(Path(model))
-    folder, headers = fetch_headers(model, revision)
+    folder, headers = fetch_headers(model, revision, require_no_adapter)
     infos = {key: info for file, held in headers.items() for key, info in described(Path(model, file), held).items()}
     return read_json(folder, "config.json"), infos
 

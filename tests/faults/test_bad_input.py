@@ -278,6 +278,18 @@ CASES: dict[str, tuple[Callable[[Bad], object], str]] = {
         lambda bad: (bad.model / "config.json").write_text('{"hidden_size": 64, "hidden_size": 32}'),
         r'{model}/config\.json: "hidden_size" appears twice\.',
     ),
+    "33 adapter without a model": (
+        lambda bad: [
+            path.unlink() if path.name != "model.safetensors" else path.rename(bad.model / "adapter_model.safetensors")
+            for path in bad.model.iterdir()
+        ],
+        r"{model}: holds a LoRA adapter \(adapter_model\.safetensors\), whose weights would be left out\."
+        r" Merge it into the base model first \(peft: merge_and_unload\), then quantize the merged folder\.",
+    ),
+    "33 adapter beside a model": (
+        lambda bad: (bad.model / "adapter_config.json").write_text("{}"),
+        r"{model}: holds a LoRA adapter \(adapter_config\.json\), .*",
+    ),
     "34 unknown architecture": (
         lambda bad: bad.config(model_type="\x1b[2Jfoo"),
         r'{model}/config\.json: architecture "\\x1b\[2Jfoo" is not in transformers\. Use another model\.',

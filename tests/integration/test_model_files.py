@@ -25,6 +25,32 @@ def model(tiny_models, tmp_path) -> Path:
     return Path(shutil.copytree(tiny_models["llama"], tmp_path / "model"))
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_every_command_refuses_an_adapter(model, make_config, tokens, tmp_path, whole):
+    """An adapter beside the weights of a model would be left out, and without them there is no model."""
+    for path in () if whole else model.iterdir():
+        path.unlink()
+    (model / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    config = make_config(model=str(model))
+    text = (
+        f"{model}: holds a LoRA adapter (adapter_config.json), whose weights would be left out. Merge it into the base"
+    )
+    for call in (
+        lambda: quantize(config),
+        lambda: plan(config, with_time=False),
+        lambda: evaluate(model, tokens, device="cpu"),
+        lambda: export(model, tmp_path / "exported", "dense"),
+    ):
+        with pytest.raises(InputError) as refused:
+            call()
+        assert str(refused.value).startswith(text)
+    if whole:
+        assert check(model, read_data=False).problems == [str(refused.value)]
+    else:
+        with pytest.raises(InputError, match="holds a LoRA adapter"):
+            check(model, read_data=False)
+
+
 def add_tensors(model: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Add tensors to a model, in a shard of their own."""
     save_file(tensors, model / "more.safetensors")
