@@ -35,7 +35,7 @@ _NOT_DOWNLOADED = [
     "consolidated*",
     *(f"*.{suffix}" for suffix in ("bin", "pt", "pth", "ckpt", "h5", "msgpack", "gguf", "onnx")),
 ]
-_DESCRIPTION = ["config.json", "adapter_config.json", ".gitattributes"]
+_DESCRIPTION = ["config.json", "adapter_config.json", "quant*_config.json", "hf_quant_config.json", ".gitattributes"]
 """Files that are downloaded first. Every repository has the last one; huggingface_hub prints a warning if there is no file to download."""
 
 _FAILURES: tuple[type[Exception], ...] = (

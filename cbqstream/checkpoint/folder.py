@@ -5,7 +5,7 @@ The tensors are stored in one `model.safetensors`, or in shards that are listed 
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,9 +16,19 @@ from cbqstream.records import TensorInfo
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_MAX_JSON = {INDEX: 256 << 20, "tokenizer.json": 256 << 20, "tokenizer_config.json": 16 << 20}
+_MAX_JSON = {
+    INDEX: 256 << 20,
+    "tokenizer.json": 256 << 20,
+    "tokenizer_config.json": 16 << 20,
+    "hf_quant_config.json": 64 << 20,
+}
 _MAX_OTHER_JSON = 1 << 20
 _MAX_NAME = 255
+_QUANTIZED = ("quantization_config", "compression_config")
+"""Keys of config.json, or of a part of it such as text_config, that describe how a model is quantized."""
+_QUANTIZED_BESIDE = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
+"""Files beside config.json in which some programs describe it instead, and the method if the file does not name it."""
+_DEPTH = 3
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 """Files of an adapter that PEFT wrote."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -70,8 +80,43 @@ def is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 1 << 20
 
 
+def quantization_of(folder: Path, model: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The `quantization_config` of a model folder, wherever it stands; None if the model is not quantized.
+
+    Args:
+        folder: folder of the model.
+        model: content of its config.json.
+
+    Raises:
+        InputError: a file that describes how the model is quantized cannot be read.
+    """
+    found = find_quantization(folder, model)
+    return None if found is None else found[1]
+
+
+def find_quantization(folder: Path, model: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
+    """The place of a `quantization_config`, for messages, and its content with `quant_method`; see `quantization_of`."""
+    inside = next(_quantized_parts(model, str(folder / "config.json")), None)
+    if inside is not None:
+        return inside
+    for name, method in _QUANTIZED_BESIDE.items():
+        if (folder / name).exists():
+            return str(folder / name), {"quant_method": method, **read_json(folder, name)}
+    return None
+
+
+def _quantized_parts(part: Mapping[str, Any], place: str, depth: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Place and content of each `quantization_config` in config.json or in a part of it, from the outside in."""
+    for key in _QUANTIZED:
+        if part.get(key):
+            yield place, part[key] if isinstance(part[key], dict) else {}
+    for name, inner in part.items():
+        if isinstance(inner, dict) and depth < _DEPTH:
+            yield from _quantized_parts(inner, f"{place}: {shown(name)}", depth + 1)
+
+
 def quant_method_of(quantization_config: object) -> str:
-    """Name of the method in a `quantization_config` of config.json, safe to print; "None" if it has no name."""
+    """Name of the method in a `quantization_config`, safe to print; "None" if it has no name."""
     found = quantization_config.get("quant_method") if isinstance(quantization_config, dict) else None
     return shown(str(found))
 

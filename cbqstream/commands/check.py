@@ -10,7 +10,7 @@ import torch
 
 from cbqstream.activations.store import StreamShape
 from cbqstream.activations.zarr_store import ZarrStore
-from cbqstream.checkpoint.folder import quant_method_of, read_json, refuse_adapter
+from cbqstream.checkpoint.folder import quant_method_of, quantization_of, read_json, refuse_adapter
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.checkpoint.verified import VerifiedCheckpoint
 from cbqstream.errors import CbqstreamError, DeviceMemoryError, InputError
@@ -159,8 +159,9 @@ def _check_model(
     found: Findings,
 ) -> None:
     config = read_json(folder, "config.json")
-    if quant_method_of(config.get("quantization_config")) == METHOD:
-        faults = list(faults_of(config["quantization_config"], Checkpoint.open(folder)))
+    quantization = quantization_of(folder, config)
+    if quantization is not None and quant_method_of(quantization) == METHOD:
+        faults = list(faults_of(quantization, Checkpoint.open(folder)))
         found.problems.extend(f"{folder}: {fault}" for fault in faults)
         if faults:
             return

@@ -251,9 +251,8 @@ def _words(codes: int, scheme: Scheme) -> int:
     return -(-codes * scheme.num_bits // _WORD)
 
 
-def not_supported(config: object) -> UsageError:
-    """The error for a quantization_config that is not supported, with its `quant_method`."""
-    return UsageError(
-        f"the model is already quantized ({quant_method_of(config)}) in a form that is not supported."
-        " Give the original model, or a result of cbqstream quantize."
-    )
+def not_supported(config: object, place: str | None = None) -> UsageError:
+    """The error for a quantization_config that is not supported, with its `quant_method` and the place where it stands."""
+    problem = f"the model is already quantized ({quant_method_of(config)}) in a form that is not supported"
+    remedy = "Give the original model, or a result of cbqstream quantize."
+    return UsageError(f"{'' if place is None else f'{place}: '}{problem}. {remedy}")

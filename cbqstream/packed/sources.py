@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from cbqstream.checkpoint.folder import quant_method_of
+from cbqstream.checkpoint.folder import find_quantization, quant_method_of
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.packed.format import METHOD, not_supported, schemes_of
 from cbqstream.packed.packed_checkpoint import PackedCheckpoint
@@ -34,10 +34,11 @@ def open_source(folder: Path, config: Mapping[str, Any]) -> WeightSource:
         InputError: the checkpoint cannot be read.
         UsageError: the checkpoint is quantized in a form that is not supported.
     """
-    checkpoint, quantization_config = Checkpoint.open(folder), config.get("quantization_config")
-    if not quantization_config:
+    checkpoint, found = Checkpoint.open(folder), find_quantization(folder, config)
+    if found is None:
         return checkpoint
+    place, quantization_config = found
     opener = SOURCES.get(quant_method_of(quantization_config))
     if opener is None:
-        raise not_supported(quantization_config)
+        raise not_supported(quantization_config, place)
     return opener(checkpoint, quantization_config)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cbqstream.calibration.segments import load_segments
-from cbqstream.checkpoint.folder import find_tensors, quant_method_of, read_json, require_no_adapter
+from cbqstream.checkpoint.folder import find_quantization, find_tensors, quant_method_of, read_json, refuse_adapter
 from cbqstream.checkpoint.header import described
 from cbqstream.config import QuantizeConfig
 from cbqstream.disk import is_occupied
@@ -31,13 +31,15 @@ def read_headers(model: str, revision: str | None = None) -> tuple[dict[str, Any
         revision: branch, tag or commit of a model on the Hub; None is the default branch.
 
     Raises:
-        InputError: the model cannot be read or fetched.
+        InputError: the model cannot be read or fetched, or a model on the Hub is quantized already.
     """
     if not is_name(model, revision):
         return read_json(Path(model), "config.json"), find_tensors(Path(model))
-    folder, headers = fetch_headers(model, revision, require_no_adapter)
+    folder, headers = fetch_headers(model, revision, refuse_adapter)
+    found = read_json(folder, "config.json")
+    require_original(folder, found)
     infos = {key: info for file, held in headers.items() for key, info in described(Path(model, file), held).items()}
-    return read_json(folder, "config.json"), infos
+    return found, infos
 
 
 def checked_model(
@@ -98,18 +100,17 @@ def require_original(folder: Path, model: Mapping[str, Any]) -> None:
     """Check that a model is not quantized already.
 
     Args:
-        folder: folder of the model, for the message.
+        folder: folder of the model.
         model: content of config.json.
 
     Raises:
-        InputError: config.json has a quantization_config.
+        InputError: config.json or a file beside it says that the model is quantized.
     """
-    config = model.get("quantization_config")
-    if config:
+    found = find_quantization(folder, model)
+    if found is not None:
+        place, config = found
         problem = f"the model is already quantized ({quant_method_of(config)})"
-        raise InputError(
-            folder / "config.json", f"{problem}. Give the original model; if that is in FP8, convert it to bf16."
-        )
+        raise InputError(place, f"{problem}. Give the original model; if that is in FP8, convert it to bf16.")
 
 
 def require_paths(config: QuantizeConfig) -> None:

@@ -365,6 +365,14 @@ CASES: dict[str, tuple[Callable[[Bad], object], str]] = {
         lambda bad: bad.config(quantization_config={"quant_method": "gptq"}),
         r"{model}/config\.json: the model is already quantized \(gptq\)\. Give the original model; if that is in FP8, convert it to bf16\.",
     ),
+    "42 text model that is already quantized": (
+        lambda bad: bad.config(text_config={"quantization_config": {"quant_method": "fp8"}}),
+        r"{model}/config\.json: text_config: the model is already quantized \(fp8\)\. .*",
+    ),
+    "42 quantize_config.json of AutoGPTQ": (
+        lambda bad: (bad.model / "quantize_config.json").write_text('{"bits": 4, "group_size": 128}'),
+        r"{model}/quantize_config\.json: the model is already quantized \(gptq\)\. .*",
+    ),
     "43 weight with NaN": (
         lambda bad: bad.tensors(
             lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].view(-1)[17:20].fill_(float("nan"))

@@ -267,7 +267,7 @@ def test_a_model_of_a_registered_source_format_is_checked(tiny_models, tmp_path,
     folder = shutil.copytree(tiny_models["llama"], tmp_path / "halves")
     config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "halves"}}
     (folder / "config.json").write_text(json.dumps(config))
-    refused = "the model is already quantized (halves) in a form that is not supported"
+    refused = f"{folder}/config.json: the model is already quantized (halves) in a form that is not supported"
     assert [problem.startswith(refused) for problem in check(folder, read_data=True).problems] == [True]
 
     monkeypatch.setattr(

@@ -285,16 +285,22 @@ def test_shards_in_subfolders_are_downloaded_and_other_weights_are_not(fetch, hu
     assert "weights.safetensors" not in hub.downloads
 
 
-def test_an_adapter_is_refused_before_its_weights_are_downloaded(run, python, hub, tokens, tmp_path):
+def test_adapters_and_quantized_models_are_refused_before_its_weights_are_downloaded(
+    run, python, hub, tokens, tmp_path
+):
     """A repository without config.json is refused by its name."""
     folder = hub.models[NAME][COMMITS["main"]]
     (folder / "adapter_config.json").write_text("{}")
     for command in (("quantize", NAME, tmp_path / "out", *options(tokens)), ("plan", NAME, "--without-time")):
-        refused = run(*command)
+        refused = run(*command, HF_HOME=str(tmp_path / command[0]))
         assert (refused.returncode, refused.stderr.count("\n")) == (65, 1), refused.stderr
         assert ": holds a LoRA adapter (adapter_config.json), whose weights would be left out. " in refused.stderr
+    (folder / "adapter_config.json").rename(folder / "hf_quant_config.json")
+    refused = run("plan", NAME, "--without-time")
+    assert (refused.returncode, refused.stderr.count("\n")) == (65, 1), refused.stderr
+    assert "/hf_quant_config.json: the model is already quantized (modelopt). " in refused.stderr
     assert not any(name.endswith(".safetensors") for name in hub.downloads)
-    for name in ("adapter_config.json", "config.json"):
+    for name in ("hf_quant_config.json", "config.json"):
         (folder / name).unlink()
     (folder / ".gitattributes").write_text("")
     refused = python("-c", f"from cbqstream.hub import fetch; fetch({NAME!r})", HF_HOME=str(tmp_path / "other"))

@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cbqstream import evaluate, plan, quantize
+from cbqstream.checkpoint.folder import quantization_of
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.commands.check import check
 from cbqstream.commands.export import export
-from cbqstream.errors import InputError
+from cbqstream.errors import InputError, UsageError
 from tiny import SEQ_LEN, files_of
 
 CPU = torch.device("cpu")
@@ -49,6 +50,62 @@ def test_every_command_refuses_an_adapter(model, make_config, tokens, tmp_path, 
     else:
         with pytest.raises(InputError, match="holds a LoRA adapter"):
             check(model, read_data=False)
+
+
+PLACES = {
+    "config.json": ({"quantization_config": {"quant_method": "fp8"}}, "config.json", "fp8"),
+    "text_config": (
+        {"text_config": {"quantization_config": {"quant_method": "fp8"}}},
+        "config.json: text_config",
+        "fp8",
+    ),
+    "part of a part": (
+        {"thinker_config": {"text_config": {"compression_config": {"quant_method": "sparse"}}}},
+        "config.json: thinker_config: text_config",
+        "sparse",
+    ),
+    "outermost": ({"text_config": {"quantization_config": {"a": 1}}, "quantization_config": 7}, "config.json", "None"),
+    "ModelOpt": (
+        {"hf_quant_config.json": {"quantization": {"quant_algo": "NVFP4"}}},
+        "hf_quant_config.json",
+        "modelopt",
+    ),
+    "AutoGPTQ": ({"quantize_config.json": {"bits": 4}}, "quantize_config.json", "gptq"),
+    "AutoGPTQ with a method": (
+        {"quantize_config.json": {"quant_method": "marlin"}},
+        "quantize_config.json",
+        "marlin",
+    ),
+    "AutoAWQ": ({"quant_config.json": {"w_bit": 4, "version": "GEMM"}}, "quant_config.json", "awq"),
+}
+"""What describes that a model is quantized: new keys of config.json, or a new file; its place and the method in messages."""
+
+
+@pytest.mark.parametrize("case", PLACES)
+def test_a_quantized_model_is_refused_by_method_and_place(model, make_config, tokens, case):
+    changes, place, method = PLACES[case]
+    config = json.loads((model / "config.json").read_text())
+    for key, value in changes.items():
+        if key.endswith(".json"):
+            (model / key).write_text(json.dumps(value))
+        else:
+            config[key] = value
+    (model / "config.json").write_text(json.dumps(config))
+    settings = make_config(model=str(model))
+    for call, kind in (
+        (lambda: quantize(settings), InputError),
+        (lambda: plan(settings, with_time=False), InputError),
+        (lambda: evaluate(model, tokens, device="cpu"), UsageError),
+    ):
+        with pytest.raises(kind) as refused:
+            call()
+        assert str(refused.value).startswith(f"{model}/{place}: the model is already quantized ({method})")
+    assert quantization_of(model, config).get("quant_method") == (None if method == "None" else method)
+
+
+@pytest.mark.parametrize("nothing", [None, {}])
+def test_an_empty_quantization_config_is_none(model, nothing):
+    assert quantization_of(model, {"quantization_config": nothing, "text_config": {"hidden_size": 64}}) is None
 
 
 def add_tensors(model: Path, tensors: dict[str, torch.Tensor]) -> None:
