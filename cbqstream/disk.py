@@ -81,10 +81,15 @@ class Disk:
                 f"{path}: {name} failed: {error.strerror}. {remedy}", full=error.errno in _FULL
             ) from error
 
-    def make_folder(self, path: Path) -> None:
-        """Create `path`, which must not exist, with mode 0700."""
+    def make_folder(self, path: Path, *, mode: int = 0o700) -> None:
+        """Create `path`, which must not exist.
+
+        Args:
+            path: the new folder.
+            mode: permissions, before the umask.
+        """
         with self._operation("make_folder", path):
-            path.mkdir(mode=0o700)
+            path.mkdir(mode=mode)
 
     def write(self, path: Path, chunks: "Iterable[ReadableBuffer]", *, mode: int = 0o600) -> FileDigest:
         """Write a new file and fsync it. The file must not exist; its folder is not synced.

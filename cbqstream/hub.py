@@ -31,10 +31,11 @@ Check = Callable[[Path], None]
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _NOT_DOWNLOADED = [
-    "*/*",
-    "consolidated*",
-    *(f"*.{suffix}" for suffix in ("bin", "pt", "pth", "ckpt", "h5", "msgpack", "gguf", "onnx")),
+    *("consolidated*", "*/*.safetensors", ".*/*", "*/.*/*"),
+    *(f"*.{kind}" for kind in ("bin", "pt", "pth", "ckpt", "h5", "msgpack", "gguf", "ggml", "distcp", "nemo")),
+    *(f"*.{kind}" for kind in ("onnx", "onnx_data", "tflite", "mlmodel", "engine")),
 ]
+"""Patterns of files that hold weights of other kinds, or of other parts than the model, and hidden folders."""
 _DESCRIPTION = ["config.json", "adapter_config.json", "quant*_config.json", "hf_quant_config.json", ".gitattributes"]
 """Files that are downloaded first. Every repository has the last one; huggingface_hub prints a warning if there is no file to download."""
 

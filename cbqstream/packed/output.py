@@ -5,12 +5,14 @@ config.json are written last. `SHA256SUMS` has the checksum of every shard, in t
 """
 
 import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cbqstream.checkpoint.folder import INDEX, find_tensors
+from cbqstream.checkpoint.folder import INDEX, find_tensors, shards_of
 from cbqstream.checkpoint.header import read_header
 from cbqstream.disk import Disk, digest_of_file, is_occupied
 from cbqstream.errors import InputError, UsageError
@@ -21,7 +23,66 @@ REST = "rest.safetensors"
 """File name of the shard with the tensors that are copied from the source."""
 SUMS = "SHA256SUMS"
 """File name of the list of checksums."""
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
+WEIGHTS = frozenset(
+    f".{kind}"
+    for kind in (
+        *("safetensors", "bin", "pt", "pth", "ckpt", "h5", "msgpack", "gguf", "ggml", "distcp", "nemo"),
+        *("onnx", "onnx_data", "tflite", "mlmodel", "engine"),
+    )
+)
+"""Suffixes of files that hold weights."""
+_MOST_IN_SUBFOLDER = 64 << 20
+"""Largest total size in bytes of the files of a subfolder that is copied."""
+
+
+@dataclass(frozen=True, slots=True)
+class OtherFiles:
+    """Files of a model folder besides its shards, as paths in the folder."""
+
+    copied: tuple[str, ...]
+    """Small files without weights: the tokenizer, and subfolders such as `1_Pooling`. A result gets them."""
+    left_out: tuple[str, ...]
+    """Weights that are not part of the model, and subfolders with such files, with links to folders, or of more than 64 MiB (`onnx/`)."""
+
+
+def other_files(folder: Path) -> OtherFiles:
+    """Find the files of a model folder that a result gets, and those that it does not get.
+
+    Shards of the model, config.json, the index and hidden subfolders are neither. A subfolder is copied as a whole or not at all.
+
+    Raises:
+        InputError: the folder has no shards, see `shards_of`.
+    """
+    replaced = {"config.json", INDEX, *shards_of(folder)}
+    copied: list[str] = []
+    left_out: list[str] = []
+    for entry in sorted(folder.iterdir()):
+        if entry.name in replaced:
+            continue
+        if not entry.is_dir():
+            (copied if _is_copied(entry) else left_out).append(entry.name)
+        elif not entry.name.startswith("."):
+            paths = {path.relative_to(folder).as_posix(): path for path in _entries_below(entry)}
+            others = [name for name in paths if name not in replaced]
+            small = all(_is_copied(paths[name]) for name in others) and not entry.is_symlink()
+            if small and sum(paths[name].stat().st_size for name in others) <= _MOST_IN_SUBFOLDER:
+                copied += others
+            else:
+                left_out.append(f"{entry.name}/")
+    return OtherFiles(tuple(copied), tuple(left_out))
+
+
+def _is_copied(path: Path) -> bool:
+    """Whether a path is a file, or a link to one, that holds no weights."""
+    return path.is_file() and path.suffix not in WEIGHTS
+
+
+def _entries_below(folder: Path) -> Iterator[Path]:
+    """Files and links in a folder and its subfolders, without hidden subfolders. Links to folders are not followed."""
+    for place, subfolders, names in os.walk(folder):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        links = [name for name in subfolders if Path(place, name).is_symlink()]
+        yield from (Path(place, name) for name in sorted([*names, *links]))
 
 
 def require_replaceable(out: Path) -> None:
@@ -102,7 +163,7 @@ def assemble(
         disk: used for durable writes.
         out: path of the result; it must not exist, or be an empty folder.
         building: path until the folder is complete, see `building_folder`.
-        source_folder: folder of the source. Its tokenizer and other files are copied byte for byte; its weights are not.
+        source_folder: folder of the source. Its tokenizer and other files are copied byte for byte, see `other_files`.
         source: tensors of the source.
         shards: paths of the shards of the finished blocks, and the SHA-256 of each.
         replaced: names of the tensors of the source that the shards replace; all other tensors are copied byte for byte.
@@ -141,23 +202,42 @@ def complete_folder(
         disk: used for durable writes.
         out: path of the result; it must not exist, or be an empty folder.
         building: folder with all shards.
-        source_folder: folder of the source. Files that are not weights, and that `building` does not have, are copied byte for byte.
+        source_folder: folder of the source. Its files by `other_files` that `building` does not have are copied byte for byte.
         weight_map: file name of the shard of each tensor, by the name of the tensor.
         sums: SHA-256 of each shard, by its file name.
         config: content of the new config.json, which is written last.
     """
     table = "".join(f"{sha256}  {name}\n" for name, sha256 in sorted(sums.items()))
     disk.write(building / SUMS, [table.encode()], mode=0o666)
-    for file in sorted(source_folder.iterdir()):
-        is_replaced = file.name in ("config.json", INDEX) or file.suffix in _WEIGHTS
-        if file.is_file() and not is_replaced and not (building / file.name).exists():
-            disk.copy(file, building / file.name)
+    _copy_files(disk, source_folder, building, other_files(source_folder).copied)
     total = sum((building / name).stat().st_size for name in set(weight_map.values()))
     _write_json(
         disk, building / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     )
     _write_json(disk, building / "config.json", config)
     disk.publish(building, out)
+
+
+def _copy_files(disk: Disk, source: Path, target: Path, names: Iterable[str]) -> None:
+    """Copy files that `target` does not have, with their subfolders, which become durable and have ordinary permissions.
+
+    Args:
+        disk: used for durable writes.
+        source: folder of the files.
+        target: folder to fill.
+        names: paths of the files in both folders; those of one subfolder follow each other.
+    """
+    made: set[Path] = set()
+    for name in names:
+        place = target / name
+        for folder in reversed(place.relative_to(target).parents[:-1]):
+            if folder not in made:
+                disk.make_folder(target / folder, mode=0o777)
+                made.add(folder)
+        if not place.exists():
+            disk.copy(source / name, place)
+    for folder in sorted(made, reverse=True):
+        disk.sync_folder(target / folder)
 
 
 def require_sums(folder: Path, intact: Mapping[str, str]) -> int | None:

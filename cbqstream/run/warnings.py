@@ -3,10 +3,12 @@
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import zip_longest
+from pathlib import Path
 
-from cbqstream.errors import InputError
+from cbqstream.errors import InputError, shown
 from cbqstream.models.experts import tokens_by_expert
 from cbqstream.models.families import EXPERT
+from cbqstream.packed.output import other_files
 from cbqstream.records import RunWarning
 from cbqstream.rounding.registry import method_of
 from cbqstream.run.inputs import RunInputs
@@ -18,7 +20,7 @@ from cbqstream.windows.schedule import split_held_out
 _MOST_REVERTED = 0.1
 """Largest accepted share of windows whose loss was not finite."""
 _NAMED = 8
-"""Number of experts that are named in a warning."""
+"""Number of experts, or of files, that are named in a warning."""
 
 
 def require_finite_windows(chain: Chain) -> None:
@@ -64,6 +66,12 @@ def model_warnings(inputs: RunInputs) -> Iterator[RunWarning]:
     text = method.warning(settings, steps)
     if text is not None:
         yield RunWarning(text)
+    left_out = other_files(Path(inputs.config.model)).left_out
+    if left_out:
+        yield RunWarning(
+            f"{inputs.config.model}: not part of the model, and not copied: {_first(left_out)}."
+            " Copy what you need of it into the result."
+        )
     if inputs.model.get("auto_map"):
         yield RunWarning(f"{inputs.config.model}: the model contains code (auto_map), which is not run.")
 
@@ -97,9 +105,8 @@ def undersampled_experts(prefix: str, block: ResidentBlock) -> RunWarning:
     """
     counts = [count for path in tokens_by_expert(block.tokens).values() for count in path]
     names = sorted({name.rpartition(".")[0] for name in block.undersampled})
-    shown_names = ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
     return RunWarning(
-        f"{prefix}: its {len(counts)} experts saw {min(counts):,} to {max(counts):,} tokens; rounded to nearest: {shown_names}."
+        f"{prefix}: its {len(counts)} experts saw {min(counts):,} to {max(counts):,} tokens; rounded to nearest: {_first(names)}."
         " A larger --num-samples gives them more tokens."
     )
 
@@ -117,3 +124,6 @@ def vanished_rows(prefix: str, block: ResidentBlock) -> Iterator[RunWarning]:
             f"{prefix}.{name}: {count} are below the smallest scale (2^-17) and became zero."
             f" To keep them, use --ignore {name} in a new run."
         )
+def _first(names: Sequence[str]) -> str:
+    """The first names of a list, and the number of the others."""
+    return ", ".join(map(shown, names[:_NAMED])) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")

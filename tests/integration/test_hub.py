@@ -269,7 +269,7 @@ def test_plan_of_a_model_on_the_hub_reads_only_headers(run, hub, tmp_path):
     assert f"Download it first: hf download {NAME}." in offline.stderr
 
 
-def test_shards_in_subfolders_are_downloaded_and_other_weights_are_not(fetch, hub):
+def test_shards_and_small_files_in_subfolders_are_downloaded_and_other_weights_are_not(fetch, hub):
     folder = hub.models[NAME][COMMITS["main"]]
     path = folder / "model.safetensors.index.json"
     index = json.loads(path.read_text())["weight_map"]
@@ -278,11 +278,16 @@ def test_shards_in_subfolders_are_downloaded_and_other_weights_are_not(fetch, hu
     (folder / moved).rename(folder / "part[1]" / "x.safetensors")
     new = {name: "part[1]/x.safetensors" if shard == moved else shard for name, shard in index.items()}
     path.write_text(json.dumps({"weight_map": new}))
+    others = "1_Pooling/config.json", "onnx/model.onnx_data", ".cache/x", "a/.b/y"
+    for name in others:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}")
     assert "part[1]/x.safetensors" in fetch("fetch_headers")
     for offline in ("0", "1"):
         assert find_tensors(Path(fetch(HF_HUB_OFFLINE=offline))).keys() == index.keys()
     assert hub.downloads.count("x.safetensors") == 1
     assert "weights.safetensors" not in hub.downloads
+    assert [name for name in others if (Path(fetch()) / name).exists()] == ["1_Pooling/config.json"]
 
 
 def test_adapters_and_quantized_models_are_refused_before_its_weights_are_downloaded(

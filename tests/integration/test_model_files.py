@@ -1,6 +1,8 @@
 """The files of a model folder: tensors and files that are copied, shards in subfolders and behind links, and what is left out."""
 
+import itertools
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -14,6 +16,9 @@ from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.commands.check import check
 from cbqstream.commands.export import export
 from cbqstream.errors import InputError, UsageError
+from cbqstream.hub import _NOT_DOWNLOADED
+from cbqstream.packed.output import WEIGHTS, OtherFiles, other_files
+from cbqstream.records import RunWarning
 from tiny import SEQ_LEN, files_of
 
 CPU = torch.device("cpu")
@@ -106,6 +111,68 @@ def test_a_quantized_model_is_refused_by_method_and_place(model, make_config, to
 @pytest.mark.parametrize("nothing", [None, {}])
 def test_an_empty_quantization_config_is_none(model, nothing):
     assert quantization_of(model, {"quantization_config": nothing, "text_config": {"hidden_size": 64}}) is None
+
+
+def put(folder: Path, *names: str) -> None:
+    """Write files with their own names as content, in new subfolders."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+
+
+SMALL = (
+    "1_Pooling/config.json",
+    "additional_chat_templates/tool.jinja",
+    "additional_chat_templates/deep/er/rag.jinja",
+    "vocab.txt",
+)
+LEFT_OUT = {
+    "2_Dense/": ("2_Dense/config.json", "2_Dense/model.safetensors"),
+    "big/": ("big/table.csv",),
+    "consolidated.safetensors": ("consolidated.safetensors",),
+    "linked/": (),
+    "mtp.safetensors": ("mtp.safetensors",),
+    "onnx/": ("onnx/config.json", "onnx/sub/model.onnx_data"),
+    "original/": ("original/params.json", "original/consolidated.00.pth"),
+    "weird/": ("weird/a.txt",),
+}
+"""Files of each entry of a model folder that is left out."""
+
+
+def test_small_files_are_copied_with_their_folders_and_other_weights_are_named(model, make_config, tmp_path):
+    put(model, *SMALL, *itertools.chain.from_iterable(LEFT_OUT.values()))
+    put(model, ".git/config", ".cache/huggingface/x", "1_Pooling/.hidden/x")
+    os.truncate(model / "big" / "table.csv", (64 << 20) + 1)
+    (model / "linked").symlink_to(model / "1_Pooling")
+    (model / "weird" / "link").symlink_to(model / "1_Pooling")
+    (model / "vocab.txt").rename(tmp_path / "vocab")
+    (model / "vocab.txt").symlink_to(tmp_path / "vocab")
+    events = []
+    out = quantize(make_config(model=str(model), reconstruction=NEAREST), events.append)
+    named = ", ".join(LEFT_OUT)
+    warning = f"{model}: not part of the model, and not copied: {named}. Copy what you need of it into the result."
+    assert [event.text for event in events if isinstance(event, RunWarning)] == [warning]
+    made = export(out, tmp_path / "exported", "dense")
+    for folder in (out, made):
+        found = {name: content.decode() for name, content in files_of(folder).items() if name in SMALL}
+        assert found == {name: name for name in SMALL}
+        assert [path.name for path in sorted(folder.iterdir()) if path.is_dir()] == [
+            "1_Pooling",
+            "additional_chat_templates",
+        ]
+        assert not {"2_Dense", "mtp.safetensors", "consolidated.safetensors"} & {path.name for path in folder.iterdir()}
+        assert {path.stat().st_mode & 0o777 for path in folder.rglob("*") if path.is_dir()} == {
+            folder.stat().st_mode & 0o777
+        }
+    assert not (out / "vocab.txt").is_symlink()
+
+
+def test_a_plain_model_folder_has_no_files_that_are_left_out(tiny_models):
+    assert other_files(tiny_models["llama"]) == OtherFiles(("generation_config.json",), ())
+
+
+def test_weights_that_are_not_copied_are_not_downloaded_either():
+    assert {f"*{suffix}" for suffix in WEIGHTS} - {*_NOT_DOWNLOADED} == {"*.safetensors"}
 
 
 def add_tensors(model: Path, tensors: dict[str, torch.Tensor]) -> None:
