@@ -130,8 +130,12 @@ def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def find_tensors(folder: Path) -> dict[str, TensorInfo]:
+def find_tensors(folder: Path, *, allow_links: bool = False) -> dict[str, TensorInfo]:
     """Find all tensors of a model folder by name, from headers alone.
+
+    Args:
+        folder: the model folder.
+        allow_links: read shards that are links to files outside the folder.
 
     Raises:
         InputError: the folder has no safetensors, the index disagrees with the shards or names a file outside the folder, or a header is
@@ -139,7 +143,7 @@ def find_tensors(folder: Path) -> dict[str, TensorInfo]:
     """
     if not (folder / INDEX).exists():
         (shard,) = shards_of(folder)
-        _require_inside(folder, folder / shard)
+        _require_inside(folder, folder / shard, allow_links=allow_links)
         return read_header(folder / shard)
     weight_map = _weight_map(folder)
     counts = Counter(weight_map.values())
@@ -150,7 +154,7 @@ def find_tensors(folder: Path) -> dict[str, TensorInfo]:
         path = folder / shard
         if not path.exists() and not path.is_symlink():
             raise InputError(path, f"missing ({count} tensors). Download it again.")
-        _require_inside(folder, path)
+        _require_inside(folder, path, allow_links=allow_links)
         held[shard] = read_header(path)
     _require_agreement(folder, weight_map, held)
     return {name: info for tensors in held.values() for name, info in tensors.items()}
@@ -245,14 +249,21 @@ def _require_agreement(
                 raise InputError(folder / shard, problem, tensor=name)
 
 
-def _require_inside(folder: Path, shard: Path) -> None:
-    """Refuse a shard that is a link to nothing, or to a file outside the model folder.
+def _require_inside(folder: Path, shard: Path, *, allow_links: bool) -> None:
+    """Refuse a shard that is a link to nothing, or to a file outside the model folder unless such links are allowed.
 
     A link may lead to another file of the folder, or from a snapshot in the Hugging Face cache to the blobs of the cache.
     """
     if shard.is_symlink() and not shard.exists():
         raise InputError(shard, f"a link to {shown(str(shard.readlink()))}, which does not exist. Restore the file.")
     real, home = shard.resolve(), folder.resolve()
-    if home in real.parents or (home.parent.name == "snapshots" and home.parent.parent / "blobs" == real.parent):
+    if (
+        allow_links
+        or home in real.parents
+        or (home.parent.name == "snapshots" and home.parent.parent / "blobs" == real.parent)
+    ):
         return
-    raise InputError(shard, f"a link to {shown(str(real))}, outside the model. Copy the file into the folder.")
+    raise InputError(
+        shard,
+        f"a link to {shown(str(real))}, outside the model. If you trust it, give --allow-links; or copy the file into the folder.",
+    )

@@ -35,13 +35,17 @@ class Checkpoint:
         self._open: dict[Path, Any] = {}
 
     @classmethod
-    def open(cls, folder: Path) -> Self:
+    def open(cls, folder: Path, *, allow_links: bool = False) -> Self:
         """Open a model folder with a `model.safetensors`, or with shards and their index.
+
+        Args:
+            folder: the model folder.
+            allow_links: read shards that are links to files outside the folder.
 
         Raises:
             InputError: the folder has no valid safetensors, see `find_tensors`.
         """
-        return cls(find_tensors(folder))
+        return cls(find_tensors(folder, allow_links=allow_links))
 
     def tensors(self) -> Mapping[str, tuple[int, ...]]:
         """Shapes of all tensors by name."""

@@ -57,6 +57,14 @@ AllowPartial = Annotated[
         rich_help_panel="Run",
     ),
 ]
+AllowLinks = Annotated[
+    bool,
+    typer.Option(
+        "--allow-links",
+        help="Read weights through links to files outside the model folder, such as on a network disk.",
+        rich_help_panel="Run",
+    ),
+]
 LogJson = Annotated[
     Path | None, typer.Option(help="Append a JSON line per window to this file.", rich_help_panel="Run")
 ]

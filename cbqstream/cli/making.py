@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from cbqstream.cli.app import (
+    AllowLinks,
     AllowNumericsChange,
     AllowPartial,
     AllowSharedRunDir,
@@ -43,6 +44,7 @@ def quantize(
     allow_numerics_change: AllowNumericsChange = False,
     allow_shared_run_dir: AllowSharedRunDir = False,
     allow_partial: AllowPartial = False,
+    allow_links: AllowLinks = False,
     log_json: LogJson = None,
 ) -> None:
     """Quantize MODEL into OUT, or resume the run that was begun."""
@@ -61,6 +63,7 @@ def quantize(
         allow_numerics_change=allow_numerics_change,
         allow_shared_run_dir=allow_shared_run_dir,
         allow_partial=allow_partial,
+        allow_links=allow_links,
     )
     if push_to is not None:
         from cbqstream.commands.push import push as upload
@@ -77,6 +80,7 @@ def plan(
         bool, typer.Option("--without-time", help="Do not measure this machine, which takes five seconds.")
     ] = False,
     allow_partial: AllowPartial = False,
+    allow_links: AllowLinks = False,
 ) -> None:
     """Show the memory, disk space and time that `quantize` would need with the same flags, or why it would refuse. Writes nothing.
 
@@ -94,6 +98,7 @@ def plan(
         check_out="out" in given,
         check_dataset="dataset" in given,
         allow_partial=allow_partial,
+        allow_links=allow_links,
     )
     if as_json:
         typer.echo(json.dumps(made.to_dict(), indent=1))
@@ -112,6 +117,7 @@ def resume(
     stop_after_window: StopAfterWindow = None,
     allow_numerics_change: AllowNumericsChange = False,
     allow_shared_run_dir: AllowSharedRunDir = False,
+    allow_links: AllowLinks = False,
     log_json: LogJson = None,
 ) -> None:
     """Resume a run; all settings come from its directory."""
@@ -125,6 +131,7 @@ def resume(
         stop_after_window=stop_after_window,
         allow_numerics_change=allow_numerics_change,
         allow_shared_run_dir=allow_shared_run_dir,
+        allow_links=allow_links,
     )
 
 
@@ -145,13 +152,13 @@ def _run(config: QuantizeConfig, log_json: Path | None, to_resume: str | None = 
         with Progress(Console(), log_json) as progress:
             out = run_pipeline(config, progress, **allowed)
     except (Interrupted, StoppedError) as stop:
-        raise StoppedError(f"{stop} To resume: {to_resume or _to_resume(config)}") from stop
+        raise StoppedError(f"{stop} To resume: {to_resume or _to_resume(config, allowed)}") from stop
     finally:
         gc.unfreeze()  # nanobind reports objects that are not collected at exit as leaks
     say(f"done: {out}")
 
 
-def _to_resume(config: QuantizeConfig) -> str:
+def _to_resume(config: QuantizeConfig, allowed: Mapping[str, Any]) -> str:
     """Command that resumes a run: `cbqstream resume` if it has the same effect as the command that was interrupted."""
     from cbqstream.rundir.chain import Chain
 
@@ -160,4 +167,5 @@ def _to_resume(config: QuantizeConfig) -> str:
     except CbqstreamError:
         return "the same command"
     same = (begun.model, begun.out, begun.device) == (config.model, config.out, config.device)
-    return f"cbqstream resume {config.run_path}" if same else "the same command"
+    needed = [f"--{name.replace('_', '-')}" for name in ("allow_shared_run_dir", "allow_links") if allowed.get(name)]
+    return " ".join(("cbqstream resume", str(config.run_path), *needed)) if same else "the same command"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from cbqstream.cli.app import BlocksPath, Device, NumSamples, Revision, SeqLen, Threads, app, folder_of, say
+from cbqstream.cli.app import AllowLinks, BlocksPath, Device, NumSamples, Revision, SeqLen, Threads, app, folder_of, say
 from cbqstream.errors import UsageError
 
 if TYPE_CHECKING:
@@ -18,11 +18,12 @@ def export(
     model: Annotated[Path, typer.Argument(help="A result of quantize.")],
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
     format_name: Annotated[str, typer.Option("--format", help="gptq, gptq_v2, awq, gguf or dense.")],
+    allow_links: AllowLinks = False,
 ) -> None:
     """Write a finished model in another format, with the same codes and scales."""
     from cbqstream.commands.export import export as write
 
-    say(f"done: {write(model, out, format_name)}")
+    say(f"done: {write(model, out, format_name, allow_links=allow_links)}")
     if format_name == "dense":
         say("warning: dense weights are rounded to the dtype of the source, and inputs are not quantized.")
 
@@ -33,11 +34,13 @@ def push(
     name: Annotated[str, typer.Argument(help="OWNER/NAME on the Hub; created if it does not exist.")],
     public: Annotated[bool, typer.Option("--public", help="Create a public repository.")] = False,
     blocks_path: BlocksPath = None,
+    allow_links: AllowLinks = False,
 ) -> None:
     """Check a result as `check --read-data` does, and upload it to the Hugging Face Hub."""
     from cbqstream.commands.push import push as upload
 
-    say(f"pushed: {upload(out, name, private=not public, blocks_path=blocks_path)}")
+    address = upload(out, name, private=not public, blocks_path=blocks_path, allow_links=allow_links)
+    say(f"pushed: {address}")
 
 
 @app.command()
@@ -50,6 +53,7 @@ def report(
     num_samples: NumSamples = 64,
     seq_len: SeqLen = 512,
     blocks_path: BlocksPath = None,
+    allow_links: AllowLinks = False,
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
@@ -60,6 +64,7 @@ def report(
     with Progress(Console(stderr=True)) as progress:
         options: EvaluationOptions = {
             "blocks_path": blocks_path,
+            "allow_links": allow_links,
             "device": device,
             "threads": threads,
             "listener": progress,
@@ -104,6 +109,7 @@ def evaluate(
         Path | None, typer.Option(help="Folder for hidden states; the system's temporary folder by default.")
     ] = None,
     blocks_path: BlocksPath = None,
+    allow_links: AllowLinks = False,
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
@@ -130,6 +136,7 @@ def evaluate(
             "device": device,
             "threads": threads,
             "blocks_path": blocks_path,
+            "allow_links": allow_links,
             "listener": progress,
         }
         if text is not None:

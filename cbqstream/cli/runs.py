@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from cbqstream.cli.app import AllowSharedRunDir, BlocksPath, app, complain, say
+from cbqstream.cli.app import AllowLinks, AllowSharedRunDir, BlocksPath, app, complain, say
 from cbqstream.errors import InputError, UsageError
 
 
@@ -32,11 +32,12 @@ def check(
         typer.Option("--load", help="Load the result with transformers, and compare it with the streamed evaluation."),
     ] = False,
     blocks_path: BlocksPath = None,
+    allow_links: AllowLinks = False,
 ) -> None:
     """Verify a run or a finished model without changing it. If problems are found, they are listed and the exit code is 65."""
     from cbqstream.commands.check import check as look
 
-    found = look(path, read_data=read_data, blocks_path=blocks_path, load=load)
+    found = look(path, read_data=read_data, blocks_path=blocks_path, load=load, allow_links=allow_links)
     for line in found.facts:
         say(line)
     for problem in found.problems:

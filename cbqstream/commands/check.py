@@ -3,7 +3,7 @@
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.checkpoint.verified import VerifiedCheckpoint
 from cbqstream.errors import CbqstreamError, DeviceMemoryError, InputError
 from cbqstream.evaluation.loaded import load_beside_streamed
-from cbqstream.evaluation.model import open_model
+from cbqstream.evaluation.model import EvaluationOptions, open_model
 from cbqstream.models.families import joined_with
 from cbqstream.models.meta_model import MetaModel
 from cbqstream.packed.format import METHOD, faults_of
@@ -54,7 +54,19 @@ class Findings:
         return True
 
 
-def check(path: Path, *, read_data: bool, blocks_path: str | None = None, load: bool = False) -> Findings:
+@dataclass(frozen=True, slots=True)
+class _Options:
+    """Arguments of `check`."""
+
+    read_data: bool
+    blocks_path: str | None
+    load: bool
+    allow_links: bool
+
+
+def check(
+    path: Path, *, read_data: bool, blocks_path: str | None = None, load: bool = False, allow_links: bool = False
+) -> Findings:
     """Check a run directory or a model folder.
 
     Args:
@@ -63,27 +75,29 @@ def check(path: Path, *, read_data: bool, blocks_path: str | None = None, load: 
             compared.
         blocks_path: module path of the list of transformer blocks of a model; found by default. For a run, its settings have it.
         load: load a finished model with transformers, and compare its logits with those of the streamed evaluation.
+        allow_links: read shards that are links to files outside the folder of the model, or of the source of a run.
 
     Raises:
         InputError: the records of a run are damaged, or the folder is neither a run nor a model.
         IdentityError: the run was made by another version.
     """
+    options = _Options(read_data, blocks_path, load, allow_links)
     if is_run(path):
         while True:
             chain = Chain.read(path)
-            found = _check_run(chain, read_data=read_data, load=load)
+            found = _check_run(chain, options)
             if not found.problems or Chain.read(path).last == chain.last:
                 return found  # otherwise another process committed during the check, which is repeated
     if (path / "config.json").exists():
         found = Findings()
-        found.attempt(_check_model, path, blocks_path, read_data, load, {}, found)
+        found.attempt(_check_model, path, options, {}, found)
         return found
     refuse_adapter(path)
     raise neither_run_nor_model(path)
 
 
-def _check_run(chain: Chain, *, read_data: bool, load: bool) -> Findings:
-    found = Findings()
+def _check_run(chain: Chain, options: _Options) -> Findings:
+    found, read_data = Findings(), options.read_data
     found.facts.append(f"records: {chain.next_window} of {chain.num_commits} commits, an unbroken chain")
     intact: list[Path] = []
     if found.attempt(chain.require_parts):
@@ -94,14 +108,14 @@ def _check_run(chain: Chain, *, read_data: bool, load: bool) -> Findings:
         found.facts.append(_streams(chain, read_data=read_data))
     config = chain.run.config
     if read_data:
-        found.attempt(_read_source_again, chain, Path(config.model), found)
+        found.attempt(_read_source_again, chain, options, found)
     out = Path(config.out)
     if chain.is_complete and chain.is_result(out):
         found.facts.append(f"result: {out}")
         expected = chain.expected_parts()
         sums = {file.name: expected[file].sha256 for file in intact if _is_one_file(out / file.name, file)}
-        found.attempt(_check_model, out, config.blocks_path, read_data, load, sums, found)
-    elif load:
+        found.attempt(_check_model, out, replace(options, blocks_path=config.blocks_path), sums, found)
+    elif options.load:
         found.facts.append("result: not finished yet, so nothing was loaded")
     return found
 
@@ -125,8 +139,9 @@ def _streams(chain: Chain, *, read_data: bool) -> str:
     return f"streams: {len(committed)} of {shape.num_segments} segments, {'read and ' if read_data else ''}as committed"
 
 
-def _read_source_again(chain: Chain, folder: Path, found: Findings) -> None:
-    source = VerifiedCheckpoint(Checkpoint.open(folder))
+def _read_source_again(chain: Chain, options: _Options, found: Findings) -> None:
+    folder = Path(chain.run.config.model)
+    source = VerifiedCheckpoint(Checkpoint.open(folder, allow_links=options.allow_links))
     source.remember(chain.source_digests)
     names = chain.source_digests
     same = [found.attempt(_require, source, folder, name) for name in names]
@@ -150,34 +165,33 @@ def _is_one_file(link: Path, file: Path) -> bool:
     return link.exists() and link.samefile(file)
 
 
-def _check_model(
-    folder: Path,
-    blocks_path: str | None,
-    read_data: bool,  # noqa: FBT001
-    load: bool,  # noqa: FBT001
-    intact: dict[str, str],
-    found: Findings,
-) -> None:
+def _check_model(folder: Path, options: _Options, intact: dict[str, str], found: Findings) -> None:
     config = read_json(folder, "config.json")
+    checkpoint = Checkpoint.open(folder, allow_links=options.allow_links)
     quantization = quantization_of(folder, config)
     if quantization is not None and quant_method_of(quantization) == METHOD:
-        faults = list(faults_of(quantization, Checkpoint.open(folder)))
+        faults = list(faults_of(quantization, checkpoint))
         found.problems.extend(f"{folder}: {fault}" for fault in faults)
         if faults:
             return
-    meta_model, source = open_model(folder, blocks_path)
+    meta_model, source = open_model(folder, options.blocks_path, allow_links=options.allow_links)
     found.problems.extend(f"{folder}: {text}" for text in _joined_otherwise(meta_model, source))
     names, sums = sorted(source.tensors()), None
-    if read_data:
-        sums = require_sums(folder, intact)
+    if options.read_data:
+        sums = require_sums(folder, {info.file for info in checkpoint.infos.values()}, intact)
         for name in names:
             found.attempt(_require_finite, folder, name, source)
-    state = ", all finite" if read_data and not found.problems else ""
+    state = ", all finite" if options.read_data and not found.problems else ""
     state += "" if sums is None else f", {sums} shards with the checksums of {SUMS}"
     found.facts.append(f"model: {len(meta_model.blocks)} blocks, {len(names)} tensors{state}")
-    if load and not found.problems:
-        threads = torch.get_num_threads()
-        found.facts.append(str(load_beside_streamed(folder, blocks_path=blocks_path, device="cpu", threads=threads)))
+    if options.load and not found.problems:
+        how: EvaluationOptions = {
+            "blocks_path": options.blocks_path,
+            "allow_links": options.allow_links,
+            "device": "cpu",
+            "threads": torch.get_num_threads(),
+        }
+        found.facts.append(str(load_beside_streamed(folder, **how)))
 
 
 def _joined_otherwise(meta_model: MetaModel, source: WeightSource) -> Iterator[str]:

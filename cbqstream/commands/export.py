@@ -22,7 +22,7 @@ from cbqstream.packed.shard import copy_tensors, write_tensors
 from cbqstream.runtime.offload import OffloadedTensor
 
 
-def export(model: Path, out: Path, format_name: str, disk: Disk | None = None) -> Path:
+def export(model: Path, out: Path, format_name: str, disk: Disk | None = None, *, allow_links: bool = False) -> Path:
     """Write a finished model into a new folder in another format. One layer is in memory at a time.
 
     Args:
@@ -30,6 +30,7 @@ def export(model: Path, out: Path, format_name: str, disk: Disk | None = None) -
         out: folder to write; it must not exist, or be empty.
         format_name: a name in `EXPORTS`, or `gguf`.
         disk: used for durable writes; a new one by default.
+        allow_links: read shards that are links to files outside the model folder.
 
     Returns:
         Absolute path of `out`.
@@ -43,7 +44,7 @@ def export(model: Path, out: Path, format_name: str, disk: Disk | None = None) -
     schemes = schemes_of_result(model, config)
     require_free(out, "folder")
     require_exact(format_name, schemes)
-    source = PackedCheckpoint(Checkpoint.open(model), schemes)
+    source = PackedCheckpoint(Checkpoint.open(model, allow_links=allow_links), schemes)
     with filled_folder(disk, out, format_name) as building:
         if format_name == GGUF:
             _write_gguf(disk, model, building, config, source)

@@ -53,12 +53,13 @@ def report(
     """
     require_free(folder, "--out")
     folder, blocks_path = folder.absolute(), options.get("blocks_path")
+    allow_links = options.get("allow_links", False)
     if is_run(path):
         chain = Chain.read(path)
-        facts, models = _of_run(chain)
+        facts, models = _of_run(chain, allow_links=allow_links)
         blocks_path = blocks_path or chain.run.config.blocks_path
     else:
-        facts, models = _of_result(path)
+        facts, models = _of_result(path, allow_links=allow_links)
     options = {**options, "blocks_path": blocks_path}
     if text is not None:
         for name, model in models.items():
@@ -74,7 +75,7 @@ def report(
     return folder / "report.html"
 
 
-def _of_run(chain: Chain) -> tuple[Facts, dict[str, Path]]:
+def _of_run(chain: Chain, *, allow_links: bool) -> tuple[Facts, dict[str, Path]]:
     """Facts of a run, and the folders of the source and, if it is finished, of the result."""
     config = chain.run.config
     infos = {name: info for shard in chain.shards() for name, info in read_header(shard).items()}
@@ -89,7 +90,7 @@ def _of_run(chain: Chain) -> tuple[Facts, dict[str, Path]]:
         num_windows=chain.num_windows,
         windows=chain.window_reports,
         epochs=chain.epoch_reports,
-        sizes=_sizes(models),
+        sizes=_sizes(models, allow_links=allow_links),
         identity=chain.run.identity,
         recipe=recipe_of(config),
         weights=weights,
@@ -98,13 +99,13 @@ def _of_run(chain: Chain) -> tuple[Facts, dict[str, Path]]:
     return facts, models
 
 
-def _of_result(folder: Path) -> tuple[Facts, dict[str, Path]]:
+def _of_result(folder: Path, *, allow_links: bool) -> tuple[Facts, dict[str, Path]]:
     """Facts of a result without its run directory, and its folder."""
     if not (folder / "config.json").exists():
         raise neither_run_nor_model(folder)
     schemes, reports = schemes_of_result(folder, read_json(folder, "config.json")), _metrics(folder / METRICS)
     windows = [report for report in reports if isinstance(report, WindowReport)]
-    weights, stored = _stored(PackedCheckpoint(Checkpoint.open(folder), schemes))
+    weights, stored = _stored(PackedCheckpoint(Checkpoint.open(folder, allow_links=allow_links), schemes))
     models = {"result": folder}
     try:
         facts = Facts(
@@ -113,7 +114,7 @@ def _of_result(folder: Path) -> tuple[Facts, dict[str, Path]]:
             num_windows=len(windows),
             windows=windows,
             epochs=[report for report in reports if isinstance(report, EpochReport)],
-            sizes=_sizes(models),
+            sizes=_sizes(models, allow_links=allow_links),
             weights=weights,
             stored=stored,
         )
@@ -148,10 +149,10 @@ def _stored(source: PackedCheckpoint) -> tuple[int, int]:
     return weights, sum(info.num_bytes for info in parts if not info.name.endswith(f".{SHAPE}"))
 
 
-def _sizes(models: Mapping[str, Path]) -> dict[str, int]:
+def _sizes(models: Mapping[str, Path], *, allow_links: bool) -> dict[str, int]:
     """Size in bytes of the tensors of each model. A model that cannot be read is left out, because the source of a run may be deleted."""
     sizes = {}
     for name, folder in models.items():
         with suppress(InputError):
-            sizes[name] = sum(info.num_bytes for info in find_tensors(folder).values())
+            sizes[name] = sum(info.num_bytes for info in find_tensors(folder, allow_links=allow_links).values())
     return sizes

@@ -41,23 +41,28 @@ class EvaluationOptions(TypedDict, total=False):
     """CPU threads; the physical cores by default."""
     blocks_path: str | None
     """Module path of the list of transformer blocks; found by default."""
+    allow_links: bool
+    """Read shards that are links to files outside the model folder; False by default."""
     listener: Listener
     """Called with what is being done."""
 
 
-def open_model(folder: Path, blocks_path: str | None = None) -> tuple[MetaModel, WeightSource]:
+def open_model(
+    folder: Path, blocks_path: str | None = None, *, allow_links: bool = False
+) -> tuple[MetaModel, WeightSource]:
     """The model in a folder, quantized by this project or not.
 
     Args:
         folder: folder of the model.
         blocks_path: module path of the list of transformer blocks; found by default.
+        allow_links: read shards that are links to files outside the folder.
 
     Raises:
         InputError: the model cannot be read, or cannot be run block by block.
         UsageError: the model is quantized in another form.
     """
     config = read_json(folder, "config.json")
-    source = open_source(folder, config)
+    source = open_source(folder, config, allow_links=allow_links)
     meta_model = MetaModel(folder, config, source.tensors(), blocks_path)
     probe(meta_model)
     return meta_model, source
@@ -100,7 +105,7 @@ class EvaluatedModel:
             raise UsageError(f"{scratch}: no such folder.")
         device = choose_device(options.get("device", "auto"))
         return cls(
-            *open_model(folder, options.get("blocks_path")),
+            *open_model(folder, options.get("blocks_path"), allow_links=options.get("allow_links", False)),
             Compute(device, compute_dtype(device), batch_size),
             options.get("threads"),
             scratch,

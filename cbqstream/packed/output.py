@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cbqstream.checkpoint.folder import INDEX, find_tensors, shards_of
+from cbqstream.checkpoint.folder import INDEX, shards_of
 from cbqstream.checkpoint.header import read_header
 from cbqstream.disk import Disk, digest_of_file, is_occupied
 from cbqstream.errors import InputError, UsageError
@@ -240,11 +240,12 @@ def _copy_files(disk: Disk, source: Path, target: Path, names: Iterable[str]) ->
         disk.sync_folder(target / folder)
 
 
-def require_sums(folder: Path, intact: Mapping[str, str]) -> int | None:
+def require_sums(folder: Path, shards: Iterable[Path], intact: Mapping[str, str]) -> int | None:
     """Compare the shards of a model folder with its list of checksums.
 
     Args:
         folder: the model folder.
+        shards: its shards.
         intact: SHA-256 of the shards that were verified already, by file name. All other shards are read.
 
     Returns:
@@ -261,7 +262,7 @@ def require_sums(folder: Path, intact: Mapping[str, str]) -> int | None:
         sums = {name.removeprefix("*"): sha256.lower() for sha256, name in lines}
     except ValueError as error:
         raise InputError(file, "not a list of checksums. Remove it, or copy it again.") from error
-    for shard in sorted({info.file for info in find_tensors(folder).values()}):
+    for shard in sorted(shards):
         if sums.get(shard.relative_to(folder).as_posix()) != (intact.get(shard.name) or digest_of_file(shard).sha256):
             raise InputError(shard, f"is not what was written (its SHA-256 does not match {SUMS}). Copy it again.")
     return len(sums)

@@ -23,18 +23,19 @@ SOURCES: Mapping[str, Callable[[Checkpoint, dict[str, Any]], WeightSource]] = Ma
 """Functions that open a quantized checkpoint, by the `quant_method` of its quantization_config."""
 
 
-def open_source(folder: Path, config: Mapping[str, Any]) -> WeightSource:
+def open_source(folder: Path, config: Mapping[str, Any], *, allow_links: bool = False) -> WeightSource:
     """The dense tensors of a model folder, dequantized one at a time if it is quantized.
 
     Args:
         folder: folder of the model.
         config: content of its config.json.
+        allow_links: read shards that are links to files outside the folder.
 
     Raises:
         InputError: the checkpoint cannot be read.
         UsageError: the checkpoint is quantized in a form that is not supported.
     """
-    checkpoint, found = Checkpoint.open(folder), find_quantization(folder, config)
+    checkpoint, found = Checkpoint.open(folder, allow_links=allow_links), find_quantization(folder, config)
     if found is None:
         return checkpoint
     place, quantization_config = found

@@ -220,6 +220,7 @@ def plan(
     check_out: bool = True,
     check_dataset: bool = True,
     allow_partial: bool = False,
+    allow_links: bool = False,
 ) -> Plan:
     """Make the plan of a run, after the same checks that `quantize` makes before it writes anything.
 
@@ -230,6 +231,7 @@ def plan(
         check_out: check OUT and the run directory of the settings.
         check_dataset: read the dataset of the settings.
         allow_partial: accept a model most of whose block weights stay in full precision.
+        allow_links: read shards that are links to files outside the model folder.
 
     Returns:
         The plan, with plans of smaller settings.
@@ -239,7 +241,7 @@ def plan(
         UsageError: the settings do not fit the model.
         DeviceMemoryError: the run does not fit the memory limits of the settings.
     """
-    model, infos = read_headers(config.model, revision)
+    model, infos = read_headers(config.model, revision, allow_links=allow_links)
     require_original(Path(config.model), model)
     if check_out:
         require_paths(config)

@@ -23,18 +23,21 @@ from cbqstream.rounding.registry import method_of
 from cbqstream.rundir.chain import is_run
 
 
-def read_headers(model: str, revision: str | None = None) -> tuple[dict[str, Any], Mapping[str, TensorInfo]]:
+def read_headers(
+    model: str, revision: str | None = None, *, allow_links: bool = False
+) -> tuple[dict[str, Any], Mapping[str, TensorInfo]]:
     """Content of config.json, and location, shape and dtype of every tensor by name, from headers alone.
 
     Args:
         model: folder of the model, or its name on the Hub, from which only headers and config.json are fetched.
         revision: branch, tag or commit of a model on the Hub; None is the default branch.
+        allow_links: read shards that are links to files outside the folder.
 
     Raises:
         InputError: the model cannot be read or fetched, or a model on the Hub is quantized already.
     """
     if not is_name(model, revision):
-        return read_json(Path(model), "config.json"), find_tensors(Path(model))
+        return read_json(Path(model), "config.json"), find_tensors(Path(model), allow_links=allow_links)
     folder, headers = fetch_headers(model, revision, refuse_adapter)
     found = read_json(folder, "config.json")
     require_original(folder, found)

@@ -65,6 +65,7 @@ def open_inputs(
     measure: Measure = unmeasured,
     *,
     allow_partial: bool = False,
+    allow_links: bool = False,
 ) -> RunInputs:
     """Open and check the inputs of a run, without writing anything.
 
@@ -74,6 +75,7 @@ def open_inputs(
         threads: number of CPU threads.
         measure: measures the time of reading the source.
         allow_partial: accept a model most of whose block weights cannot be quantized.
+        allow_links: read shards of the source that are links to files outside its folder.
 
     Raises:
         UsageError: settings do not fit the model, or paths collide.
@@ -84,7 +86,7 @@ def open_inputs(
     model = read_json(folder, "config.json")
     require_original(folder, model)
     require_paths(config)
-    source = VerifiedCheckpoint(Checkpoint.open(folder), measure)
+    source = VerifiedCheckpoint(Checkpoint.open(folder, allow_links=allow_links), measure)
     meta_model = checked_model(config, model, source.infos, device, allow_partial=allow_partial)
     tokens_NS = load_calibration(config, meta_model)
     identity = Identity.of(

@@ -71,6 +71,7 @@ def quantize(
     allow_numerics_change: bool = False,
     allow_shared_run_dir: bool = False,
     allow_partial: bool = False,
+    allow_links: bool = False,
 ) -> Path:
     """Quantize a model, or resume the run that was begun with the same settings.
 
@@ -83,6 +84,7 @@ def quantize(
             from that of a whole run with the old numerics, and from that of a whole run with the new ones.
         allow_shared_run_dir: use a run directory that other users can change.
         allow_partial: quantize a model most of whose block weights stay in full precision. A run that was begun is resumed in any case.
+        allow_links: read shards of the source that are links to files outside its folder.
 
     Returns:
         Folder of the quantized model.
@@ -94,7 +96,7 @@ def quantize(
     with fixed_numerics(device, config.threads) as threads:
         out, run = Path(config.out), config.run_path
         partial = allow_partial or is_run(run)
-        inputs = open_inputs(config, device, threads, timings.measure, allow_partial=partial)
+        inputs = open_inputs(config, device, threads, timings.measure, allow_partial=partial, allow_links=allow_links)
         return_large_blocks(offloading=inputs.compute.memory_mode.offload)
         if is_run(run):
             _require_same(Chain.read(run), inputs, allow_numerics_change=allow_numerics_change)

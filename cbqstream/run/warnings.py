@@ -124,6 +124,8 @@ def vanished_rows(prefix: str, block: ResidentBlock) -> Iterator[RunWarning]:
             f"{prefix}.{name}: {count} are below the smallest scale (2^-17) and became zero."
             f" To keep them, use --ignore {name} in a new run."
         )
+
+
 def _first(names: Sequence[str]) -> str:
     """The first names of a list, and the number of the others."""
     return ", ".join(map(shown, names[:_NAMED])) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")

@@ -681,6 +681,7 @@ FLAGS_OF_SETTINGS = [
 """Flags that `quantize` and `plan` share."""
 FLAGS_OF_ONE_COMMAND = {
     "quantize": [
+        "--allow-links",
         "--allow-numerics-change",
         "--allow-partial",
         "--allow-shared-run-dir",
@@ -688,7 +689,7 @@ FLAGS_OF_ONE_COMMAND = {
         "--push-to",
         "--stop-after-window",
     ],
-    "plan": ["--allow-partial", "--json", "--without-time"],
+    "plan": ["--allow-links", "--allow-partial", "--json", "--without-time"],
 }
 
 

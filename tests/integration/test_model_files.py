@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from cbqstream import evaluate, plan, quantize
 from cbqstream.checkpoint.folder import quantization_of
 from cbqstream.checkpoint.reader import Checkpoint
+from cbqstream.cli.main import _answer, app
 from cbqstream.commands.check import check
 from cbqstream.commands.export import export
-from cbqstream.errors import InputError, UsageError
+from cbqstream.errors import InputError, StoppedError, UsageError
 from cbqstream.hub import _NOT_DOWNLOADED
 from cbqstream.packed.output import WEIGHTS, OtherFiles, other_files
 from cbqstream.records import RunWarning
@@ -173,6 +174,56 @@ def test_a_plain_model_folder_has_no_files_that_are_left_out(tiny_models):
 
 def test_weights_that_are_not_copied_are_not_downloaded_either():
     assert {f"*{suffix}" for suffix in WEIGHTS} - {*_NOT_DOWNLOADED} == {"*.safetensors"}
+
+
+def test_shards_that_are_links_to_another_disk_are_read_with_allow_links(make_config, model, tokens, tmp_path, capsys):
+    """Every command takes the flag, and without it the message names it. An interrupted run says that it is needed again."""
+    expected = files_of(quantize(make_config(name="expected", reconstruction=NEAREST)))
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def move(folder: Path) -> None:
+        for shard in folder.glob("*.safetensors"):
+            shutil.copy(shard, disk / f"{folder.name}-{shard.name}")
+            shard.unlink()
+            shard.symlink_to(disk / f"{folder.name}-{shard.name}")
+
+    def refused(*arguments: object) -> None:
+        with pytest.raises(SystemExit) as stop:
+            _answer([str(argument) for argument in arguments])
+        assert stop.value.code == 65
+        assert "outside the model. If you trust it, give --allow-links; or copy" in capsys.readouterr().err
+
+    def done(*arguments: object) -> str:
+        app([str(argument) for argument in arguments], standalone_mode=False)
+        return capsys.readouterr().out
+
+    move(model)
+    out, run = tmp_path / "out", tmp_path / "out.run"
+    flags = ["--dataset", tokens, "--num-samples", 16, "--seq-len", SEQ_LEN, "--group-size", 32, "--batch-size", 4]
+    flags += ["--rounding", "nearest", "--epochs", 2, "--device", "cpu", "--threads", 1]
+    lengths = ["--num-samples", 2, "--seq-len", SEQ_LEN, "--device", "cpu", "--threads", 1]
+    refused("plan", model, *flags, "--without-time")
+    done("plan", model, *flags, "--without-time", "--allow-links")
+    refused("quantize", model, out, *flags)
+    with pytest.raises(StoppedError, match=r"To resume: cbqstream resume \S+/out\.run --allow-links"):
+        done("quantize", model, out, *flags, "--allow-links", "--stop-after-window", 1)
+    refused("resume", run)
+    done("resume", run, "--allow-links")
+    assert files_of(out) == expected
+    refused("eval", model, "--text", tokens, *lengths)
+    done("eval", model, "--text", tokens, *lengths, "--allow-links")
+    refused("check", run, "--read-data")
+    done("check", run, "--read-data", "--allow-links")
+    move(out)
+    refused("check", out)
+    assert "ok" in done("check", out, "--read-data", "--load", "--allow-links")
+    refused("export", out, tmp_path / "dense", "--format", "dense")
+    done("export", out, tmp_path / "dense", "--format", "dense", "--allow-links")
+    assert not any(path.is_symlink() for path in (tmp_path / "dense").iterdir())
+    refused("report", out, "--out", tmp_path / "page")
+    done("report", out, "--out", tmp_path / "page", "--allow-links")
+    refused("push", out, "me/tiny")
 
 
 def add_tensors(model: Path, tensors: dict[str, torch.Tensor]) -> None:
