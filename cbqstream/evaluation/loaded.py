@@ -12,7 +12,7 @@ from typing import Any, Unpack
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     CompressedTensorsConfig,
     PreTrainedModel,
@@ -226,7 +226,8 @@ def _load(folder: Path, kind: type[PreTrainedModel], options: Mapping[str, Any])
     fixed: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True, "trust_remote_code": False}
     with _reported(folder):
         loaded: Any = kind.from_pretrained(folder, output_loading_info=True, **fixed, **options)
-        return loaded[0].float().eval(), loaded[1]  # experts keep the dtype of their scales, and would compute in it
+        # experts keep the dtype of their scales, and would compute in it; `float` of transformers refuses quantized models
+        return nn.Module.float(loaded[0]).eval(), loaded[1]
 
 
 @contextmanager
