@@ -93,6 +93,19 @@ class LayerSchemes:
     default: Scheme
     others: tuple[tuple[str, Scheme], ...] = ()
     """Regular expressions of whole module paths, and the scheme of the layers that they match."""
+    ignored: frozenset[str] = frozenset()
+    """Module paths of layers that stay in full precision."""
+    ignored_patterns: tuple[str, ...] = ()
+    """Regular expressions for the start of the module paths of further such layers."""
+
+    @property
+    def all(self) -> tuple[Scheme, ...]:
+        """The default scheme and the others."""
+        return (self.default, *(scheme for _, scheme in self.others))
+
+    def is_ignored(self, path: str) -> bool:
+        """Whether the layer with a module path stays in full precision."""
+        return path in self.ignored or any(re.match(pattern, path) for pattern in self.ignored_patterns)
 
     def of(self, path: str) -> Scheme:
         """The scheme of the layer with a module path.

@@ -38,6 +38,11 @@ CASES: dict[str, dict[str, Any]] = {
         "scheme": Scheme(num_bits=4, group_size=32, activation_bits=4),
         "profile": "paper",
     },
+    "int-quantized-w8a8": {
+        "scheme": Scheme(num_bits=8, group_size=None, activation_bits=8, symmetric=False),
+        "override": ("down_proj=W4",),
+        "reconstruction": {"rounding": "nearest"},
+    },
     "input-steps-w4a8": {
         "family": "qwen3",
         "scheme": Scheme(num_bits=4, group_size=None, activation_bits=8, activation_strategy="tensor"),

@@ -14,7 +14,7 @@ from cbqstream.errors import UsageError
 from cbqstream.models.families import EXPERT, joined_with
 from cbqstream.models.meta_model import MetaModel
 from cbqstream.packed.exports import EXPORTS, GGUF, require_exact, require_whole_words
-from cbqstream.packed.format import PACKED, schemes_of_result
+from cbqstream.packed.format import schemes_of_result
 from cbqstream.packed.gguf_file import write_gguf
 from cbqstream.packed.output import complete_folder, filled_folder, require_free
 from cbqstream.packed.packed_checkpoint import CPU, PackedCheckpoint
@@ -103,8 +103,7 @@ def _write_shard(
     Returns:
         Names of the tensors, and digest of the file.
     """
-    infos = source.checkpoint.infos
-    layers = [layer for layer in source.layers if infos[f"{layer}.{PACKED}"].file == file]
+    layers = [layer for layer in source.layers if source.file(layer) == file]
     others = [name for name, info in source.others.items() if info.file == file]
     if not layers:
         return others, copy_tensors(disk, path, source.checkpoint, others)

@@ -14,8 +14,9 @@ from cbqstream.errors import InputError
 from cbqstream.evaluation.model import EvaluationOptions
 from cbqstream.evaluation.perplexity import evaluate
 from cbqstream.options import recipe_of
-from cbqstream.packed.format import SHAPE, schemes_of_result
+from cbqstream.packed.format import schemes_of_result
 from cbqstream.packed.output import filled_folder, require_free
+from cbqstream.packed.pack_quantized import SHAPE
 from cbqstream.packed.packed_checkpoint import PackedCheckpoint
 from cbqstream.records import EpochReport, WindowReport, report_from_dict
 from cbqstream.report.card import METRICS

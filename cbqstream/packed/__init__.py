@@ -1,1 +1,1 @@
-"""The quantized checkpoint in the format `pack-quantized` of compressed-tensors, one shard per finished block, and its exports."""
+"""The quantized checkpoint in the formats of compressed-tensors, one shard per finished block, and its exports."""

@@ -1,4 +1,4 @@
-"""The shard of a finished block: its packed linear layers, and the other tensors of the block."""
+"""The shard of a finished block: its quantized linear layers, and the other tensors of the block."""
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -9,7 +9,8 @@ from torch import Tensor
 from cbqstream.checkpoint.header import read_header
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.disk import Disk, FileDigest, ScratchFile
-from cbqstream.packed.format import SCALE, encode_in_slabs
+from cbqstream.packed.layout import SCALE
+from cbqstream.packed.layouts import encode
 from cbqstream.packed.shard import write_tensors
 from cbqstream.records import BlockSpec, QuantizedWeight, StoredTensors
 from cbqstream.runtime.offload import OffloadedTensor
@@ -42,7 +43,7 @@ def write_block(
         stored: function that gives the stored value of a tensor outside the quantized layers from its name in the block and its value
             in the source.
         source: the source checkpoint.
-        file: file to which packed weights are offloaded until all layers are packed; None keeps them in memory.
+        file: file to which encoded weights are offloaded until all layers are encoded; None keeps them in memory.
 
     Returns:
         File name and digest of the shard.
@@ -51,7 +52,7 @@ def write_block(
     left = dict(spec.tensors)
     for layer, weight in weights:
         name = left.pop(f"{layer}.weight")
-        for part, value in encode_in_slabs(weight, scale_dtype=source.infos[name].dtype).items():
+        for part, value in encode(weight, scale_dtype=source.infos[name].dtype).items():
             tensors[f"{name.removesuffix('.weight')}.{part}"] = (
                 value if file is None else OffloadedTensor.of(value, file)
             )
@@ -75,7 +76,7 @@ def write_head(
     Returns:
         Path and digest of the shard.
     """
-    tensors = encode_in_slabs(weight, scale_dtype=scale_dtype)
+    tensors = encode(weight, scale_dtype=scale_dtype)
     path = folder / HEAD
     named = {f"{name.removesuffix('.weight')}.{part}": value for part, value in tensors.items()}
     return path, write_tensors(disk, path, named)

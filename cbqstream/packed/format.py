@@ -1,101 +1,25 @@
-"""The format `pack-quantized` of compressed-tensors: names and bit layout of the tensors, and the quantization_config of config.json.
-
-compressed-tensors defines names and bit layout, and its functions pack and unpack here. A linear layer `NAME` with a weight [O, I] and G
-groups in a row is stored as
-
-    NAME.weight_packed      int32 [O, ceil(I * num_bits / 32)]           codes + 2^(num_bits - 1), without gaps along the row
-    NAME.weight_scale       dtype of the original weight [O, G]
-    NAME.weight_zero_point  int32 [ceil(O * num_bits / 32), G]           if asymmetric; packed along dimension 0
-    NAME.weight_shape       int64 [2]                                    O and I
-    NAME.input_scale        dtype of the original weight [1]             if inputs have one step size
-"""
+"""The quantization_config of config.json in the form of compressed-tensors, and the checks of a checkpoint against it."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization import QuantizationConfig
-from torch import Tensor
 
 from cbqstream.checkpoint.folder import quant_method_of
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.errors import InputError, UsageError, shown
 from cbqstream.models.families import JOINED
-from cbqstream.records import QuantizedWeight
+from cbqstream.packed.layout import COPY_AGAIN
+from cbqstream.packed.layouts import LAYOUTS, layout_of, layouts_in
 from cbqstream.scheme import ActivationStrategy, LayerSchemes, Scheme
 
-PACKED, SCALE, ZERO_POINT, SHAPE = "weight_packed", "weight_scale", "weight_zero_point", "weight_shape"
-INPUT_SCALE = "input_scale"
-_WORD = 32
-_SLAB_ROWS = 128 * _WORD  # a multiple of 32, so that the zero points of every slab but the last fill whole words
-METHOD, FORMAT = "compressed-tensors", "pack-quantized"
+METHOD, _MIXED = "compressed-tensors", "mixed-precision"
 _ACTIVATIONS: dict[ActivationStrategy, dict[str, Any]] = {
     "token": {"type": "int", "symmetric": True, "strategy": "token", "dynamic": True},
     "tensor": {"type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False},
 }
-
-
-def parts_of(scheme: Scheme) -> tuple[str, ...]:
-    """Last parts of the names of the tensors from which a weight is decoded."""
-    return (PACKED, SCALE, SHAPE) if scheme.symmetric else (PACKED, SCALE, SHAPE, ZERO_POINT)
-
-
-def encode(weight: QuantizedWeight, *, scale_dtype: torch.dtype) -> dict[str, Tensor]:
-    """Pack a weight.
-
-    Args:
-        weight: the quantized weight, on any device.
-        scale_dtype: dtype in which scales and the step size of the inputs are stored.
-
-    Returns:
-        The stored tensors, on the CPU, by the last part of their name.
-    """
-    bits = weight.scheme.num_bits
-    tensors = {
-        PACKED: pack_to_int32(weight.codes.cpu(), bits),
-        SCALE: weight.scale.cpu().to(scale_dtype),
-        SHAPE: torch.tensor(weight.codes.shape, dtype=torch.int64),
-    }
-    if weight.zero_point is not None:
-        tensors[ZERO_POINT] = pack_to_int32(weight.zero_point.cpu(), bits, packed_dim=0).contiguous()
-    if weight.input_scale is not None:
-        tensors[INPUT_SCALE] = weight.input_scale.cpu().to(scale_dtype)
-    return tensors
-
-
-def encode_in_slabs(weight: QuantizedWeight, *, scale_dtype: torch.dtype) -> dict[str, Tensor]:
-    """Pack a weight in slabs of rows; the result is that of `encode`.
-
-    Packing a head of a billion weights at once would take many times its size.
-    """
-    slabs = [
-        encode(weight.rows(slice(start, start + _SLAB_ROWS)), scale_dtype=scale_dtype)
-        for start in range(0, weight.codes.shape[0], _SLAB_ROWS)
-    ]
-    rows = {part: torch.cat([slab[part] for slab in slabs]) for part in slabs[0] if part not in (SHAPE, INPUT_SCALE)}
-    return {**slabs[0], **rows, SHAPE: torch.tensor(weight.codes.shape, dtype=torch.int64)}
-
-
-def decode(tensors: dict[str, Tensor], scheme: Scheme) -> QuantizedWeight:
-    """Unpack a weight: the inverse of `encode`, except that the step size of the inputs is not restored.
-
-    Args:
-        tensors: stored tensors by the last part of their name, at least those of `parts_of(scheme)`, on one device.
-        scheme: scheme of the weight.
-    """
-    rows, columns = tensors[SHAPE].tolist()
-    codes = torch.empty(rows, columns, dtype=torch.int8, device=tensors[PACKED].device)
-    for start in range(0, rows, _SLAB_ROWS):  # unpacking at once takes up to eight times the size of the codes
-        slab = codes[start : start + _SLAB_ROWS]
-        slab.copy_(unpack_from_int32(tensors[PACKED][start : start + _SLAB_ROWS], scheme.num_bits, slab.shape))
-    scale = tensors[SCALE].float()
-    zero_point = None
-    if not scheme.symmetric:
-        zero_point = unpack_from_int32(tensors[ZERO_POINT], scheme.num_bits, scale.shape, packed_dim=0)
-    return QuantizedWeight(codes, scale, zero_point, scheme)
 
 
 def quantization_config(schemes: LayerSchemes, not_quantized: Sequence[str]) -> dict[str, Any]:
@@ -115,12 +39,14 @@ def quantization_config(schemes: LayerSchemes, not_quantized: Sequence[str]) -> 
     ]
     others = [*schemes.others, *joined]
     targets = [([f"re:{pattern}$"], scheme) for pattern, scheme in others] + [(["Linear"], schemes.default)]
+    groups = {f"group_{index}": _group(*pair) for index, pair in enumerate(targets)}
+    formats = {group["format"] for group in groups.values()}
     return {
         "quant_method": METHOD,
-        "format": FORMAT,
+        "format": formats.pop() if len(formats) == 1 else _MIXED,
         "quantization_status": "compressed",
         "ignore": list(not_quantized),
-        "config_groups": {f"group_{index}": _group(*pair) for index, pair in enumerate(targets)},
+        "config_groups": groups,
     }
 
 
@@ -139,7 +65,7 @@ def _group(targets: list[str], scheme: Scheme) -> dict[str, Any]:
         "weights": weights,
         "input_activations": activations if scheme.activation_bits else None,
         "output_activations": None,
-        "format": FORMAT,
+        "format": layout_of(scheme).format,
     }
 
 
@@ -150,8 +76,10 @@ def schemes_of(config: dict[str, Any]) -> LayerSchemes:
         UsageError: it describes another method, or has a form that `quantization_config` does not make.
     """
     try:
-        found = [_read_group(config, group) for group in config["config_groups"].values()]
-    except (AttributeError, LookupError, TypeError) as error:
+        found = [(target, scheme) for target, scheme, _ in _groups(config)]
+        ignored = frozenset(config.get("ignore") or ())
+        patterns = tuple(re.compile(name[3:]).pattern for name in sorted(ignored) if name.startswith("re:"))
+    except (AttributeError, LookupError, TypeError, re.error) as error:
         raise not_supported(config) from error
     default = [scheme for target, scheme in found if target == "Linear"]
     others = tuple(
@@ -159,7 +87,7 @@ def schemes_of(config: dict[str, Any]) -> LayerSchemes:
     )
     if len(default) != 1 or len(others) != len(found) - 1:
         raise not_supported(config)
-    return LayerSchemes(default[0], others)
+    return LayerSchemes(default[0], others, ignored, patterns)
 
 
 def schemes_of_result(folder: Path, config: Mapping[str, Any]) -> LayerSchemes:
@@ -178,15 +106,19 @@ def schemes_of_result(folder: Path, config: Mapping[str, Any]) -> LayerSchemes:
     return schemes_of(config["quantization_config"])
 
 
-def _read_group(config: dict[str, Any], group: dict[str, Any]) -> tuple[str, Scheme]:
+def _groups(config: dict[str, Any]) -> list[tuple[str, Scheme, str]]:
+    """Target, scheme and format of each group of layers of a quantization_config."""
+    return [_read_group(config, group) for group in config["config_groups"].values()]
+
+
+def _read_group(config: dict[str, Any], group: dict[str, Any]) -> tuple[str, Scheme, str]:
     weights: dict[str, Any] = group.get("weights") or {}
     activations: dict[str, Any] = group.get("input_activations") or {}
     strategy = activations.get("strategy", "token")
     as_written = activations.items() >= _ACTIVATIONS.get(strategy, {"strategy": None}).items()
-    targets = group.get("targets")
+    targets, layout = group.get("targets"), LAYOUTS.get(str(group.get("format") or config.get("format")))
     known = (
         config.get("quant_method") == METHOD
-        and config.get("format") == FORMAT
         and weights.get("type") == "int"
         and weights.get("strategy") in ("channel", "group")
         and not weights.get("actorder")
@@ -194,19 +126,22 @@ def _read_group(config: dict[str, Any], group: dict[str, Any]) -> tuple[str, Sch
         and isinstance(targets, list)
         and len(targets) == 1
     )
-    if not known:
+    if not known or layout is None:
         raise not_supported(config)
-    return str(group["targets"][0]), Scheme(
+    scheme = Scheme(
         num_bits=weights["num_bits"],
         group_size=weights["group_size"] if weights["strategy"] == "group" else None,
         symmetric=weights["symmetric"],
         activation_bits=activations.get("num_bits"),
         activation_strategy=strategy,
     )
+    if not layout.can_hold(scheme):
+        raise not_supported(config)
+    return str(group["targets"][0]), scheme, layout.format
 
 
 def faults_of(config: dict[str, Any], checkpoint: Checkpoint) -> Iterator[str]:
-    """Problems of the quantized layers of a checkpoint, one line each: missing parts, wrong shapes, an invalid quantization_config.
+    """Problems of the quantized layers of a checkpoint, one line each: missing or wrong tensors, an invalid quantization_config.
 
     Args:
         config: the quantization_config of config.json.
@@ -220,35 +155,12 @@ def faults_of(config: dict[str, Any], checkpoint: Checkpoint) -> Iterator[str]:
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         yield f"compressed-tensors cannot read the quantization_config: {shown(str(error).splitlines()[0])}."
     schemes = schemes_of(config)
-    infos = checkpoint.infos
-    for name in infos:
-        layer, _, part = name.rpartition(".")
-        if part != PACKED:
-            continue
+    formats = {scheme: name for _, scheme, name in _groups(config)}
+    for layer, layout in layouts_in(checkpoint.infos, schemes).items():
         scheme = schemes.of(layer)
-        missing = sorted(other for other in parts_of(scheme) if f"{layer}.{other}" not in infos)
-        if missing:
-            yield f"{layer}: {', '.join(missing)} missing. Download or copy the model again."
-            continue
-        if infos[f"{layer}.{SHAPE}"].shape != (2,):
-            yield f"{layer}: {SHAPE} is not two numbers."
-            continue
-        rows, columns = checkpoint.read(f"{layer}.{SHAPE}", device=torch.device("cpu")).tolist()
-        for other, shape in shapes_of(scheme, rows, columns).items():
-            found = infos[f"{layer}.{other}"].shape
-            if found != shape:
-                yield f"{layer}: {other} has shape {list(found)}, but {scheme.num_bits} bits of {[rows, columns]} need {list(shape)}."
-
-
-def shapes_of(scheme: Scheme, rows: int, columns: int) -> dict[str, tuple[int, int]]:
-    """Shapes of the stored parts of a weight [rows, columns], by the last part of their name."""
-    groups = 1 if scheme.group_size is None else columns // scheme.group_size
-    shapes = {PACKED: (rows, _words(columns, scheme)), SCALE: (rows, groups)}
-    return shapes if scheme.symmetric else {**shapes, ZERO_POINT: (_words(rows, scheme), groups)}
-
-
-def _words(codes: int, scheme: Scheme) -> int:
-    return -(-codes * scheme.num_bits // _WORD)
+        if layout.format != formats[scheme]:
+            yield f"{layer}: stored as {layout.format}, but config.json says {formats[scheme]}. {COPY_AGAIN}"
+        yield from (f"{layer}: {fault}. {COPY_AGAIN}" for fault in layout.faults(checkpoint, layer, scheme))
 
 
 def not_supported(config: object, place: str | None = None) -> UsageError:

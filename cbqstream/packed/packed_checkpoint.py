@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -10,42 +11,34 @@ from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.errors import InputError
 from cbqstream.numerics.activation_quant import quantize_per_tensor, quantize_per_token
 from cbqstream.numerics.affine import dequantize
-from cbqstream.packed.format import INPUT_SCALE, PACKED, SCALE, SHAPE, ZERO_POINT, decode, parts_of, shapes_of
-from cbqstream.records import QuantizedWeight, TensorInfo
+from cbqstream.packed.layout import COPY_AGAIN, INPUT_SCALE, SCALE
+from cbqstream.packed.layouts import layouts_in
+from cbqstream.records import QuantizedWeight
 from cbqstream.scheme import LayerSchemes, Scheme
 
 CPU = torch.device("cpu")
-_PARTS = (PACKED, SCALE, SHAPE, ZERO_POINT, INPUT_SCALE)
 
 
 class PackedCheckpoint:
-    """A `pack-quantized` checkpoint whose weights are dequantized one at a time when they are read.
+    """A checkpoint of compressed-tensors whose weights are dequantized one at a time when they are read.
 
     Args:
         checkpoint: the stored tensors.
         schemes: schemes of the quantized layers.
 
     Raises:
-        InputError: the tensor with the shape of a layer is missing, or does not hold two numbers.
+        InputError: the shape of a layer is not stored.
     """
 
     def __init__(self, checkpoint: Checkpoint, schemes: LayerSchemes) -> None:
         self.checkpoint = checkpoint
         self.schemes = schemes
-        self.layers: dict[str, tuple[int, int]] = {}
+        self._layouts = layouts_in(checkpoint.infos, schemes)
+        self.layers = {layer: self._weight_shape(layer) for layer in self._layouts}
         """[O, I] of every quantized layer, by its path in the checkpoint."""
-        self.others: dict[str, TensorInfo] = {}
+        parts = {f"{layer}.{part}" for layer, layout in self._layouts.items() for part in layout.names}
+        self.others = {name: info for name, info in checkpoint.infos.items() if name not in parts}
         """Tensors that do not belong to a quantized layer, by name."""
-        for name, info in checkpoint.infos.items():
-            layer, _, part = name.rpartition(".")
-            if part == PACKED:
-                shape = self._part(layer, SHAPE)
-                if shape.shape != (2,):
-                    raise InputError(info.file, f"{SHAPE} is not two numbers. Copy the model again.", tensor=layer)
-                rows, columns = shape.tolist()
-                self.layers[layer] = (int(rows), int(columns))
-            elif part not in _PARTS:
-                self.others[name] = info
 
     def tensors(self) -> Mapping[str, tuple[int, ...]]:
         """Shape of every dense tensor, by its name in the original checkpoint."""
@@ -61,7 +54,7 @@ class PackedCheckpoint:
             dtype: dtype of the result. None is float32 for a quantized weight, which is then exact, and the stored dtype for others.
 
         Raises:
-            InputError: a part of a quantized layer is missing or has another shape.
+            InputError: a part of a quantized layer is missing, or has another shape or dtype.
         """
         if name in self.others:
             return self.checkpoint.read(name, device=device, dtype=dtype)
@@ -76,19 +69,16 @@ class PackedCheckpoint:
             device: device of the result.
 
         Raises:
-            InputError: a part of the layer is missing or has another shape.
+            InputError: a part of the layer is missing, or has another shape or dtype.
         """
-        scheme = self.schemes.of(layer)
-        parts = {part: self._part(layer, part, device) for part in parts_of(scheme)}
-        for part, shape in shapes_of(scheme, *self.layers[layer]).items():
-            if parts[part].shape != shape:
-                file = self.checkpoint.infos[f"{layer}.{part}"].file
-                raise InputError(
-                    file,
-                    f"{part} has shape {list(parts[part].shape)}, not {list(shape)}. Copy the model again.",
-                    tensor=layer,
-                )
-        return decode(parts, scheme)
+        layout, scheme = self._layouts[layer], self.schemes.of(layer)
+        for fault in layout.faults(self.checkpoint, layer, scheme):
+            raise self._damaged(layer, fault)
+        return layout.decode({part: self._part(layer, part, device) for part in layout.needed(scheme)}, scheme)
+
+    def file(self, layer: str) -> Path:
+        """File of the codes of a quantized layer."""
+        return self.checkpoint.infos[f"{layer}.{self._layouts[layer].codes}"].file
 
     def scale_dtype(self, layer: str) -> torch.dtype:
         """Dtype in which the scales of a quantized layer are stored, which is the dtype of the original weight."""
@@ -110,11 +100,16 @@ class PackedCheckpoint:
         scale = self._part(layer, INPUT_SCALE).float()
         return lambda x: quantize_per_tensor(x, torch.zeros_like(scale).to(x.device), scale.to(x.device), bits)
 
+    def _weight_shape(self, layer: str) -> tuple[int, int]:
+        try:
+            return self._layouts[layer].weight_shape(self.checkpoint, layer)
+        except ValueError as error:
+            raise self._damaged(layer, str(error)) from error
+
     def _part(self, layer: str, part: str, device: torch.device = CPU) -> Tensor:
         if f"{layer}.{part}" not in self.checkpoint.infos:
-            raise InputError(
-                self.checkpoint.infos[f"{layer}.{PACKED}"].file,
-                f"{part} is missing. Copy the model again.",
-                tensor=layer,
-            )
+            raise self._damaged(layer, f"{part} missing")
         return self.checkpoint.read(f"{layer}.{part}", device=device)
+
+    def _damaged(self, layer: str, fault: str) -> InputError:
+        return InputError(self.file(layer), f"{fault}. {COPY_AGAIN}", tensor=layer)

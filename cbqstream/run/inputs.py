@@ -14,6 +14,7 @@ from cbqstream.checkpoint.verified import VerifiedCheckpoint
 from cbqstream.config import QuantizeConfig
 from cbqstream.disk import Measure, unmeasured
 from cbqstream.models.meta_model import MetaModel
+from cbqstream.packed.layouts import newer_formats
 from cbqstream.planning.layer_schemes import layer_schemes
 from cbqstream.planning.plan import fitting_plan
 from cbqstream.planning.requirements import checked_model, load_calibration, require_original, require_paths
@@ -95,6 +96,7 @@ def open_inputs(
         weights=source.fingerprint(),
         tokens=segments_digest(tokens_NS),
         numerics=numerics_of(device, threads),
+        formats=newer_formats(config.schemes),
     )
     windows = tuple(schedule(config.keep_first, len(meta_model.blocks) - config.keep_last, config.window))
     plan = fitting_plan(config, ModelSizes.of(meta_model, source.infos), device.type)

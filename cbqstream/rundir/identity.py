@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -37,7 +37,14 @@ class Identity:
 
     @classmethod
     def of(
-        cls, config: QuantizeConfig, *, model: Mapping[str, Any], weights: str, tokens: str, numerics: Numerics
+        cls,
+        config: QuantizeConfig,
+        *,
+        model: Mapping[str, Any],
+        weights: str,
+        tokens: str,
+        numerics: Numerics,
+        formats: Sequence[str] = (),
     ) -> Self:
         """The identity of a run.
 
@@ -47,9 +54,13 @@ class Identity:
             weights: fingerprint of the source's tensors.
             tokens: digest of the calibration segments.
             numerics: what results depend on besides inputs and settings.
+            formats: formats of the shards in which older versions, with the same settings, did not write them. They are part of the
+                identity, so that one run never holds shards of both.
         """
         settings = {key: value for key, value in config.to_dict().items() if key not in _NOT_IDENTITY}
         settings["calibration"].pop("dataset")
+        if formats:
+            settings["formats"] = list(formats)
         return cls(FORMAT, ALGORITHM, digest_of(dict(model)), weights, tokens, settings, numerics)
 
     def to_dict(self) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from tiny import VOCAB
 
 SHARD = "block-00001.safetensors"
 LAYER = "model.layers.1.mlp.up_proj"
+AGAIN = "Download or copy the model again."
 
 
 def edit_tensors(folder: Path, edit) -> None:
@@ -58,15 +59,74 @@ def test_a_new_result_has_no_problems(made):
 @pytest.mark.parametrize("part", ["weight_scale", "weight_shape", "weight_zero_point"])
 def test_a_missing_part_of_a_packed_layer_is_reported(made, part):
     edit_tensors(made, lambda tensors: tensors.pop(f"{LAYER}.{part}"))
-    assert check(made, read_data=False).problems == [
-        f"{made}: {LAYER}: {part} missing. Download or copy the model again."
-    ]
+    assert check(made, read_data=False).problems == [f"{made}: {LAYER}: {part} missing. {AGAIN}"]
+
+
+@pytest.fixture
+def made_int8(make_config):
+    """Folder of a model that was rounded to nearest, with asymmetric 8-bit weights per channel and 8-bit inputs, which is int-quantized."""
+    scheme = Scheme(num_bits=8, group_size=None, activation_bits=8, symmetric=False)
+    return quantize(make_config(scheme=scheme, reconstruction={"rounding": "nearest"}))
+
+
+INT8_FAULTS = [
+    ({"weight_scale": None}, "weight_scale missing"),
+    ({"weight_zero_point": None}, "weight_zero_point missing"),
+    ({"weight_scale": torch.ones(128, 2)}, "weight_scale has shape [128, 2], but 8 bits of [128, 64] need [128, 1]"),
+    ({"weight_zero_point": torch.ones(128, dtype=torch.int8)}, "weight_zero_point has shape [128], but 8 bits of"),
+    ({"weight_zero_point": torch.ones(128, 1)}, "weight_zero_point has dtype torch.float32, but int-quantized needs"),
+    ({"weight": torch.ones(128, 64)}, "weight has dtype torch.float32, but int-quantized needs torch.int8"),
+    ({"weight": torch.ones(8192, dtype=torch.int8)}, "weight has 1 dimensions, not two"),
+]
+
+
+def test_damaged_int_quantized_layers_are_reported_and_not_evaluated(made_int8, tmp_path):
+    """Codes without scales are not taken for a dense weight, and neither are dense values beside scales."""
+    assert check(made_int8, read_data=True).problems == []
+    for number, (edit, fault) in enumerate(INT8_FAULTS):
+
+        def change(tensors, edit=edit):
+            for part, value in edit.items():
+                tensors.pop(f"{LAYER}.{part}")
+                tensors.update({} if value is None else {f"{LAYER}.{part}": value})
+
+        copy = Path(shutil.copytree(made_int8, tmp_path / str(number)))
+        edit_tensors(copy, change)
+        (problem,) = check(copy, read_data=False).problems
+        assert problem.startswith(f"{copy}: {LAYER}: {fault}")
+        with pytest.raises(InputError, match=re.escape(f'up_proj": {fault}')):
+            open_model(copy)[1].read(f"{LAYER}.weight", device=torch.device("cpu"))
+
+
+def test_int8_codes_that_are_missing_or_of_another_shape_than_the_layer_are_reported(made_int8, tmp_path):
+    def transpose(tensors):
+        tensors[f"{LAYER}.weight"] = tensors[f"{LAYER}.weight"].T.contiguous()
+        for part in ("weight_scale", "weight_zero_point"):
+            tensors[f"{LAYER}.{part}"] = tensors[f"{LAYER}.{part}"][:64].contiguous()
+
+    copy = Path(shutil.copytree(made_int8, tmp_path / "copy"))
+    edit_tensors(copy, transpose)
+    edit_tensors(made_int8, lambda tensors: tensors.pop(f"{LAYER}.weight"))
+    for folder in (copy, made_int8):
+        (problem,) = check(folder, read_data=False).problems
+        assert f"{LAYER}.weight" in problem
+
+
+def test_layers_that_are_not_stored_in_the_format_of_config_json_are_reported(made_int8):
+    """Programs that load the model look for tensors by the format of the group, not by what is stored."""
+    edit_quantization_config(
+        made_int8, lambda config: config["config_groups"]["group_0"].update(format="pack-quantized")
+    )
+    problems = check(made_int8, read_data=False).problems
+    assert len(problems) == 28
+    expected = f"{LAYER}: stored as int-quantized, but config.json says pack-quantized. {AGAIN}"
+    assert f"{made_int8}: {expected}" in problems
 
 
 def test_a_weight_shape_that_is_not_two_numbers_is_reported(made):
     """`check` lists the problem, and `open_model` refuses the model."""
     edit_tensors(made, lambda tensors: tensors.update({f"{LAYER}.weight_shape": torch.tensor([128, 64, 1])}))
-    assert check(made, read_data=False).problems == [f"{made}: {LAYER}: weight_shape is not two numbers."]
+    assert check(made, read_data=False).problems == [f"{made}: {LAYER}: weight_shape is not two numbers. {AGAIN}"]
     with pytest.raises(InputError, match=r"up_proj\": weight_shape is not two numbers\."):
         open_model(made)
 
@@ -76,7 +136,7 @@ def test_packed_codes_with_half_of_the_columns_are_reported(made):
         tensors[f"{LAYER}.weight_packed"] = tensors[f"{LAYER}.weight_packed"][:, ::2].contiguous()
 
     edit_tensors(made, narrow)
-    expected = f"{made}: {LAYER}: weight_packed has shape [128, 4], but 4 bits of [128, 64] need [128, 8]."
+    expected = f"{made}: {LAYER}: weight_packed has shape [128, 4], but 4 bits of [128, 64] need [128, 8]. {AGAIN}"
     assert check(made, read_data=False).problems == [expected]
 
 
@@ -86,8 +146,10 @@ def test_a_wrong_number_of_bits_of_per_channel_weights_is_reported(make_config):
     edit_quantization_config(made, lambda config: config["config_groups"]["group_0"]["weights"].update(num_bits=2))
     problems = check(made, read_data=False).problems
     assert len(problems) == 28
-    assert f"{made}: {LAYER}: weight_packed has shape [128, 8], but 2 bits of [128, 64] need [128, 4]." in problems
-    with pytest.raises(InputError, match=r"up_proj\": weight_packed has shape \[128, 8\], not \[128, 4\]\."):
+    assert (
+        f"{made}: {LAYER}: weight_packed has shape [128, 8], but 2 bits of [128, 64] need [128, 4]. {AGAIN}" in problems
+    )
+    with pytest.raises(InputError, match=r"up_proj\": weight_packed has shape \[128, 8\], but 2 bits"):
         open_model(made)[1].read(f"{LAYER}.weight", device=torch.device("cpu"))
 
 

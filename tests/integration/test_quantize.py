@@ -246,6 +246,8 @@ def test_every_window_that_uses_more_memory_than_max_ram_gives_a_warning(make_co
 
 ACTIVATION_SCHEMES = {
     "W8A8 channel": Scheme(num_bits=8, group_size=None, activation_bits=8),
+    "W8A8 channel asymmetric": Scheme(num_bits=8, group_size=None, activation_bits=8, symmetric=False),
+    "W8A8 group": Scheme(num_bits=8, group_size=32, activation_bits=8),
     "W4A8 group": Scheme(num_bits=4, group_size=32, activation_bits=8),
     "W4A4 group": Scheme(num_bits=4, group_size=32, activation_bits=4),
     "W4A8 group, learned step": Scheme(num_bits=4, group_size=32, activation_bits=8, activation_strategy="tensor"),
