@@ -5,7 +5,7 @@ follow the steps of a window (`run/pipeline.py`). `benchmarks/plan_check.py` com
 that are measured on this machine, on layers with the shapes of the model.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +14,7 @@ from cbqstream.config import QuantizeConfig
 from cbqstream.errors import DeviceMemoryError, UsageError
 from cbqstream.hub import is_name
 from cbqstream.planning.alternatives import smaller_settings
+from cbqstream.planning.engines import engine_warnings
 from cbqstream.planning.layer_schemes import quantized_share
 from cbqstream.planning.memory import (
     CONTEXT,
@@ -81,6 +82,8 @@ class Plan:
     """Share of the weights of all blocks that the run quantizes, from 0 to 1; None if the model was not opened."""
     smaller: "Mapping[str, Plan]" = field(default_factory=dict)
     """Plans with smaller settings, by the flags that select them."""
+    warnings: Sequence[str] = ()
+    """Sentences about programs that do not load the result."""
 
     def largest(self, name: Literal["ram", "vram"]) -> int:
         """Peak resident memory (`ram`) or device memory (`vram`), the sum of all parts."""
@@ -234,7 +237,7 @@ def plan(
         allow_links: read shards that are links to files outside the model folder.
 
     Returns:
-        The plan, with plans of smaller settings.
+        The plan, with plans of smaller settings and warnings.
 
     Raises:
         InputError: the model or the dataset cannot be used.
@@ -258,4 +261,5 @@ def plan(
         flags: make_plan(other, sizes, device.type, rates, made.memory_mode)
         for flags, other in smaller_settings(config).items()
     }
-    return replace(made, smaller=others, quantized=quantized_share(config, meta_model))
+    warnings, quantized = list(engine_warnings(config, meta_model)), quantized_share(config, meta_model)
+    return replace(made, smaller=others, quantized=quantized, warnings=warnings)

@@ -29,6 +29,7 @@ def plan_lines(plan: Plan) -> list[str]:
         shares = ", ".join(f"{part} {100 * value / total:.0f} %" for part, value in plan.seconds.items())
         lines.append(f"time: {low} to {high} ({shares})")
     lines += [f"with {flags}: {_difference(plan, other)}" for flags, other in plan.smaller.items()]
+    lines += [f"warning: {text}" for text in plan.warnings]
     return lines
 
 

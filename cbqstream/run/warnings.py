@@ -1,14 +1,14 @@
 """Warnings about a model and its run, and the check that training does not fail in many windows."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
 
 from cbqstream.errors import InputError, shown
 from cbqstream.models.experts import tokens_by_expert
-from cbqstream.models.families import EXPERT
 from cbqstream.packed.output import other_files
+from cbqstream.planning.engines import engine_warnings
 from cbqstream.records import RunWarning
 from cbqstream.rounding.registry import method_of
 from cbqstream.run.inputs import RunInputs
@@ -50,12 +50,7 @@ def model_warnings(inputs: RunInputs) -> Iterator[RunWarning]:
             f"{inputs.config.model}: config.json ties the head to the embedding, but {inputs.meta_model.head[1]} is stored and differs"
             " from it. The stored head is used, as in transformers; other programs may tie it."
         )
-    quantized = {_has_experts(layers) for layers in _layers_of_expert_blocks(inputs)}
-    if len(quantized) > 1:
-        yield RunWarning(
-            "the experts of some blocks are quantized and those of others are not, which transformers 5.24 does not load."
-            " Leave out --keep-first and --keep-last, or load the result with another program."
-        )
+    yield from (RunWarning(text) for text in engine_warnings(inputs.config, inputs.meta_model))
     settings, (training, held_out) = inputs.config.reconstruction, split_held_out(len(inputs.tokens))
     method = method_of(settings)
     if training == held_out and method.learns:
@@ -82,18 +77,6 @@ def _stores_another_head(inputs: RunInputs) -> bool:
     if not inputs.meta_model.is_head_tied or embedding == head:
         return False
     return any(one != other for one, other in zip_longest(inputs.source.raw(embedding), inputs.source.raw(head)))
-
-
-def _layers_of_expert_blocks(inputs: RunInputs) -> Iterator[Sequence[str]]:
-    """Names of the quantized layers of each block that has experts."""
-    first, stop = inputs.config.keep_first, len(inputs.meta_model.blocks) - inputs.config.keep_last
-    for spec in inputs.meta_model.blocks:
-        if _has_experts(spec.linears):
-            yield list(inputs.layers(spec.index)) if first <= spec.index < stop else []
-
-
-def _has_experts(layers: Iterable[str]) -> bool:
-    return any(EXPERT.search(name) for name in layers)
 
 
 def undersampled_experts(prefix: str, block: ResidentBlock) -> RunWarning:

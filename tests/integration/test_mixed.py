@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from cbqstream import quantize
 from cbqstream.calibration.segments import load_segments
@@ -87,6 +88,27 @@ def test_transformers_loads_a_model_with_mixed_schemes_and_gives_the_same_perple
     assert widths == {f"re:(?:.*\\.)?{name}(?:\\..*)?$": 8 for name in patterns} | {"Linear": scheme.num_bits}
 
 
+@pytest.mark.parametrize(("family", "narrow"), [("llama", "down_proj"), ("qwen3_moe", "experts")])
+def test_transformers_loads_a_model_with_layers_of_two_formats(make_config, tokens, family, narrow):
+    """W8A8 per channel is int-quantized, and the layers of 4 bits are pack-quantized. Those may be all experts."""
+    scheme = Scheme(num_bits=8, group_size=None, activation_bits=8)
+    config = make_config(family, scheme=scheme, override=(f"{narrow}=W4",), reconstruction={"rounding": "nearest"})
+    out = quantize(config)
+    stored = Checkpoint.open(out).infos
+    packed = {name for name in stored if name.endswith(".weight_packed")}
+    assert packed == {f"{name.rpartition('.')[0]}.weight_packed" for name in stored if narrow in name}
+    assert stored["model.layers.1.self_attn.q_proj.weight"].dtype == torch.int8
+    found = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert found["format"] == "mixed-precision"
+    assert [group["format"] for group in found["config_groups"].values()] == ["pack-quantized", "int-quantized"]
+    checked = check(out, read_data=True, load=True)
+    assert checked.problems == []
+    assert re.search(r"loads it as \w+: logits within", checked.facts[-1])
+    if family == "llama":  # transformers does not quantize the inputs of experts
+        ids = load_segments(tokens, out, num_samples=16, seq_len=SEQ_LEN, vocab_size=VOCAB)
+        assert streamed_perplexity(out, ids) == pytest.approx(plain_perplexity(out, ids), rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -135,23 +157,42 @@ def test_an_override_of_another_form_than_a_pattern_and_a_width_is_refused(make_
         make_config(override=(text,))
 
 
+W8A8 = Scheme(num_bits=8, group_size=None, activation_bits=8)
+
+
 @pytest.mark.parametrize(
     ("family", "settings", "warned"),
     [
-        ("qwen3_moe", {"keep_last": 1}, True),
-        ("qwen3_moe", {"ignore": ("experts",)}, False),
-        ("qwen3_moe", {}, False),
-        ("llama", {"keep_last": 1}, False),
-        ("deepseek_v3", {}, False),
+        ("qwen3_moe", {"keep_last": 1}, "the experts of some blocks are quantized and those of others are not"),
+        ("qwen3_moe", {"ignore": ("experts",)}, "the experts are in full precision and other layers are not"),
+        ("qwen3_moe", {"scheme": W8A8}, "the experts are stored as int-quantized"),
+        ("qwen3_moe", {"scheme": W8A8, "override": ("experts=W4",)}, None),
+        ("qwen3_moe", {}, None),
+        ("llama", {"keep_last": 1}, None),
+        ("llama", {"scheme": W8A8}, None),
+        ("deepseek_v3", {}, None),
     ],
 )
-def test_quantizing_the_experts_of_only_some_blocks_gives_a_warning(make_config, family, settings, warned):
-    """transformers does not load such a model, because its loader has one rule for the experts of all blocks."""
+def test_experts_that_transformers_does_not_load_give_a_warning(make_config, family, settings, warned):
+    """Its loader has one rule for the experts of all blocks, and finds their codes only if they are pack-quantized."""
     events = []
     with pytest.raises(StoppedError):
         quantize(make_config(family, **settings), events.append, stop_after_window=1)
     texts = [event.text for event in events if isinstance(event, RunWarning)]
-    assert any("which transformers 5.24 does not load" in text for text in texts) == warned
+    found = [text for text in texts if "which transformers 5.24 does not load" in text]
+    assert [text.partition(", which")[0] for text in found] == ([] if warned is None else [warned])
+
+
+@pytest.mark.parametrize("settings", [{"scheme": W8A8}, {"ignore": ("experts",)}])
+def test_experts_that_transformers_does_not_load_are_reported_and_can_be_exported(
+    make_config, tokens, tmp_path, settings
+):
+    out = quantize(make_config("qwen3_moe", reconstruction={"rounding": "nearest"}, **settings))
+    (problem,) = check(out, read_data=False, load=True).problems
+    assert f"{out}: transformers {transformers.__version__} cannot load it: " in problem
+    dense = export(out, tmp_path / "dense", "dense")
+    ids = load_segments(tokens, out, num_samples=16, seq_len=SEQ_LEN, vocab_size=VOCAB)
+    assert streamed_perplexity(out, ids) == pytest.approx(plain_perplexity(dense, ids), rel=1e-2)
 
 
 @pytest.mark.parametrize(("family", "head"), [("llama", "lm_head"), ("gpt_neox", "embed_out")])

@@ -16,6 +16,7 @@ from cbqstream.errors import DeviceMemoryError, InputError, UsageError
 from cbqstream.models.meta_model import MetaModel
 from cbqstream.planning.alternatives import smaller_settings
 from cbqstream.planning.plan import fitting_plan, make_plan
+from cbqstream.planning.plan import plan as plan_of
 from cbqstream.planning.plan_lines import plan_lines
 from cbqstream.planning.rates import Rates, measure_rates
 from cbqstream.planning.requirements import read_headers
@@ -315,3 +316,16 @@ def test_only_rounding_methods_and_settings_compare_the_name_of_a_rounding_metho
     assert len(files) > 50
     found = {str(path.relative_to(PACKAGE)): compared_method_names(path.read_text()) for path in sorted(files)}
     assert {name: lines for name, lines in found.items() if lines} == {}
+
+
+def test_a_plan_warns_of_a_result_that_programs_do_not_load(tiny_models):
+    """The same settings give no warning with one scale per channel."""
+    parts = {"with_time": False, "check_out": False, "check_dataset": False}
+    scheme = Scheme(num_bits=8, group_size=32, activation_bits=8)
+    grouped = plan_of(settings(tiny_models["llama"], scheme), **parts)
+    (warning,) = grouped.to_dict()["warnings"]
+    assert "Use --group-size -1." in warning
+    assert plan_lines(grouped)[-1] == f"warning: {warning}"
+    assert not plan_of(settings(tiny_models["llama"], replace(scheme, group_size=None)), **parts).warnings
+    (warning,) = plan_of(settings(tiny_models["qwen3_moe"], replace(scheme, group_size=None)), **parts).warnings
+    assert warning.startswith("the experts are stored as int-quantized, which transformers 5.24 does not load.")
