@@ -7,6 +7,7 @@ not done. Operations are numbered from 1, and an observer is called before each 
 import errno
 import hashlib
 import os
+import resource
 import shutil
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -27,7 +28,7 @@ Activity = Literal["reading", "writing"]
 Measure = Callable[[Activity], AbstractContextManager[None]]
 """Counts the time of a `with` as reading or writing, see `runtime/timings.py`."""
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FULL = {errno.ENOSPC, errno.EDQUOT}
 _NO_LINKS = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 _REMEDIES = {
     **dict.fromkeys(_FULL, "Free some space and run the same command again."),
@@ -76,9 +77,8 @@ class Disk:
             with self.measure("reading" if name == "read" else "writing"):
                 yield
         except OSError as error:
-            remedy = _REMEDIES.get(error.errno or 0, "Check the file system.")
             raise StorageError(
-                f"{path}: {name} failed: {error.strerror}. {remedy}", full=error.errno in _FULL
+                f"{path}: {name} failed: {error.strerror}. {_remedy(error.errno)}", full=error.errno in _FULL
             ) from error
 
     def make_folder(self, path: Path, *, mode: int = 0o700) -> None:
@@ -103,15 +103,17 @@ class Disk:
         with ExitStack() as closing:
             with self._operation("write", path):
                 handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
-                file = closing.enter_context(os.fdopen(handle, "wb"))
+                # not a file with a buffer, which would write again at the end, and replace the error by one without a name
+                closing.callback(os.close, handle)
             for chunk in chunks:  # an error in making a chunk is not an error of the disk
+                left = memoryview(chunk).cast("B")
+                size += len(left)
                 with self._step("write", path):
-                    size += file.write(chunk)
+                    while left:
+                        left = left[os.write(handle, left) :]
                 digest.update(chunk)
-            with self._step("write", path):
-                file.flush()
             with self._operation("sync_file", path):  # on the handle that wrote: another one may not report an error
-                os.fsync(file.fileno())
+                os.fsync(handle)
         return FileDigest(size, digest.hexdigest())
 
     @contextmanager
@@ -237,6 +239,16 @@ class ScratchFile:
                 if not read:
                     raise OSError(errno.EIO, os.strerror(errno.EIO))
                 start, left = start + read, left[read:]
+
+
+def _remedy(number: int | None) -> str:
+    """A sentence about what to do after an error of the operating system."""
+    if number != errno.EFBIG:
+        return _REMEDIES.get(number or 0, "Check the file system.")
+    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if limit == resource.RLIM_INFINITY:
+        return "The file system takes no file of this size. Use another one."
+    return f"A file may have {limit:,} bytes (ulimit -f). Raise the limit and run the same command again."
 
 
 def digest_of_file(path: Path) -> FileDigest:

@@ -183,14 +183,24 @@ def test_a_run_on_a_full_disk_finishes_when_there_is_space(toy, tally, tmpfs):
 
 
 def test_a_run_whose_files_may_not_grow_finishes_without_the_limit(toy, tally):
-    """RLIMIT_FSIZE limits the size of files: the run ends with exit code 74 and the name of the error, and resumes without the limit."""
+    """RLIMIT_FSIZE limits the size of files: the run ends with exit code 74, and the message has the file and the limit.
+
+    Nothing is at OUT, and the run resumes without the limit.
+    """
     with tally(7, "RLIMIT_FSIZE") as counted:
         largest = max(map(len, toy.expected.values()))
         for limit in range(500, largest, largest // 10) if NIGHTLY else (500, 20_000):
             out = toy.new_out()
             ended = toy.run(toy.quantize(out), file_size=limit)
             assert (ended.code, one_line(ended.err)) == (74, True), ended.err
-            assert os.strerror(errno.EFBIG) in ended.err
+            remedy = (
+                rf"A file may have {limit:,} bytes \(ulimit -f\)\. Raise the limit and run the same command again\."
+            )
+            message = (
+                rf"cbqstream: error: {re.escape(str(out))}\S+: \w+ failed: {os.strerror(errno.EFBIG)}\. {remedy}\n"
+            )
+            assert re.fullmatch(message, ended.err)
+            assert not out.exists()
             counted.add()
             toy.finishes(out)
 

@@ -3,6 +3,8 @@
 import errno
 import hashlib
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -43,6 +45,43 @@ def test_full_disk_raises_a_storage_error_that_says_what_to_do(tmp_path, monkeyp
     with pytest.raises(StorageError, match=r"sync_file failed: No space left on device\. Free some space") as caught:
         Disk().write(tmp_path / "f", [b"x"])
     assert caught.value.exit_code == 74
+
+
+CODE = """
+import resource, sys
+from pathlib import Path
+from cbqstream.disk import Disk
+from cbqstream.errors import StorageError
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+try:
+    Disk().write(Path(sys.argv[1]), [bytes(999), b"abc"])
+except StorageError as error:
+    print(error, error.exit_code, error.full)
+"""
+
+
+def test_a_file_that_may_not_grow_is_named_with_the_limit(tmp_path):
+    """The second chunk does not fit, and would be in the buffer of a file with one."""
+    path = tmp_path / "f"
+    ended = subprocess.run([sys.executable, "-c", CODE, path], capture_output=True, text=True, check=True)
+    remedy = "A file may have 1,000 bytes (ulimit -f). Raise the limit and run the same command again."
+    assert ended.stdout == f"{path}: write failed: File too large. {remedy} 74 False\n"
+
+
+def test_a_file_that_the_file_system_cannot_hold_is_an_error_without_a_limit(tmp_path, monkeypatch):
+    def too_large(handle, content):
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+
+    monkeypatch.setattr(disk_module.os, "write", too_large)
+    with pytest.raises(StorageError, match=r"The file system takes no file of this size\. Use another one\.$"):
+        Disk().write(tmp_path / "f", [b"x"])
+
+
+def test_write_continues_after_a_part_of_a_chunk(tmp_path, monkeypatch):
+    write = os.write
+    monkeypatch.setattr(disk_module.os, "write", lambda handle, content: write(handle, content[:2]))
+    assert Disk().write(tmp_path / "f", [b"abcde", b"f"]).size == 6
+    assert (tmp_path / "f").read_bytes() == b"abcdef"
 
 
 def test_scratch_file_has_no_name_and_returns_what_was_written(tmp_path):
