@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cbqstream.errors import UsageError
 from cbqstream.numerics.affine import (
     codes_of_levels,
     dequantize,
@@ -15,6 +16,7 @@ from cbqstream.numerics.affine import (
     num_groups,
     sqnr_db,
     storable_scale,
+    vanished_rows,
 )
 from cbqstream.numerics.scale_search import minmax_grid, search_grid
 from cbqstream.records import QuantizedWeight
@@ -110,3 +112,24 @@ def test_sqnr_db_of_worked_examples_and_its_limits():
     assert sqnr_db(w_OI, exact) == 200
     assert sqnr_db(torch.zeros(2, 2), exact) == -200
     assert sqnr_db(torch.zeros(2, 2), replace(exact, codes=torch.zeros(2, 2, dtype=torch.int8))) == 200
+
+
+def test_a_group_size_that_no_group_fits_names_the_layer_to_leave_out():
+    """A small side layer must not make the user change the group size of the whole model."""
+    with pytest.raises(UsageError) as caught:
+        Scheme(num_bits=4, group_size=32).require_whole_groups("model.layers.0.mlp.side_gate.weight", 2)
+    assert str(caught.value) == (
+        "group size 32 does not divide the 2 columns of model.layers.0.mlp.side_gate.weight."
+        " Leave the layer out with --ignore side_gate, or use -1 (per channel)."
+    )
+
+
+def test_rows_vanish_if_all_their_weights_are_below_half_of_the_smallest_scale():
+    w_OI = torch.full((4, 8), 0.1)
+    w_OI[1] = 3e-6
+    w_OI[2] = 0
+    scheme = Scheme(num_bits=4, group_size=None)
+    scale, _ = minmax_grid(w_OI, scheme)
+    codes = (w_OI / scale).round().to(torch.int8)
+    assert vanished_rows(w_OI, QuantizedWeight(codes, scale, None, scheme)) == 1
+    assert vanished_rows(w_OI[:1], QuantizedWeight(codes[:1], scale[:1], None, scheme)) == 0
