@@ -8,7 +8,7 @@ the embedding, the head and one block of each kind on two short segments, with w
 import copy
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import pairwise
 from typing import Any, Self, cast
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cbqstream.errors import DeviceMemoryError, InputError, shown
 from cbqstream.models.block import BlockArguments, build_block, run_block
-from cbqstream.models.embedding_and_head import EmbeddingAndHead, load_embedding_and_head
+from cbqstream.models.embedding_and_head import EmbeddingAndHead, Part, load_embedding_and_head
 from cbqstream.models.families import EXPERT
 from cbqstream.models.meta_model import MetaModel
 from cbqstream.runtime.memory import is_out_of_memory
@@ -54,13 +54,12 @@ def probe(meta_model: MetaModel) -> list[Mapping[str, str]]:
     weights, rows = _Weights(meta_model), min(_ROWS, meta_model.vocab_size)
     ids_2S = torch.randint(rows, (2, _TOKENS), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        with (
-            _explained(meta_model, "embedding and head"),
-            load_embedding_and_head(meta_model, weights, device=_CPU, dtype=torch.float32) as outer,
-        ):
+        # as in a run, one part is loaded without the other
+        with _explained(meta_model, "embedding"), _loaded(meta_model, weights, "embedding") as outer:
             x_2SD = torch.stack([outer.embed(ids_S) for ids_S in ids_2S])
             _require_shape(meta_model, "the embedding", x_2SD)
             arguments = _arguments(meta_model, outer, ids_2S)
+        with _explained(meta_model, "head"), _loaded(meta_model, weights, "head") as outer:
             outer.head(x_2SD[0])
         kinds: dict[object, Mapping[str, str]] = {}
         found = []
@@ -72,6 +71,10 @@ def probe(meta_model: MetaModel) -> list[Mapping[str, str]]:
                     kinds[kind] = _run_block(meta_model, weights, index, x_2SD, arguments[index])
             found.append(kinds[kind])
     return found
+
+
+def _loaded(meta_model: MetaModel, weights: "_Weights", part: Part) -> AbstractContextManager[EmbeddingAndHead]:
+    return load_embedding_and_head(meta_model, weights, device=_CPU, dtype=torch.float32, only=part)
 
 
 class _Watched(nn.Linear):
@@ -256,6 +259,6 @@ def _explained(meta_model: MetaModel, what: str) -> Iterator[None]:
         if is_out_of_memory(error):
             raise DeviceMemoryError(f"{meta_model.folder}: not enough memory to try {what} ({reason}).") from error
         if "meta" in reason:
-            decoder = meta_model.blocks_path.rpartition(".")[0]
-            raise not_streamable(meta_model, f"{what}: uses weights outside {decoder}, which are not loaded") from error
+            held = f"{meta_model.blocks_path.rpartition('.')[0]} and the output embedding"
+            raise not_streamable(meta_model, f"{what}: uses weights besides {held}, which are not loaded") from error
         raise not_streamable(meta_model, f"{what}: {type(error).__name__}: {reason}") from error
