@@ -32,6 +32,7 @@ _FULL = {errno.ENOSPC, errno.EDQUOT}
 _NO_LINKS = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 _REMEDIES = {
     **dict.fromkeys(_FULL, "Free some space and run the same command again."),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Make the folder writable, or give another place."),
     **dict.fromkeys((errno.ENOTEMPTY, errno.EEXIST), "Something else was put there. Give another place."),
 }
 

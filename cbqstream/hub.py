@@ -136,7 +136,9 @@ def fetch_headers(
             shards = HfApi().get_safetensors_metadata(model, revision=folder.name).files_metadata
         # huggingface_hub raises these for a header that is JSON but does not describe tensors
         except (TypeError, AttributeError, LookupError) as error:
-            raise InputError(model, f"the header of a shard is not plausible ({_reason(error)}).") from error
+            raise InputError(
+                model, f"the header of a shard is not plausible ({_reason(error)}). Give another model."
+            ) from error
     return folder, {
         file: {name: {**asdict(info), "data_offsets": [*info.data_offsets]} for name, info in held.tensors.items()}
         for file, held in shards.items()

@@ -50,13 +50,13 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
         raise InputError(path, f"missing. A model folder has {name}.")
     limit = _MAX_JSON.get(name, _MAX_OTHER_JSON)
     if path.stat().st_size > limit:
-        raise InputError(path, f"larger than {limit >> 20} MiB, which is not plausible.")
+        raise InputError(path, f"larger than {limit >> 20} MiB, which is not plausible. Download it again.")
     try:
         value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=partial(_unique, path))
     except (ValueError, RecursionError) as error:
-        raise InputError(path, "not JSON.") from error
+        raise InputError(path, "not JSON. Download it again.") from error
     if not isinstance(value, dict):
-        raise InputError(path, "not a JSON object.")
+        raise InputError(path, "not a JSON object. Download it again.")
     return value
 
 
@@ -126,7 +126,8 @@ def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
         names = [name for name, _ in pairs]
-        raise InputError(path, f'"{shown(next(name for name in names if names.count(name) > 1))}" appears twice.')
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InputError(path, f'"{shown(twice)}" appears twice. Remove one, or download the file again.')
     return value
 
 

@@ -64,17 +64,17 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        raise InputError(path, f"cannot be opened: {error.strerror}.") from error
+        raise InputError(path, f"cannot be opened: {error.strerror}. Make it readable.") from error
     status = os.fstat(handle)
     if not stat.S_ISREG(status.st_mode):
         os.close(handle)
-        raise InputError(path, "not a regular file.")
+        raise InputError(path, "not a regular file. Replace it by the shard.")
     with os.fdopen(handle, "rb") as file:
         start = file.read(64)
         _refuse_other_kinds(path, start)
         length = int.from_bytes(start[:8], "little")
         if length > MAX_HEADER_BYTES:
-            raise InputError(path, f"header of {length:,} bytes exceeds the {MAX_HEADER_BYTES:,} limit.")
+            raise _broken(path, f"header of {length:,} bytes exceeds the {MAX_HEADER_BYTES:,} limit")
         if 8 + length > status.st_size:
             raise InputError(
                 path, f"header is {length} bytes long, file has {status.st_size} (truncated?). Download it again."
@@ -115,20 +115,22 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
         if len(result) < len(pairs):
             names = [name for name, _ in pairs]
             twice = next(name for name in names if names.count(name) > 1)
-            raise InputError(path, f'"{shown(twice)}" appears twice in the header.')
+            raise _broken(path, f'"{shown(twice)}" appears twice in the header')
         return result
 
     try:
         entries = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
     except RecursionError as error:
-        raise InputError(path, "header is not JSON (too deeply nested).") from error
+        raise _broken(path, "header is not JSON (too deeply nested)") from error
     except ValueError as error:
-        raise InputError(path, "header is not JSON.") from error
-    if not isinstance(entries, dict) or len(entries) > MAX_TENSORS:
-        raise InputError(path, "header is not plausible.")
+        raise _broken(path, "header is not JSON") from error
+    if not isinstance(entries, dict):
+        raise _broken(path, "header is not a JSON object")
+    if len(entries) > MAX_TENSORS:
+        raise _broken(path, f"header has {len(entries):,} tensors, more than the {MAX_TENSORS:,} limit")
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise InputError(path, "header is not plausible.")
+        raise _broken(path, "metadata of the header is not text")
     return entries
 
 
@@ -139,7 +141,7 @@ def _checked(path: Path, entries: dict[str, Any], *, data_start: int, file_size:
     expected = 0
     for info in tensors:
         if info.start != expected:
-            raise InputError(path, "bytes overlap or leave a hole.", tensor=info.name)
+            raise _broken(path, "bytes overlap or leave a hole", tensor=info.name)
         expected = info.end
     if data_start + expected != file_size:
         raise InputError(
@@ -150,9 +152,10 @@ def _checked(path: Path, entries: dict[str, Any], *, data_start: int, file_size:
 
 def _tensor(path: Path, name: str, entry: Any) -> TensorInfo:
     if len(name) > _MAX_NAME or not name.isprintable() or "/" in name or ".." in name or not name:
-        raise InputError(path, f'tensor name "{shown(name)}" is not allowed.')
+        problem = f'tensor name "{shown(name)}" is empty, a path, too long or not printable'
+        raise InputError(path, f"{problem}. Save the model with another name.")
     if not isinstance(entry, dict):
-        raise InputError(path, "header entry is not an object.", tensor=name)
+        raise _broken(path, "header entry is not an object", tensor=name)
     dtype: Any = entry.get("dtype")
     shape: Any = entry.get("shape")
     offsets: Any = entry.get("data_offsets")
@@ -161,17 +164,21 @@ def _tensor(path: Path, name: str, entry: Any) -> TensorInfo:
             path, f"dtype {shown(str(dtype))} is not known. Convert it to bf16, fp16 or fp32.", tensor=name
         )
     if not _is_sizes(shape):
-        raise InputError(path, "shape is not plausible.", tensor=name)
+        raise _broken(path, "shape is not plausible", tensor=name)
     if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise InputError(path, f"offsets {shown(str(offsets))} are not valid.", tensor=name)
+        raise _broken(path, f"offsets {shown(str(offsets))} are not valid", tensor=name)
     needed, rest = divmod(math.prod((_BITS[dtype], *shape)), 8)
     if rest or needed >= 1 << 48 or max(shape, default=0) >= 1 << 40:
-        raise InputError(path, "shape is not plausible.", tensor=name)
+        raise _broken(path, "shape is not plausible", tensor=name)
     if offsets[1] - offsets[0] != needed:
-        raise InputError(
-            path, f"shape {shape} {dtype} needs {needed} bytes, header gives {offsets[1] - offsets[0]}.", tensor=name
-        )
+        given = offsets[1] - offsets[0]
+        raise _broken(path, f"shape {shape} {dtype} needs {needed} bytes, header gives {given}", tensor=name)
     return TensorInfo(name, dtype, DTYPES.get(dtype), tuple(shape), path, offsets[0], offsets[1])
+
+
+def _broken(path: Path, what: str, *, tensor: str | None = None) -> InputError:
+    """The error for a header that no program writes: the file is damaged, or another kind of file."""
+    return InputError(path, f"{what}. Download the file again, or save it again.", tensor=tensor)
 
 
 def _is_sizes(value: Any) -> bool:

@@ -70,9 +70,9 @@ class Checkpoint:
                 self._open[info.file] = safe_open(info.file, framework="pt", device="cpu", backend="pread")
             tensor: Tensor = self._open[info.file].get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise InputError(info.file, f"cannot be read: {error}.", tensor=name) from error
+            raise InputError(info.file, f"cannot be read: {error}. Restore the file.", tensor=name) from error
         if tuple(tensor.shape) != info.shape or tensor.dtype != stored:
-            raise InputError(info.file, "changed while it was being read.", tensor=name)
+            raise InputError(info.file, "changed while it was being read. Restore the file.", tensor=name)
         return tensor.to(device=device, dtype=dtype or stored)
 
     def under(self, prefix: str, device: torch.device) -> Mapping[str, Tensor]:
@@ -135,7 +135,7 @@ class Checkpoint:
             while left:
                 piece = file.read(min(left, _COPY_BYTES))
                 if not piece:
-                    raise InputError(info.file, "changed while it was being read.", tensor=name)
+                    raise InputError(info.file, "changed while it was being read. Restore the file.", tensor=name)
                 left -= len(piece)
                 yield piece
 

@@ -263,7 +263,10 @@ def require_sums(folder: Path, shards: Iterable[Path], intact: Mapping[str, str]
     except ValueError as error:
         raise InputError(file, "not a list of checksums. Remove it, or copy it again.") from error
     for shard in sorted(shards):
-        if sums.get(shard.relative_to(folder).as_posix()) != (intact.get(shard.name) or digest_of_file(shard).sha256):
+        name = shard.relative_to(folder).as_posix()
+        if name not in sums:
+            raise InputError(shard, f"is not listed in {SUMS}. Copy the model again, or remove {SUMS}.")
+        if sums[name] != (intact.get(shard.name) or digest_of_file(shard).sha256):
             raise InputError(shard, f"is not what was written (its SHA-256 does not match {SUMS}). Copy it again.")
     return len(sums)
 

@@ -113,6 +113,7 @@ def twice(bad):
     bad.tensors(lambda tensors: tensors.update({"model.norm.weight": torch.ones(64)}))
 
 
+AGAIN = r" Download the file again, or save it again\."
 DEEP = b"[" * 100_000
 CASES: dict[str, tuple[Callable[[Bad], object], str]] = {
     "1 empty file": (lambda bad: bad.put(b""), r"{weights}: empty file \(0 bytes\)\. Download it again\."),
@@ -136,25 +137,31 @@ CASES: dict[str, tuple[Callable[[Bad], object], str]] = {
     "7 GGUF file": (lambda bad: bad.put(b"GGUF" + b"\0" * 99), r"{weights}: a GGUF file\. .*"),
     "8 header above the limit": (
         lambda bad: bad.put((10**9).to_bytes(8, "little") + b"{" + b"\0" * 99),
-        r"{weights}: header of 1,000,000,000 bytes exceeds the 100,000,000 limit\.",
+        r"{weights}: header of 1,000,000,000 bytes exceeds the 100,000,000 limit\." + AGAIN,
     ),
     "9 header longer than the file": (
         lambda bad: bad.put((5000).to_bytes(8, "little") + b"{}"),
         r"{weights}: header is 5000 bytes long, file has 10 \(truncated\?\)\. .*",
     ),
-    "10 header is not JSON": (lambda bad: bad.header(lambda entries: b"{nothing"), r"{weights}: header is not JSON\."),
+    "10 header is not JSON": (
+        lambda bad: bad.header(lambda entries: b"{nothing"),
+        r"{weights}: header is not JSON\." + AGAIN,
+    ),
     "10 header is not UTF-8": (
         lambda bad: bad.header(lambda entries: b'{"\xff": 1}'),
-        r"{weights}: header is not JSON\.",
+        r"{weights}: header is not JSON\." + AGAIN,
     ),
-    "10 header is a list": (lambda bad: bad.header(lambda entries: b"[]"), r"{weights}: header is not plausible\."),
+    "10 header is a list": (
+        lambda bad: bad.header(lambda entries: b"[]"),
+        r"{weights}: header is not a JSON object\." + AGAIN,
+    ),
     "11 header nested too deeply": (
         lambda bad: bad.header(lambda entries: DEEP),
-        r"{weights}: header is not JSON \(too deeply nested\)\.",
+        r"{weights}: header is not JSON \(too deeply nested\)\." + AGAIN,
     ),
     "12 tensor name appears twice": (
         lambda bad: swap_text(bad, b'"model.norm.weight"', b'"lm_head.weight"'),
-        r'{weights}: "lm_head.weight" appears twice in the header\.',
+        r'{weights}: "lm_head.weight" appears twice in the header\.' + AGAIN,
     ),
     "13 unknown dtype": (
         lambda bad: bad.entry(lambda entry: entry.update(dtype="F99")),
@@ -162,27 +169,27 @@ CASES: dict[str, tuple[Callable[[Bad], object], str]] = {
     ),
     "14 offsets in reverse order": (
         lambda bad: bad.entry(lambda entry: entry.update(data_offsets=[8, 0])),
-        r'{weights}: tensor "lm_head.weight": offsets \[8, 0\] are not valid\.',
+        r'{weights}: tensor "lm_head.weight": offsets \[8, 0\] are not valid\.' + AGAIN,
     ),
     "14 negative offset": (
         lambda bad: bad.entry(lambda entry: entry.update(data_offsets=[-8, 0])),
-        r'{weights}: tensor "lm_head.weight": offsets \[-8, 0\] are not valid\.',
+        r'{weights}: tensor "lm_head.weight": offsets \[-8, 0\] are not valid\.' + AGAIN,
     ),
     "15 bytes that belong to no tensor": (
         lambda bad: bad.header(lambda entries: entries.pop("lm_head.weight") and None),
-        r'{weights}: tensor ".*": bytes overlap or leave a hole\.',
+        r'{weights}: tensor ".*": bytes overlap or leave a hole\.' + AGAIN,
     ),
     "16 shape and size disagree": (
         lambda bad: bad.entry(lambda entry: entry.update(shape=[3])),
-        r'{weights}: tensor "lm_head.weight": shape \[3\] BF16 needs 6 bytes, header gives 12288\.',
+        r'{weights}: tensor "lm_head.weight": shape \[3\] BF16 needs 6 bytes, header gives 12288\.' + AGAIN,
     ),
     "17 size that overflows 64 bits": (
         lambda bad: bad.entry(lambda entry: entry.update(shape=[1 << 33, 1 << 33])),
-        r'{weights}: tensor "lm_head.weight": shape is not plausible\.',
+        r'{weights}: tensor "lm_head.weight": shape is not plausible\.' + AGAIN,
     ),
     "18 empty tensor with a huge side": (
         lambda bad: bad.entry(lambda entry: entry.update(shape=[0, 1 << 40])),
-        r'{weights}: tensor "lm_head.weight": shape is not plausible\.',
+        r'{weights}: tensor "lm_head.weight": shape is not plausible\.' + AGAIN,
     ),
     "19 truncated file": (
         lambda bad: bad.put(bad.weights.read_bytes()[:-100]),
@@ -190,19 +197,19 @@ CASES: dict[str, tuple[Callable[[Bad], object], str]] = {
     ),
     "20 tensor name with a path": (
         lambda bad: bad.header(lambda entries: rename_in(entries, "lm_head.weight", "../x")),
-        r'{weights}: tensor name "../x" is not allowed\.',
+        r'{weights}: tensor name "../x" is empty, a path, too long or not printable\. Save the model with another name\.',
     ),
     "20 tensor name with a terminal code": (
         lambda bad: bad.header(lambda entries: rename_in(entries, "lm_head.weight", "a\x1b[2J\0")),
-        r'{weights}: tensor name "a\\x1b\[2J\\x00" is not allowed\.',
+        r'{weights}: tensor name "a\\x1b\[2J\\x00" is empty, a path, too long or not printable\. Save the model with another name\.',
     ),
     "20 tensor name too long": (
         lambda bad: bad.header(lambda entries: rename_in(entries, "lm_head.weight", "x" * 1025)),
-        r'{weights}: tensor name "x{{120}}\.\.\." is not allowed\.',
+        r'{weights}: tensor name "x{{120}}\.\.\." is empty, a path, too long or not printable\. Save the model with another name\.',
     ),
     "21 metadata that is not text": (
         lambda bad: bad.header(lambda entries: entries.update(__metadata__={"a": 1})),
-        r"{weights}: header is not plausible\.",
+        r"{weights}: metadata of the header is not text\." + AGAIN,
     ),
     "22 shards without an index": (
         lambda bad: (bad.shards(), (bad.model / "model.safetensors.index.json").unlink()),
@@ -214,7 +221,7 @@ CASES: dict[str, tuple[Callable[[Bad], object], str]] = {
     ),
     "23 index is not JSON": (
         lambda bad: bad.index(lambda index: "{"),
-        r"{model}/model\.safetensors\.index\.json: not JSON\.",
+        r"{model}/model\.safetensors\.index\.json: not JSON\. Download it again\.",
     ),
     "28 missing shard": (
         lambda bad: (bad.shards(), bad.weights.unlink()),
@@ -227,11 +234,11 @@ CASES: dict[str, tuple[Callable[[Bad], object], str]] = {
     ),
     "27 shard is a pipe": (
         lambda bad: (bad.shards(), replace_by(bad.weights, os.mkfifo)),
-        r"{weights}: not a regular file\.",
+        r"{weights}: not a regular file\. Replace it by the shard\.",
     ),
     "27 shard is a folder": (
         lambda bad: (bad.shards(), replace_by(bad.weights, Path.mkdir)),
-        r"{weights}: not a regular file\.",
+        r"{weights}: not a regular file\. Replace it by the shard\.",
     ),
     "29 30 index and shards disagree": (
         disagree,
@@ -265,19 +272,19 @@ CASES: dict[str, tuple[Callable[[Bad], object], str]] = {
     "33 missing config.json": (lambda bad: (bad.model / "config.json").unlink(), r"{model}/config\.json: missing\. .*"),
     "33 config.json is not JSON": (
         lambda bad: (bad.model / "config.json").write_text("[1,"),
-        r"{model}/config\.json: not JSON\.",
+        r"{model}/config\.json: not JSON\. Download it again\.",
     ),
     "33 config.json is a list": (
         lambda bad: (bad.model / "config.json").write_text("[]"),
-        r"{model}/config\.json: not a JSON object\.",
+        r"{model}/config\.json: not a JSON object\. Download it again\.",
     ),
     "33 config.json too large": (
         lambda bad: (bad.model / "config.json").write_text(" " * (2 << 20)),
-        r"{model}/config\.json: larger than 1 MiB, which is not plausible\.",
+        r"{model}/config\.json: larger than 1 MiB, which is not plausible\. Download it again\.",
     ),
     "33 config.json with a key twice": (
         lambda bad: (bad.model / "config.json").write_text('{"hidden_size": 64, "hidden_size": 32}'),
-        r'{model}/config\.json: "hidden_size" appears twice\.',
+        r'{model}/config\.json: "hidden_size" appears twice\. Remove one, or download the file again\.',
     ),
     "33 adapter without a model": (
         lambda bad: [
@@ -386,7 +393,7 @@ CASES: dict[str, tuple[Callable[[Bad], object], str]] = {
     ),
     "46 tokenizer.json is not JSON": (
         lambda bad: ((bad.model / "tokenizer.json").write_text("{"), bad.calibration("c.txt", b"some text " * 99)),
-        r"{model}/tokenizer\.json: not JSON\.",
+        r"{model}/tokenizer\.json: not JSON\. Download it again\.",
     ),
     "46 tokenizer that transformers cannot load": (
         lambda bad: (

@@ -311,7 +311,10 @@ BAD_MODELS = {
         lambda folder: (folder / "config.json").unlink(),
         "{model}/config.json: missing. A model folder has config.json.",
     ),
-    "config not JSON": (lambda folder: (folder / "config.json").write_text("{"), "{model}/config.json: not JSON."),
+    "config not JSON": (
+        lambda folder: (folder / "config.json").write_text("{"),
+        "{model}/config.json: not JSON. Download it again.",
+    ),
     "only pickles": (
         only_pickles,
         "{model}: only pickle checkpoints, which are never read. Convert them to safetensors first.",

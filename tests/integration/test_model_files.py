@@ -275,7 +275,7 @@ def test_checksums_and_exports_of_a_result_with_shards_in_subfolders(make_config
     assert Checkpoint.open(made).fingerprint() == Checkpoint.open(expected).fingerprint()
     sums.write_text(sums.read_text().replace("b/c/part", "c/part"))
     (problem,) = check(out, read_data=True).problems
-    assert problem.startswith(f"{out}/b/c/part.safetensors: is not what was written")
+    assert problem.startswith(f"{out}/b/c/part.safetensors: is not listed in SHA256SUMS. Copy the model again")
 
 
 def test_tensors_of_every_dtype_that_the_model_does_not_use_are_copied(model, make_config):

@@ -168,7 +168,7 @@ def test_files_that_are_not_safetensors_are_refused(tmp_path, case):
 HEADERS = {
     "not JSON": (b"{nonsense", b"", "not JSON"),
     "not UTF-8": (b'{"\xff": 1}', b"", "not JSON"),
-    "a list": (b"[]", b"", "not plausible"),
+    "a list": (b"[]", b"", "not a JSON object"),
     "deeply nested": (b"[" * 200_000, b"", "not JSON"),
     "same name twice": (
         b'{"a": {"dtype":"F32","shape":[1],"data_offsets":[0,4]}, "a": {}}',
@@ -186,10 +186,10 @@ HEADERS = {
     "boolean as a size": (one(shape=(True,)), bytes(8), "not plausible"),
     "bytes after the data": (one(), bytes(9), "header describes"),
     "truncated data": (one(), bytes(7), "header describes"),
-    "name with a slash": (one(name="../x"), bytes(8), "is not allowed"),
-    "name with NUL": (one(name="a\0b"), bytes(8), "is not allowed"),
+    "name with a slash": (one(name="../x"), bytes(8), "a path, too long or not printable"),
+    "name with NUL": (one(name="a\0b"), bytes(8), "a path, too long or not printable"),
     "entry is a number": ({"a": 3}, b"", "not an object"),
-    "metadata is not text": ({"__metadata__": {"a": 1}}, b"", "not plausible"),
+    "metadata is not text": ({"__metadata__": {"a": 1}}, b"", "metadata of the header is not text"),
 }
 
 

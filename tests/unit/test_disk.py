@@ -84,6 +84,16 @@ def test_write_continues_after_a_part_of_a_chunk(tmp_path, monkeypatch):
     assert (tmp_path / "f").read_bytes() == b"abcdef"
 
 
+@pytest.mark.parametrize("why", [errno.EACCES, errno.EROFS])
+def test_a_folder_that_cannot_be_written_is_an_error_with_a_remedy(tmp_path, monkeypatch, why):
+    def refuse(*_):
+        raise OSError(why, os.strerror(why))
+
+    monkeypatch.setattr(disk_module.os, "open", refuse)
+    with pytest.raises(StorageError, match=r"Make the folder writable, or give another place\.$"):
+        Disk().write(tmp_path / "f", [b"x"])
+
+
 def test_scratch_file_has_no_name_and_returns_what_was_written(tmp_path):
     with Disk().scratch(tmp_path / "s") as file:
         assert not list(tmp_path.iterdir())
