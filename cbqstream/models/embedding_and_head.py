@@ -86,10 +86,16 @@ class EmbeddingAndHead:
         self._learn_what_blocks_return()
 
     @torch.no_grad()
-    def embed(self, ids_S: Tensor) -> Tensor:
-        """Input of the first block, [S, D], for one segment of token ids, int64 [S]."""
+    def embed(self, ids_S: Tensor, *, own_positions: bool = False) -> Tensor:
+        """Input of the first block, [S, D], for one segment of token ids, int64 [S].
+
+        Args:
+            ids_S: the token ids.
+            own_positions: let the model count the positions.
+        """
         ids_1S = ids_S.unsqueeze(0).to(self._device)
-        self._model.base_model(input_ids=ids_1S, position_ids=self._positions(len(ids_S)), use_cache=False)
+        positions = {} if own_positions else {"position_ids": self._positions(len(ids_S))}
+        self._model.base_model(input_ids=ids_1S, use_cache=False, **positions)
         seen = self._stand_ins[0].seen
         if seen is None:
             raise RuntimeError("the model did not call its first block")

@@ -29,7 +29,7 @@ _ROWS = 512
 _SIZE = 0.05
 """Standard deviation of the weights."""
 _TOLERANCE = 1e-3
-"""Allowed difference between the outputs of a block for a segment alone and in a batch, as a share of the largest output."""
+"""Allowed difference of hidden states that should be equal, as a share of the largest value."""
 _DEPTH = 8
 """Depth to which arguments that are objects are compared."""
 _NEVER_CALLED = "is never called as a layer"
@@ -58,6 +58,9 @@ def probe(meta_model: MetaModel) -> list[Mapping[str, str]]:
         with _explained(meta_model, "embedding"), _loaded(meta_model, weights, "embedding") as outer:
             x_2SD = torch.stack([outer.embed(ids_S) for ids_S in ids_2S])
             _require_shape(meta_model, "the embedding", x_2SD)
+            own_2SD = torch.stack([outer.embed(ids_S, own_positions=True) for ids_S in ids_2S])
+            if not _near(x_2SD, own_2SD):
+                raise not_streamable(meta_model, "the model counts positions in another way than from 0")
             arguments = _arguments(meta_model, outer, ids_2S)
         with _explained(meta_model, "head"), _loaded(meta_model, weights, "head") as outer:
             outer.head(x_2SD[0])
@@ -201,7 +204,7 @@ def _run_block(
     for argument, value in arguments.values.items():
         if not _equal(before[argument], value):
             raise not_streamable(meta_model, f'{name} changes its argument "{argument}", which other blocks may read')
-    if (together_2SD - alone_2SD).abs().max() > _TOLERANCE * alone_2SD.abs().max():
+    if not _near(together_2SD, alone_2SD):
         raise not_streamable(meta_model, f"{name} computes another output for a segment alone than for it in a batch")
     direct = {layer: _READ_DIRECTLY for layer, each in watched.items() if each.reads}
     return direct | {
@@ -214,6 +217,11 @@ def _require_shape(meta_model: MetaModel, what: str, x_2SD: Tensor) -> None:
     if list(x_2SD.shape) != expected:
         found = f"{what} returns hidden states of shape {list(x_2SD.shape)} for 2 segments of {_TOKENS} tokens"
         raise not_streamable(meta_model, f"{found}, and not {expected}")
+
+
+def _near(one: Tensor, other: Tensor) -> bool:
+    """Whether hidden states are equal up to differences of float32 arithmetic; values that are not finite are not compared."""
+    return not bool((one - other).abs().max() > _TOLERANCE * other.abs().max())
 
 
 def _equal(one: Any, other: Any, depth: int = _DEPTH) -> bool:
