@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 import xllamacpp
 from measure import save
+from streamed import streamed_log_probabilities
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cbqstream.calibration.segments import load_segments
 from cbqstream.commands.export import export
-from cbqstream.evaluation.model import EvaluatedModel
 
 HERE = Path(__file__).resolve().parent
 PROMPT = "The capital of France is"
@@ -55,17 +55,6 @@ class LlamaCpp:
             return None
         assert reported[0]["id"] == token, reported
         return reported[0]["logprob"]
-
-
-@torch.no_grad()
-def streamed_log_probabilities(model: Path, ids_NS: torch.Tensor, threads: int) -> list[list[float]]:
-    """Log-probabilities of tokens 2 to S of each segment, by the streamed evaluation."""
-    streamed, found = EvaluatedModel.open(model, device="cpu", threads=threads), []
-    with streamed.hidden_states([ids_NS]) as (stream,), streamed.head() as outer:
-        for segment, ids_S in enumerate(ids_NS):
-            logs_SV = torch.cat([logits.log_softmax(-1) for logits in outer.logits(stream.read(segment))])
-            found.append(logs_SV[:-1].gather(1, ids_S[1:].unsqueeze(1)).flatten().tolist())
-    return found
 
 
 def main() -> None:
