@@ -1,7 +1,7 @@
 """Symmetric quantization of activations: x_hat = s * clamp(round(x / s), -2^(b-1), 2^(b-1) - 1).
 
-Per token (dynamic): s_t = max_c |x_tc| / ((2^b - 1) / 2), where a token t is one vector along the last dimension. compressed-tensors and
-vLLM use the same formula. Nothing is learned or stored, because the scale is a function of the input.
+Per token (dynamic): s_t = max_c |x_tc| / ((2^b - 1) / 2), where a token t is one vector along the last dimension. compressed-tensors uses
+the same formula; vLLM divides by 2^(b-1) - 1. Nothing is learned or stored, because the scale is a function of the input.
 
 Per tensor (static): all inputs of a layer share one step size s = s0 * exp(theta). It is learned (S_X of CBQ, arXiv 2312.07950, sec. 3.3)
 with the gradient of Esser et al. 2020, eq. 3, and stored as `input_scale`.
