@@ -48,7 +48,7 @@ class IntQuantized(Layout):
         if weight is None or f"{layer}.weight_packed" in infos:
             return False
         # either alone is a damaged layer, which must not be taken for a dense one
-        return weight.dtype == torch.int8 or f"{layer}.{SCALE}" in infos
+        return weight.torch_dtype == torch.int8 or f"{layer}.{SCALE}" in infos
 
     @override
     def weight_shape(self, checkpoint: Checkpoint, layer: str) -> tuple[int, int]:

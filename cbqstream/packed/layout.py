@@ -129,8 +129,8 @@ class Layout(ABC):
             if found.shape != part.shape:
                 width = f"{scheme.num_bits} bits of {[rows, columns]} need {list(part.shape)}"
                 yield f"{name} has shape {list(found.shape)}, but {width}"
-            elif part.dtype not in (None, found.dtype):
-                yield f"{name} has dtype {found.dtype}, but {self.format} needs {part.dtype}"
+            elif part.dtype not in (None, found.torch_dtype):
+                yield f"{name} has dtype {found.torch_dtype or found.stored_dtype}, but {self.format} needs {part.dtype}"
 
 
 def groups_of(scheme: Scheme, columns: int) -> int:

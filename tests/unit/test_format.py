@@ -151,7 +151,7 @@ def test_a_quantization_config_with_another_format_is_refused(edit):
 def test_layers_are_found_by_their_tensors_unless_they_are_ignored():
     """A part of an int-quantized layer alone is a damaged layer. A packed layer is found by its codes."""
     infos = {
-        name: TensorInfo(name, dtype, (8, 8), Path("file"), 0, 1)
+        name: TensorInfo(name, str(dtype), dtype, (8, 8), Path("file"), 0, 1)
         for name, dtype in {
             "packed.weight_packed": torch.int32,
             "packed.weight_scale": torch.bfloat16,
@@ -161,6 +161,7 @@ def test_layers_are_found_by_their_tensors_unless_they_are_ignored():
             "no_codes.weight": torch.bfloat16,
             "no_codes.weight_scale": torch.bfloat16,
             "dense.weight": torch.bfloat16,
+            "copied.weight": None,
             "ignored.weight": torch.int8,
             "ignored.weight_scale": torch.bfloat16,
             "kept.experts.0.weight": torch.int8,
