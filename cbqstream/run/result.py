@@ -44,11 +44,15 @@ def write_result(inputs: RunInputs, journal: Journal, out: Path) -> None:
     kept = [*inputs.meta_model.blocks[: config.keep_first], *inputs.meta_model.blocks[last:]]
     head = [inputs.meta_model.head] if config.quantize_lm_head else []
     replaced = {name for spec in quantized for name in spec.tensors.values()} | {name for _, name in head}
-    copied = [name for name, info in inputs.source.infos.items() if name not in replaced and len(info.shape) > 1]
+    quantized_names = {spec.tensors[f"{layer}.weight"] for spec in quantized for layer in spec.linears}
+    matrices = [
+        name for name, info in inputs.source.infos.items() if len(info.shape) > 1 and name not in quantized_names
+    ]
     not_quantized = [
         *(path for path in inputs.meta_model.never_quantized if path not in dict(head)),
         *(f"{spec.prefix}.{name}" for spec in kept for name in spec.linears),
-        *(name.removesuffix(".weight") for name in copied),  # of heads and blocks, too, that transformers does not load
+        # by the names of the checkpoint too, which other classes of transformers have, also for heads that this class does not have
+        *(name.removesuffix(".weight") for name in matrices if name not in {stored for _, stored in head}),
         *(f"re:{path_pattern(pattern)}$" for pattern in config.ignore),
     ]
     schemes = config.schemes

@@ -123,7 +123,7 @@ def test_the_result_has_one_shard_per_block_an_index_and_a_quantization_config(m
     ]
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     assert config["format"] == "pack-quantized"
-    assert config["ignore"] == ["lm_head"]
+    assert config["ignore"] == ["lm_head", "model.embed_tokens"]
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(path.stat().st_size for path in out.glob("*.safetensors"))
     assert [report.index for report in reports] == [0, 1, 2]
