@@ -15,6 +15,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import (
     CompressedTensorsConfig,
+    GenerationMixin,
     PreTrainedModel,
 )
 from transformers.utils import logging
@@ -170,7 +171,7 @@ def _keys_and_logits(
     ids_NS: Tensor,
     **options: Any,
 ) -> tuple[tuple[str, ...], Tensor]:
-    """Names of the tensors that the class `named` does not use, and the logits [N, S, V] of the class of the streamed model.
+    """Names of the tensors that the class `named` does not use, and the logits [N, S, V] of it or of the causal language model.
 
     Raises:
         _CannotLoadError: transformers raises an exception.
@@ -187,7 +188,7 @@ def _keys_and_logits(
             raise InputError(
                 folder, f"{named.__name__} of transformers {version('transformers')} {what} {_listed(keys)}."
             )
-    if named is not type(streamed.meta_model.hf_model):
+    if not issubclass(named, GenerationMixin):  # it has no logits of tokens
         model = _load(folder, type(streamed.meta_model.hf_model), options)[0]
     _require_experts(folder, model, streamed)
     with _reported(folder):
