@@ -215,7 +215,7 @@ def test_a_quantized_head_is_rounded_to_nearest_and_transformers_computes_with_i
     ids = load_segments(tokens, out, num_samples=16, seq_len=SEQ_LEN, vocab_size=VOCAB)
     assert streamed_perplexity(out, ids) == pytest.approx(plain_perplexity(out, ids), rel=1e-4)
     assert not check(out, read_data=True).problems
-    assert "and the head" in (out / "README.md").read_text()
+    assert "; the head" in (out / "README.md").read_text()
     groups = json.loads((out / "config.json").read_text())["quantization_config"]["config_groups"].values()
     own = [group for group in groups if re.match(group["targets"][0].removeprefix("re:"), "lm_head")]
     assert {group["weights"]["num_bits"] for group in own} == {bits}

@@ -60,7 +60,7 @@ def test_the_model_card_of_a_result_precedes_the_card_of_the_source(make_config,
     card = (out / "README.md").read_text()
     assert card.startswith(f"{METADATA}\n# Quantized to W4A16\n")
     assert card.endswith("# A model\n\nOf the source.\n")
-    assert "| quantized | blocks 0 to 2 |" in card
+    assert "| quantized | blocks 0 to 2, 75.0% of the weights of all blocks |" in card
     assert Chain.read(Path(f"{out}.run")).run.identity.tokens in card
     assert str(out.parent) not in card
 
