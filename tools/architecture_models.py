@@ -150,7 +150,9 @@ def _shrunk(config, blocks, ids, num_layers=None):
             small = _small(name, value, blocks, ids)
         if small != value:
             settings[name] = small
-    if raw.get("qk_rope_head_dim"):  # latent attention: `head_dim` is the rotary part of a head, or the whole head
+    if isinstance(
+        raw.get("qk_rope_head_dim"), int
+    ):  # latent attention: `head_dim` is the rotary part of a head, or the whole head
         settings["num_key_value_heads"] = 4
         if "head_dim" in raw:
             rotary = raw["head_dim"] in (None, raw["qk_rope_head_dim"])

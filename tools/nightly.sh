@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Run the complete fault-injection tests, and try all architectures of transformers, and write the pages with their results. Takes about
-# two hours and a half on one core.
+# two hours on one core.
 # Usage: tools/nightly.sh [PYTEST ARGUMENTS]
 # Counts are stored in build/fault-tally.jsonl. With arguments, such as --last-failed, only some tests run, and their counts are replaced.
 # Results of architectures are stored in build/architectures.jsonl, and they are tried only without arguments.
