@@ -32,6 +32,7 @@ def calling(monkeypatch, llama):
     def trial(call):
         def forward(self, input_ids=None, inputs_embeds=None, position_ids=None, **_):
             x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+            position_ids = torch.arange(x.shape[1]).unsqueeze(0) if position_ids is None else position_ids
             named = {"position_embeddings": self.rotary_emb(x, position_ids), "attention_mask": None}
             return BaseModelOutputWithPast(last_hidden_state=self.norm(call(list(self.layers), x, named, input_ids)))
 
@@ -137,6 +138,22 @@ def test_blocks_that_are_called_in_another_way_are_refused(calling, call, reason
     )
     with pytest.raises(InputError, match=pattern):
         calling(call)
+
+
+def test_a_model_that_counts_positions_in_another_way_is_refused(monkeypatch, llama):
+    """Without `position_ids`, the model adds other values to the embeddings than with those that count from 0."""
+    original = LlamaModel.forward
+
+    def forward(self, inputs_embeds=None, input_ids=None, position_ids=None, **named):
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        x = x + (2 if position_ids is None else 0) + torch.arange(x.shape[1])[:, None]
+        return original(self, inputs_embeds=x, position_ids=position_ids, **named)
+
+    monkeypatch.setattr(LlamaModel, "forward", forward)
+    with pytest.raises(
+        InputError, match=r"the model counts positions in another way than from 0\. Use another model\."
+    ):
+        probe(llama)
 
 
 def refused_block(monkeypatch, llama, forward):
