@@ -7,7 +7,6 @@ that are measured on this machine, on layers with the shapes of the model.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any, Literal
 
 from cbqstream.config import QuantizeConfig
@@ -33,7 +32,6 @@ from cbqstream.planning.requirements import (
     checked_model,
     load_calibration,
     read_headers,
-    require_original,
     require_paths,
 )
 from cbqstream.planning.sizes import ModelSizes
@@ -245,7 +243,6 @@ def plan(
         DeviceMemoryError: the run does not fit the memory limits of the settings.
     """
     model, infos = read_headers(config.model, revision, allow_links=allow_links)
-    require_original(Path(config.model), model)
     if check_out:
         require_paths(config)
     device, rates = choose_device(config.device), None

@@ -34,10 +34,13 @@ def read_headers(
         allow_links: read shards that are links to files outside the folder.
 
     Raises:
-        InputError: the model cannot be read or fetched, or a model on the Hub is quantized already.
+        InputError: the model cannot be read or fetched, or is quantized already.
     """
     if not is_name(model, revision):
-        return read_json(Path(model), "config.json"), find_tensors(Path(model), allow_links=allow_links)
+        folder = Path(model)
+        found = read_json(folder, "config.json")
+        require_original(folder, found)
+        return found, find_tensors(folder, allow_links=allow_links)
     folder, headers = fetch_headers(model, revision, refuse_adapter)
     found = read_json(folder, "config.json")
     require_original(folder, found)
@@ -57,7 +60,7 @@ def checked_model(
 
     Args:
         config: settings of the run.
-        model: content of config.json of the source.
+        model: content of config.json of the source, which is not quantized (`require_original`).
         infos: location, shape and dtype of every tensor of the source, by name.
         device: device that will compute.
         allow_partial: accept a model most of whose block weights cannot be quantized.
@@ -68,7 +71,6 @@ def checked_model(
         DeviceMemoryError: there is not enough memory to try the code of the model.
     """
     folder, settings, seq_len = Path(config.model), config.reconstruction, config.calibration.seq_len
-    require_original(folder, model)
     meta_model = MetaModel(folder, model, {name: info.shape for name, info in infos.items()}, config.blocks_path)
     require_quantizable(config, meta_model, infos, probe(meta_model), allow_partial=allow_partial)
     method_of(settings).require_runnable(settings, device)
