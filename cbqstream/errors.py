@@ -12,6 +12,7 @@ A message is one line that states where the error is, what is wrong and what to 
 a bug (exit code 1).
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 _SHOWN = 120
@@ -21,6 +22,11 @@ def shown(text: str) -> str:
     """Text from a file, safe to print: escaped, so that it cannot control a terminal, and cut to 120 characters."""
     escaped = ascii(text)[1:-1]
     return escaped if len(escaped) <= _SHOWN else escaped[:_SHOWN] + "..."
+
+
+def some_shown(names: Sequence[str], most: int) -> str:
+    """At most `most` names, safe to print, and the number of the others."""
+    return ", ".join(map(shown, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 class CbqstreamError(Exception):

@@ -21,7 +21,7 @@ from transformers import (
 from transformers.utils import logging
 
 from cbqstream.checkpoint.folder import read_json
-from cbqstream.errors import DeviceMemoryError, InputError, shown
+from cbqstream.errors import DeviceMemoryError, InputError, shown, some_shown
 from cbqstream.evaluation.model import EvaluatedModel, EvaluationOptions
 from cbqstream.models.families import EXPERT
 from cbqstream.packed.packed_checkpoint import PackedCheckpoint
@@ -58,7 +58,7 @@ class Loaded:
     def __str__(self) -> str:
         way = " with dequantize=True" if self.dequantized else ""
         near = f"logits within {self.difference:.1e} of the streamed ones, same next token after {self.same} of {self.tokens}"
-        unused = f"; {self.class_name} does not use {_listed(self.unused)}" if self.unused else ""
+        unused = f"; {self.class_name} does not use {some_shown(self.unused, _NAMED)}" if self.unused else ""
         return f"transformers {version('transformers')} loads it as {self.class_name}{way}: {near}{unused}"
 
 
@@ -142,10 +142,10 @@ class _AsLoaded:
 
     def read(self, name: str, *, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
         """One dense tensor, rounded as transformers rounds it."""
-        value = self._source.read(name, device=device, dtype=torch.float32 if self._is_dense(name) else dtype)
-        if self._is_dense(name):
-            value = value.to(self._source.scale_dtype(name.removesuffix(".weight"))).to(dtype or torch.float32)
-        return value
+        if not self._is_dense(name):
+            return self._source.read(name, device=device, dtype=dtype)
+        value = self._source.read(name, device=device, dtype=torch.float32)
+        return value.to(self._source.scale_dtype(name.removesuffix(".weight"))).to(dtype or torch.float32)
 
     def input_quantizer(self, name: str) -> Callable[[Tensor], Tensor] | None:
         """Function that quantizes the inputs of a layer; None if transformers does not quantize them."""
@@ -186,7 +186,7 @@ def _keys_and_logits(
     for keys, what in ((missing, "does not find"), (lost, "does not use")):
         if keys:
             raise InputError(
-                folder, f"{named.__name__} of transformers {version('transformers')} {what} {_listed(keys)}."
+                folder, f"{named.__name__} of transformers {version('transformers')} {what} {some_shown(keys, _NAMED)}."
             )
     if not issubclass(named, GenerationMixin):  # it has no logits of tokens
         model = _load(folder, type(streamed.meta_model.hf_model), options)[0]
@@ -242,12 +242,6 @@ def _reported(folder: Path) -> Iterator[None]:
             raise DeviceMemoryError(f"{folder}: the whole model does not fit in memory. Leave out --load.") from error
         reason = shown(str(error).partition("\n")[0])
         raise _CannotLoadError(folder, f"transformers {version('transformers')} cannot load it: {reason}") from error
-
-
-def _listed(names: Any) -> str:
-    """Some names, safe to print, and the number of the others."""
-    some = ", ".join(shown(name) for name in names[:_NAMED])
-    return some + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
 
 
 @contextmanager

@@ -43,16 +43,14 @@ def write_result(inputs: RunInputs, journal: Journal, out: Path) -> None:
     quantized = inputs.meta_model.blocks[config.keep_first : last]
     kept = [*inputs.meta_model.blocks[: config.keep_first], *inputs.meta_model.blocks[last:]]
     head = [inputs.meta_model.head] if config.quantize_lm_head else []
-    replaced = {name for spec in quantized for name in spec.tensors.values()} | {name for _, name in head}
-    quantized_names = {spec.tensors[f"{layer}.weight"] for spec in quantized for layer in spec.linears}
-    matrices = [
-        name for name, info in inputs.source.infos.items() if len(info.shape) > 1 and name not in quantized_names
-    ]
+    heads = {name for _, name in head}
+    layers = {spec.tensors[f"{layer}.weight"] for spec in quantized for layer in spec.linears} | heads
+    others = [name for name, info in inputs.source.infos.items() if len(info.shape) > 1 and name not in layers]
     not_quantized = [
         *(path for path in inputs.meta_model.never_quantized if path not in dict(head)),
         *(f"{spec.prefix}.{name}" for spec in kept for name in spec.linears),
         # by the names of the checkpoint too, which other classes of transformers have, also for heads that this class does not have
-        *(name.removesuffix(".weight") for name in matrices if name not in {stored for _, stored in head}),
+        *(name.removesuffix(".weight") for name in others),
         *(f"re:{path_pattern(pattern)}$" for pattern in config.ignore),
     ]
     schemes = config.schemes
@@ -71,7 +69,7 @@ def write_result(inputs: RunInputs, journal: Journal, out: Path) -> None:
         source_folder=Path(config.model),
         source=inputs.source,
         shards=shards,
-        replaced=replaced,
+        replaced={name for spec in quantized for name in spec.tensors.values()} | heads,
         config={
             **inputs.model,
             "quantization_config": quantization_config(schemes, list(dict.fromkeys(not_quantized))),

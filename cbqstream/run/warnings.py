@@ -1,11 +1,11 @@
 """Warnings about a model and its run, and the check that training does not fail in many windows."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
 
-from cbqstream.errors import InputError, shown
+from cbqstream.errors import InputError, some_shown
 from cbqstream.models.experts import tokens_by_expert
 from cbqstream.packed.output import other_files
 from cbqstream.planning.engines import engine_warnings
@@ -64,7 +64,7 @@ def model_warnings(inputs: RunInputs) -> Iterator[RunWarning]:
     left_out = other_files(Path(inputs.config.model)).left_out
     if left_out:
         yield RunWarning(
-            f"{inputs.config.model}: not part of the model, and not copied: {_first(left_out)}."
+            f"{inputs.config.model}: not part of the model, and not copied: {some_shown(left_out, _NAMED)}."
             " Copy what you need of it into the result."
         )
     if inputs.model.get("auto_map"):
@@ -89,8 +89,8 @@ def undersampled_experts(prefix: str, block: ResidentBlock) -> RunWarning:
     counts = [count for path in tokens_by_expert(block.tokens).values() for count in path]
     names = sorted({name.rpartition(".")[0] for name in block.undersampled})
     return RunWarning(
-        f"{prefix}: its {len(counts)} experts saw {min(counts):,} to {max(counts):,} tokens; rounded to nearest: {_first(names)}."
-        " A larger --num-samples gives them more tokens."
+        f"{prefix}: its {len(counts)} experts saw {min(counts):,} to {max(counts):,} tokens; rounded to nearest:"
+        f" {some_shown(names, _NAMED)}. A larger --num-samples gives them more tokens."
     )
 
 
@@ -107,8 +107,3 @@ def vanished_rows(prefix: str, block: ResidentBlock) -> Iterator[RunWarning]:
             f"{prefix}.{name}: {count} are below the smallest scale (2^-17) and became zero."
             f" To keep them, use --ignore {name} in a new run."
         )
-
-
-def _first(names: Sequence[str]) -> str:
-    """The first names of a list, and the number of the others."""
-    return ", ".join(map(shown, names[:_NAMED])) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
