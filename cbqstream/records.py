@@ -4,93 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Protocol, Self
-
-from cbqstream.errors import InputError
+from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:  # so that modules which only pass records on start without torch
-    from collections.abc import Callable, Iterator, Sequence
-    from pathlib import Path
+    from collections.abc import Sequence
 
     import torch
     from torch import Tensor
 
     from cbqstream.scheme import Scheme
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """Location of a tensor in a checkpoint."""
-
-    name: str
-    stored_dtype: str
-    """Name of the dtype in the header of the file, such as BF16."""
-    torch_dtype: torch.dtype | None
-    """The dtype in torch; None if tensors of this dtype are copied but not computed with."""
-    shape: tuple[int, ...]
-    file: Path
-    start: int
-    """Offset of the first byte in the file."""
-    end: int
-    """Offset of the byte after the last."""
-
-    @property
-    def num_bytes(self) -> int:
-        """Size in the file."""
-        return self.end - self.start
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype in which the values are read.
-
-        Raises:
-            InputError: tensors of this dtype are copied but not computed with.
-        """
-        if self.torch_dtype is None:
-            raise self._not_readable()
-        return self.torch_dtype
-
-    def require_readable(self) -> None:
-        """Check that the values can be computed with.
-
-        Raises:
-            InputError: tensors of this dtype are only copied.
-        """
-        if self.torch_dtype is None:
-            raise self._not_readable()
-
-    def _not_readable(self) -> InputError:
-        problem = f"has dtype {self.stored_dtype}, which is copied but not computed with"
-        return InputError(self.file, f"{problem}. Convert it to bf16, fp16 or fp32.", tensor=self.name)
-
-
-class WeightSource(Protocol):
-    """Dense tensors of a model by name: of a checkpoint, or of a quantized one that is dequantized as it is read."""
-
-    def tensors(self) -> Mapping[str, tuple[int, ...]]:
-        """Shape of every dense tensor, by its name in the original checkpoint."""
-        ...
-
-    def read(self, name: str, *, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-        """One tensor on `device`, in `dtype` or as it is stored."""
-        ...
-
-    def input_quantizer(self, name: str) -> Callable[[Tensor], Tensor] | None:
-        """The function that the linear layer with weight `name` applies to its input first, or None."""
-        ...
-
-
-class StoredTensors(WeightSource, Protocol):
-    """Tensors of a checkpoint that can also be copied as they are stored."""
-
-    @property
-    def infos(self) -> Mapping[str, TensorInfo]:
-        """Location of every tensor, by name."""
-        ...
-
-    def raw(self, name: str) -> Iterator[bytes]:
-        """Bytes of one tensor as they are stored, in pieces."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

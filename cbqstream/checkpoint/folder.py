@@ -11,8 +11,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cbqstream.checkpoint.header import read_header
+from cbqstream.checkpoint.tensors import TensorInfo
 from cbqstream.errors import InputError, shown
-from cbqstream.records import TensorInfo
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from cbqstream.checkpoint.tensors import TensorInfo
 from cbqstream.errors import InputError, shown
-from cbqstream.records import TensorInfo
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_TENSORS = 2_000_000

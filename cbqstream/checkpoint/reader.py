@@ -5,19 +5,21 @@ read at once.
 """
 
 import hashlib
+import os
 import threading
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cbqstream.checkpoint.folder import find_tensors
+from cbqstream.checkpoint.header import read_header
+from cbqstream.checkpoint.tensors import ModelTensor, TensorInfo
 from cbqstream.errors import InputError
-from cbqstream.records import TensorInfo
 
 _COPY_BYTES = 16 << 20
 _SAMPLE_BYTES = 4 << 10
@@ -27,12 +29,18 @@ class Checkpoint:
     """Tensors of files that are read on demand.
 
     Args:
-        infos: location of each tensor, by name.
+        infos: every tensor, by name. Derived tensors are computed from their parts when they are read.
+        stored: location of every stored tensor, by its name in the files; by default, `infos` without its derived tensors.
     """
 
-    def __init__(self, infos: Mapping[str, TensorInfo]) -> None:
+    def __init__(self, infos: Mapping[str, ModelTensor], stored: Mapping[str, TensorInfo] | None = None) -> None:
         self.infos = infos
-        self._open: dict[Path, Any] = {}
+        self.stored = (
+            {name: info for name, info in infos.items() if isinstance(info, TensorInfo)} if stored is None else stored
+        )
+        """Location of every stored tensor, by its name in the files."""
+        self._open: dict[Path, int] = {}
+        self._by_file: dict[Path, list[TensorInfo]] = {}
 
     @classmethod
     def open(cls, folder: Path, *, allow_links: bool = False) -> Self:
@@ -57,37 +65,72 @@ class Checkpoint:
         Args:
             name: name of the tensor.
             device: device of the result.
-            dtype: dtype of the result; by default, the dtype in which the tensor is stored.
+            dtype: dtype of the result; by default, that of the tensor.
 
         Raises:
-            InputError: the file changed or can no longer be read, or the tensor has a dtype that is only copied.
+            InputError: the file changed or can no longer be read, the tensor has a dtype that is only copied, or the parts of a derived
+                tensor have no valid meaning.
             KeyError: no tensor has this name.
         """
-        info = self.infos[name]
-        stored = info.dtype
+        tensor = self._read(self.infos[name])
+        return tensor.to(device=device, dtype=dtype or tensor.dtype)
+
+    def _read(self, info: ModelTensor) -> Tensor:
+        """One tensor on the CPU, in its dtype."""
+        if isinstance(info, TensorInfo):
+            return self._read_stored(info)
+        parts = {key: self._read(part) for key, part in info.parts.items()}
         try:
-            if info.file not in self._open:
-                self._open[info.file] = safe_open(info.file, framework="pt", device="cpu", backend="pread")
-            tensor: Tensor = self._open[info.file].get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise InputError(info.file, f"cannot be read: {error}. Restore the file.", tensor=name) from error
-        if tuple(tensor.shape) != info.shape or tensor.dtype != stored:
-            raise InputError(info.file, "changed while it was being read. Restore the file.", tensor=name)
-        return tensor.to(device=device, dtype=dtype or stored)
+            return info.make(parts)
+        except ValueError as error:
+            raise InputError(
+                info.file, f"{error}. Download it again, or repair the model.", tensor=info.name
+            ) from error
+
+    def _read_stored(self, info: TensorInfo) -> Tensor:
+        """One stored tensor, or a piece of one, on the CPU."""
+        dtype, values = info.dtype, torch.empty(info.num_bytes, dtype=torch.uint8)
+        try:
+            filled = _fill(values.numpy().data, self._opened(info.file), info.start)
+        except OSError as error:
+            raise InputError(
+                info.file, f"cannot be read: {error.strerror}. Restore the file.", tensor=info.name
+            ) from error
+        if not filled:
+            raise _changed(info)
+        return values.view(dtype).reshape(info.shape)
+
+    def _opened(self, path: Path) -> int:
+        """Descriptor of a file, which is opened once; its header must be the one that was read first.
+
+        Raises:
+            InputError: the header changed.
+        """
+        if path not in self._open:
+            if not self._by_file:
+                for info in self.stored.values():
+                    self._by_file.setdefault(info.file, []).append(info)
+            held = read_header(path)
+            for info in self._by_file.get(path, ()):
+                if held.get(info.name) != info:
+                    raise _changed(info)
+            self._open[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            weakref.finalize(self, os.close, self._open[path])
+        return self._open[path]
 
     def under(self, prefix: str, device: torch.device) -> Mapping[str, Tensor]:
         """The tensors whose names begin with `prefix`, by the rest of their names; each access reads a tensor."""
         return _PrefixedTensors(self, prefix, device)
 
     def fingerprint(self) -> str:
-        """SHA-256 in hex of the names, dtypes and shapes, and of 4 KiB at the start, the middle and the end of each tensor.
+        """SHA-256 in hex of the names, dtypes and shapes of the stored tensors, and of 4 KiB at the start, the middle and the end of each.
 
         Reading every byte of a large model would take minutes. The sample detects a model from another training run, because training
         changes every tensor.
         """
         digest = hashlib.sha256()
-        for name in sorted(self.infos):
-            info = self.infos[name]
+        for name in sorted(self.stored):
+            info = self.stored[name]
             digest.update(f"{name}|{info.torch_dtype or info.stored_dtype}|{list(info.shape)}|".encode())
             with info.file.open("rb") as file:
                 for start in (info.start, info.start + info.num_bytes // 2, max(info.start, info.end - _SAMPLE_BYTES)):
@@ -109,8 +152,8 @@ class Checkpoint:
 
         def load() -> None:
             with suppress(InputError, OSError):
-                for name in names:
-                    for _ in self.raw(name):
+                for info in (part for name in names for part in self.infos[name].stored):
+                    for _ in _pieces(info):
                         if stopped.is_set():
                             return
 
@@ -123,21 +166,45 @@ class Checkpoint:
             thread.join()
 
     def raw(self, name: str) -> Iterator[bytes]:
-        """Yield the bytes of one tensor as they are stored in the file, in pieces of 16 MiB.
+        """Yield the bytes of one tensor in pieces of 16 MiB: as they are stored in the file, or of the computed tensor if it is derived.
 
         Raises:
-            InputError: the file became shorter.
+            InputError: the file became shorter, or a derived tensor cannot be computed.
         """
         info = self.infos[name]
-        with info.file.open("rb") as file:
-            file.seek(info.start)
-            left = info.num_bytes
-            while left:
-                piece = file.read(min(left, _COPY_BYTES))
-                if not piece:
-                    raise InputError(info.file, "changed while it was being read. Restore the file.", tensor=name)
-                left -= len(piece)
-                yield piece
+        if isinstance(info, TensorInfo):
+            yield from _pieces(info)
+        else:
+            values = self.read(name, device=torch.device("cpu")).contiguous().flatten().view(torch.uint8)
+            yield from (piece.numpy().tobytes() for piece in torch.split(values, _COPY_BYTES))
+
+
+def _pieces(info: TensorInfo) -> Iterator[bytes]:
+    """Bytes of a stored tensor, in pieces of 16 MiB."""
+    with info.file.open("rb") as file:
+        file.seek(info.start)
+        left = info.num_bytes
+        while left:
+            piece = file.read(min(left, _COPY_BYTES))
+            if not piece:
+                raise _changed(info)
+            left -= len(piece)
+            yield piece
+
+
+def _fill(buffer: memoryview, file: int, offset: int) -> bool:
+    """Fill a buffer with the bytes of an open file from `offset` on; False if the file ends before."""
+    done = 0
+    while done < len(buffer):
+        count = os.preadv(file, [buffer[done:]], offset + done)
+        if not count:
+            return False
+        done += count
+    return True
+
+
+def _changed(info: TensorInfo) -> InputError:
+    return InputError(info.file, "changed while it was being read. Restore the file.", tensor=info.name)
 
 
 class _PrefixedTensors(Mapping[str, Tensor]):

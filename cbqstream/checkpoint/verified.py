@@ -1,59 +1,47 @@
 """The source checkpoint of a run: every tensor must stay what it was when the run first read it, and must be finite."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from cbqstream.checkpoint.reader import Checkpoint
+from cbqstream.checkpoint.tensors import ModelTensor, TensorInfo
 from cbqstream.disk import Measure, unmeasured
 from cbqstream.errors import IdentityError, InputError, shown
-from cbqstream.records import RunWarning, TensorInfo
+from cbqstream.records import RunWarning
 
 
-class VerifiedCheckpoint:
-    """A checkpoint that records the SHA-256 of every tensor that is read from it, and refuses a tensor that has changed.
+class VerifiedCheckpoint(Checkpoint):
+    """A checkpoint that records the SHA-256 of every stored tensor that is read from it, and refuses one that has changed.
 
     Args:
-        checkpoint: the source.
-        measure: counts the time of reading and hashing.
+        infos: every tensor, by name.
+        stored: location of every stored tensor, see `Checkpoint`.
+        measure: counts the time of reading, hashing and decoding.
     """
 
-    def __init__(self, checkpoint: Checkpoint, measure: Measure = unmeasured) -> None:
-        self._checkpoint = checkpoint
+    def __init__(
+        self,
+        infos: Mapping[str, ModelTensor],
+        stored: Mapping[str, TensorInfo] | None = None,
+        measure: Measure = unmeasured,
+    ) -> None:
+        super().__init__(infos, stored)
         self._measure = measure
         self._committed: dict[str, str] = {}
         self._seen: dict[str, str] = {}
+        self._checked: set[str] = set()
         self._warnings: list[RunWarning] = []
 
-    @property
-    def infos(self) -> Mapping[str, TensorInfo]:
-        """Location of every tensor, by name."""
-        return self._checkpoint.infos
-
-    def tensors(self) -> Mapping[str, tuple[int, ...]]:
-        """Shape of every tensor, by name."""
-        return self._checkpoint.tensors()
-
-    def fingerprint(self) -> str:
-        """See `Checkpoint.fingerprint`."""
-        return self._checkpoint.fingerprint()
-
-    def reading_ahead(self, names: Iterable[str]) -> AbstractContextManager[None]:
-        """See `Checkpoint.reading_ahead`."""
-        return self._checkpoint.reading_ahead(names)
-
-    def input_quantizer(self, name: str) -> None:
-        """None: the source does not quantize inputs."""
-
     def remember(self, digests: Mapping[str, str]) -> None:
-        """Add the digests of tensors, by name, that the run has committed."""
+        """Add the digests of stored tensors, by name, that the run has committed."""
         self._committed.update(digests)
 
     def take_digests(self) -> dict[str, str]:
-        """Digests, by name, of the tensors that were read and not taken yet. They count as committed from now on."""
+        """Digests, by name, of the stored tensors that were read and not taken yet. They count as committed from now on."""
         new = {name: sha256 for name, sha256 in sorted(self._seen.items()) if name not in self._committed}
         self.remember(new)
         return new
@@ -63,40 +51,54 @@ class VerifiedCheckpoint:
         taken, self._warnings = self._warnings, []
         return taken
 
+    @override
     def read(self, name: str, *, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-        """One tensor on `device`, in `dtype` or as it is stored.
+        """One tensor on `device`, in `dtype` or in its own.
 
         Raises:
             InputError: the file can no longer be read, or the tensor holds values that are not finite, or has a dtype that is only copied.
             IdentityError: the tensor is not what it was when this run first read it.
         """
         with self._measure("reading"):
-            tensor = self._checkpoint.read(name, device=torch.device("cpu"))
-            sha256 = hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
-        info = self.infos[name]
-        self._require_same(info, sha256)
-        if name not in self._seen and tensor.is_floating_point():
-            low, high = tensor.aminmax()  # NaN if there is one; many times faster than looking at each value
-            if not (torch.isfinite(low) and torch.isfinite(high)):
-                raise _not_finite(info, tensor)
-            if low == high == 0:
-                self._warnings.append(RunWarning(f'{info.file}: tensor "{shown(name)}" is zero throughout.'))
-        self._seen[name] = sha256
-        return tensor.to(device=device, dtype=dtype or info.dtype)
+            tensor = self._read(self.infos[name])
+        if name not in self._checked and tensor.is_floating_point():
+            self._check_values(self.infos[name], tensor)
+        self._checked.add(name)
+        return tensor.to(device=device, dtype=dtype or tensor.dtype)
 
+    @override
+    def _read_stored(self, info: TensorInfo) -> Tensor:
+        tensor = super()._read_stored(info)
+        sha256 = hashlib.sha256(tensor.flatten().view(torch.uint8).numpy().data).hexdigest()
+        self._require_same(info, sha256)
+        self._seen[info.name] = sha256
+        return tensor
+
+    def _check_values(self, info: ModelTensor, tensor: Tensor) -> None:
+        low, high = tensor.aminmax()  # NaN if there is one; many times faster than looking at each value
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            raise _not_finite(info, tensor)
+        if low == high == 0:
+            self._warnings.append(RunWarning(f'{info.file}: tensor "{shown(info.name)}" is zero throughout.'))
+
+    @override
     def raw(self, name: str) -> Iterator[bytes]:
-        """Bytes of one tensor as they are stored, in pieces; the last piece is given only if all of them are what was read before.
+        """Bytes of one tensor, see `Checkpoint.raw`; the last piece is given only if all of them are what was read before.
 
         Raises:
             InputError: see `read`.
             IdentityError: see `read`.
         """
+        info = self.infos[name]
+        if not isinstance(info, TensorInfo):
+            yield from super().raw(name)
+            return
         digest, held = hashlib.sha256(), b""
-        for piece in self._checkpoint.raw(name):
+        for piece in super().raw(name):
             yield held
             digest.update(piece)
             held = piece
-        self._require_same(self.infos[name], digest.hexdigest())
+        self._require_same(info, digest.hexdigest())
         yield held
 
     def _require_same(self, info: TensorInfo, sha256: str) -> None:
@@ -107,7 +109,7 @@ class VerifiedCheckpoint:
             )
 
 
-def _not_finite(info: TensorInfo, tensor: Tensor) -> InputError:
+def _not_finite(info: ModelTensor, tensor: Tensor) -> InputError:
     places = (~torch.isfinite(tensor.flatten())).nonzero()
     return InputError(
         info.file,

@@ -12,6 +12,7 @@ from cbqstream.activations.store import StreamShape
 from cbqstream.activations.zarr_store import ZarrStore
 from cbqstream.checkpoint.folder import quant_method_of, quantization_of, read_json, refuse_adapter
 from cbqstream.checkpoint.reader import Checkpoint
+from cbqstream.checkpoint.tensors import WeightSource
 from cbqstream.checkpoint.verified import VerifiedCheckpoint
 from cbqstream.errors import CbqstreamError, DeviceMemoryError, InputError
 from cbqstream.evaluation.loaded import load_beside_streamed
@@ -21,7 +22,6 @@ from cbqstream.models.meta_model import MetaModel
 from cbqstream.packed.format import METHOD, faults_of
 from cbqstream.packed.output import SUMS, require_sums
 from cbqstream.packed.packed_checkpoint import CPU, PackedCheckpoint
-from cbqstream.records import WeightSource
 from cbqstream.rundir.chain import Chain, is_run, neither_run_nor_model
 
 
@@ -141,7 +141,7 @@ def _streams(chain: Chain, *, read_data: bool) -> str:
 
 def _read_source_again(chain: Chain, options: _Options, found: Findings) -> None:
     folder = Path(chain.run.config.model)
-    source = VerifiedCheckpoint(Checkpoint.open(folder, allow_links=options.allow_links))
+    source = VerifiedCheckpoint.open(folder, allow_links=options.allow_links)
     source.remember(chain.source_digests)
     names = chain.source_digests
     same = [found.attempt(_require, source, folder, name) for name in names]
@@ -158,7 +158,7 @@ def _require(source: VerifiedCheckpoint, folder: Path, name: str) -> None:
     """
     if name not in source.infos:
         raise InputError(folder, "missing. Restore the weights.", tensor=name)
-    source.read(name, device=CPU)
+    deque(source.raw(name), maxlen=0)
 
 
 def _is_one_file(link: Path, file: Path) -> bool:
@@ -178,7 +178,7 @@ def _check_model(folder: Path, options: _Options, intact: dict[str, str], found:
     found.problems.extend(f"{folder}: {text}" for text in _joined_otherwise(meta_model, source))
     names, sums = sorted(source.tensors()), None
     if options.read_data:
-        sums = require_sums(folder, {info.file for info in checkpoint.infos.values()}, intact)
+        sums = require_sums(folder, {info.file for info in checkpoint.stored.values()}, intact)
         for name in names:
             found.attempt(_require_finite, folder, name, source)
     state = ", all finite" if options.read_data and not found.problems else ""

@@ -80,7 +80,7 @@ def _write_shards(
         require_whole_words(format_name, layer, shape, source.schemes.of(layer))
     weight_map: dict[str, str] = {}
     sums: dict[str, str] = {}
-    for file in sorted({info.file for info in source.checkpoint.infos.values()}):
+    for file in sorted({info.file for info in source.checkpoint.stored.values()}):
         shard = "-".join(file.relative_to(model).parts)
         names, digest = _write_shard(disk, building / shard, source, file, format_name)
         weight_map.update(dict.fromkeys(names, shard))
@@ -119,7 +119,7 @@ def _write_shard(
 def _config(config: dict[str, Any], source: PackedCheckpoint, format_name: str) -> dict[str, Any]:
     """Content of config.json with the quantization_config of the new format."""
     others = {key: value for key, value in config.items() if key != "quantization_config"}
-    ignored = _modules(config["quantization_config"]["ignore"], source.checkpoint.infos)
+    ignored = _modules(config["quantization_config"]["ignore"], source.checkpoint.stored)
     # inference engines look all experts of a block up under one name
     experts = sorted({joined_with(path) for path in ignored if EXPERT.search(path)})
     made = EXPORTS[format_name].config(source.schemes.default, [*ignored, *experts], sorted(source.layers))

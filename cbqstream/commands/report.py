@@ -145,7 +145,7 @@ def _not_metrics(path: Path) -> InputError:
 
 def _stored(source: PackedCheckpoint) -> tuple[int, int]:
     """Number of weights in the quantized layers, and size in bytes of their codes, scales and zero points."""
-    parts = [info for name, info in source.checkpoint.infos.items() if name not in source.others]
+    parts = [info for name, info in source.checkpoint.stored.items() if name not in source.others]
     weights = sum(rows * columns for rows, columns in source.layers.values())
     return weights, sum(info.num_bytes for info in parts if not info.name.endswith(f".{SHAPE}"))
 

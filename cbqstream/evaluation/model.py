@@ -14,6 +14,7 @@ from cbqstream.activations.map_segments import map_segments
 from cbqstream.activations.store import ActivationStore, StreamShape
 from cbqstream.activations.zarr_store import ZarrStore
 from cbqstream.checkpoint.folder import read_json
+from cbqstream.checkpoint.tensors import WeightSource
 from cbqstream.disk import Disk
 from cbqstream.errors import UsageError
 from cbqstream.models.block import BlockArguments, build_block, run_block
@@ -21,7 +22,7 @@ from cbqstream.models.embedding_and_head import EmbeddingAndHead, Part, load_emb
 from cbqstream.models.meta_model import MetaModel
 from cbqstream.models.probe import probe
 from cbqstream.packed.sources import open_source
-from cbqstream.records import Compute, WeightSource
+from cbqstream.records import Compute
 from cbqstream.runtime.device import choose_device, compute_dtype, fixed_numerics
 
 Listener = Callable[[str], None]

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from cbqstream.checkpoint.tensors import WeightSource
 from cbqstream.models.meta_model import MetaModel
 from cbqstream.numerics.slabs import in_slabs, linear_in_slabs
-from cbqstream.records import WeightSource
 
 
 class SlabLinear(nn.Linear):

@@ -14,9 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from cbqstream.checkpoint.tensors import WeightSource
 from cbqstream.models.block import BlockArguments
 from cbqstream.models.meta_model import MetaModel, path_of
-from cbqstream.records import WeightSource
 
 _LOGIT_TOKENS = 256
 """Number of tokens whose logits are computed together."""

@@ -8,11 +8,12 @@ from torch import Tensor
 
 from cbqstream.checkpoint.header import read_header
 from cbqstream.checkpoint.reader import Checkpoint
+from cbqstream.checkpoint.tensors import StoredTensors
 from cbqstream.disk import Disk, FileDigest, ScratchFile
 from cbqstream.packed.layout import SCALE
 from cbqstream.packed.layouts import encode
 from cbqstream.packed.shard import write_tensors
-from cbqstream.records import BlockSpec, QuantizedWeight, StoredTensors
+from cbqstream.records import BlockSpec, QuantizedWeight
 from cbqstream.runtime.offload import OffloadedTensor
 
 HEAD = "head.safetensors"

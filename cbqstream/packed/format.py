@@ -156,7 +156,7 @@ def faults_of(config: dict[str, Any], checkpoint: Checkpoint) -> Iterator[str]:
         yield f"compressed-tensors cannot read the quantization_config: {shown(str(error).splitlines()[0])}."
     schemes = schemes_of(config)
     formats = {scheme: name for _, scheme, name in _groups(config)}
-    for layer, layout in layouts_in(checkpoint.infos, schemes).items():
+    for layer, layout in layouts_in(checkpoint.stored, schemes).items():
         scheme = schemes.of(layer)
         if layout.format != formats[scheme]:
             yield f"{layer}: stored as {layout.format}, but config.json says {formats[scheme]}. {COPY_AGAIN}"

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from cbqstream.checkpoint.reader import Checkpoint
-from cbqstream.records import QuantizedWeight, TensorInfo
+from cbqstream.checkpoint.tensors import TensorInfo
+from cbqstream.records import QuantizedWeight
 from cbqstream.scheme import Scheme
 
 SCALE, ZERO_POINT, INPUT_SCALE = "weight_scale", "weight_zero_point", "input_scale"
@@ -114,7 +115,7 @@ class Layout(ABC):
             layer: path of the layer in the checkpoint.
             scheme: scheme of the layer.
         """
-        infos = checkpoint.infos
+        infos = checkpoint.stored
         missing = sorted(part for part in self.needed(scheme) if f"{layer}.{part}" not in infos)
         if missing:
             yield f"{', '.join(missing)} missing"

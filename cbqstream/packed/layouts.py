@@ -9,10 +9,11 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from cbqstream.checkpoint.tensors import TensorInfo
 from cbqstream.packed.int_quantized import IntQuantized
 from cbqstream.packed.layout import Layout
 from cbqstream.packed.pack_quantized import PackQuantized
-from cbqstream.records import QuantizedWeight, TensorInfo
+from cbqstream.records import QuantizedWeight
 from cbqstream.scheme import LayerSchemes, Scheme
 
 LAYOUTS: Mapping[str, Layout] = MappingProxyType({row.format: row for row in (IntQuantized(), PackQuantized())})

@@ -14,10 +14,10 @@ from typing import Any
 
 from cbqstream.checkpoint.folder import INDEX, shards_of
 from cbqstream.checkpoint.header import read_header
+from cbqstream.checkpoint.tensors import StoredTensors
 from cbqstream.disk import Disk, digest_of_file, is_occupied
 from cbqstream.errors import InputError, UsageError
 from cbqstream.packed.shard import copy_tensors
-from cbqstream.records import StoredTensors
 
 REST = "rest.safetensors"
 """File name of the shard with the tensors that are copied from the source."""

@@ -17,8 +17,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from cbqstream.checkpoint.reader import Checkpoint
+from cbqstream.checkpoint.tensors import TensorInfo
 from cbqstream.packed.layout import SCALE, ZERO_POINT, Layout, Part, groups_of, scales_of
-from cbqstream.records import QuantizedWeight, TensorInfo
+from cbqstream.records import QuantizedWeight
 from cbqstream.scheme import Scheme
 
 SHAPE = "weight_shape"

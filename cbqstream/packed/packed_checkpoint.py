@@ -33,11 +33,11 @@ class PackedCheckpoint:
     def __init__(self, checkpoint: Checkpoint, schemes: LayerSchemes) -> None:
         self.checkpoint = checkpoint
         self.schemes = schemes
-        self._layouts = layouts_in(checkpoint.infos, schemes)
+        self._layouts = layouts_in(checkpoint.stored, schemes)
         self.layers = {layer: self._weight_shape(layer) for layer in self._layouts}
         """[O, I] of every quantized layer, by its path in the checkpoint."""
         parts = {f"{layer}.{part}" for layer, layout in self._layouts.items() for part in layout.names}
-        self.others = {name: info for name, info in checkpoint.infos.items() if name not in parts}
+        self.others = {name: info for name, info in checkpoint.stored.items() if name not in parts}
         """Tensors that do not belong to a quantized layer, by name."""
 
     def tensors(self) -> Mapping[str, tuple[int, ...]]:
@@ -78,11 +78,11 @@ class PackedCheckpoint:
 
     def file(self, layer: str) -> Path:
         """File of the codes of a quantized layer."""
-        return self.checkpoint.infos[f"{layer}.{self._layouts[layer].codes}"].file
+        return self.checkpoint.stored[f"{layer}.{self._layouts[layer].codes}"].file
 
     def scale_dtype(self, layer: str) -> torch.dtype:
         """Dtype in which the scales of a quantized layer are stored, which is the dtype of the original weight."""
-        return self.checkpoint.infos[f"{layer}.{SCALE}"].dtype
+        return self.checkpoint.stored[f"{layer}.{SCALE}"].dtype
 
     def layer_scheme(self, layer: str) -> Scheme | None:
         """Scheme of a layer by its path in the checkpoint; None if the layer is in full precision."""
@@ -107,7 +107,7 @@ class PackedCheckpoint:
             raise self._damaged(layer, str(error)) from error
 
     def _part(self, layer: str, part: str, device: torch.device = CPU) -> Tensor:
-        if f"{layer}.{part}" not in self.checkpoint.infos:
+        if f"{layer}.{part}" not in self.checkpoint.stored:
             raise self._damaged(layer, f"{part} missing")
         return self.checkpoint.read(f"{layer}.{part}", device=device)
 

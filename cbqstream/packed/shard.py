@@ -5,6 +5,7 @@ require the metadata.
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from torch import Tensor
 from torch import uint8 as torch_uint8
 
 from cbqstream.checkpoint.header import DTYPES
+from cbqstream.checkpoint.tensors import ModelTensor, StoredTensors, TensorInfo
 from cbqstream.disk import Disk, FileDigest
-from cbqstream.records import StoredTensors
 from cbqstream.runtime.offload import OffloadedTensor
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -46,7 +47,7 @@ def write_tensors(disk: Disk, path: Path, tensors: Mapping[str, Tensor | Offload
 
 
 def copy_tensors(disk: Disk, path: Path, source: StoredTensors, names: list[str]) -> FileDigest:
-    """Copy tensors byte for byte from a checkpoint into a new, durable safetensors file.
+    """Copy tensors from a checkpoint, byte for byte if they are not derived, into a new, durable safetensors file.
 
     Args:
         disk: used for the durable write.
@@ -60,12 +61,18 @@ def copy_tensors(disk: Disk, path: Path, source: StoredTensors, names: list[str]
     names = sorted(names)
 
     def chunks() -> Iterator[bytes]:
-        infos = [source.infos[name] for name in names]
-        yield _header([(info.name, info.stored_dtype, list(info.shape), info.num_bytes) for info in infos])
+        yield _header([_entry(source.infos[name]) for name in names])
         for name in names:
             yield from source.raw(name)
 
     return disk.write(path, chunks(), mode=0o666)
+
+
+def _entry(info: ModelTensor) -> tuple[str, str, list[int], int]:
+    """Name, dtype, shape and size in bytes of a tensor that is copied; a derived tensor is copied as it is computed."""
+    if isinstance(info, TensorInfo):
+        return info.name, info.stored_dtype, list(info.shape), info.num_bytes
+    return info.name, _NAMES[info.dtype], list(info.shape), math.prod(info.shape) * info.dtype.itemsize
 
 
 def _header(entries: list[tuple[str, str, list[int], int]]) -> bytes:

@@ -10,9 +10,9 @@ from typing import Any
 
 from cbqstream.checkpoint.folder import find_quantization, quant_method_of
 from cbqstream.checkpoint.reader import Checkpoint
+from cbqstream.checkpoint.tensors import WeightSource
 from cbqstream.packed.format import METHOD, not_supported, schemes_of
 from cbqstream.packed.packed_checkpoint import PackedCheckpoint
-from cbqstream.records import WeightSource
 
 
 def _packed(checkpoint: Checkpoint, quantization_config: dict[str, Any]) -> WeightSource:

@@ -4,11 +4,12 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
+from cbqstream.checkpoint.tensors import ModelTensor
 from cbqstream.config import QuantizeConfig
 from cbqstream.errors import InputError, UsageError, shown
 from cbqstream.models.families import joined_with
 from cbqstream.models.meta_model import MetaModel
-from cbqstream.records import BlockSpec, TensorInfo
+from cbqstream.records import BlockSpec
 from cbqstream.scheme import LayerSchemes, Scheme, path_pattern
 
 _LEAST_SHARE = 0.8
@@ -59,7 +60,7 @@ def quantized_share(config: QuantizeConfig, meta_model: MetaModel) -> float:
 def require_quantizable(
     config: QuantizeConfig,
     meta_model: MetaModel,
-    infos: Mapping[str, TensorInfo],
+    infos: Mapping[str, ModelTensor],
     unusable: Sequence[Mapping[str, str]],
     *,
     allow_partial: bool,
@@ -191,7 +192,7 @@ def _require_alike(spec: BlockSpec, layers: Mapping[str, Scheme]) -> None:
             )
 
 
-def _require_storable(info: TensorInfo, scheme: Scheme) -> None:
+def _require_storable(info: ModelTensor, scheme: Scheme) -> None:
     """Check that a weight fits its scheme.
 
     Raises:
@@ -200,6 +201,5 @@ def _require_storable(info: TensorInfo, scheme: Scheme) -> None:
     """
     scheme.require_whole_groups(info.name, info.shape[1])
     if not info.dtype.is_floating_point:
-        raise InputError(
-            info.file, f"has dtype {info.stored_dtype}. Convert it to bf16, fp16 or fp32.", tensor=info.name
-        )
+        dtype = str(info.dtype).removeprefix("torch.")
+        raise InputError(info.file, f"has dtype {dtype}. Convert it to bf16, fp16 or fp32.", tensor=info.name)

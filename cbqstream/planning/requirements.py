@@ -10,6 +10,7 @@ from torch import Tensor
 from cbqstream.calibration.segments import load_segments
 from cbqstream.checkpoint.folder import find_quantization, find_tensors, quant_method_of, read_json, refuse_adapter
 from cbqstream.checkpoint.header import described
+from cbqstream.checkpoint.tensors import ModelTensor, TensorInfo
 from cbqstream.config import QuantizeConfig
 from cbqstream.disk import is_occupied
 from cbqstream.errors import InputError, UsageError
@@ -18,7 +19,6 @@ from cbqstream.models.meta_model import MetaModel
 from cbqstream.models.probe import probe
 from cbqstream.packed.output import require_replaceable
 from cbqstream.planning.layer_schemes import require_quantizable
-from cbqstream.records import TensorInfo
 from cbqstream.rounding.registry import method_of
 from cbqstream.rundir.chain import is_run
 
@@ -51,7 +51,7 @@ def read_headers(
 def checked_model(
     config: QuantizeConfig,
     model: dict[str, Any],
-    infos: Mapping[str, TensorInfo],
+    infos: Mapping[str, ModelTensor],
     device: torch.device,
     *,
     allow_partial: bool = False,

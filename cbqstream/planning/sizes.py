@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+from cbqstream.checkpoint.tensors import ModelTensor, stored_bytes
 from cbqstream.models.families import EXPERT
 from cbqstream.models.meta_model import MetaModel
-from cbqstream.records import TensorInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,18 +66,18 @@ class ModelSizes:
         return self.experts if EXPERT.search(name) else 1
 
     @classmethod
-    def of(cls, meta_model: MetaModel, infos: Mapping[str, TensorInfo]) -> Self:
+    def of(cls, meta_model: MetaModel, infos: Mapping[str, ModelTensor]) -> Self:
         """Sizes of a model.
 
         Args:
             meta_model: the model.
-            infos: location, shape and dtype of every tensor of the checkpoint, by name.
+            infos: every tensor of the checkpoint, by name.
         """
-        sizes = [sum(infos[name].num_bytes for name in set(spec.tensors.values())) for spec in meta_model.blocks]
+        sizes = [stored_bytes(infos[name] for name in spec.tensors.values()) for spec in meta_model.blocks]
         block_bytes = max(sizes)
         largest = meta_model.blocks[sizes.index(block_bytes)]
         layers = {name: infos[name] for name in (largest.tensors[f"{layer}.weight"] for layer in largest.linears)}
-        source_bytes = sum(info.num_bytes for info in infos.values())
+        source_bytes = stored_bytes(infos.values())
         return cls(
             num_blocks=len(sizes),
             hidden=meta_model.hidden_size,
@@ -88,7 +88,7 @@ class ModelSizes:
             block_bytes=block_bytes,
             source_bytes=source_bytes,
             outer_bytes=source_bytes - sum(sizes),
-            ends_bytes=sum(infos[name].num_bytes for name in set(meta_model.outer.values())),
+            ends_bytes=stored_bytes(infos[name] for name in meta_model.outer.values()),
             eager_heads=int(meta_model.text_config.num_attention_heads) if meta_model.family.eager_attention else 0,
         )
 

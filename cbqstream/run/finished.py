@@ -6,10 +6,10 @@ from torch import nn
 
 from cbqstream.checkpoint.header import read_header
 from cbqstream.checkpoint.reader import Checkpoint
+from cbqstream.checkpoint.tensors import WeightSource
 from cbqstream.models.block import build_block
 from cbqstream.packed.block_shard import shard_name
 from cbqstream.packed.packed_checkpoint import PackedCheckpoint
-from cbqstream.records import WeightSource
 from cbqstream.run.inputs import RunInputs
 from cbqstream.rundir.chain import WINDOW_STATE, Chain
 

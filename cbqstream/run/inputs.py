@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from cbqstream.calibration.segments import segments_digest
-from cbqstream.checkpoint.folder import read_json
-from cbqstream.checkpoint.reader import Checkpoint
+from cbqstream.checkpoint.folder import find_tensors, read_json
 from cbqstream.checkpoint.verified import VerifiedCheckpoint
 from cbqstream.config import QuantizeConfig
 from cbqstream.disk import Measure, unmeasured
@@ -87,7 +86,7 @@ def open_inputs(
     model = read_json(folder, "config.json")
     require_original(folder, model)
     require_paths(config)
-    source = VerifiedCheckpoint(Checkpoint.open(folder, allow_links=allow_links), measure)
+    source = VerifiedCheckpoint(find_tensors(folder, allow_links=allow_links), measure=measure)
     meta_model = checked_model(config, model, source.infos, device, allow_partial=allow_partial)
     tokens_NS = load_calibration(config, meta_model)
     identity = Identity.of(

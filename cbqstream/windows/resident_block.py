@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from cbqstream.checkpoint.tensors import StoredTensors
 from cbqstream.config import ReconstructionConfig, TransformConfig
 from cbqstream.disk import ScratchFile
 from cbqstream.errors import InputError
@@ -23,7 +24,7 @@ from cbqstream.models.meta_model import MetaModel
 from cbqstream.numerics.affine import sqnr_db, vanished_rows
 from cbqstream.numerics.input_statistics import InputStatistics, Statistic, sum_of
 from cbqstream.numerics.scale_search import minmax_grid, search_grid
-from cbqstream.records import Compute, QuantizedWeight, StoredTensors
+from cbqstream.records import Compute, QuantizedWeight
 from cbqstream.rounding.nearest import Nearest
 from cbqstream.rounding.registry import method_of
 from cbqstream.rounding.rounding import RoundingStart

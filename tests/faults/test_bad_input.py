@@ -356,7 +356,7 @@ CASES: dict[str, tuple[Callable[[Bad], object], str]] = {
                 {"model.layers.1.mlp.up_proj.weight": torch.ones(128, 64, dtype=torch.int32)}
             )
         ),
-        r'{weights}: tensor "model.layers.1.mlp.up_proj.weight": has dtype I32\. Convert it to bf16, fp16 or fp32\.',
+        r'{weights}: tensor "model.layers.1.mlp.up_proj.weight": has dtype int32\. Convert it to bf16, fp16 or fp32\.',
     ),
     "40 norm in FP8": (
         lambda bad: bad.tensors(

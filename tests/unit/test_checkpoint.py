@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from cbqstream.checkpoint import reader
 from cbqstream.checkpoint.folder import find_tensors
 from cbqstream.checkpoint.header import read_header
 from cbqstream.checkpoint.reader import Checkpoint
@@ -109,7 +110,7 @@ def test_tensors_of_other_dtypes_are_copied_byte_for_byte_and_not_read(tmp_path,
 def test_unsigned_integers_are_read(tmp_path, dtype):
     values = torch.tensor([0, 65535], dtype=dtype)
     save_file({"a": values}, tmp_path / "model.safetensors")
-    source = VerifiedCheckpoint(Checkpoint.open(tmp_path))
+    source = VerifiedCheckpoint.open(tmp_path)
     assert torch.equal(source.read("a", device=CPU), values)
     assert source.read("a", device=CPU, dtype=torch.int64).tolist() == [0, 65535]
     assert list(source.take_digests()) == ["a"]
@@ -276,16 +277,16 @@ def test_named_pipe_is_refused_without_waiting_for_a_writer(tmp_path):
 def test_reading_ahead_reads_all_tensors_and_ignores_a_missing_file(tmp_path, present, monkeypatch):
     save_file({"a": torch.ones(2), "b": torch.ones(3)}, tmp_path / "model.safetensors")
     checkpoint, seen = Checkpoint.open(tmp_path), []
-    raw, done = Checkpoint.raw, threading.Event()
+    pieces, done = reader._pieces, threading.Event()
 
-    def watched(self, name):
-        for piece in raw(self, name):
-            seen.append((name, len(piece)))
+    def watched(info):
+        for piece in pieces(info):
+            seen.append((info.name, len(piece)))
             yield piece
-        if name == "b":
+        if info.name == "b":
             done.set()
 
-    monkeypatch.setattr(Checkpoint, "raw", watched)
+    monkeypatch.setattr(reader, "_pieces", watched)
     if not present:
         (tmp_path / "model.safetensors").unlink()
     with checkpoint.reading_ahead(["a", "b"]):
@@ -298,12 +299,12 @@ def test_reading_ahead_stops_at_the_end_of_the_with_statement(tmp_path, monkeypa
     save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
     given = []
 
-    def endless(self, name):
+    def endless(info):
         while True:
-            given.append(name)
+            given.append(info)
             yield b"piece"
 
-    monkeypatch.setattr(Checkpoint, "raw", endless)
+    monkeypatch.setattr(reader, "_pieces", endless)
     with Checkpoint.open(tmp_path).reading_ahead(["a"]):
         pass
     left = len(given)

@@ -9,13 +9,14 @@ import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
 
+from cbqstream.checkpoint.tensors import TensorInfo
 from cbqstream.errors import UsageError
 from cbqstream.numerics.affine import codes_of_levels, dequantize, nearest_levels
 from cbqstream.numerics.scale_search import minmax_grid
 from cbqstream.packed.format import quantization_config, schemes_of
 from cbqstream.packed.layout import INPUT_SCALE
 from cbqstream.packed.layouts import LAYOUTS, encode, layout_of, layouts_in, newer_formats
-from cbqstream.records import QuantizedWeight, TensorInfo
+from cbqstream.records import QuantizedWeight
 from cbqstream.scheme import LayerSchemes, Scheme
 
 W8A8 = Scheme(num_bits=8, group_size=None, activation_bits=8)

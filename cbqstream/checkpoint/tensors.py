@@ -1,0 +1,137 @@
+"""Tensors of a model: stored in a file as they are, or computed from stored tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from cbqstream.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Location of a tensor in a checkpoint."""
+
+    name: str
+    stored_dtype: str
+    """Name of the dtype in the header of the file, such as BF16."""
+    torch_dtype: torch.dtype | None
+    """The dtype in torch; None if tensors of this dtype are copied but not computed with."""
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    """Offset of the first byte in the file."""
+    end: int
+    """Offset of the byte after the last."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Size in the file."""
+        return self.end - self.start
+
+    @property
+    def stored(self) -> Iterator[TensorInfo]:
+        """Stored tensors from which it is read, which is the tensor itself."""
+        yield self
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype in which the values are read.
+
+        Raises:
+            InputError: tensors of this dtype are copied but not computed with.
+        """
+        if self.torch_dtype is None:
+            raise self._not_readable()
+        return self.torch_dtype
+
+    def require_readable(self) -> None:
+        """Check that the values can be computed with.
+
+        Raises:
+            InputError: tensors of this dtype are only copied.
+        """
+        if self.torch_dtype is None:
+            raise self._not_readable()
+
+    def _not_readable(self) -> InputError:
+        problem = f"has dtype {self.stored_dtype}, which is copied but not computed with"
+        return InputError(self.file, f"{problem}. Convert it to bf16, fp16 or fp32.", tensor=self.name)
+
+
+@dataclass(frozen=True, slots=True)
+class DerivedTensor:
+    """A tensor of a model that is computed from stored tensors: decoded from a quantized form, or in another layout."""
+
+    name: str
+    torch_dtype: torch.dtype
+    """Dtype of the computed tensor."""
+    shape: tuple[int, ...]
+    """Shape of the computed tensor."""
+    parts: Mapping[str, ModelTensor]
+    """Tensors from which it is computed, by the names that `make` expects."""
+    make: Callable[[Mapping[str, Tensor]], Tensor]
+    """Computes the tensor from the values of the parts; raises ValueError with the reason if they have no valid meaning."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the computed tensor."""
+        return self.torch_dtype
+
+    @property
+    def file(self) -> Path:
+        """File of the first part."""
+        return next(iter(self.parts.values())).file
+
+    @property
+    def stored(self) -> Iterator[TensorInfo]:
+        """The stored tensors, or the pieces of stored tensors, from which it is computed."""
+        for part in self.parts.values():
+            yield from part.stored
+
+    def require_readable(self) -> None:
+        """Return, because a derived tensor can always be computed with."""
+
+
+ModelTensor: TypeAlias = "TensorInfo | DerivedTensor"
+"""A tensor of a model: stored as it is, or computed from stored tensors."""
+
+
+def stored_bytes(tensors: Iterable[ModelTensor]) -> int:
+    """Size in the files of the stored tensors from which tensors of a model are read. Tensors that share a stored one count it once."""
+    pieces = {(part.file, part.start, part.end) for tensor in tensors for part in tensor.stored}
+    return sum(end - start for _, start, end in pieces)
+
+
+class WeightSource(Protocol):
+    """Dense tensors of a model by name: of a checkpoint, or of a quantized one that is dequantized as it is read."""
+
+    def tensors(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of every dense tensor, by its name in the original checkpoint."""
+        ...
+
+    def read(self, name: str, *, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+        """One tensor on `device`, in `dtype` or as it is stored."""
+        ...
+
+    def input_quantizer(self, name: str) -> Callable[[Tensor], Tensor] | None:
+        """The function that the linear layer with weight `name` applies to its input first, or None."""
+        ...
+
+
+class StoredTensors(WeightSource, Protocol):
+    """Tensors of a checkpoint that can also be copied as they are stored."""
+
+    @property
+    def infos(self) -> Mapping[str, ModelTensor]:
+        """All tensors, by name."""
+        ...
+
+    def raw(self, name: str) -> Iterator[bytes]:
+        """Bytes of one tensor in pieces: as they are stored, or of the computed tensor if it is derived."""
+        ...
