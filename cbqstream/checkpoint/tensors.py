@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
@@ -77,6 +77,8 @@ class DerivedTensor:
     """Tensors from which it is computed, by the names that `make` expects."""
     make: Callable[[Mapping[str, Tensor]], Tensor]
     """Computes the tensor from the values of the parts; raises ValueError with the reason if they have no valid meaning."""
+    piecewise: bool = False
+    """Whether `make` gives the values at index i of the first dimension if it gets those at index i of all parts."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -100,6 +102,23 @@ class DerivedTensor:
 
 ModelTensor: TypeAlias = "TensorInfo | DerivedTensor"
 """A tensor of a model: stored as it is, or computed from stored tensors."""
+
+
+def piece(tensor: ModelTensor, index: int) -> ModelTensor:
+    """The values at `index` of the first dimension of a tensor, such as those of one expert. Only they are read from the file.
+
+    Raises:
+        ValueError: the tensor is computed in a way that does not allow it.
+    """
+    name, shape = f"{tensor.name}[{index}]", tensor.shape[1:]
+    if isinstance(tensor, DerivedTensor):
+        if not tensor.piecewise:
+            raise ValueError(f"{tensor.name} can only be computed as a whole")
+        parts = {key: piece(part, index) for key, part in tensor.parts.items()}
+        return replace(tensor, name=name, shape=shape, parts=parts, piecewise=False)
+    size = tensor.num_bytes // tensor.shape[0]
+    start = tensor.start + index * size
+    return replace(tensor, name=name, shape=shape, start=start, end=start + size)
 
 
 def stored_bytes(tensors: Iterable[ModelTensor]) -> int:
