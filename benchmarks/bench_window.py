@@ -27,6 +27,7 @@ from torch.nn import functional
 
 from cbqstream.activations.memory_store import MemoryStore
 from cbqstream.activations.store import StreamShape
+from cbqstream.checkpoint.tensors import TensorInfo
 from cbqstream.config import ReconstructionConfig, TransformConfig
 from cbqstream.disk import Disk, ScratchFile
 from cbqstream.models.embedding_and_head import load_embedding_and_head
@@ -102,9 +103,10 @@ class RandomWeights:
             for norm in ("input_layernorm", "post_attention_layernorm"):
                 self._shapes[f"{prefix}.{norm}.weight"] = (shape.hidden,)
 
-    def tensors(self) -> Mapping[str, tuple[int, ...]]:
-        """Shape of every tensor, by name."""
-        return self._shapes
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """Tensors by name, which no file has."""
+        known = "BF16", torch.bfloat16
+        return {name: TensorInfo(name, *known, shape, Path("random"), 0, 0) for name, shape in self._shapes.items()}
 
     def read(self, name: str, *, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
         """One tensor on `device`, drawn in bf16 and converted to `dtype`."""
@@ -133,7 +135,7 @@ def window(
         file: file to which the layers are offloaded; None keeps them in memory.
     """
     source = RandomWeights(shape, blocks)
-    meta_model = MetaModel(Path("random"), shape.config(blocks), source.tensors())
+    meta_model = MetaModel(Path("random"), shape.config(blocks), source.infos())
     tokens = torch.arange(seq_len) % VOCABULARY
     with load_embedding_and_head(meta_model, source, device=compute.device, dtype=compute.dtype) as outer:
         arguments = outer.block_arguments(tokens)

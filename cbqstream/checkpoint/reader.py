@@ -72,14 +72,22 @@ class Checkpoint:
                 tensor have no valid meaning.
             KeyError: no tensor has this name.
         """
-        tensor = self._read(self.infos[name])
+        tensor = self.value(self.infos[name])
         return tensor.to(device=device, dtype=dtype or tensor.dtype)
 
-    def _read(self, info: ModelTensor) -> Tensor:
-        """One tensor on the CPU, in its dtype."""
+    def viewed(self, infos: Mapping[str, ModelTensor]) -> "Checkpoint":
+        """Return the checkpoint with other tensors, which are derived from its own."""
+        return Checkpoint(infos, self.stored)
+
+    def value(self, info: ModelTensor) -> Tensor:
+        """A tensor of the checkpoint or a part of one, on the CPU and in its dtype.
+
+        Raises:
+            InputError: see `read`.
+        """
         if isinstance(info, TensorInfo):
             return self._read_stored(info)
-        parts = {key: self._read(part) for key, part in info.parts.items()}
+        parts = {key: self.value(part) for key, part in info.parts.items()}
         try:
             return info.make(parts)
         except ValueError as error:
@@ -165,17 +173,16 @@ class Checkpoint:
             stopped.set()
             thread.join()
 
-    def raw(self, name: str) -> Iterator[bytes]:
+    def raw(self, info: ModelTensor) -> Iterator[bytes]:
         """Yield the bytes of one tensor in pieces of 16 MiB: as they are stored in the file, or of the computed tensor if it is derived.
 
         Raises:
             InputError: the file became shorter, or a derived tensor cannot be computed.
         """
-        info = self.infos[name]
         if isinstance(info, TensorInfo):
             yield from _pieces(info)
         else:
-            values = self.read(name, device=torch.device("cpu")).contiguous().flatten().view(torch.uint8)
+            values = self.value(info).contiguous().flatten().view(torch.uint8)
             yield from (piece.numpy().tobytes() for piece in torch.split(values, _COPY_BYTES))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,9 @@ import torch
 from torch import Tensor
 
 from cbqstream.errors import InputError
+
+_PIECE = re.compile(r"(?P<whole>.+)\[(?P<start>\d+)(:(?P<stop>\d+))?\]")
+"""Matches the name of a piece of a tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +83,8 @@ class DerivedTensor:
     """Computes the tensor from the values of the parts; raises ValueError with the reason if they have no valid meaning."""
     piecewise: bool = False
     """Whether `make` gives the values at index i of the first dimension if it gets those at index i of all parts."""
+    in_other_layout: bool = False
+    """Whether the parts hold the same values as dense tensors of the checkpoint, which are copied if the tensor itself is not needed."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -121,6 +127,62 @@ def piece(tensor: ModelTensor, index: int) -> ModelTensor:
     return replace(tensor, name=name, shape=shape, start=start, end=start + size)
 
 
+def rows_of(tensor: ModelTensor, rows: slice) -> ModelTensor:
+    """Consecutive rows of a tensor, `rows.start` to `rows.stop - 1` of its first dimension."""
+    name, shape = f"{tensor.name}[{rows.start}:{rows.stop}]", (rows.stop - rows.start, *tensor.shape[1:])
+    if isinstance(tensor, DerivedTensor):
+        return DerivedTensor(name, tensor.dtype, shape, {"whole": tensor}, lambda parts: parts["whole"][rows].clone())
+    size = tensor.num_bytes // tensor.shape[0]
+    return replace(
+        tensor, name=name, shape=shape, start=tensor.start + rows.start * size, end=tensor.start + rows.stop * size
+    )
+
+
+def named_piece(stored: Mapping[str, TensorInfo], name: str) -> TensorInfo | None:
+    """A stored tensor, or the piece of one that has a name from `piece` and `rows_of`; None if the tensor is not stored."""
+    found = stored.get(name)
+    match = _PIECE.fullmatch(name)
+    if found is not None or match is None:
+        return found
+    whole = named_piece(stored, match["whole"])
+    start, stop = int(match["start"]), match["stop"]
+    if whole is None or not whole.shape or int(stop or start + 1) > whole.shape[0]:
+        return None
+    made = piece(whole, start) if stop is None else rows_of(whole, slice(start, int(stop)))
+    return made if isinstance(made, TensorInfo) else None
+
+
+def copied(tensors: Mapping[str, ModelTensor]) -> dict[str, ModelTensor]:
+    """Tensors of a model that is not changed, by name: as the checkpoint has them, in place of those in another layout."""
+    found: dict[str, ModelTensor] = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, DerivedTensor) and tensor.in_other_layout:
+            found |= {part.name: part for part in tensor.parts.values()}
+        else:
+            found[name] = tensor
+    return found
+
+
+def stored_names(tensor: ModelTensor) -> frozenset[str]:
+    """Names in the files of the stored tensors from which a tensor is read, as a whole or in part."""
+    return frozenset(part.name.partition("[")[0] for part in tensor.stored)
+
+
+def moved(tensor: ModelTensor, infos: Mapping[str, ModelTensor]) -> ModelTensor:
+    """A tensor in another layout, read from the copies of its parts in another checkpoint.
+
+    Args:
+        tensor: the tensor, whose parts `copied` gave.
+        infos: tensors of the other checkpoint, by name.
+
+    Raises:
+        KeyError: the other checkpoint does not have a part.
+    """
+    if not isinstance(tensor, DerivedTensor):
+        return infos[tensor.name]
+    return replace(tensor, parts={key: infos[part.name] for key, part in tensor.parts.items()})
+
+
 def stored_bytes(tensors: Iterable[ModelTensor]) -> int:
     """Size in the files of the stored tensors from which tensors of a model are read. Tensors that share a stored one count it once."""
     pieces = {(part.file, part.start, part.end) for tensor in tensors for part in tensor.stored}
@@ -129,10 +191,6 @@ def stored_bytes(tensors: Iterable[ModelTensor]) -> int:
 
 class WeightSource(Protocol):
     """Dense tensors of a model by name: of a checkpoint, or of a quantized one that is dequantized as it is read."""
-
-    def tensors(self) -> Mapping[str, tuple[int, ...]]:
-        """Shape of every dense tensor, by its name in the original checkpoint."""
-        ...
 
     def read(self, name: str, *, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
         """One tensor on `device`, in `dtype` or as it is stored."""
@@ -143,14 +201,26 @@ class WeightSource(Protocol):
         ...
 
 
-class StoredTensors(WeightSource, Protocol):
-    """Tensors of a checkpoint that can also be copied as they are stored."""
+class OpenedSource(WeightSource, Protocol):
+    """A checkpoint whose tensors are known."""
 
     @property
     def infos(self) -> Mapping[str, ModelTensor]:
-        """All tensors, by name."""
+        """Dense tensors, by name."""
         ...
 
-    def raw(self, name: str) -> Iterator[bytes]:
+    def viewed(self, infos: Mapping[str, ModelTensor]) -> OpenedSource:
+        """Return the checkpoint with other tensors, which are derived from its own."""
+        ...
+
+
+class StoredTensors(OpenedSource, Protocol):
+    """Tensors of a checkpoint that can also be copied as they are stored."""
+
+    def value(self, tensor: ModelTensor) -> Tensor:
+        """A tensor of the checkpoint or a part of one, on the CPU."""
+        ...
+
+    def raw(self, tensor: ModelTensor) -> Iterator[bytes]:
         """Bytes of one tensor in pieces: as they are stored, or of the computed tensor if it is derived."""
         ...

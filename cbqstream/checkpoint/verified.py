@@ -60,7 +60,7 @@ class VerifiedCheckpoint(Checkpoint):
             IdentityError: the tensor is not what it was when this run first read it.
         """
         with self._measure("reading"):
-            tensor = self._read(self.infos[name])
+            tensor = self.value(self.infos[name])
         if name not in self._checked and tensor.is_floating_point():
             self._check_values(self.infos[name], tensor)
         self._checked.add(name)
@@ -82,19 +82,18 @@ class VerifiedCheckpoint(Checkpoint):
             self._warnings.append(RunWarning(f'{info.file}: tensor "{shown(info.name)}" is zero throughout.'))
 
     @override
-    def raw(self, name: str) -> Iterator[bytes]:
+    def raw(self, info: ModelTensor) -> Iterator[bytes]:
         """Bytes of one tensor, see `Checkpoint.raw`; the last piece is given only if all of them are what was read before.
 
         Raises:
             InputError: see `read`.
             IdentityError: see `read`.
         """
-        info = self.infos[name]
         if not isinstance(info, TensorInfo):
-            yield from super().raw(name)
+            yield from super().raw(info)
             return
         digest, held = hashlib.sha256(), b""
-        for piece in super().raw(name):
+        for piece in super().raw(info):
             yield held
             digest.update(piece)
             held = piece

@@ -12,7 +12,7 @@ from cbqstream.activations.store import StreamShape
 from cbqstream.activations.zarr_store import ZarrStore
 from cbqstream.checkpoint.folder import quant_method_of, quantization_of, read_json, refuse_adapter
 from cbqstream.checkpoint.reader import Checkpoint
-from cbqstream.checkpoint.tensors import WeightSource
+from cbqstream.checkpoint.tensors import WeightSource, named_piece
 from cbqstream.checkpoint.verified import VerifiedCheckpoint
 from cbqstream.errors import CbqstreamError, DeviceMemoryError, InputError
 from cbqstream.evaluation.loaded import load_beside_streamed
@@ -156,9 +156,10 @@ def _require(source: VerifiedCheckpoint, folder: Path, name: str) -> None:
     Raises:
         InputError: the tensor is missing or changed.
     """
-    if name not in source.infos:
+    tensor = named_piece(source.stored, name)
+    if tensor is None:
         raise InputError(folder, "missing. Restore the weights.", tensor=name)
-    deque(source.raw(name), maxlen=0)
+    deque(source.raw(tensor), maxlen=0)
 
 
 def _is_one_file(link: Path, file: Path) -> bool:
@@ -176,7 +177,7 @@ def _check_model(folder: Path, options: _Options, intact: dict[str, str], found:
             return
     meta_model, source = open_model(folder, options.blocks_path, allow_links=options.allow_links)
     found.problems.extend(f"{folder}: {text}" for text in _joined_otherwise(meta_model, source))
-    names, sums = sorted(source.tensors()), None
+    names, sums = sorted(source.infos), None
     if options.read_data:
         sums = require_sums(folder, {info.file for info in checkpoint.stored.values()}, intact)
         for name in names:
@@ -208,7 +209,7 @@ def _joined_otherwise(meta_model: MetaModel, source: WeightSource) -> Iterator[s
 def _require_finite(folder: Path, name: str, source: WeightSource) -> None:
     stored = source.checkpoint if isinstance(source, PackedCheckpoint) else source
     if isinstance(stored, Checkpoint) and name in stored.infos and stored.infos[name].torch_dtype is None:
-        deque(stored.raw(name), maxlen=0)  # it has no values to compute with, but must be there
+        deque(stored.raw(stored.infos[name]), maxlen=0)  # it has no values to compute with, but must be there
         return
     values = source.read(name, device=CPU)
     if not values.is_floating_point() or not values.numel():

@@ -57,7 +57,7 @@ def export(model: Path, out: Path, format_name: str, disk: Disk | None = None, *
 
 
 def _write_gguf(disk: Disk, model: Path, building: Path, config: dict[str, Any], source: PackedCheckpoint) -> None:
-    meta_model = MetaModel(model, config, source.tensors())
+    meta_model = MetaModel(model, config, source.infos)
     file = building / f"model-W{source.schemes.default.num_bits}.gguf"
     with disk.written_by_a_library(file):
         write_gguf(file, model, meta_model.config.to_dict(), source)
@@ -106,7 +106,7 @@ def _write_shard(
     layers = [layer for layer in source.layers if source.file(layer) == file]
     others = [name for name, info in source.others.items() if info.file == file]
     if not layers:
-        return others, copy_tensors(disk, path, source.checkpoint, others)
+        return others, copy_tensors(disk, path, source.checkpoint, {name: source.others[name] for name in others})
     tensors: dict[str, Tensor | OffloadedTensor] = {name: source.read(name, device=CPU) for name in others}
     # the header, which is written first, needs all shapes, so encoded layers are offloaded until then
     with disk.scratch(path.with_suffix(".layers")) as scratch:

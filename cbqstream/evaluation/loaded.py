@@ -21,8 +21,11 @@ from transformers import (
 from transformers.utils import logging
 
 from cbqstream.checkpoint.folder import read_json
+from cbqstream.checkpoint.tensors import ModelTensor
 from cbqstream.errors import DeviceMemoryError, InputError, shown, some_shown
 from cbqstream.evaluation.model import EvaluatedModel, EvaluationOptions
+from cbqstream.evaluation.separate_experts import reads_separate_experts, register_separate_experts
+from cbqstream.models.experts import Experts
 from cbqstream.models.families import EXPERT
 from cbqstream.packed.packed_checkpoint import PackedCheckpoint
 from cbqstream.runtime.device import fixed_numerics
@@ -78,6 +81,9 @@ def load_beside_streamed(folder: Path, **options: Unpack[EvaluationOptions]) -> 
         DeviceMemoryError: the model does not fit in memory.
     """
     streamed = EvaluatedModel.open(folder, **options)
+    if isinstance(streamed.source, PackedCheckpoint) and not reads_separate_experts(streamed.meta_model):
+        named = _named_class(folder) or type(streamed.meta_model.hf_model)
+        register_separate_experts(streamed.meta_model, named.__name__)
     with fixed_numerics(streamed.compute.device, streamed.threads):
         return _compare(folder, streamed)
 
@@ -136,9 +142,14 @@ class _AsLoaded:
     def _is_dense(self, name: str) -> bool:
         return name.removesuffix(".weight") in self._source.layers and (self._dequantized or bool(EXPERT.search(name)))
 
-    def tensors(self) -> Mapping[str, tuple[int, ...]]:
-        """Shape of every dense tensor, by its name in the original checkpoint."""
-        return self._source.tensors()
+    @property
+    def infos(self) -> Mapping[str, ModelTensor]:
+        """Dense tensors, by name."""
+        return self._source.infos
+
+    def viewed(self, infos: Mapping[str, ModelTensor]) -> "_AsLoaded":
+        """Return the checkpoint with other tensors, which are derived from its own."""
+        return _AsLoaded(self._source.viewed(infos), dequantized=self._dequantized)
 
     def read(self, name: str, *, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
         """One dense tensor, rounded as transformers rounds it."""
@@ -206,20 +217,20 @@ def _require_experts(folder: Path, model: Any, streamed: EvaluatedModel) -> None
     """
     if not isinstance(streamed.source, PackedCheckpoint):
         return
-    source, fused = _AsLoaded(streamed.source, dequantized=False), streamed.meta_model.family.experts.fused
-    held = dict(model.named_parameters())
-    for spec in streamed.meta_model.blocks:
+    source, held = _AsLoaded(streamed.source, dequantized=False), dict(model.named_parameters())
+    for spec, block in zip(streamed.meta_model.blocks, streamed.meta_model.templates, strict=True):
         for layer in spec.linears:
-            match = EXPERT.search(layer)
-            stored = spec.tensors[f"{layer}.weight"]
-            owner = f"{spec.prefix}.{layer[: match.start()]}.experts" if match is not None else ""
-            for tensor, parts in fused.items():
-                part = layer.rpartition(".")[2]
-                if match is None or part not in parts or f"{owner}.{tensor}" not in held:
-                    continue
-                found = held[f"{owner}.{tensor}"][int(match[1])].chunk(len(parts))[parts.index(part)]
-                if not torch.equal(found.float(), source.read(stored, device=found.device, dtype=torch.float32)):
-                    raise InputError(folder, "differs in transformers from the value in the checkpoint.", tensor=stored)
+            if EXPERT.search(layer) is None:
+                continue
+            owner, number, leaf = layer.rsplit(".", 2)
+            experts = block.get_submodule(owner)
+            part = experts.fused[f"{leaf}.weight"] if isinstance(experts, Experts) else None
+            fused = held.get(f"{spec.prefix}.{owner}.{part.tensor}") if part is not None else None
+            if part is None or fused is None:
+                continue
+            found, stored = part.take(fused[int(number)]), spec.tensors[f"{layer}.weight"]
+            if not torch.equal(found.float(), source.read(stored, device=found.device, dtype=torch.float32)):
+                raise InputError(folder, "differs in transformers from the value in the checkpoint.", tensor=stored)
 
 
 def _load(folder: Path, kind: type[PreTrainedModel], options: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:

@@ -14,7 +14,7 @@ from cbqstream.activations.map_segments import map_segments
 from cbqstream.activations.store import ActivationStore, StreamShape
 from cbqstream.activations.zarr_store import ZarrStore
 from cbqstream.checkpoint.folder import read_json
-from cbqstream.checkpoint.tensors import WeightSource
+from cbqstream.checkpoint.tensors import OpenedSource, WeightSource
 from cbqstream.disk import Disk
 from cbqstream.errors import UsageError
 from cbqstream.models.block import BlockArguments, build_block, run_block
@@ -50,7 +50,7 @@ class EvaluationOptions(TypedDict, total=False):
 
 def open_model(
     folder: Path, blocks_path: str | None = None, *, allow_links: bool = False
-) -> tuple[MetaModel, WeightSource]:
+) -> tuple[MetaModel, OpenedSource]:
     """The model in a folder, quantized by this project or not.
 
     Args:
@@ -64,9 +64,9 @@ def open_model(
     """
     config = read_json(folder, "config.json")
     source = open_source(folder, config, allow_links=allow_links)
-    meta_model = MetaModel(folder, config, source.tensors(), blocks_path)
+    meta_model = MetaModel(folder, config, source.infos, blocks_path)
     probe(meta_model)
-    return meta_model, source
+    return meta_model, source.viewed(meta_model.infos)
 
 
 def require_counts(**counts: int | None) -> None:

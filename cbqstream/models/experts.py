@@ -1,10 +1,12 @@
-"""Experts as separate linear layers, which is how checkpoints and inference engines store them.
+"""Experts as separate linear layers, which is how most checkpoints and inference engines store them.
 
 transformers 5 stores the experts of a block fused, as tensors with a dimension for the expert. Here each expert is a module of its own, so
 a layer of an expert is quantized, stored and named like any other layer.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,65 +16,175 @@ from cbqstream.runtime.memory import trim_heap
 
 
 class _EmptyLinear(nn.Linear):
-    """A linear layer without bias whose weight is on the meta device and is not initialized, which would take most of the time."""
+    """A linear layer whose parameters are on the meta device and are not initialized, which would take most of the time."""
 
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False, device="meta")
+    def __init__(self, in_features: int, out_features: int, *, bias: bool) -> None:
+        super().__init__(in_features, out_features, bias=bias, device="meta")
 
     def reset_parameters(self) -> None:
-        """Do nothing, because the weight has no values."""
+        """Do nothing, because the parameters have no values."""
+
+
+@dataclass(frozen=True, slots=True)
+class FusedPart:
+    """Place of a weight or bias of an expert in a fused tensor of transformers."""
+
+    tensor: str
+    """Name of the fused tensor in the module of the experts; its first dimension is the expert."""
+    transposed: bool
+    """Whether the fused tensor holds a weight as [in, out]."""
+    half: int | None
+    """Half of the outputs that is taken: 0 or 1; None takes all."""
+    interleaved: bool
+    """Whether the outputs of the two halves alternate."""
+
+    @property
+    def is_rows(self) -> bool:
+        """Whether the values are consecutive rows of those of the expert."""
+        return not (self.transposed or (self.interleaved and self.half is not None))
+
+    def take(self, values: Tensor) -> Tensor:
+        """The weight [out, in], or the bias [out], from the values of one expert in the fused tensor."""
+        values = values.T if self.transposed else values
+        if self.half is not None:
+            values = values[self.half :: 2] if self.interleaved else values.chunk(2)[self.half]
+        return values.contiguous()
+
+    def fuse(self, values: Mapping[int | None, Tensor]) -> Tensor:
+        """The fused tensor of all experts, the inverse of `take`.
+
+        Args:
+            values: weights [E, out, in] or biases [E, out] of E experts, by `half` of their parts.
+        """
+        if self.half is None:
+            fused = values[None]
+        elif self.interleaved:
+            fused = torch.stack([values[0], values[1]], dim=2).flatten(1, 2)
+        else:
+            fused = torch.cat([values[0], values[1]], dim=1)
+        return (fused.transpose(1, 2) if self.transposed else fused).contiguous()
 
 
 class Expert(nn.Module):
-    """A gated feed-forward network on hidden states [T, D], without weights after construction.
+    """A feed-forward network on hidden states [T, D], without weights after construction.
 
     Args:
-        hidden: D, width of the hidden states.
-        inner: width of gate and up.
-        gate: function that computes the gated product [T, inner] from gate and up together, [T, 2 inner].
+        sizes: D and the number of its inner channels.
+        activate: function of the inner channels. With a gate, it gets gate and up together, [T, 2 inner]; the result is [T, inner].
+        gated: whether the network has a gate.
+        biased: whether its layers have biases.
+        interleaved: whether the channels of gate and up alternate in the input of `activate`.
     """
 
-    def __init__(self, hidden: int, inner: int, gate: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self,
+        sizes: tuple[int, int],
+        activate: Callable[[Tensor], Tensor],
+        *,
+        gated: bool,
+        biased: bool,
+        interleaved: bool,
+    ) -> None:
         super().__init__()
-        self.gate_proj = _EmptyLinear(hidden, inner)
-        self.up_proj = _EmptyLinear(hidden, inner)
-        self.down_proj = _EmptyLinear(inner, hidden)
-        self._gate = gate
+        hidden, inner = sizes
+        if gated:
+            self.gate_proj = _EmptyLinear(hidden, inner, bias=biased)
+        self.up_proj = _EmptyLinear(hidden, inner, bias=biased)
+        self.down_proj = _EmptyLinear(inner, hidden, bias=biased)
+        self._activate, self._gated, self._interleaved = activate, gated, interleaved
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """The output [T, D] for hidden states [T, D]."""
-        both = torch.cat([self.gate_proj(x_TD), self.up_proj(x_TD)], dim=-1)
-        output: Tensor = self.down_proj(self._gate(both))
+        inner = self.up_proj(x_TD)
+        if self._gated:
+            gate = self.gate_proj(x_TD)
+            inner = (
+                torch.stack([gate, inner], dim=-1).flatten(-2) if self._interleaved else torch.cat([gate, inner], -1)
+            )
+        output: Tensor = self.down_proj(self._activate(inner))
         return output
 
 
-class Experts(nn.ModuleList):
-    """The experts of a block, which replace the module that stores them fused in transformers."""
+class Experts(nn.Module):
+    """The experts of a block, which replace the module that stores them fused in transformers.
+
+    Args:
+        experts: the experts, in order. They are the children `0`, `1`, ... of this module.
+        fused: place of each parameter of an expert in the fused tensors, by its name in the expert.
+        norm: norm of the outputs of the experts before they are weighted; None if there is none.
+        identity: whether a choice behind the last expert gives the input unchanged. Otherwise, it gives nothing.
+    """
 
     see_all = False
     """Whether every expert computes every token, so that its statistics include all tokens. The output does not change."""
+
+    def __init__(
+        self,
+        experts: Iterator[Expert],
+        fused: Mapping[str, FusedPart],
+        *,
+        norm: nn.Module | None = None,
+        identity: bool = False,
+    ) -> None:
+        super().__init__()
+        for number, expert in enumerate(experts):
+            self.add_module(str(number), expert)
+        self.number = len(self._modules)
+        if norm is not None:
+            self.post_expert_norm = norm
+        self.fused = fused
+        self._identity = identity
+
+    def __len__(self) -> int:
+        return self.number
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return (self.get_submodule(str(number)) for number in range(self.number))
 
     def forward(self, x_TD: Tensor, chosen_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """Weighted sum [T, D] of the outputs of the experts of each token, added in the order of the experts.
 
         Args:
-            x_TD: hidden states.
+            x_TD: hidden states, or [1, T, D] of one segment.
             chosen_TK: indices of the K experts that the router chose for each token.
             weights_TK: weights of their outputs.
         """
+        shape, x_TD = x_TD.shape, x_TD.reshape(-1, x_TD.shape[-1])
         if x_TD.device.type == "cpu":
             trim_heap()  # varying batch sizes of experts fragment glibc's heap by hundreds of megabytes in every pass
         total_TD = torch.zeros_like(x_TD)
         by_expert = chosen_TK.flatten().argsort(stable=True)
         # the only synchronization with the device
-        counts = chosen_TK.flatten().bincount(minlength=len(self))[: len(self)].tolist()
-        for expert, chosen in zip(self, torch.split(by_expert[: sum(counts)], counts), strict=True):
+        counts = chosen_TK.flatten().bincount(minlength=self.number).tolist()
+        parts = torch.split(by_expert, counts)
+        for expert, chosen in zip(self, parts[: self.number], strict=True):
             tokens, choices = chosen // chosen_TK.shape[1], chosen % chosen_TK.shape[1]
             if self.see_all or len(tokens):
-                y = expert(x_TD)[tokens] if self.see_all else expert(x_TD[tokens])
-                y = y * weights_TK[tokens, choices, None]
-                total_TD.index_add_(0, tokens, y.to(total_TD.dtype))
-        return total_TD
+                y = self._output(expert, x_TD)[tokens] if self.see_all else self._output(expert, x_TD[tokens])
+                total_TD.index_add_(0, tokens, (y * weights_TK[tokens, choices, None]).to(total_TD.dtype))
+        for chosen in parts[self.number :] if self._identity else ():
+            tokens, choices = chosen // chosen_TK.shape[1], chosen % chosen_TK.shape[1]
+            total_TD.index_add_(0, tokens, (x_TD[tokens] * weights_TK[tokens, choices, None]).to(total_TD.dtype))
+        return total_TD.reshape(shape)
+
+    def _output(self, expert: nn.Module, x_TD: Tensor) -> Tensor:
+        y: Tensor = expert(x_TD)
+        return self.post_expert_norm(y) if hasattr(self, "post_expert_norm") else y
+
+
+class SortedExperts(Experts):
+    """Experts that get the tokens in order of the experts, scaled by the weights of the router and zero where they were not chosen."""
+
+    def forward(self, x_ND: Tensor) -> Tensor:  # type: ignore[override]
+        """The outputs [E T, D] of E experts for T tokens each, [E T, D]. An expert without biases gives zero for zero."""
+        x_ETD = x_ND.view(self.number, -1, x_ND.shape[-1])
+        expert_of, token_of = (x_ETD != 0).any(dim=-1).nonzero(as_tuple=True)
+        counts = expert_of.bincount(minlength=self.number).tolist()
+        total_ETD = torch.zeros_like(x_ETD)
+        for number, (expert, tokens) in enumerate(zip(self, torch.split(token_of, counts), strict=True)):
+            if len(tokens):
+                total_ETD[number] = total_ETD[number].index_copy(0, tokens, expert(x_ETD[number, tokens]))
+        return total_ETD.reshape(x_ND.shape)
 
 
 def separate_experts(block: nn.Module, layout: ExpertLayout) -> None:
@@ -80,27 +192,71 @@ def separate_experts(block: nn.Module, layout: ExpertLayout) -> None:
 
     Args:
         block: the block, on the meta device.
-        layout: layout of the fused experts.
+        layout: facts about the fused experts that their module does not state.
 
     Raises:
         ValueError: the experts have a form that is not supported.
     """
     for name, module in list(block.named_modules()):
-        fused = [getattr(module, part, None) for part in layout.fused]
-        if not all(isinstance(value, nn.Parameter) and value.dim() == 3 for value in fused):
+        if not _is_fused(module):
             continue
-        gate = getattr(module, "_apply_gate", None)
-        odd = {key: getattr(module, key, value) for key, value in layout.required.items()}
-        found = [f"{key} is {odd[key]}" for key, value in layout.required.items() if odd[key] != value]
-        if gate is None or found:
-            form = ", ".join(found) or "their gate is not a function of its own"
-            raise ValueError(f"the experts of {type(module).__name__} have a form that is not supported ({form})")
-        number, double, hidden = module.gate_up_proj.shape
-        for part in layout.fused:
-            delattr(module, part)  # the module itself stays alive for its method `_apply_gate`
+        gated = isinstance(getattr(module, "gate_up_proj", None), nn.Parameter)
+        biased = bool(getattr(module, "has_bias", False))
+        transposed = bool(getattr(module, "is_transposed", layout.transposed))
+        interleaved = not getattr(module, "is_concatenated", True)
+        activate = _activation_of(module, layout, gated=gated)
+        number, *shape = module.down_proj.shape
+        sizes = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
+        fused = _fused_parts(gated=gated, biased=biased, transposed=transposed, interleaved=interleaved)
+        for part in {part.tensor for part in fused.values()}:
+            delattr(module, part)  # the module itself stays alive for its activation
+        made = (
+            Expert(sizes, activate, gated=gated, biased=biased, interleaved=interleaved) for _ in range(int(number))
+        )
+        norm = getattr(module, "post_expert_norm", None) if getattr(module, "has_post_expert_norm", False) else None
+        kind = SortedExperts if layout.sorted_inputs else Experts
         owner, _, leaf = name.rpartition(".")
-        experts = Experts(Expert(hidden, double // 2, gate) for _ in range(number))
-        setattr(block.get_submodule(owner), leaf, experts)
+        setattr(block.get_submodule(owner), leaf, kind(made, fused, norm=norm, identity=layout.identity))
+
+
+def _is_fused(module: nn.Module) -> bool:
+    """Whether a module holds the weights of experts in tensors with a dimension for the expert."""
+    parts = dict(module.named_parameters(recurse=False))
+    return "down_proj" in parts and bool({"gate_up_proj", "up_proj"} & parts.keys()) and parts["down_proj"].dim() == 3
+
+
+def _activation_of(module: Any, layout: ExpertLayout, *, gated: bool) -> Callable[[Tensor], Tensor]:
+    """Function of the inner channels of an expert.
+
+    Raises:
+        ValueError: the module does not have it as a function of its own.
+    """
+    if gated and hasattr(module, "_apply_gate"):
+        gate: Callable[[Tensor], Tensor] = module._apply_gate
+        return gate
+    function = getattr(module, "act_fn", None)
+    known = layout.plain_gate or getattr(module, "has_gate", True) == gated
+    if function is None or (gated and not layout.plain_gate) or not known:
+        raise ValueError(
+            f"the experts of {type(module).__name__} have a form that is not supported"
+            " (their activation is not a function of its own)"
+        )
+    return (lambda both: function(both.chunk(2, -1)[0]) * both.chunk(2, -1)[1]) if gated else function
+
+
+def _fused_parts(*, gated: bool, biased: bool, transposed: bool, interleaved: bool) -> dict[str, FusedPart]:
+    """Place of each parameter of an expert in the fused tensors, by its name in the expert."""
+    places = {"down_proj": ("down_proj", None)} | (
+        {"gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1)} if gated else {"up_proj": ("up_proj", None)}
+    )
+    weights = {
+        f"{layer}.weight": FusedPart(tensor, transposed, half, interleaved) for layer, (tensor, half) in places.items()
+    }
+    biases = {
+        f"{layer}.bias": FusedPart(f"{tensor}_bias", transposed=False, half=half, interleaved=interleaved)
+        for layer, (tensor, half) in places.items()
+    }
+    return weights | (biases if biased else {})
 
 
 def tokens_by_expert(tokens_by_layer: Mapping[str, int]) -> dict[str, list[int]]:

@@ -8,7 +8,7 @@ untested.
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -56,12 +56,19 @@ class SmoothingPair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertLayout:
-    """Layout of the fused experts of a block in transformers, and names of the separate layers."""
+    """Facts about the fused experts of a family that their module in transformers does not state.
 
-    fused: Mapping[str, tuple[str, ...]]
-    """Names of the layers whose weights form the rows of each fused tensor [experts, out, in], in order, by the name of the tensor."""
-    required: Mapping[str, Any]
-    """Supported values of attributes of the fused module, by name. An attribute that the module does not have is not checked."""
+    Modules that use transformers' `use_experts_implementation` state the layout of their tensors themselves.
+    """
+
+    transposed: bool = False
+    """Whether the fused tensors hold each weight as [in, out]."""
+    plain_gate: bool = False
+    """Whether the inner channels are `act_fn(gate) * up`, although the module has no function for that."""
+    sorted_inputs: bool = False
+    """Whether the module gets the tokens in the order of the experts, scaled by the weights of the router."""
+    identity: bool = False
+    """Whether a choice of the router behind the last expert gives the input unchanged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,18 +84,6 @@ class GgufArchitecture:
     """
 
 
-_GATED_EXPERTS = ExpertLayout(
-    fused={"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)},
-    required={
-        "is_transposed": False,
-        "is_concatenated": True,
-        "has_bias": False,
-        "has_gate": True,
-        "has_post_expert_norm": False,
-    },
-)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """Facts of a model family."""
@@ -100,8 +95,8 @@ class Family:
 
     They are routers, and layers whose weight state space models use directly.
     """
-    experts: ExpertLayout = _GATED_EXPERTS
-    """Layout of the experts."""
+    experts: ExpertLayout = ExpertLayout()
+    """Facts about the fused experts."""
     arguments_by_segment: tuple[str, ...] = ("alibi",)
     """Keyword arguments of blocks whose first dimension is the number of segments times another number, such as that of heads."""
     eager_attention: bool = False
@@ -225,7 +220,17 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
 UNTESTED = Family()
 """Facts that are assumed for a family without a row."""
 
-EXPERT = re.compile(r"\.experts\.(\d+)\.")
+_SORTED = ExpertLayout(transposed=True, plain_gate=True, sorted_inputs=True)
+_EXPERT_LAYOUTS: Mapping[str, ExpertLayout] = MappingProxyType(
+    {
+        "llama4": _SORTED,
+        "llama4_text": _SORTED,
+        "longcat_flash": ExpertLayout(plain_gate=True, identity=True),
+    }
+)
+"""Layouts of the experts of families without a row."""
+
+EXPERT = re.compile(r"(?:^|\.)experts\.(\d+)\.")
 """Matches the number of the expert in the path of an expert's layer."""
 
 JOINED: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -240,7 +245,8 @@ JOINED: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 def family_of(model_type: str) -> Family:
     """Facts of the family with a `model_type` of config.json."""
-    return FAMILIES.get(model_type, UNTESTED)
+    untested = replace(UNTESTED, experts=_EXPERT_LAYOUTS.get(model_type, UNTESTED.experts))
+    return FAMILIES.get(model_type, untested)
 
 
 def smoothing_pairs(family: Family, config: Any, modules: Collection[str]) -> tuple[SmoothingPair, ...]:
@@ -263,6 +269,6 @@ def joined_with(layer: str) -> str:
     """
     expert = EXPERT.search(layer)
     if expert is not None:
-        return f"{layer[: expert.start()]}.experts"
+        return layer[: expert.start(1) - 1]
     owner, _, leaf = layer.rpartition(".")
     return next((f"{owner}.{leaves[0]}" for leaves in JOINED.values() if leaf in leaves), layer)

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from cbqstream.checkpoint.folder import is_size
+from cbqstream.checkpoint.tensors import ModelTensor
 from cbqstream.errors import InputError, UsageError, shown
 from cbqstream.models.empty_weights import empty_weights
 from cbqstream.models.experts import separate_experts
@@ -57,7 +58,7 @@ class MetaModel:
     Args:
         folder: folder of the model, for messages.
         config: content of its config.json.
-        tensors: shape of every dense tensor of the checkpoint, by name.
+        infos: dense tensors of the checkpoint, by name.
         blocks_path: module path of the list of transformer blocks; found by default.
 
     Raises:
@@ -68,16 +69,14 @@ class MetaModel:
         self,
         folder: Path,
         config: dict[str, Any],
-        tensors: Mapping[str, tuple[int, ...]],
+        infos: Mapping[str, ModelTensor],
         blocks_path: str | None = None,
     ) -> None:
         self.folder = folder
-        self.tensors = tensors
-        """Shape of every dense tensor of the checkpoint, by name."""
         model_type = str(config.get("model_type"))
         self.is_tested = model_type in FAMILIES
         self.family = family_of(model_type)
-        self._refuse_implausible(config, model_type)
+        self._refuse_implausible(config, model_type, len(infos))
         kept = {
             key: _with_floats(value)
             for key, value in config.items()
@@ -108,12 +107,13 @@ class MetaModel:
         except Exception as error:
             path = folder / "config.json"
             raise InputError(path, f"does not describe a {model_type} model: {shown(str(error))}") from error
+        whole = self.hf_model.state_dict()
         try:
             for block in layers:
                 separate_experts(block, self.family.experts)
         except ValueError as error:
             raise InputError(folder / "config.json", f"{error}. Use another model.") from error
-        self._stored = StoredNames(folder, self.hf_model, tensors, self.family.experts)
+        self._stored = StoredNames(folder, self.hf_model, whole, infos)
         self.templates: list[nn.Module] = list(layers)
         self.blocks = tuple(self._block_spec(index, block) for index, block in enumerate(self.templates))
         if not any(spec.linears for spec in self.blocks):
@@ -125,6 +125,10 @@ class MetaModel:
         for index in range(len(layers)):
             layers[index] = nn.Identity()
         self.outer: Mapping[str, str] = self._outer_tensors()
+        self.dense: Mapping[str, ModelTensor] = infos
+        """Dense tensors of the checkpoint by name, in its own layout."""
+        self.infos: Mapping[str, ModelTensor] = self._stored.view()
+        """Dense tensors by name, in the layout of the model."""
 
     def smoothing_pairs(self, index: int) -> tuple[SmoothingPair, ...]:
         """Smoothing pairs of block `index`, without those whose smoothed layer has no weight."""
@@ -192,7 +196,7 @@ class MetaModel:
             most = f" to {self.text_config.max_position_embeddings}, the model's positions" if learned else " or more"
             raise UsageError(f"seq_len is {seq_len}. It must be 2{most}.")
 
-    def _refuse_implausible(self, config: Mapping[str, Any], model_type: str) -> None:
+    def _refuse_implausible(self, config: Mapping[str, Any], model_type: str, num_tensors: int) -> None:
         """Check architecture and sizes before modules are built from them.
 
         Raises:
@@ -209,10 +213,10 @@ class MetaModel:
             each = value if isinstance(value, list) and value else [value]  # some families have a size for each block
             if value is not None and not all(is_size(one) or (one == 0 and key not in _SIZES) for one in each):
                 raise InputError(path, f"{key} is {shown(str(value))}. {_A_SIZE}.")
-        if int(sizes["num_hidden_layers"] or 0) > len(self.tensors):
+        if int(sizes["num_hidden_layers"] or 0) > num_tensors:
             raise InputError(
                 path,
-                f"num_hidden_layers is {sizes['num_hidden_layers']:,}, but the weights have {len(self.tensors):,} tensors.",
+                f"num_hidden_layers is {sizes['num_hidden_layers']:,}, but the weights have {num_tensors:,} tensors.",
             )
 
     @property
@@ -226,13 +230,15 @@ class MetaModel:
         Raises:
             InputError: there is no list of that length.
         """
+        # blocks of LongCat have two layers of attention each, which num_hidden_layers counts
+        number = getattr(self.text_config, "num_layers", None) or self.text_config.num_hidden_layers
         lists = {
             name: sum(value.numel() for value in module.parameters())
             for name, module in self.hf_model.named_modules()
-            if isinstance(module, nn.ModuleList) and len(module) == self.text_config.num_hidden_layers
+            if isinstance(module, nn.ModuleList) and len(module) == number
         }
         if not lists:
-            problem = f"no list of {self.text_config.num_hidden_layers} blocks in {type(self.hf_model).__name__}"
+            problem = f"no list of {number} blocks in {type(self.hf_model).__name__}"
             raise InputError(self.folder / "config.json", f"{problem}. Give its path with --blocks-path.")
         return str(max(lists.items(), key=itemgetter(1))[0])
 

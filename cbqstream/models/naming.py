@@ -1,83 +1,343 @@
-"""Names of tensors in checkpoints and in modules, related by the rules with which transformers reads checkpoints."""
+"""Tensors of a model, found in a checkpoint by the rules with which transformers reads checkpoints.
+
+transformers renames tensors, and converts some: it stacks experts, concatenates or splits matrices, or transposes them. The conversions are
+run here for one tensor at a time, when it is read. The weight of an expert is read from its place in a fused tensor, or from a tensor of
+its own, whichever the checkpoint has.
+"""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key
 
+from cbqstream.checkpoint.tensors import DerivedTensor, ModelTensor, piece, rows_of
 from cbqstream.errors import InputError, shown
-from cbqstream.models.families import ExpertLayout
+from cbqstream.models.experts import Experts, FusedPart
 
-_OF_EXPERT = re.compile(r"(.*\.)\d+\.\w+\.weight")
-"""Matches the name of a weight of an expert, and the path of the module that contains the experts in it."""
 _OF_BLOCK = re.compile(r".*?\.\d+\.")
 """Matches the path of the block in the name of a tensor of a block."""
+_OF_EXPERT = re.compile(r"(?P<owner>.+)\.(?P<number>\d+)\.(?P<leaf>\w+\.(weight|bias))")
+"""Matches the name of a parameter of an expert."""
+_MARKER = (2, 2)
+"""Shape of the tensors that stand for the weights of experts, to find out where a conversion puts them."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Conversion:
+    """Tensors of a checkpoint that one rule of transformers converts together."""
+
+    rule: WeightConverter
+    target: str
+    """Name in the model of the first tensor that is made."""
+    sources: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    """Names in the checkpoint, in the order of their numbers, by the pattern of the rule that they match."""
+
+    @property
+    def targets(self) -> list[str]:
+        """Names in the model of the tensors that are made."""
+        first = self.rule.target_patterns[0]
+        return [self.target.replace(first, pattern, 1) for pattern in self.rule.target_patterns]
+
+    def run(self, values: Mapping[str, Sequence[Tensor]], parameters: "_Parameters", config: Any) -> dict[str, Tensor]:
+        """The tensors that are made, by their name in the model.
+
+        Args:
+            values: tensors in the order of `sources`, by the same patterns.
+            parameters: the parameters of the model.
+            config: configuration of the model.
+        """
+        found: Any = {pattern: list(tensors) for pattern, tensors in values.items()}
+        for operation in self.rule.operations:
+            found = operation.convert(
+                found,
+                source_patterns=self.rule.source_patterns,
+                target_patterns=self.rule.target_patterns,
+                full_layer_name=self.target,
+                model=parameters,
+                config=config,
+                missing_keys=None,
+            )
+        before, _, after = next((self.target.partition(key) for key in found if key in self.target), ("", "", ""))
+        return {f"{before}{key}{after}": value[0] if isinstance(value, list) else value for key, value in found.items()}
+
+
+class _Parameters:
+    """Parameters of the model as transformers has them, whose shape and dtype some conversions read.
+
+    Args:
+        values: parameters by name.
+        of_one_expert: whether parameters of experts have the values of one expert.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor], *, of_one_expert: bool = False) -> None:
+        self._values, self._one = values, of_one_expert
+
+    def get_parameter(self, name: str) -> Tensor:
+        """The parameter `name`, without values."""
+        value = self._values[name]
+        shape = (1, *value.shape[1:]) if self._one else value.shape
+        return torch.empty(shape, dtype=value.dtype, device="meta")
 
 
 class StoredNames:
-    """Names in a checkpoint of the tensors of a model whose experts are separate modules.
+    """Tensors of a checkpoint, by their name in a model whose experts are separate modules.
 
     Args:
         folder: folder of the model, for messages.
-        model: a model of transformers.
-        tensors: shape of every tensor of the checkpoint, by name.
-        layout: layout of the fused experts of the model in transformers.
+        model: a model of transformers, with separate experts.
+        whole: parameters and buffers of the model before the experts were separated, by name.
+        infos: tensors of the checkpoint, by name.
     """
 
-    def __init__(self, folder: Path, model: Any, tensors: Mapping[str, tuple[int, ...]], layout: ExpertLayout) -> None:
+    def __init__(self, folder: Path, model: Any, whole: Mapping[str, Tensor], infos: Mapping[str, ModelTensor]) -> None:
         self._folder = folder
-        self._tensors = tensors
-        self._layout = layout
+        self._infos = infos
+        self._whole = whole
+        self._config = model.config
         self._class_name = type(model).__name__
         self._base = f"{model.base_model_prefix}."
         self._tied: Mapping[str, str] = model.all_tied_weights_keys
         self._known = frozenset(model.state_dict())
+        self._experts = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
         self._rules = get_model_conversion_mapping(model)
-        self._stored = {converted: name for name, converted in self._converted(tensors)}
+        self._stored: dict[str, str] = {}
+        self._conversions: dict[str, _Conversion] = {}
+        self._place(infos)
+        self._by_target = {target: each for each in self._conversions.values() for target in each.targets}
+        self._apart = self._experts_apart()
+        self._prefixes: dict[str, str] = {}
+        self._made: dict[str, ModelTensor] = {}
+        self._replaced: set[str] = set()
 
     def __iter__(self) -> Iterator[str]:
         """Names in the model of all tensors of the checkpoint; tensors that the model does not have keep their names."""
-        return iter(self._stored)
+        return iter([*self._stored, *self._conversions])
 
     def find(self, name: str) -> str | None:
-        """Name in the checkpoint of the tensor with a name in the model; None if the checkpoint does not have it.
+        """Name in the checkpoint of the tensor with a name in the model; None if the checkpoint does not hold it as a tensor of its own.
 
         Some checkpoints omit the prefix of the base model. A tied tensor may be stored under any of its names. As in transformers, its own
         name goes first, so a head that is stored beside the embeddings is used although config.json ties the two.
         """
         source = self._tied.get(name, name)
         twins = [source, *(target for target, other in self._tied.items() if other == source)]
-        found = (self._stored.get(key) or self._stored.get(key.removeprefix(self._base)) for key in (name, *twins))
+        found = (
+            self._stored.get(key) or self._stored.get(key.removeprefix(self._base)) or self._apart.get(key)
+            for key in (name, *twins)
+        )
         return next((stored for stored in found if stored is not None), None)
 
     def require(self, name: str, shape: tuple[int, ...]) -> str:
-        """Name in the checkpoint of the tensor with a name and a shape in the model.
+        """Name in `view` of the tensor with a name and a shape in the model.
 
         Raises:
             InputError: the tensor is missing, is stored in a form that is not supported, or has another shape.
         """
-        stored = self.find(name)
-        if stored is None:
+        key = self.find(name)
+        if key is None:
+            key = self._name_in_view(name)
+            self._made[key] = self._converted(name)
+        found = self._made.get(key, self._infos.get(key))
+        if found is not None and found.shape != shape:
+            problem = f"has shape {list(found.shape)}, but config.json requires {list(shape)}."
+            raise InputError(self._folder, problem, tensor=key)
+        return key
+
+    def view(self) -> dict[str, ModelTensor]:
+        """Tensors of the checkpoint by name, in the layout of the model if the model has them in another one."""
+        kept = {name: tensor for name, tensor in self._infos.items() if name not in self._replaced}
+        return kept | self._made
+
+    def _is_known(self, name: str) -> bool:
+        """Whether the model has a tensor with a name, with or without the prefix of the base model."""
+        return not self._known.isdisjoint((name, f"{self._base}{name}"))
+
+    def _place(self, names: Iterable[str]) -> None:
+        """Sort the tensors of the checkpoint into those that are only renamed, and those that are converted.
+
+        A name that the model has already is not changed.
+        """
+        renamings = [rule for rule in self._rules if isinstance(rule, WeightRenaming)]
+        converters = [rule for rule in self._rules if isinstance(rule, WeightConverter)]
+        for name in sorted(names, key=dot_natural_key) if converters else names:
+            renamed = name
+            if name not in self._known:
+                for renaming in renamings:
+                    renamed, _ = renaming.rename_source_key(renamed)
+            if not self._is_known(renamed):
+                for rule in converters:
+                    target, pattern = rule.rename_source_key(renamed)
+                    if pattern is not None:
+                        self._conversions.setdefault(target, _Conversion(rule, target)).sources[pattern].append(name)
+                        break
+                else:
+                    self._stored[renamed] = name
+            else:
+                self._stored[renamed] = name
+
+    def _experts_apart(self) -> dict[str, str]:
+        """Names in the checkpoint of the weights of experts that are tensors of their own, by their name in the model."""
+        apart: dict[str, str] = {}
+        for owner, experts in self._experts.items():
+            for leaf, part in experts.fused.items():
+                conversion = self._by_target.get(f"{owner}.{part.tensor}")
+                if conversion is None or any(len(self._infos[name].shape) != 2 for name in _all(conversion)):
+                    continue
+                markers = self._marked(conversion).get(f"{owner}.{part.tensor}", torch.empty(0))
+                for number, values in enumerate(markers[: len(experts)]):
+                    marks = torch.unique(part.take(values))
+                    if len(marks) == 1:
+                        apart[f"{owner}.{number}.{leaf}"] = _all(conversion)[int(marks)]
+        return apart
+
+    def _marked(self, conversion: _Conversion) -> dict[str, Tensor]:
+        """The result of a conversion for matrices that are filled with their number.
+
+        Raises:
+            InputError: the experts are not numbered from 0 without gaps.
+        """
+        values, count = {}, 0
+        for pattern, names in conversion.sources.items():
+            for number, name in enumerate(names):
+                if f".{number}." not in name:
+                    problem = f"expert {number} is missing beside it. Download the model again."
+                    raise InputError(self._folder, problem, tensor=name)
+            values[pattern] = [torch.full(_MARKER, float(count + number)) for number in range(len(names))]
+            count += len(names)
+        return self._run(conversion, values, _Parameters(self._whole))
+
+    def _run(
+        self, conversion: _Conversion, values: Mapping[str, Sequence[Tensor]], parameters: _Parameters
+    ) -> dict[str, Tensor]:
+        """The tensors that a conversion makes.
+
+        Raises:
+            InputError: the tensors of the checkpoint do not fit the conversion.
+        """
+        try:
+            return conversion.run(values, parameters, self._config)
+        except (ValueError, RuntimeError, IndexError, KeyError, AttributeError, TypeError) as error:
+            reason = shown(str(error).partition("\n")[0])
+            made = f"{self._class_name} of transformers cannot make {conversion.target} from it ({reason})"
+            raise InputError(self._folder, f"{made}. Download the model again.", tensor=_all(conversion)[0]) from error
+
+    def _converted(self, name: str) -> ModelTensor:
+        """The tensor with a name in the model, made from tensors of the checkpoint that hold it in another layout.
+
+        Raises:
+            InputError: the checkpoint does not have it, or the tensors do not fit.
+        """
+        match = _OF_EXPERT.fullmatch(name)
+        experts = self._experts.get(match["owner"]) if match is not None else None
+        if match is not None and experts is not None and match["leaf"] in experts.fused:
+            part = experts.fused[match["leaf"]]
+            try:
+                values = self._of_expert(f"{match['owner']}.{part.tensor}", int(match["number"]), name)
+            except (ValueError, IndexError) as error:
+                raise InputError(self._folder, f"{error}. Use another model.", tensor=name) from error
+            return _part_of_expert(name, values, part)
+        conversion = self._by_target.get(name)
+        if conversion is None:
             raise InputError(self._folder, self._why_missing(name), tensor=name)
-        if self._tensors[stored] != shape:
-            found, needed = list(self._tensors[stored]), list(shape)
-            raise InputError(self._folder, f"has shape {found}, but config.json requires {needed}.", tensor=stored)
-        return stored
+        self._replaced.update(_all(conversion))
+        tensors = {pattern: [self._infos[key] for key in keys] for pattern, keys in conversion.sources.items()}
+        return self._derived(name, name, conversion, tensors, _Parameters(self._whole))
+
+    def _of_expert(self, fused: str, number: int, name: str) -> ModelTensor:
+        """The values of one expert in a fused tensor of the model.
+
+        Args:
+            fused: name of the fused tensor in the model.
+            number: number of the expert.
+            name: name of the parameter of the expert, for messages.
+
+        Raises:
+            InputError: the checkpoint does not have the fused tensor.
+            ValueError: the tensor cannot be read for one expert alone.
+        """
+        stored, conversion = self.find(fused), self._by_target.get(fused)
+        if stored is not None:
+            self._replaced.add(stored)
+            self._require_experts(stored, fused)
+            return piece(self._infos[stored], number)
+        if conversion is None:
+            raise InputError(self._folder, self._why_missing(name), tensor=name)
+        self._replaced.update(_all(conversion))
+        for key in _all(conversion):
+            self._require_experts(key, fused)
+        tensors = {
+            pattern: [piece(self._infos[key], number) for key in keys] for pattern, keys in conversion.sources.items()
+        }
+        parameters = _Parameters(self._whole, of_one_expert=True)
+        return self._derived(f"{fused}[{number}]", fused, conversion, tensors, parameters, of_one_expert=True)
+
+    def _require_experts(self, stored: str, fused: str) -> None:
+        """Check that a tensor of the checkpoint has as many experts as the model.
+
+        Raises:
+            InputError: it has not.
+        """
+        found, needed = self._infos[stored].shape, self._whole[fused].shape
+        if len(found) < 2 or found[0] != needed[0]:
+            problem = f"has shape {list(found)}, but config.json requires {needed[0]} experts."
+            raise InputError(self._folder, problem, tensor=stored)
+
+    def _derived(
+        self,
+        name: str,
+        target: str,
+        conversion: _Conversion,
+        tensors: Mapping[str, Sequence[ModelTensor]],
+        parameters: _Parameters,
+        *,
+        of_one_expert: bool = False,
+    ) -> DerivedTensor:
+        """The tensor `target` that a conversion makes from tensors of the checkpoint."""
+
+        def make(parts: Mapping[str, Tensor]) -> Tensor:
+            values = {
+                pattern: [
+                    parts[f"{pattern} {position}"].unsqueeze(0) if of_one_expert else parts[f"{pattern} {position}"]
+                    for position in range(len(found))
+                ]
+                for pattern, found in tensors.items()
+            }
+            made = self._run(conversion, values, parameters)[target]
+            return made.squeeze(0) if of_one_expert else made
+
+        parts = {
+            f"{pattern} {position}": tensor
+            for pattern, found in tensors.items()
+            for position, tensor in enumerate(found)
+        }
+        empty = make({key: _empty(tensor) for key, tensor in parts.items()})
+        return DerivedTensor(name, empty.dtype, tuple(empty.shape), parts, make, in_other_layout=not of_one_expert)
+
+    def _name_in_view(self, name: str) -> str:
+        """Name of a tensor that the checkpoint does not have under a name of its own: the one in the model, under the path of the block."""
+        match = _OF_BLOCK.match(name)
+        if match is None:
+            return name
+        block = match[0]
+        if block not in self._prefixes:
+            beside = (
+                stored.removesuffix(key.removeprefix(block))
+                for key, stored in self._stored.items()
+                if key.startswith(block) and stored.endswith(f".{key.removeprefix(block)}")
+            )
+            self._prefixes[block] = next(beside, block)
+        return self._prefixes[block] + name.removeprefix(block)
 
     def _why_missing(self, name: str) -> str:
         """The reason why the checkpoint does not have a tensor, and the remedy."""
-        match = _OF_EXPERT.fullmatch(name)
-        fused = [f"{match[1]}{part}" for part in self._layout.fused] if match is not None else []
-        held = next((shown(self._stored[other]) for other in fused if other in self._stored), None)
-        if held is not None:
-            return f'the experts are stored fused (in "{held}"), which is not supported. Use a checkpoint with a tensor for each expert.'
-        for rule in self._rules:
-            if isinstance(rule, WeightConverter) and any(target in name for target in rule.target_patterns):
-                made = " and ".join('"' + source.replace("\\", "") + '"' for source in rule.source_patterns)
-                return f"{self._class_name} makes it from {made} as it reads a checkpoint, which is not supported. Use another model."
         other = self._unknown_instead_of(name)
         if other is not None:
             return (
@@ -93,7 +353,8 @@ class StoredNames:
         like that of the missing one.
         """
         block = _OF_BLOCK.match(name)
-        unknown = {key: stored for key, stored in self._stored.items() if key not in self._known}
+        known = {*self._known, *self._whole}
+        unknown = {key: stored for key, stored in self._stored.items() if key not in known}
         beside = [
             stored
             for key, stored in unknown.items()
@@ -103,31 +364,33 @@ class StoredNames:
         alike = [stored for key, stored in unknown.items() if end in key and key.endswith(end)]
         return next(iter([*beside, *alike]), None)
 
-    def _converted(self, names: Iterable[str]) -> Iterator[tuple[str, str]]:
-        """Pairs of a name in the checkpoint and the name in the model. A name that the model already has is not changed."""
-        renamings = [rule for rule in self._rules if isinstance(rule, WeightRenaming)]
-        converters = [rule for rule in self._rules if isinstance(rule, WeightConverter)]
-        of_experts = [pair for rule in converters for pair in _expert_names(rule, self._layout)]
-        for name in names:
-            renamed = name
-            if name not in self._known:
-                for rule in renamings:
-                    renamed, _ = rule.rename_source_key(renamed)
-                for pattern, replacement in of_experts:
-                    renamed = pattern.sub(replacement, renamed)
-            yield name, renamed
+
+def _all(conversion: _Conversion) -> list[str]:
+    """Names in the checkpoint of all tensors of a conversion."""
+    return [name for names in conversion.sources.values() for name in names]
 
 
-def _expert_names(rule: WeightConverter, layout: ExpertLayout) -> list[tuple[re.Pattern[str], str]]:
-    """Patterns that match the names in checkpoints of the layers that a rule fuses, and replacements that give the names in the model."""
-    fused = rule.target_patterns[0].rpartition(".")[2] if len(rule.target_patterns) == 1 else ""
-    if len(layout.fused.get(fused, ())) != len(rule.source_patterns):
-        return []
-    pairs = []
-    for source, part in zip(rule.source_patterns, layout.fused[fused], strict=True):
-        head, star, leaf = re.sub(r"\\(.)", r"\1", source).partition("*")
-        if star:
-            pairs.append(
-                (re.compile(rf"({re.escape(head)}\d+\.){re.escape(leaf.removeprefix('.'))}$"), rf"\g<1>{part}.weight")
-            )
-    return pairs
+def _empty(tensor: ModelTensor) -> Tensor:
+    """A tensor without values, with the shape and dtype of a tensor of the checkpoint."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+
+def _part_of_expert(name: str, values: ModelTensor, part: FusedPart) -> ModelTensor:
+    """A parameter of an expert, from its values in a fused tensor.
+
+    Args:
+        name: name of the parameter in the model.
+        values: values of the expert in the fused tensor.
+        part: place of the parameter in them.
+    """
+    if part.is_rows:
+        if part.half is None:
+            return values
+        size = values.shape[0] // 2
+        return rows_of(values, slice(part.half * size, (part.half + 1) * size))
+    empty = part.take(_empty(values))
+    return DerivedTensor(name, empty.dtype, tuple(empty.shape), {"fused": values}, partial(_taken, part))
+
+
+def _taken(part: FusedPart, parts: Mapping[str, Tensor]) -> Tensor:
+    return part.take(parts["fused"])

@@ -114,12 +114,8 @@ class _Weights:
     """Random weights of a model that take almost no memory: the value at [i, j, ...] depends only on i + j + ..."""
 
     def __init__(self, meta_model: MetaModel) -> None:
-        self._shapes = meta_model.tensors
+        self._shapes = {name: info.shape for name, info in meta_model.infos.items()}
         self._vocab_size = meta_model.vocab_size
-
-    def tensors(self) -> Mapping[str, tuple[int, ...]]:
-        """Shape of every tensor, by its name in the checkpoint."""
-        return self._shapes
 
     def read(self, name: str, *, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
         """Random values in the shape of a tensor; zeros if the dtype has only integers. Embedding and head have at most 512 rows."""

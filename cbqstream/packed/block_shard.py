@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cbqstream.checkpoint.header import read_header
 from cbqstream.checkpoint.reader import Checkpoint
-from cbqstream.checkpoint.tensors import StoredTensors
+from cbqstream.checkpoint.tensors import StoredTensors, copied
 from cbqstream.disk import Disk, FileDigest, ScratchFile
 from cbqstream.packed.layout import SCALE
 from cbqstream.packed.layouts import encode
@@ -57,8 +57,16 @@ def write_block(
             tensors[f"{name.removesuffix('.weight')}.{part}"] = (
                 value if file is None else OffloadedTensor.of(value, file)
             )
+    quantized = copied({name: source.infos[name] for local, name in spec.tensors.items() if local not in left})
     for local, name in left.items():
-        tensors[name] = stored(local, source.read(name, device=torch.device("cpu")))
+        value = source.read(name, device=torch.device("cpu"))
+        new = stored(local, value)
+        as_stored = copied({name: source.infos[name]})
+        # tensors in another layout are copied as the checkpoint has them, unless they changed or are quantized in part
+        if new is value and name not in as_stored and quantized.keys().isdisjoint(as_stored):
+            tensors |= {part: source.value(tensor) for part, tensor in as_stored.items()}
+        else:
+            tensors[name] = new
     return shard_name(spec.index), write_tensors(disk, folder / shard_name(spec.index), tensors)
 
 

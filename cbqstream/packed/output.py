@@ -14,7 +14,7 @@ from typing import Any
 
 from cbqstream.checkpoint.folder import INDEX, shards_of
 from cbqstream.checkpoint.header import read_header
-from cbqstream.checkpoint.tensors import StoredTensors
+from cbqstream.checkpoint.tensors import ModelTensor, StoredTensors
 from cbqstream.disk import Disk, digest_of_file, is_occupied
 from cbqstream.errors import InputError, UsageError
 from cbqstream.packed.shard import copy_tensors
@@ -153,7 +153,7 @@ def assemble(
     source_folder: Path,
     source: StoredTensors,
     shards: Mapping[Path, str],
-    replaced: set[str],
+    rest: Mapping[str, ModelTensor],
     config: dict[str, Any],
     texts: Mapping[str, str],
 ) -> None:
@@ -166,7 +166,7 @@ def assemble(
         source_folder: folder of the source. Its tokenizer and other files are copied byte for byte, see `other_files`.
         source: tensors of the source.
         shards: paths of the shards of the finished blocks, and the SHA-256 of each.
-        replaced: names of the tensors of the source that the shards replace; all other tensors are copied byte for byte.
+        rest: tensors of the source that the shards do not replace, by name. They are copied.
         config: content of the new config.json.
         texts: text files to write, by name. They replace files of the source that have the same name.
     """
@@ -178,7 +178,6 @@ def assemble(
         sums[shard.name] = sha256
         disk.link_or_copy(shard, building / shard.name)
         weight_map.update(dict.fromkeys(read_header(shard), shard.name))
-    rest = [name for name in source.infos if name not in replaced]
     sums[REST] = copy_tensors(disk, building / REST, source, rest).sha256
     weight_map.update(dict.fromkeys(rest, REST))
     for name, text in texts.items():

@@ -8,15 +8,20 @@ import torch
 from torch import Tensor
 
 from cbqstream.checkpoint.reader import Checkpoint
+from cbqstream.checkpoint.tensors import DerivedTensor, ModelTensor
 from cbqstream.errors import InputError
 from cbqstream.numerics.activation_quant import quantize_per_tensor, quantize_per_token
 from cbqstream.numerics.affine import dequantize
-from cbqstream.packed.layout import COPY_AGAIN, INPUT_SCALE, SCALE
+from cbqstream.packed.layout import COPY_AGAIN, INPUT_SCALE, SCALE, Layout
 from cbqstream.packed.layouts import layouts_in
 from cbqstream.records import QuantizedWeight
 from cbqstream.scheme import LayerSchemes, Scheme
 
 CPU = torch.device("cpu")
+
+
+def _dequantize(layout: Layout, scheme: Scheme, parts: Mapping[str, Tensor]) -> Tensor:
+    return dequantize(layout.decode(parts, scheme))
 
 
 class PackedCheckpoint:
@@ -25,12 +30,15 @@ class PackedCheckpoint:
     Args:
         checkpoint: the stored tensors.
         schemes: schemes of the quantized layers.
+        infos: dense tensors, some of which may be derived from others; by default, those of the checkpoint.
 
     Raises:
         InputError: the shape of a layer is not stored.
     """
 
-    def __init__(self, checkpoint: Checkpoint, schemes: LayerSchemes) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, schemes: LayerSchemes, infos: Mapping[str, ModelTensor] | None = None
+    ) -> None:
         self.checkpoint = checkpoint
         self.schemes = schemes
         self._layouts = layouts_in(checkpoint.stored, schemes)
@@ -39,11 +47,17 @@ class PackedCheckpoint:
         parts = {f"{layer}.{part}" for layer, layout in self._layouts.items() for part in layout.names}
         self.others = {name: info for name, info in checkpoint.stored.items() if name not in parts}
         """Tensors that do not belong to a quantized layer, by name."""
+        self.infos: Mapping[str, ModelTensor] = infos or {**self._dequantized(), **self.others}
+        """Dense tensors, by name."""
+        self._dense = Checkpoint(self.infos, checkpoint.stored)
 
     def tensors(self) -> Mapping[str, tuple[int, ...]]:
-        """Shape of every dense tensor, by its name in the original checkpoint."""
-        layers = {f"{layer}.weight": shape for layer, shape in self.layers.items()}
-        return {**layers, **{name: info.shape for name, info in self.others.items()}}
+        """Shape of every dense tensor, by name."""
+        return {name: info.shape for name, info in self.infos.items()}
+
+    def viewed(self, infos: Mapping[str, ModelTensor]) -> "PackedCheckpoint":
+        """Return the checkpoint with other dense tensors, which are derived from its own."""
+        return PackedCheckpoint(self.checkpoint, self.schemes, infos)
 
     def read(self, name: str, *, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
         """One dense tensor on `device`.
@@ -56,8 +70,8 @@ class PackedCheckpoint:
         Raises:
             InputError: a part of a quantized layer is missing, or has another shape or dtype.
         """
-        if name in self.others:
-            return self.checkpoint.read(name, device=device, dtype=dtype)
+        if name.removesuffix(".weight") not in self.layers:
+            return self._dense.read(name, device=device, dtype=dtype)
         weight = self.packed(name.removesuffix(".weight"), device)
         return dequantize(weight, torch.empty(weight.codes.shape, device=device, dtype=dtype or torch.float32))
 
@@ -99,6 +113,19 @@ class PackedCheckpoint:
             return partial(quantize_per_token, num_bits=bits)
         scale = self._part(layer, INPUT_SCALE).float()
         return lambda x: quantize_per_tensor(x, torch.zeros_like(scale).to(x.device), scale.to(x.device), bits)
+
+    def _dequantized(self) -> dict[str, ModelTensor]:
+        """Weights of the quantized layers, by name."""
+        found: dict[str, ModelTensor] = {}
+        for layer, shape in self.layers.items():
+            layout, scheme = self._layouts[layer], self.schemes.of(layer)
+            names = {part: f"{layer}.{part}" for part in layout.needed(scheme)}
+            parts = {
+                part: self.checkpoint.stored[name] for part, name in names.items() if name in self.checkpoint.stored
+            }
+            make = partial(_dequantize, layout, scheme)
+            found[f"{layer}.weight"] = DerivedTensor(f"{layer}.weight", torch.float32, shape, parts, make)
+        return found
 
     def _weight_shape(self, layer: str) -> tuple[int, int]:
         try:

@@ -46,33 +46,33 @@ def write_tensors(disk: Disk, path: Path, tensors: Mapping[str, Tensor | Offload
     return disk.write(path, chunks(), mode=0o666)
 
 
-def copy_tensors(disk: Disk, path: Path, source: StoredTensors, names: list[str]) -> FileDigest:
+def copy_tensors(disk: Disk, path: Path, source: StoredTensors, tensors: Mapping[str, ModelTensor]) -> FileDigest:
     """Copy tensors from a checkpoint, byte for byte if they are not derived, into a new, durable safetensors file.
 
     Args:
         disk: used for the durable write.
         path: the file to write.
         source: the checkpoint.
-        names: names of the tensors.
+        tensors: tensors of the checkpoint, by the names that they get.
 
     Returns:
         Digest of the file.
     """
-    names = sorted(names)
+    names = sorted(tensors)
 
     def chunks() -> Iterator[bytes]:
-        yield _header([_entry(source.infos[name]) for name in names])
+        yield _header([_entry(name, tensors[name]) for name in names])
         for name in names:
-            yield from source.raw(name)
+            yield from source.raw(tensors[name])
 
     return disk.write(path, chunks(), mode=0o666)
 
 
-def _entry(info: ModelTensor) -> tuple[str, str, list[int], int]:
+def _entry(name: str, info: ModelTensor) -> tuple[str, str, list[int], int]:
     """Name, dtype, shape and size in bytes of a tensor that is copied; a derived tensor is copied as it is computed."""
     if isinstance(info, TensorInfo):
-        return info.name, info.stored_dtype, list(info.shape), info.num_bytes
-    return info.name, _NAMES[info.dtype], list(info.shape), math.prod(info.shape) * info.dtype.itemsize
+        return name, info.stored_dtype, list(info.shape), info.num_bytes
+    return name, _NAMES[info.dtype], list(info.shape), math.prod(info.shape) * info.dtype.itemsize
 
 
 def _header(entries: list[tuple[str, str, list[int], int]]) -> bytes:

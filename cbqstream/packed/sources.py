@@ -1,6 +1,6 @@
 """Formats of checkpoints, by the `quant_method` of config.json, and the reader of each.
 
-A new format is a reader with the members of `WeightSource` in a file of its own, and a row here.
+A new format is a reader with the members of `OpenedSource` in a file of its own, and a row here.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,20 +10,20 @@ from typing import Any
 
 from cbqstream.checkpoint.folder import find_quantization, quant_method_of
 from cbqstream.checkpoint.reader import Checkpoint
-from cbqstream.checkpoint.tensors import WeightSource
+from cbqstream.checkpoint.tensors import OpenedSource
 from cbqstream.packed.format import METHOD, not_supported, schemes_of
 from cbqstream.packed.packed_checkpoint import PackedCheckpoint
 
 
-def _packed(checkpoint: Checkpoint, quantization_config: dict[str, Any]) -> WeightSource:
+def _packed(checkpoint: Checkpoint, quantization_config: dict[str, Any]) -> OpenedSource:
     return PackedCheckpoint(checkpoint, schemes_of(quantization_config))
 
 
-SOURCES: Mapping[str, Callable[[Checkpoint, dict[str, Any]], WeightSource]] = MappingProxyType({METHOD: _packed})
+SOURCES: Mapping[str, Callable[[Checkpoint, dict[str, Any]], OpenedSource]] = MappingProxyType({METHOD: _packed})
 """Functions that open a quantized checkpoint, by the `quant_method` of its quantization_config."""
 
 
-def open_source(folder: Path, config: Mapping[str, Any], *, allow_links: bool = False) -> WeightSource:
+def open_source(folder: Path, config: Mapping[str, Any], *, allow_links: bool = False) -> OpenedSource:
     """The dense tensors of a model folder, dequantized one at a time if it is quantized.
 
     Args:

@@ -60,7 +60,6 @@ def quantized_share(config: QuantizeConfig, meta_model: MetaModel) -> float:
 def require_quantizable(
     config: QuantizeConfig,
     meta_model: MetaModel,
-    infos: Mapping[str, ModelTensor],
     unusable: Sequence[Mapping[str, str]],
     *,
     allow_partial: bool,
@@ -70,7 +69,6 @@ def require_quantizable(
     Args:
         config: settings of the run.
         meta_model: the model.
-        infos: location, shape and dtype of every tensor of the source, by name.
         unusable: for each block, its linear layers that cannot be quantized, with the reason (see `probe`).
         allow_partial: accept a model most of whose block weights are not in linear layers.
 
@@ -81,7 +79,7 @@ def require_quantizable(
             layers.
     """
     for name in (*meta_model.outer.values(), *(name for spec in meta_model.blocks for name in spec.tensors.values())):
-        infos[name].require_readable()
+        meta_model.infos[name].require_readable()
     kept = config.keep_first + config.keep_last
     if kept >= len(meta_model.blocks):
         raise UsageError(
@@ -89,7 +87,7 @@ def require_quantizable(
         )
     _require_matches(config, meta_model)
     if config.quantize_lm_head:
-        _require_storable(infos[meta_model.head[1]], head_scheme(config, meta_model))
+        _require_storable(meta_model.infos[meta_model.head[1]], head_scheme(config, meta_model))
     for spec in meta_model.blocks[config.keep_first : len(meta_model.blocks) - config.keep_last]:
         layers = layer_schemes(config, spec)
         if not layers:
@@ -98,7 +96,7 @@ def require_quantizable(
             )
         _require_alike(spec, layers)
         for name, scheme in layers.items():
-            _require_storable(infos[spec.tensors[f"{name}.weight"]], scheme)
+            _require_storable(meta_model.infos[spec.tensors[f"{name}.weight"]], scheme)
             if name in unusable[spec.index]:
                 reason = unusable[spec.index][name]
                 raise InputError(f"block {spec.index}", f"{name} {reason}. Use --ignore {name}.")

@@ -249,7 +249,7 @@ def plan(
     meta_model = checked_model(config, model, infos, device, allow_partial=allow_partial)
     if check_dataset and not is_name(config.model, revision):
         load_calibration(config, meta_model)
-    sizes = ModelSizes.of(meta_model, infos)
+    sizes = ModelSizes.of(meta_model)
     if with_time:
         with fixed_numerics(device, config.threads):
             rates = measure_rates(config, list(sizes.layers.values()), device, compute_dtype(device))

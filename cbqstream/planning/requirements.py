@@ -61,7 +61,7 @@ def checked_model(
     Args:
         config: settings of the run.
         model: content of config.json of the source, which is not quantized (`require_original`).
-        infos: location, shape and dtype of every tensor of the source, by name.
+        infos: dense tensors of the source, by name.
         device: device that will compute.
         allow_partial: accept a model most of whose block weights cannot be quantized.
 
@@ -71,8 +71,8 @@ def checked_model(
         DeviceMemoryError: there is not enough memory to try the code of the model.
     """
     folder, settings, seq_len = Path(config.model), config.reconstruction, config.calibration.seq_len
-    meta_model = MetaModel(folder, model, {name: info.shape for name, info in infos.items()}, config.blocks_path)
-    require_quantizable(config, meta_model, infos, probe(meta_model), allow_partial=allow_partial)
+    meta_model = MetaModel(folder, model, infos, config.blocks_path)
+    require_quantizable(config, meta_model, probe(meta_model), allow_partial=allow_partial)
     method_of(settings).require_runnable(settings, device)
     meta_model.check_length(seq_len)
     if settings.robust_tokens >= seq_len:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-from cbqstream.checkpoint.tensors import ModelTensor, stored_bytes
+from cbqstream.checkpoint.tensors import stored_bytes
 from cbqstream.models.families import EXPERT
 from cbqstream.models.meta_model import MetaModel
 
@@ -66,13 +66,9 @@ class ModelSizes:
         return self.experts if EXPERT.search(name) else 1
 
     @classmethod
-    def of(cls, meta_model: MetaModel, infos: Mapping[str, ModelTensor]) -> Self:
-        """Sizes of a model.
-
-        Args:
-            meta_model: the model.
-            infos: every tensor of the checkpoint, by name.
-        """
+    def of(cls, meta_model: MetaModel) -> Self:
+        """Sizes of a model."""
+        infos = meta_model.infos
         sizes = [stored_bytes(infos[name] for name in spec.tensors.values()) for spec in meta_model.blocks]
         block_bytes = max(sizes)
         largest = meta_model.blocks[sizes.index(block_bytes)]

@@ -6,7 +6,7 @@ from torch import nn
 
 from cbqstream.checkpoint.header import read_header
 from cbqstream.checkpoint.reader import Checkpoint
-from cbqstream.checkpoint.tensors import WeightSource
+from cbqstream.checkpoint.tensors import WeightSource, moved
 from cbqstream.models.block import build_block
 from cbqstream.packed.block_shard import shard_name
 from cbqstream.packed.packed_checkpoint import PackedCheckpoint
@@ -58,4 +58,7 @@ class FinishedBlocks:
         inputs, shard = self._inputs, self.shard(index)
         if shard is None:
             return computing_block(inputs, index, inputs.source)
-        return computing_block(inputs, index, PackedCheckpoint(Checkpoint(read_header(shard)), inputs.config.schemes))
+        packed, tensors = PackedCheckpoint(Checkpoint(read_header(shard)), inputs.config.schemes), inputs.source.infos
+        names = inputs.meta_model.blocks[index].tensors.values()
+        others = {name: moved(tensors[name], packed.infos) for name in names if name not in packed.infos}
+        return computing_block(inputs, index, packed.viewed({**packed.infos, **others}) if others else packed)

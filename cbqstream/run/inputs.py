@@ -86,8 +86,9 @@ def open_inputs(
     model = read_json(folder, "config.json")
     require_original(folder, model)
     require_paths(config)
-    source = VerifiedCheckpoint(find_tensors(folder, allow_links=allow_links), measure=measure)
-    meta_model = checked_model(config, model, source.infos, device, allow_partial=allow_partial)
+    stored = find_tensors(folder, allow_links=allow_links)
+    meta_model = checked_model(config, model, stored, device, allow_partial=allow_partial)
+    source = VerifiedCheckpoint(meta_model.infos, stored, measure)
     tokens_NS = load_calibration(config, meta_model)
     identity = Identity.of(
         config,
@@ -98,6 +99,6 @@ def open_inputs(
         formats=newer_formats(config.schemes),
     )
     windows = tuple(schedule(config.keep_first, len(meta_model.blocks) - config.keep_last, config.window))
-    plan = fitting_plan(config, ModelSizes.of(meta_model, source.infos), device.type)
+    plan = fitting_plan(config, ModelSizes.of(meta_model), device.type)
     compute = Compute(device, compute_dtype(device), config.reconstruction.batch_size, plan.memory_mode)
     return RunInputs(config, model, source, meta_model, tokens_NS, windows, compute, identity)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from cbqstream.checkpoint.tensors import copied, stored_names
 from cbqstream.disk import FileDigest
 from cbqstream.errors import IdentityError
 from cbqstream.numerics.scale_search import search_grid
@@ -45,12 +46,17 @@ def write_result(inputs: RunInputs, journal: Journal, out: Path) -> None:
     head = [inputs.meta_model.head] if config.quantize_lm_head else []
     heads = {name for _, name in head}
     layers = {spec.tensors[f"{layer}.weight"] for spec in quantized for layer in spec.linears} | heads
-    others = [name for name, info in inputs.source.infos.items() if len(info.shape) > 1 and name not in layers]
+    infos, dense = inputs.meta_model.infos, inputs.meta_model.dense
+    replaced = {name for spec in quantized for name in spec.tensors.values()} | heads
+    used = frozenset[str]().union(*(stored_names(infos[name]) for name in replaced))
+    rest = {name: tensor for name, tensor in dense.items() if used.isdisjoint(stored_names(tensor))}
+    beside = copied({name: infos[name] for name in replaced - layers})
+    copies = {name: info for name, info in {**dense, **beside}.items() if name in rest or name in beside}
     not_quantized = [
         *(path for path in inputs.meta_model.never_quantized if path not in dict(head)),
         *(f"{spec.prefix}.{name}" for spec in kept for name in spec.linears),
         # by the names of the checkpoint too, which other classes of transformers have, also for heads that this class does not have
-        *(name.removesuffix(".weight") for name in others),
+        *(name.removesuffix(".weight") for name, info in copies.items() if len(info.shape) > 1),
         *(f"re:{path_pattern(pattern)}$" for pattern in config.ignore),
     ]
     schemes = config.schemes
@@ -69,7 +75,7 @@ def write_result(inputs: RunInputs, journal: Journal, out: Path) -> None:
         source_folder=Path(config.model),
         source=inputs.source,
         shards=shards,
-        replaced={name for spec in quantized for name in spec.tensors.values()} | heads,
+        rest=rest,
         config={
             **inputs.model,
             "quantization_config": quantization_config(schemes, list(dict.fromkeys(not_quantized))),

@@ -76,7 +76,8 @@ def _stores_another_head(inputs: RunInputs) -> bool:
     embedding, head = inputs.meta_model.embedding, inputs.meta_model.head[1]
     if not inputs.meta_model.is_head_tied or embedding == head:
         return False
-    return any(one != other for one, other in zip_longest(inputs.source.raw(embedding), inputs.source.raw(head)))
+    pieces = (inputs.source.raw(inputs.source.infos[name]) for name in (embedding, head))
+    return any(one != other for one, other in zip_longest(*pieces))
 
 
 def undersampled_experts(prefix: str, block: ResidentBlock) -> RunWarning:

@@ -38,21 +38,6 @@ CASES = {
     "gemma4_text": ("gemma2", {}, r"embedding: RuntimeError: .* without providing `input_ids`"),
     "glm_moe_dsa": ("deepseek_v3", {}, r"embedding: ValueError: not enough values to unpack"),
     "gpt2": ("opt", {}, r"the blocks of GPT2LMHeadModel have no linear layers"),
-    "gpt_oss": (
-        "mixtral",
-        {"head_dim": 16},
-        r"the experts of GptOssExperts have a form that is not supported \(is_transposed is True",
-    ),
-    "granitemoe": (
-        "mixtral",
-        {},
-        r'experts\.0\.gate_proj\.weight": the experts are stored fused \(in "model\.layers\.0\.block_sparse_moe\.input_linear\.weight"\)',
-    ),
-    "olmo_hybrid": (
-        "llama",
-        {},
-        r'OlmoHybridForCausalLM makes it from "linear_attn\.q_conv1d\.weight" and .* as it reads a checkpoint',
-    ),
     "rwkv": ("llama", {"attention_hidden_size": 64}, r"embedding: ValueError: not enough values to unpack"),
     "xglm": (
         "llama",

@@ -314,8 +314,12 @@ class Halves:
     def __init__(self, checkpoint):
         self.checkpoint = checkpoint
 
-    def tensors(self):
-        return self.checkpoint.tensors()
+    @property
+    def infos(self):
+        return self.checkpoint.infos
+
+    def viewed(self, infos):
+        return Halves(self.checkpoint.viewed(infos))
 
     def read(self, name, *, device, dtype=None):
         return self.checkpoint.read(name, device=device, dtype=dtype) * 2

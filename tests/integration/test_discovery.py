@@ -80,14 +80,6 @@ def test_a_model_without_linear_layers_is_refused(tmp_path, make_config):
         quantize(make_config(model=folder))
 
 
-def test_experts_of_an_unknown_form_are_refused(tmp_path, make_config):
-    folder = save_model(tmp_path / "gpt_oss", "gpt_oss", like="mixtral", head_dim=16)
-    with pytest.raises(
-        InputError, match=r"config\.json: the experts of GptOssExperts have a form that is not supported \(is_trans"
-    ):
-        quantize(make_config(model=folder))
-
-
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3"])
 def test_separate_experts_compute_the_output_of_fused_experts(family):
     """The outputs agree within 1e-6, also if every token is sent to every expert, and if an expert gets no token."""

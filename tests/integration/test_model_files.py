@@ -293,7 +293,7 @@ def test_tensors_of_every_dtype_that_the_model_does_not_use_are_copied(model, ma
     source, result = Checkpoint.open(model), Checkpoint.open(out)
     for name, value in tensors.items():
         assert result.infos[name].stored_dtype == source.infos[name].stored_dtype
-        assert b"".join(result.raw(name)) == value.view(torch.uint8).numpy().tobytes()
+        assert b"".join(result.raw(result.infos[name])) == value.view(torch.uint8).numpy().tobytes()
     found = check(out, read_data=True)
     assert found.problems == []
     assert check(Path(f"{out}.run"), read_data=True).problems == []

@@ -77,8 +77,7 @@ def sizes_405b(tmp_path_factory):
 def sizes_of(folder):
     """Sizes of the model in a folder."""
     model, infos = read_headers(str(folder))
-    meta_model = MetaModel(folder, model, {name: info.shape for name, info in infos.items()})
-    return ModelSizes.of(meta_model, infos)
+    return ModelSizes.of(MetaModel(folder, model, infos))
 
 
 def test_a_model_of_405_billion_weights_is_planned_in_less_than_five_seconds(sizes_405b):

@@ -17,7 +17,7 @@ from tiny import FAMILIES
 
 
 def meta_model_of(folder):
-    return MetaModel(folder, read_json(folder, "config.json"), Checkpoint.open(folder).tensors())
+    return MetaModel(folder, read_json(folder, "config.json"), Checkpoint.open(folder).infos)
 
 
 @pytest.fixture
