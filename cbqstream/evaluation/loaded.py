@@ -23,10 +23,11 @@ from transformers.utils import logging
 from cbqstream.checkpoint.folder import read_json
 from cbqstream.checkpoint.tensors import ModelTensor
 from cbqstream.errors import DeviceMemoryError, InputError, shown, some_shown
+from cbqstream.evaluation.loading_rules import missing_rules, register
 from cbqstream.evaluation.model import EvaluatedModel, EvaluationOptions
-from cbqstream.evaluation.separate_experts import reads_separate_experts, register_separate_experts
 from cbqstream.models.experts import Experts
 from cbqstream.models.families import EXPERT
+from cbqstream.models.meta_model import path_of
 from cbqstream.packed.packed_checkpoint import PackedCheckpoint
 from cbqstream.runtime.device import fixed_numerics
 from cbqstream.runtime.memory import is_out_of_memory, release_free_memory
@@ -81,9 +82,10 @@ def load_beside_streamed(folder: Path, **options: Unpack[EvaluationOptions]) -> 
         DeviceMemoryError: the model does not fit in memory.
     """
     streamed = EvaluatedModel.open(folder, **options)
-    if isinstance(streamed.source, PackedCheckpoint) and not reads_separate_experts(streamed.meta_model):
+    rules = missing_rules(streamed.meta_model) if isinstance(streamed.source, PackedCheckpoint) else []
+    if rules:
         named = _named_class(folder) or type(streamed.meta_model.hf_model)
-        register_separate_experts(streamed.meta_model, named.__name__)
+        register(streamed.meta_model, named.__name__, rules)
     with fixed_numerics(streamed.compute.device, streamed.threads):
         return _compare(folder, streamed)
 
@@ -202,6 +204,9 @@ def _keys_and_logits(
     if not issubclass(named, GenerationMixin):  # it has no logits of tokens
         model = _load(folder, type(streamed.meta_model.hf_model), options)[0]
     _require_experts(folder, model, streamed)
+    meta_model = streamed.meta_model
+    if meta_model.text_model is not meta_model.hf_model and isinstance(model, type(meta_model.hf_model)):
+        model = model.get_submodule(path_of(meta_model.hf_model, meta_model.text_model))
     with _reported(folder):
         logits_NSV: Tensor = torch.stack(
             [model(ids_S.unsqueeze(0), use_cache=False).logits[0].float() for ids_S in ids_NS]

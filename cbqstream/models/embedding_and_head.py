@@ -78,7 +78,7 @@ class EmbeddingAndHead:
     def __init__(
         self, meta_model: MetaModel, stand_ins: list[_StandIn], device: torch.device, dtype: torch.dtype
     ) -> None:
-        self._model = meta_model.hf_model
+        self._model = meta_model.text_model
         self._by_segment = meta_model.family.arguments_by_segment
         self._stand_ins = stand_ins
         self._device = device
@@ -191,7 +191,8 @@ def load_embedding_and_head(
     stand_ins = [_StandIn(block) for block in meta_model.templates]
     empty = dict(model.named_parameters(remove_duplicate=False))
     read: dict[str, Tensor] = {}
-    unused = {"embedding": model.get_output_embeddings(), "head": model.get_input_embeddings()}.get(only or "")
+    text = meta_model.text_model
+    unused = {"embedding": text.get_output_embeddings(), "head": text.get_input_embeddings()}.get(only or "")
     try:
         for name, stored in meta_model.outer.items():
             if unused is not None and name == f"{path_of(model, unused)}.weight":

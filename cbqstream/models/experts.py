@@ -133,7 +133,8 @@ class Experts(nn.Module):
         if norm is not None:
             self.post_expert_norm = norm
         self.fused = fused
-        self._identity = identity
+        self.any_tensor = next(iter(fused.values())).tensor
+        self.identity = identity
 
     def __len__(self) -> int:
         return self.number
@@ -162,7 +163,7 @@ class Experts(nn.Module):
             if self.see_all or len(tokens):
                 y = self._output(expert, x_TD)[tokens] if self.see_all else self._output(expert, x_TD[tokens])
                 total_TD.index_add_(0, tokens, (y * weights_TK[tokens, choices, None]).to(total_TD.dtype))
-        for chosen in parts[self.number :] if self._identity else ():
+        for chosen in parts[self.number :] if self.identity else ():
             tokens, choices = chosen // chosen_TK.shape[1], chosen % chosen_TK.shape[1]
             total_TD.index_add_(0, tokens, (x_TD[tokens] * weights_TK[tokens, choices, None]).to(total_TD.dtype))
         return total_TD.reshape(shape)
@@ -221,8 +222,9 @@ def separate_experts(block: nn.Module, layout: ExpertLayout) -> None:
 
 def _is_fused(module: nn.Module) -> bool:
     """Whether a module holds the weights of experts in tensors with a dimension for the expert."""
-    parts = dict(module.named_parameters(recurse=False))
-    return "down_proj" in parts and bool({"gate_up_proj", "up_proj"} & parts.keys()) and parts["down_proj"].dim() == 3
+    parts = {name: value.dim() for name, value in module.named_parameters(recurse=False)}
+    gated, plain = "gate_up_proj" in parts, "up_proj" in parts and not getattr(module, "has_gate", True)
+    return parts.get("down_proj") == 3 and (gated or plain)
 
 
 def _activation_of(module: Any, layout: ExpertLayout, *, gated: bool) -> Callable[[Tensor], Tensor]:

@@ -84,16 +84,24 @@ class GgufArchitecture:
     """
 
 
+VISION_PARTS = ("vision_moe",)
+"""Names of parts of a block that compute images only."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """Facts of a model family."""
 
     pairs: tuple[SmoothingPair, ...] = ()
     """Smoothing pairs of a block."""
-    never_quantized: tuple[str, ...] = ("gate", "router", "router_gate", "shared_expert_gate", "dt_proj")
-    """Last parts of the names of linear layers that stay in full precision.
+    never_quantized: tuple[str, ...] = (
+        *("gate", "router", "router_gate", "shared_expert_gate", "dt_proj", "weights_proj"),
+        *VISION_PARTS,
+    )
+    """Parts of the names of linear layers that stay in full precision.
 
-    They are routers, and layers whose weight state space models use directly.
+    They are routers, layers whose weight state space models or indexers of sparse attention use directly, and parts of a block that
+    compute images.
     """
     experts: ExpertLayout = ExpertLayout()
     """Facts about the fused experts."""

@@ -13,8 +13,8 @@ from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    PreTrainedModel,
 )
 
 from cbqstream.checkpoint.folder import is_size
@@ -95,11 +95,10 @@ class MetaModel:
                         folder / "config.json",
                         f"{key} is {shown(str(getattr(self.text_config, key, None)))}. {_A_SIZE}.",
                     )
-            # a multimodal model contains a text model, and only the text model is quantized
-            causal = type(self.config) in MODEL_FOR_CAUSAL_LM_MAPPING
-            auto: Any = AutoModelForCausalLM if causal else AutoModelForImageTextToText
             with empty_weights():
-                self.hf_model: Any = auto.from_config(self.config).eval()
+                self.hf_model: Any = _class_for(self.config, config)._from_config(self.config).eval()
+            self.text_model: Any = self._find_text_model()
+            """Model that computes logits from tokens: `hf_model`, or the causal language model in it."""
             self.blocks_path: str = blocks_path or self._find_blocks()
             layers = self._blocks()
         except InputError:
@@ -114,6 +113,10 @@ class MetaModel:
         except ValueError as error:
             raise InputError(folder / "config.json", f"{error}. Use another model.") from error
         self._stored = StoredNames(folder, self.hf_model, whole, infos)
+        lists = (getattr(self.hf_model, f"_keep_in_fp32_modules{end}", None) or () for end in ("", "_strict"))
+        float32 = "|".join(re.escape(name) for each in lists for name in sorted(each)) or "$^"
+        self._float32_names = re.compile(rf"(?:^|\.)({float32})(?:\.|$)")
+        """Matches the names of parameters that transformers keeps in float32, which are not quantized."""
         self.templates: list[nn.Module] = list(layers)
         self.blocks = tuple(self._block_spec(index, block) for index, block in enumerate(self.templates))
         if not any(spec.linears for spec in self.blocks):
@@ -156,7 +159,7 @@ class MetaModel:
     @property
     def embedding(self) -> str:
         """Name of the weight of the embedding in the checkpoint."""
-        return self.outer[f"{path_of(self.hf_model, self.hf_model.get_input_embeddings())}.weight"]
+        return self.outer[f"{path_of(self.hf_model, self.text_model.get_input_embeddings())}.weight"]
 
     @property
     def head(self) -> tuple[str, str]:
@@ -164,7 +167,7 @@ class MetaModel:
 
         If config.json ties the head to the embedding, the name is that of the embedding, unless the checkpoint has a head of its own.
         """
-        path = path_of(self.hf_model, self.hf_model.get_output_embeddings())
+        path = path_of(self.hf_model, self.text_model.get_output_embeddings())
         return path, self.outer[f"{path}.weight"]
 
     @property
@@ -189,7 +192,7 @@ class MetaModel:
         Raises:
             UsageError: `seq_len` exceeds the learned positions, or is below 2, so that no token is predicted.
         """
-        tokens = self.hf_model.get_input_embeddings()
+        tokens = self.text_model.get_input_embeddings()
         decoder = self.hf_model.get_submodule(self._decoder_path)
         learned = any(isinstance(module, nn.Embedding) and module is not tokens for module in decoder.modules())
         if seq_len < 2 or (learned and seq_len > self.text_config.max_position_embeddings):
@@ -224,8 +227,21 @@ class MetaModel:
         """Module path of the decoder, which contains the blocks, the embeddings and the final norm."""
         return self.blocks_path.rpartition(".")[0]
 
+    def _find_text_model(self) -> Any:
+        """The model, or a causal language model in it that some multimodal models contain as a whole.
+
+        Raises:
+            InputError: there is no output embedding.
+        """
+        models: list[Any] = [module for module in self.hf_model.modules() if isinstance(module, PreTrainedModel)]
+        inner = [module for module in models[1:] if module.get_output_embeddings() is not None]
+        if not inner and self.hf_model.get_output_embeddings() is None:
+            problem = f"{type(self.hf_model).__name__} has no output embedding. Use another model."
+            raise InputError(self.folder / "config.json", problem)
+        return inner[0] if len(inner) == 1 else self.hf_model
+
     def _find_blocks(self) -> str:
-        """Module path of the list with the most weights among the lists whose length is the number of blocks.
+        """Module path of the list with the most weights among the lists beside the embedding whose length is the number of blocks.
 
         Raises:
             InputError: there is no list of that length.
@@ -237,6 +253,8 @@ class MetaModel:
             for name, module in self.hf_model.named_modules()
             if isinstance(module, nn.ModuleList) and len(module) == number
         }
+        beside = path_of(self.hf_model, self.text_model.get_input_embeddings()).rpartition(".")[0]
+        lists = {name: size for name, size in lists.items() if name.startswith(f"{beside}.")} or lists
         if not lists:
             problem = f"no list of {number} blocks in {type(self.hf_model).__name__}"
             raise InputError(self.folder / "config.json", f"{problem}. Give its path with --blocks-path.")
@@ -274,6 +292,7 @@ class MetaModel:
             for local, module in block.named_modules()
             if isinstance(module, nn.Linear)
             and not {"router", *self.family.never_quantized} & {local.rpartition(".")[2], *local.split(".")[:-1]}
+            and self._float32_names.search(f"{prefix}.{local}.weight") is None
         )
         return BlockSpec(index, prefix, names, linears)
 
@@ -283,7 +302,7 @@ class MetaModel:
         Raises:
             InputError: a tensor is missing from the checkpoint, or has another shape.
         """
-        head = {id(value) for value in self.hf_model.get_output_embeddings().parameters()}
+        head = {id(value) for value in self.text_model.get_output_embeddings().parameters()}
         return {
             name: self._stored.require(name, tuple(value.shape))
             for name, value in self.hf_model.named_parameters(remove_duplicate=False)
@@ -311,6 +330,25 @@ class MetaModel:
             raise InputError(
                 self.folder, f"config.json describes {len(self.blocks)} blocks, but the weights have {len(held)}."
             )
+
+
+def _class_for(config: Any, model: Mapping[str, Any]) -> Any:
+    """Class of transformers for a configuration, which generates text: the one that `architectures` names, or the one for text alone.
+
+    Args:
+        config: the configuration.
+        model: content of config.json.
+
+    Raises:
+        ValueError: transformers has no such class.
+    """
+    # a multimodal model contains a text model, and only the text model is quantized
+    mappings = MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    found: list[Any] = [mapping[type(config)] for mapping in mappings if type(config) in mapping]
+    if not found:
+        raise ValueError("transformers has no class for it that generates text")
+    named = model.get("architectures") or ()
+    return next((each for each in found if each.__name__ in named), found[0])
 
 
 def _with_floats(value: Any) -> Any:

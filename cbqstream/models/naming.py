@@ -160,6 +160,12 @@ class StoredNames:
         """Whether the model has a tensor with a name, with or without the prefix of the base model."""
         return not self._known.isdisjoint((name, f"{self._base}{name}"))
 
+    def _is_of_expert(self, name: str) -> bool:
+        """Whether a name is that of a parameter of an expert, even if the model has fewer experts."""
+        match = _OF_EXPERT.fullmatch(name)
+        experts = self._experts.get(match["owner"]) if match is not None else None
+        return match is not None and experts is not None and match["leaf"] in experts.fused
+
     def _place(self, names: Iterable[str]) -> None:
         """Sort the tensors of the checkpoint into those that are only renamed, and those that are converted.
 
@@ -172,7 +178,7 @@ class StoredNames:
             if name not in self._known:
                 for renaming in renamings:
                     renamed, _ = renaming.rename_source_key(renamed)
-            if not self._is_known(renamed):
+            if not (self._is_known(renamed) or self._is_of_expert(renamed)):
                 for rule in converters:
                     target, pattern = rule.rename_source_key(renamed)
                     if pattern is not None:
@@ -236,9 +242,8 @@ class StoredNames:
             InputError: the checkpoint does not have it, or the tensors do not fit.
         """
         match = _OF_EXPERT.fullmatch(name)
-        experts = self._experts.get(match["owner"]) if match is not None else None
-        if match is not None and experts is not None and match["leaf"] in experts.fused:
-            part = experts.fused[match["leaf"]]
+        if match is not None and self._is_of_expert(name):
+            part = self._experts[match["owner"]].fused[match["leaf"]]
             try:
                 values = self._of_expert(f"{match['owner']}.{part.tensor}", int(match["number"]), name)
             except (ValueError, IndexError) as error:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from cbqstream.checkpoint.tensors import ModelTensor
 from cbqstream.config import QuantizeConfig
 from cbqstream.errors import InputError, UsageError, shown
-from cbqstream.models.families import joined_with
+from cbqstream.models.families import VISION_PARTS, joined_with
 from cbqstream.models.meta_model import MetaModel
 from cbqstream.records import BlockSpec
 from cbqstream.scheme import LayerSchemes, Scheme, path_pattern
@@ -132,9 +132,10 @@ def _share(meta_model: MetaModel, layers: Mapping[int, Iterable[str]]) -> float:
 
 
 def _matrices(meta_model: MetaModel, index: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of the parameters of a block with two or more dimensions, by their name in the block."""
+    """Shapes of the parameters with two or more dimensions that a block has for text, by their name in the block."""
     named = meta_model.templates[index].named_parameters()
-    return {name: tuple(value.shape) for name, value in named if value.dim() > 1}
+    text = ((name, value) for name, value in named if not {*VISION_PARTS} & {*name.split(".")})
+    return {name: tuple(value.shape) for name, value in text if value.dim() > 1}
 
 
 def _require_matches(config: QuantizeConfig, meta_model: MetaModel) -> None:

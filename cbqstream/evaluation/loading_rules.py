@@ -1,0 +1,152 @@
+"""Rules with which transformers reads results for which it has no rules of its own.
+
+A result has a tensor for each expert, and tensors in full precision as the source has them. For some families, transformers has no rule
+that fuses separate experts. Rules that convert tensors in full precision fail in a model of compressed-tensors, because transformers
+dequantizes their sources first, which then are lost.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    get_model_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from typing_extensions import override
+
+from cbqstream.models.experts import Experts, FusedPart, SortedExperts
+from cbqstream.models.meta_model import MetaModel
+
+_PACKED = "_packed"
+"""End of the names of quantized weights, which transformers dequantizes before the other operations of a rule."""
+_WEIGHT = ".weight"
+_END = "$"
+"""End of a pattern. Patterns that do not end with `.weight` are not changed for quantized models."""
+
+
+class _Fuse(ConversionOps):
+    """Operation that fuses the weights or the biases of separate experts.
+
+    Args:
+        parts: place of each parameter in the fused tensor, by the pattern of its names.
+    """
+
+    def __init__(self, parts: Mapping[str, FusedPart]) -> None:
+        self._parts = parts
+
+    @override
+    def convert(
+        self,
+        input_dict: Mapping[str, Any],
+        source_patterns: Sequence[str],
+        target_patterns: Sequence[str],
+        *,
+        model: Any = None,
+        full_layer_name: str = "",
+        **_: Any,
+    ) -> dict[str, Any]:
+        """The fused tensor, by the first target pattern. Experts that the checkpoint does not have are zero."""
+        values: dict[int | None, list[Tensor]] = {}
+        for pattern, part in self._parts.items():
+            found = input_dict.get(pattern, input_dict.get(f"{pattern}{_PACKED}", ()))
+            values.setdefault(part.half, []).extend(found)
+        fused = next(iter(self._parts.values())).fuse({half: torch.stack(found) for half, found in values.items()})
+        missing = model.get_parameter(full_layer_name).shape[0] - len(fused)
+        zeros = fused.new_zeros(max(0, missing), *fused.shape[1:])
+        return {target_patterns[0]: torch.cat([fused, zeros]) if missing > 0 else fused}
+
+    @property
+    @override
+    def reverse_op(self) -> ConversionOps:
+        """Operation that separates the experts, which no one needs here."""
+        raise NotImplementedError
+
+
+def missing_rules(meta_model: MetaModel) -> list[WeightConverter]:
+    """Rules that transformers needs to read a result for a model, and does not have.
+
+    Args:
+        meta_model: the model, with the names of the result or of its source.
+    """
+    known = [rule for rule in get_model_conversion_mapping(meta_model.hf_model) if isinstance(rule, WeightConverter)]
+    made = [
+        WeightConverter(list(parts), target, [_Fuse(parts)])
+        for target, (parts, identity) in _expert_rules(meta_model).items()
+        if identity or not _has_rule(known, target, parts)
+    ]
+    dense = [rule for rule in known if all(_is_dense(pattern) for pattern in rule.source_patterns)]
+    return made + [
+        rule.copy(
+            [f"{pattern}{_END}" for pattern in rule.source_patterns], rule.target_patterns, operations=rule.operations
+        )
+        for rule in dense
+        if made or any(_makes(rule, name) for spec in meta_model.blocks for name in spec.tensors)
+    ]
+
+
+def register(meta_model: MetaModel, class_name: str, rules: Sequence[WeightConverter]) -> None:
+    """Give transformers rules for a class of models, in this process.
+
+    Args:
+        meta_model: a model of the class.
+        class_name: name of the class.
+        rules: the rules. They go before those that transformers has.
+    """
+    # transformers does not look for the rules of a model type if the class has rules
+    names = class_name, str(meta_model.config.model_type)
+    known: dict[str, Any] = {name: get_checkpoint_conversion_mapping(name) for name in names}  # type: ignore[no-untyped-call]
+    place = next((name for name in names if known[name] is not None), class_name)
+    register_checkpoint_conversion_mapping(place, [*rules, *(known[place] or ())], overwrite=True)
+
+
+def _is_dense(pattern: str) -> bool:
+    return pattern.endswith(_WEIGHT) and "*" not in pattern
+
+
+def _makes(rule: WeightConverter, name: str) -> bool:
+    return any(target in name for target in rule.target_patterns)
+
+
+def _has_rule(known: Sequence[WeightConverter], target: str, parts: Mapping[str, FusedPart]) -> bool:
+    """Whether transformers has a rule that fuses the experts of a fused tensor, named with numbers alone in one place."""
+    fusing = (rule for rule in known if any("*" in pattern for pattern in rule.source_patterns))
+    return all("*" in pattern for pattern in parts) and any(_makes(rule, target) for rule in fusing)
+
+
+def _expert_rules(meta_model: MetaModel) -> dict[str, tuple[dict[str, FusedPart], bool]]:
+    """Place of each parameter in a fused tensor of experts by the pattern of its names, and whether there are experts without weights.
+
+    The keys are the paths of the fused tensors in a block.
+    """
+    rules: dict[str, tuple[dict[str, FusedPart], bool]] = {}
+    for spec, block in zip(meta_model.blocks, meta_model.templates, strict=True):
+        experts = ((name, module) for name, module in block.named_modules() if isinstance(module, Experts))
+        for owner, module in experts:
+            # transformers replaces these by separate modules when it loads a quantized model
+            if isinstance(module, SortedExperts) or f"{owner}.{module.any_tensor}" in rules:
+                continue
+            quantized = any(name.startswith(f"{owner}.") for name in spec.linears)
+            for leaf, part in module.fused.items():
+                names = [spec.tensors[f"{owner}.{number}.{leaf}"] for number in range(len(module))]
+                for pattern in _patterns(names, spec.index):
+                    end = "" if quantized or not pattern.endswith(_WEIGHT) else _END
+                    parts, _ = rules.setdefault(f"{owner}.{part.tensor}", ({}, module.identity))
+                    parts[f"{pattern}{end}"] = part
+    return rules
+
+
+def _patterns(names: Sequence[str], index: int) -> Iterator[str]:
+    """Patterns that match names of a parameter of the experts of block `index`, in their order: one for all, or one for each."""
+    tails = [name.partition(f".{index}.")[2] for name in names]
+    head, _, leaf = tails[0].partition(".0.")
+    if all(tail == f"{head}.{number}.{leaf}" for number, tail in enumerate(tails)):
+        yield f"{re.escape(head)}\\.*.{leaf}"
+    else:
+        yield from (
+            re.escape(tail).removesuffix(r"\.weight") + _WEIGHT if tail.endswith(_WEIGHT) else tail for tail in tails
+        )
