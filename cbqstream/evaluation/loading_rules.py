@@ -19,6 +19,7 @@ from transformers.conversion_mapping import (
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from typing_extensions import override
 
+from cbqstream.checkpoint.tensors import DerivedTensor
 from cbqstream.models.experts import Experts, FusedPart, SortedExperts
 from cbqstream.models.meta_model import MetaModel
 
@@ -67,25 +68,51 @@ class _Fuse(ConversionOps):
         raise NotImplementedError
 
 
-def missing_rules(meta_model: MetaModel) -> list[WeightConverter]:
-    """Rules that transformers needs to read a result for a model, and does not have.
+def lacks_rules(meta_model: MetaModel) -> bool:
+    """Whether transformers lacks rules to read a result for a model.
 
     Args:
         meta_model: the model, with the names of the result or of its source.
     """
-    known = [rule for rule in get_model_conversion_mapping(meta_model.hf_model) if isinstance(rule, WeightConverter)]
-    made = [
-        WeightConverter(list(parts), target, [_Fuse(parts)])
-        for target, (parts, identity) in _expert_rules(meta_model).items()
-        if identity or not _has_rule(known, target, parts)
-    ]
-    dense = [rule for rule in known if all(_is_dense(pattern) for pattern in rule.source_patterns)]
-    return made + [
+    converted = (tensor for tensor in meta_model.infos.values() if isinstance(tensor, DerivedTensor))
+    return bool(_rules_for_experts(meta_model)) or any(tensor.in_other_layout for tensor in converted)
+
+
+def missing_rules(meta_model: MetaModel) -> list[WeightConverter]:
+    """Rules that transformers may need to read a result for a model, and does not have.
+
+    Args:
+        meta_model: the model, with the names of the result.
+    """
+    dense = [
         rule.copy(
             [f"{pattern}{_END}" for pattern in rule.source_patterns], rule.target_patterns, operations=rule.operations
         )
-        for rule in dense
-        if made or any(_makes(rule, name) for spec in meta_model.blocks for name in spec.tensors)
+        for rule in _known_rules(meta_model)
+        if all(pattern.endswith(_WEIGHT) for pattern in rule.source_patterns)
+    ]
+    # one rule at most is applied to a tensor: the first one that matches
+    return sorted([*dense, *_rules_for_experts(meta_model)], key=_breadth)
+
+
+def _breadth(rule: WeightConverter) -> int:
+    """Order of a rule: those for single experts first, then those for tensors in full precision, then those for all experts."""
+    if all(pattern.endswith(_END) for pattern in rule.source_patterns):
+        return int("*" in rule.source_patterns[0])
+    return 2 if "*" in rule.source_patterns[0] else 0
+
+
+def _known_rules(meta_model: MetaModel) -> list[WeightConverter]:
+    return [rule for rule in get_model_conversion_mapping(meta_model.hf_model) if isinstance(rule, WeightConverter)]
+
+
+def _rules_for_experts(meta_model: MetaModel) -> list[WeightConverter]:
+    """Rules that fuse separate experts, without those that transformers has."""
+    known = _known_rules(meta_model)
+    return [
+        WeightConverter(list(parts), target, [_Fuse(parts)])
+        for target, (parts, identity) in _expert_rules(meta_model).items()
+        if identity or not _has_rule(known, target, parts)
     ]
 
 
@@ -104,18 +131,10 @@ def register(meta_model: MetaModel, class_name: str, rules: Sequence[WeightConve
     register_checkpoint_conversion_mapping(place, [*rules, *(known[place] or ())], overwrite=True)
 
 
-def _is_dense(pattern: str) -> bool:
-    return pattern.endswith(_WEIGHT) and "*" not in pattern
-
-
-def _makes(rule: WeightConverter, name: str) -> bool:
-    return any(target in name for target in rule.target_patterns)
-
-
 def _has_rule(known: Sequence[WeightConverter], target: str, parts: Mapping[str, FusedPart]) -> bool:
-    """Whether transformers has a rule that fuses the experts of a fused tensor, named with numbers alone in one place."""
-    fusing = (rule for rule in known if any("*" in pattern for pattern in rule.source_patterns))
-    return all("*" in pattern for pattern in parts) and any(_makes(rule, target) for rule in fusing)
+    """Whether transformers has a rule that fuses all experts of a fused tensor, and nothing else."""
+    fusing = (rule for rule in known if len(rule.target_patterns) == 1 and "*" in rule.source_patterns[0])
+    return all("*" in pattern for pattern in parts) and any(rule.target_patterns[0] in target for rule in fusing)
 
 
 def _expert_rules(meta_model: MetaModel) -> dict[str, tuple[dict[str, FusedPart], bool]]:

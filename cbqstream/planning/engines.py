@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 
 from cbqstream.config import QuantizeConfig
-from cbqstream.evaluation.loading_rules import missing_rules
+from cbqstream.evaluation.loading_rules import lacks_rules
 from cbqstream.models.families import EXPERT
 from cbqstream.models.meta_model import MetaModel
 from cbqstream.packed.layouts import layout_of
@@ -24,7 +24,7 @@ def engine_warnings(config: QuantizeConfig, meta_model: MetaModel) -> Iterator[s
     if experts is not None:
         remedy = "Load the result with another program, or export it with --format dense."
         yield f"{experts}, which transformers 5.24 does not load. {remedy}"
-    elif missing_rules(meta_model):
+    elif lacks_rules(meta_model):
         kind = meta_model.config.model_type
         yield (
             f"transformers {version('transformers')} has no rules that read a quantized {kind} with separate experts or with tensors as"
