@@ -4,6 +4,7 @@ Shapes: N segments, S tokens in a segment, D hidden dimension.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from cbqstream.disk import Measure, unmeasured
 
 @dataclass(frozen=True, slots=True)
 class StreamShape:
-    """Shape and dtype of a stream: N tensors [S, D] of one dtype (bfloat16, float16 or float32)."""
+    """Shape and dtype of a stream: N tensors [S, D] of one dtype. Values beside hidden states may also be integers or bool."""
 
     num_segments: int
     """Number of segments, N."""
@@ -38,6 +39,8 @@ class ActivationStore(ABC):
     def __init__(self, shape: StreamShape, measure: Measure = unmeasured) -> None:
         self.shape = shape
         self.measure = measure
+        self.beside: Mapping[str, ActivationStore] = {}
+        """Stores of further values of the same segments, which blocks read with the hidden states, by key."""
 
     @abstractmethod
     def write(self, segment: int, x_SD: Tensor) -> None:

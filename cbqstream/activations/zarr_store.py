@@ -25,8 +25,8 @@ from cbqstream.errors import InputError
 
 METADATA = "zarr.json"
 _CRC_BYTES = 4
-_ZARR_DTYPES = {torch.bfloat16: "uint16", torch.float16: "float16", torch.float32: "float32"}
-_STORAGE_DTYPES = {torch.bfloat16: torch.uint16, torch.float16: torch.float16, torch.float32: torch.float32}
+_STORAGE_DTYPES = {torch.bfloat16: torch.uint16, torch.bool: torch.uint8}
+"""Dtypes that are stored with the bits of another one, because Zarr does not have them or does not store them as they are."""
 
 
 class _DiskStore(WrapperStore[LocalStore]):
@@ -106,7 +106,7 @@ class ZarrStore(ActivationStore):
     def write(self, segment: int, x_SD: Tensor) -> None:
         """Write the chunk of one segment. See `ActivationStore.write`."""
         self._check(segment, x_SD)
-        stored = x_SD.detach().to("cpu", self.shape.dtype).contiguous().view(_STORAGE_DTYPES[self.shape.dtype])
+        stored = x_SD.detach().to("cpu", self.shape.dtype).contiguous().view(_stored_dtype(self.shape))
         self._array[segment] = stored.numpy()
 
     def read(self, segment: int) -> Tensor:
@@ -159,12 +159,16 @@ class ZarrStore(ActivationStore):
         return self.path / f"c.{segment}.0.0"
 
 
+def _stored_dtype(shape: StreamShape) -> torch.dtype:
+    return _STORAGE_DTYPES.get(shape.dtype, shape.dtype)
+
+
 def _new_array(store: Store, shape: StreamShape) -> "zarr.Array[Any]":
     return zarr.create_array(
         store=store,
         shape=(shape.num_segments, shape.seq_len, shape.hidden_size),
         chunks=(1, shape.seq_len, shape.hidden_size),
-        dtype=_ZARR_DTYPES[shape.dtype],
+        dtype=str(_stored_dtype(shape)).removeprefix("torch."),
         serializer=BytesCodec(endian="little"),
         filters=None,
         compressors=(Crc32cCodec(),),

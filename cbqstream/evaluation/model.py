@@ -17,6 +17,7 @@ from cbqstream.checkpoint.folder import read_json
 from cbqstream.checkpoint.tensors import OpenedSource, WeightSource
 from cbqstream.disk import Disk
 from cbqstream.errors import UsageError
+from cbqstream.models.beside import create_beside, write_segments
 from cbqstream.models.block import BlockArguments, build_block, run_block
 from cbqstream.models.embedding_and_head import EmbeddingAndHead, Part, load_embedding_and_head
 from cbqstream.models.meta_model import MetaModel
@@ -132,9 +133,11 @@ class EvaluatedModel:
                 for number, tokens_NS in enumerate(groups):
                     num, length = tokens_NS.shape
                     shape = StreamShape(num, length, self.meta_model.hidden_size, self.compute.dtype)
-                    store = ZarrStore.create(Path(work) / f"stream-{number}", shape, Disk(), durable=False)
-                    for segment, ids_S in enumerate(tokens_NS):
-                        store.write(segment, outer.embed(ids_S))
+                    path = Path(work) / f"stream-{number}"
+                    store = ZarrStore.create(path, shape, Disk(), durable=False)
+                    beside = create_beside(path.with_suffix(".beside"), arguments[number], num, Disk())
+                    write_segments(outer, arguments[number], tokens_NS, store, beside)
+                    store.beside = beside
                     stores.append(store)
             for index in range(blocks):
                 self.listener(f"block {index + 1}/{blocks}")
@@ -160,8 +163,10 @@ class EvaluatedModel:
         device, dtype = self.compute.device, self.compute.dtype
         block = build_block(self.meta_model, index, self.source, device=device, dtype=dtype, linear_dtype=dtype)
         for store, called in zip(stores, arguments, strict=True):
+            keys = list(dict.fromkeys(value.key for value in called.of_tokens.values()))
 
-            def run(x_BSD: Tensor, called: BlockArguments = called) -> Tensor:
-                return run_block(block, x_BSD, called)
+            def run(x_BSD: Tensor, *values: Tensor, called: BlockArguments = called, keys: list[str] = keys) -> Tensor:
+                return run_block(block, x_BSD, called, beside=dict(zip(keys, values, strict=True)))
 
-            map_segments([store], store, self.compute.batch_size, device, run)
+            sources = [store, *(store.beside[key] for key in keys)]
+            map_segments(sources, store, self.compute.batch_size, device, run)

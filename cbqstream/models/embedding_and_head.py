@@ -6,22 +6,30 @@ embeddings, scalings, the final norm and the head are therefore those of transfo
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from cbqstream.checkpoint.tensors import WeightSource
-from cbqstream.models.block import BlockArguments
+from cbqstream.models.block import BlockArguments, HiddenLayout, SegmentValue
+from cbqstream.models.differences import name_of, near, not_streamable, same
 from cbqstream.models.meta_model import MetaModel, path_of
 
 _LOGIT_TOKENS = 256
 """Number of tokens whose logits are computed together."""
 _NO_CACHE = {"use_cache": False, "past_key_values": None, "layer_past": None}
 """Keyword arguments of blocks that turn the cache of keys and values off, under the names that families use."""
+_LARGEST_TUPLE = 4
+"""Largest number of values that a block returns."""
+_TRACED_TOKENS = 8
+"""Number of tokens of a segment that are enough to see which values blocks hand on."""
+_ON_DEVICE = "_on_device"
+"""Name of an empty parameter that is the first of a model, from which its code takes the device."""
 
 Part = Literal["embedding", "head"]
 """Part of a model that is loaded without the other one."""
@@ -37,18 +45,31 @@ class _StandIn(nn.Module):
         self.seen: Tensor | None = None
         self.arguments: dict[str, Any] = {}
         self.replacement: Tensor | None = None
-        self.gives_tuple = False
+        self.returned = 0
+        """Length of the tuple that is returned, whose first value are the hidden states; 0 if they are returned alone."""
+        self.marks: tuple[Tensor | None, ...] = ()
+        """Values that are returned after the hidden states; None by default."""
 
     def __getattr__(self, name: str) -> Any:
         facts = self.__dict__.get("_facts", {})
         return facts[name] if name in facts else facts.get("_modules", {}).get(name) or super().__getattr__(name)
 
-    def forward(self, *positional: Any, **named: Any) -> Tensor | tuple[Tensor]:
+    def forward(self, *positional: Any, **named: Any) -> Tensor | tuple[Tensor | None, ...]:
         arguments = {**dict(zip(self._parameters_of_block, positional, strict=False)), **named}
         self.seen = arguments.pop(self._parameters_of_block[0])
         self.arguments = arguments
         output: Tensor = self.seen if self.replacement is None else self.replacement
-        return (output,) if self.gives_tuple else output
+        return (output, *(self.marks or [None] * (self.returned - 1))) if self.returned else output
+
+
+def _is_shared(value: Any, objects: Sequence[Any]) -> bool:
+    """Whether an argument is an empty dict that several blocks get."""
+    return isinstance(value, MutableMapping) and not value and sum(other is value for other in objects) > 1
+
+
+def _without_cache(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a block with its cache turned off."""
+    return {**arguments, **{name: value for name, value in _NO_CACHE.items() if name in arguments}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +80,10 @@ class BlockCall:
     """Number of the block."""
     hidden_states: Tensor
     """The first argument."""
-    arguments: BlockArguments
-    """The other arguments."""
+    arguments: Mapping[str, Any]
+    """The other arguments, without those that are `handed`."""
+    handed: Mapping[str, int]
+    """Place of an argument among the values that the block before returned, by name."""
     output: Tensor
     """The hidden states that were returned."""
 
@@ -73,63 +96,149 @@ class EmbeddingAndHead:
         stand_ins: modules that replace the blocks in the model.
         device: device of the weights.
         dtype: dtype of the weights.
+        embeds: whether the embedding is in memory.
+
+    Raises:
+        InputError: the hidden states of the model have a shape that is not known.
     """
 
     def __init__(
-        self, meta_model: MetaModel, stand_ins: list[_StandIn], device: torch.device, dtype: torch.dtype
+        self,
+        meta_model: MetaModel,
+        stand_ins: list[_StandIn],
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        embeds: bool,
     ) -> None:
+        self._meta_model = meta_model
         self._model = meta_model.text_model
-        self._by_segment = meta_model.family.arguments_by_segment
+        self._by_segment = (*meta_model.family.arguments_by_segment, *meta_model.handover.repeated)
         self._stand_ins = stand_ins
         self._device = device
         self._dtype = dtype
+        self._counts_positions = False
+        self.layout = HiddenLayout()
+        """Shape in which the model hands on hidden states."""
         self._learn_what_blocks_return()
+        if embeds:
+            self._learn_who_counts_positions()
 
     @torch.no_grad()
-    def embed(self, ids_S: Tensor, *, own_positions: bool = False) -> Tensor:
-        """Input of the first block, [S, D], for one segment of token ids, int64 [S].
-
-        Args:
-            ids_S: the token ids.
-            own_positions: let the model count the positions.
-        """
-        ids_1S = ids_S.unsqueeze(0).to(self._device)
-        positions = {} if own_positions else {"position_ids": self._positions(len(ids_S))}
-        self._model.base_model(input_ids=ids_1S, use_cache=False, **positions)
+    def embed(self, ids_S: Tensor) -> Tensor:
+        """Input of the first block, [S, D], for one segment of token ids, int64 [S]."""
+        positions = {} if self._counts_positions else {"position_ids": self._positions(len(ids_S))}
+        self._model.base_model(input_ids=ids_S.unsqueeze(0).to(self._device), use_cache=False, **positions)
         seen = self._stand_ins[0].seen
         if seen is None:
             raise RuntimeError("the model did not call its first block")
-        return seen[0]
+        return self.layout.flat(seen)[0]
+
+    def enter(self, ids_S: Tensor, arguments: Sequence[BlockArguments]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Input of the first block, [S, D], and the arguments of all blocks that depend on the tokens, as matrices by their key.
+
+        Args:
+            ids_S: token ids of one segment, int64 [S].
+            arguments: the result of `block_arguments` for a segment of the same length.
+        """
+        x_SD = self.embed(ids_S)
+        found = {
+            each.key: stand_in.arguments[name].detach().reshape(each.rows)
+            for stand_in, called in zip(self._stand_ins, arguments, strict=True)
+            for name, each in called.of_tokens.items()
+        }
+        return x_SD, found
 
     def block_arguments(self, ids_S: Tensor) -> list[BlockArguments]:
-        """Keyword arguments of each block, for batches of segments with the length of `ids_S`, int64 [S]."""
-        self.embed(ids_S)
-        return [self._arguments_of(stand_in) for stand_in in self._stand_ins]
+        """Keyword arguments of each block, for batches of segments with the length of `ids_S`, int64 [S].
 
-    def trace(self, ids_S: Tensor) -> list[BlockCall]:
-        """Calls of the blocks in order, for one segment of token ids, int64 [S]. Each block returns random hidden states."""
-        shape, calls = self.embed(ids_S).shape, list[BlockCall]()
+        An argument depends on the tokens if it is another one for other tokens.
+
+        Raises:
+            InputError: an argument that depends on the tokens is not a tensor whose first dimension is the number of segments.
+        """
+        rows = self._model.get_input_embeddings().weight.shape[0]
+        self.embed((ids_S + 1) % rows)
+        others = [_without_cache(stand_in.arguments) for stand_in in self._stand_ins]
+        self.embed(ids_S)
+        keys: dict[object, str] = {}
+        found = [
+            self._arguments_of(index, _without_cache(stand_in.arguments), other, keys)
+            for index, (stand_in, other) in enumerate(zip(self._stand_ins, others, strict=True))
+        ]
+        return self._with_state(found, ids_S)
+
+    def _with_state(self, found: list[BlockArguments], ids_S: Tensor) -> list[BlockArguments]:
+        """Arguments of all blocks, with the names of those that blocks hand on."""
+        calls = self.trace(ids_S[:_TRACED_TOKENS], 0)
+        kept = self._meta_model.handover.kept
+        handed = [*(call.handed for call in calls), {}]
+        objects = [value for called in found for value in called.values.values()]
+        return [
+            replace(
+                called,
+                takes=tuple(handed[index]),
+                gives={place: name for name, place in handed[index + 1].items()},
+                kept=kept[index] if kept else None,
+                shared=tuple(name for name, value in called.values.items() if _is_shared(value, objects)),
+            )
+            for index, called in enumerate(found)
+        ]
+
+    def _arguments_of(
+        self, index: int, called: Mapping[str, Any], other: Mapping[str, Any], keys: dict[object, str]
+    ) -> BlockArguments:
+        """Keyword arguments of a block.
+
+        Args:
+            index: number of the block.
+            called: its arguments for a segment.
+            other: its arguments for another segment.
+            keys: key of each tensor that was found to depend on the tokens; new ones are added. Blocks that get one tensor share it.
+        """
+        of_tokens = {}
+        for name, value in called.items():
+            if same(value, other.get(name)):
+                continue
+            if not isinstance(value, Tensor) or value.dim() < 2 or value.shape[0] != 1:
+                block = name_of(self._meta_model, index)
+                what = f'{block} receives an argument "{name}" that depends on the tokens and is not a tensor of one segment'
+                raise not_streamable(self._meta_model, what)
+            place = value.data_ptr(), value.shape, value.stride(), value.dtype
+            key = keys.setdefault(place, f"{index}.{name}")
+            of_tokens[name] = SegmentValue(key, tuple(value.shape[1:]), value.dtype)
+        values = {name: value for name, value in called.items() if name not in of_tokens}
+        return BlockArguments(values, self._by_segment, of_tokens, self.layout)
+
+    def trace(self, ids_S: Tensor, seed: int) -> list[BlockCall]:
+        """Calls of the blocks in order, for one segment of token ids, int64 [S]. Blocks return random hidden states, made from `seed`."""
+        x_SD, calls = self.embed(ids_S), list[BlockCall]()
 
         def record(index: int, stand_in: _StandIn) -> None:
             if stand_in.seen is not None and stand_in.replacement is not None:
-                arguments = self._arguments_of(stand_in)
-                calls.append(BlockCall(index, stand_in.seen, arguments, stand_in.replacement))
+                called = _without_cache(stand_in.arguments)
+                marks = self._stand_ins[index - 1].marks if index else ()
+                handed = {
+                    name: 1 + next(place for place, mark in enumerate(marks) if value is mark)
+                    for name, value in called.items()
+                    if any(value is mark for mark in marks)
+                }
+                others = {name: value for name, value in called.items() if name not in handed}
+                calls.append(BlockCall(index, stand_in.seen, others, handed, stand_in.replacement))
 
-        generator = torch.Generator().manual_seed(int(ids_S.sum()))
+        generator = torch.Generator().manual_seed(seed)
         with ExitStack() as hooks:
             for index, stand_in in enumerate(self._stand_ins):
-                stand_in.replacement = torch.randn(1, *shape, generator=generator).to(self._device, self._dtype)
+                output_1SD = torch.randn(1, *x_SD.shape, generator=generator).to(self._device, self._dtype)
+                stand_in.replacement = self.layout.shaped(output_1SD)
+                marks = [torch.randn(1, generator=generator) for _ in range(stand_in.returned - 1)]
+                stand_in.marks = tuple(mark.to(self._device) for mark in marks)
                 hook = stand_in.register_forward_hook(lambda module, *_, index=index: record(index, module))
                 hooks.callback(hook.remove)
             self.embed(ids_S)
         for stand_in in self._stand_ins:
-            stand_in.replacement = None
+            stand_in.replacement, stand_in.marks = None, ()
         return calls
-
-    def _arguments_of(self, stand_in: _StandIn) -> BlockArguments:
-        """Keyword arguments of the last call of a block, with its cache turned off."""
-        off = {key: value for key, value in _NO_CACHE.items() if key in stand_in.arguments}
-        return BlockArguments({**stand_in.arguments, **off}, self._by_segment)
 
     @torch.no_grad()
     def logits(self, x_SD: Tensor) -> Iterator[Tensor]:
@@ -139,31 +248,53 @@ class EmbeddingAndHead:
 
     def head(self, x_TD: Tensor) -> Tensor:
         """Logits, float32 [T, vocabulary], of hidden states [T, D] after the last block; differentiable in them."""
-        self._stand_ins[-1].replacement = x_TD.unsqueeze(0)
-        output = self._model(**self._dummy(len(x_TD), x_TD.dtype))
+        self._stand_ins[-1].replacement = self.layout.shaped(x_TD.unsqueeze(0))
+        output = self._model(**self._any_tokens(len(x_TD)))
         self._stand_ins[-1].replacement = None
         logits: Tensor = output.logits[0].float()
         return logits
 
     def _learn_what_blocks_return(self) -> None:
-        """Find out whether the model expects hidden states [B, S, D] from its blocks, or a tuple whose first value they are.
+        """Find the shape of hidden states, and whether the model expects them alone from its blocks or as the first of several values.
 
-        Stand-ins return a tensor [1, 2, D] first. A model that takes the first value of a tuple then takes the first segment of the tensor.
+        Stand-ins return them alone first. A model that takes the first value of a tuple then takes the first segment of the tensor.
+
+        Raises:
+            InputError: the hidden states have a shape that is not known.
         """
-        width = self._model.config.get_text_config().hidden_size
-        for stand_in in self._stand_ins:
-            stand_in.replacement = torch.zeros(1, 2, width, device=self._device, dtype=self._dtype)
-        self._model.base_model(**self._dummy(2, self._dtype))
-        second = self._stand_ins[1].seen if len(self._stand_ins) > 1 else None
-        gives_tuple = second is not None and second.dim() == 2  # only the first segment of the tensor
-        for stand_in in self._stand_ins:
-            stand_in.gives_tuple, stand_in.replacement = gives_tuple, None
+        failed: Exception | None = None
+        for returned in range(_LARGEST_TUPLE + 1):
+            for stand_in in self._stand_ins:
+                stand_in.returned, stand_in.seen = returned, None
+            try:
+                self._model.base_model(**self._any_tokens(2))
+            except Exception as error:  # noqa: BLE001  # the code of the model does not expect so many values
+                failed = failed or error
+                continue
+            first, second = (stand_in.seen for stand_in in (self._stand_ins[0], self._stand_ins[:2][-1]))
+            if first is not None and second is not None and first.shape == second.shape:
+                layout = HiddenLayout.of(first.shape, 2)
+                if layout is None:
+                    shape = list(first.shape)
+                    raise not_streamable(
+                        self._meta_model, f"the first block receives hidden states of shape {shape} for 2 tokens"
+                    )
+                self.layout = layout
+                return
+        raise failed or not_streamable(self._meta_model, "the second block does not receive the output of the first")
 
-    def _dummy(self, length: int, dtype: torch.dtype) -> dict[str, Any]:
+    def _learn_who_counts_positions(self) -> None:
+        """Find out whether the model has to count the positions itself, because it does not count them from 0."""
+        rows = self._model.get_input_embeddings().weight.shape[0]
+        ids_S = torch.arange(rows // 2, rows // 2 + 2)
+        given_SD = self.embed(ids_S)
+        self._counts_positions = True
+        self._counts_positions = not near(given_SD, self.embed(ids_S))
+
+    def _any_tokens(self, length: int) -> dict[str, Any]:
         """Arguments of the model for a segment whose content does not matter."""
-        width = self._model.get_input_embeddings().embedding_dim
-        zeros = torch.zeros(1, length, width, device=self._device, dtype=dtype)
-        return {"inputs_embeds": zeros, "position_ids": self._positions(length), "use_cache": False}
+        ids_1S = torch.zeros(1, length, dtype=torch.long, device=self._device)
+        return {"input_ids": ids_1S, "position_ids": self._positions(length), "use_cache": False}
 
     def _positions(self, length: int) -> Tensor:
         """Positions 0 to length - 1, [1, S]. Without them, OPT computes positions with a cumsum that is not deterministic on CUDA."""
@@ -191,26 +322,49 @@ def load_embedding_and_head(
     stand_ins = [_StandIn(block) for block in meta_model.templates]
     empty = dict(model.named_parameters(remove_duplicate=False))
     read: dict[str, Tensor] = {}
-    text = meta_model.text_model
-    unused = {"embedding": text.get_output_embeddings(), "head": text.get_input_embeddings()}.get(only or "")
+    output = f"{path_of(model, meta_model.text_model.get_output_embeddings())}.weight"
+    embeddings = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, nn.Embedding)}
     try:
         for name, stored in meta_model.outer.items():
-            if unused is not None and name == f"{path_of(model, unused)}.weight":
+            if only == "embedding" and name == output:
                 continue  # a tied matrix is read under the name of the other part
-            if stored not in read:
-                read[stored] = source.read(stored, device=device, dtype=dtype)
-            _set_parameter(model, name, nn.Parameter(read[stored], requires_grad=False))
+            if only == "head" and name in embeddings - {output}:
+                value = torch.zeros((), device=device, dtype=dtype).expand(empty[name].shape)  # takes no memory
+            else:
+                if stored not in read:
+                    read[stored] = source.read(stored, device=device, dtype=dtype)
+                value = read[stored]
+            _set_parameter(model, name, nn.Parameter(value, requires_grad=False))
         for name, buffer in list(model.named_buffers()):
             owner, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, buffer.to(device))
         for index, stand_in in enumerate(stand_ins):
             layers[index] = stand_in
-        yield EmbeddingAndHead(meta_model, stand_ins, device, dtype)
+        with _on_device(model, device, dtype):
+            yield EmbeddingAndHead(meta_model, stand_ins, device, dtype, embeds=only != "head")
     finally:
         for index in range(len(stand_ins)):
             layers[index] = nn.Identity()
         for name, parameter in empty.items():
             _set_parameter(model, name, parameter)
+
+
+@contextmanager
+def _on_device(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Let the code of a model find `device` as its own inside a `with`, although its first parameter may not be in memory."""
+    parts = [
+        module
+        for module in model.modules()
+        if isinstance(module, PreTrainedModel) and next((value.is_meta for value in module.parameters()), False)
+    ]
+    for module in parts:
+        mark = nn.Parameter(torch.empty(0, device=device, dtype=dtype), requires_grad=False)
+        module._parameters = {_ON_DEVICE: mark, **module._parameters}
+    try:
+        yield
+    finally:
+        for module in parts:
+            del module._parameters[_ON_DEVICE]
 
 
 def _set_parameter(module: nn.Module, name: str, value: nn.Parameter) -> None:

@@ -23,6 +23,7 @@ from cbqstream.errors import InputError, UsageError, shown
 from cbqstream.models.empty_weights import empty_weights
 from cbqstream.models.experts import separate_experts
 from cbqstream.models.families import FAMILIES, SmoothingPair, family_of, smoothing_pairs
+from cbqstream.models.handover import Handover
 from cbqstream.models.naming import StoredNames
 from cbqstream.records import BlockSpec
 
@@ -132,6 +133,8 @@ class MetaModel:
         """Dense tensors of the checkpoint by name, in its own layout."""
         self.infos: Mapping[str, ModelTensor] = self._stored.view()
         """Dense tensors by name, in the layout of the model."""
+        self.handover = Handover(int(self.text_config.hidden_size))
+        """Facts about the values that the blocks hand each other. A trial of the code of the model finds them (`probe.py`)."""
 
     def smoothing_pairs(self, index: int) -> tuple[SmoothingPair, ...]:
         """Smoothing pairs of block `index`, without those whose smoothed layer has no weight."""
@@ -141,8 +144,8 @@ class MetaModel:
 
     @property
     def hidden_size(self) -> int:
-        """Width D of the hidden states."""
-        return int(self.text_config.hidden_size)
+        """Width D of the hidden states that the blocks hand on."""
+        return self.handover.width
 
     @property
     def never_quantized(self) -> tuple[str, ...]:
@@ -193,10 +196,17 @@ class MetaModel:
             UsageError: `seq_len` exceeds the learned positions, or is below 2, so that no token is predicted.
         """
         tokens = self.text_model.get_input_embeddings()
-        decoder = self.hf_model.get_submodule(self._decoder_path)
-        learned = any(isinstance(module, nn.Embedding) and module is not tokens for module in decoder.modules())
-        if seq_len < 2 or (learned and seq_len > self.text_config.max_position_embeddings):
-            most = f" to {self.text_config.max_position_embeddings}, the model's positions" if learned else " or more"
+        tables = {
+            path: module
+            for path, module in self.hf_model.named_modules()
+            if isinstance(module, nn.Embedding) and module is not tokens and f"{path}.weight" in self.outer
+        }
+        longest = self.text_config.max_position_embeddings if tables else None
+        for module in tables.values():
+            if module.num_embeddings == longest and module.padding_idx is not None:
+                longest -= module.padding_idx + 1  # the first position is the one after that of the padding
+        if seq_len < 2 or (longest is not None and seq_len > longest):
+            most = " or more" if longest is None else f" to {longest}, the model's positions"
             raise UsageError(f"seq_len is {seq_len}. It must be 2{most}.")
 
     def _refuse_implausible(self, config: Mapping[str, Any], model_type: str, num_tensors: int) -> None:
@@ -222,11 +232,6 @@ class MetaModel:
                 f"num_hidden_layers is {sizes['num_hidden_layers']:,}, but the weights have {num_tensors:,} tensors.",
             )
 
-    @property
-    def _decoder_path(self) -> str:
-        """Module path of the decoder, which contains the blocks, the embeddings and the final norm."""
-        return self.blocks_path.rpartition(".")[0]
-
     def _find_text_model(self) -> Any:
         """The model, or a causal language model in it that some multimodal models contain as a whole.
 
@@ -241,7 +246,7 @@ class MetaModel:
         return inner[0] if len(inner) == 1 else self.hf_model
 
     def _find_blocks(self) -> str:
-        """Module path of the list with the most weights among the lists beside the embedding whose length is the number of blocks.
+        """Module path of the list with the most weights among the lists of the text model whose length is the number of blocks.
 
         Raises:
             InputError: there is no list of that length.
@@ -253,12 +258,16 @@ class MetaModel:
             for name, module in self.hf_model.named_modules()
             if isinstance(module, nn.ModuleList) and len(module) == number
         }
-        beside = path_of(self.hf_model, self.text_model.get_input_embeddings()).rpartition(".")[0]
-        lists = {name: size for name, size in lists.items() if name.startswith(f"{beside}.")} or lists
         if not lists:
             problem = f"no list of {number} blocks in {type(self.hf_model).__name__}"
             raise InputError(self.folder / "config.json", f"{problem}. Give its path with --blocks-path.")
-        return str(max(lists.items(), key=itemgetter(1))[0])
+        text = [
+            f"{name}."
+            for name, module in self.hf_model.named_modules()
+            if isinstance(module, PreTrainedModel) and type(module.config) is type(self.text_config) and name
+        ]
+        inside = {name: size for name, size in lists.items() if name.startswith(tuple(text))}
+        return str(max((inside or lists).items(), key=itemgetter(1))[0])
 
     def _blocks(self) -> nn.ModuleList:
         """The list of blocks.
@@ -297,16 +306,30 @@ class MetaModel:
         return BlockSpec(index, prefix, names, linears)
 
     def _outer_tensors(self) -> dict[str, str]:
-        """Name in the checkpoint of every parameter of the decoder outside the blocks and of the head, by its name in the model.
+        """Name in the checkpoint of every parameter outside the blocks that text passes, by its name in the model.
+
+        These are the parameters of the head and of the model that contains the blocks. In a model for text alone, they are all parameters
+        outside the blocks.
 
         Raises:
             InputError: a tensor is missing from the checkpoint, or has another shape.
         """
+        around = {
+            f"{name}." if name else ""
+            for name, module in self.hf_model.named_modules()
+            if isinstance(module, PreTrainedModel) and f"{self.blocks_path}.".startswith(f"{name}." if name else "")
+        }
+        scope = "" if self.text_config is self.config else max(around, key=len)
+        towers = [
+            f"{name}."
+            for name, module in self.hf_model.named_modules()
+            if isinstance(module, PreTrainedModel) and name and f"{name}." not in around
+        ]
         head = {id(value) for value in self.text_model.get_output_embeddings().parameters()}
         return {
             name: self._stored.require(name, tuple(value.shape))
             for name, value in self.hf_model.named_parameters(remove_duplicate=False)
-            if name.startswith(f"{self._decoder_path}.") or id(value) in head  # others are parameters of an image tower
+            if (name.startswith(scope) and not name.startswith(tuple(towers))) or id(value) in head
         }
 
     def _refuse_extra_blocks(self) -> None:

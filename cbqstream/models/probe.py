@@ -1,14 +1,17 @@
 """A trial of the code of a model before its weights are read: whether it can be run block by block.
 
-A block is run alone, in batches, with the arguments that were recorded for one segment. This is right only if the model calls its blocks in
-order, passes the output of each block unchanged to the next one, and gives them arguments that do not depend on the segment. The trial runs
-the embedding, the head and one block of each kind on two short segments, with weights that take no memory. Headers are enough for it.
+A block is run alone, in batches, with the arguments that were recorded without the other blocks. This is right only if the model calls its
+blocks in order, passes the output of each block unchanged to the next one, and gives them arguments that do not depend on other blocks. The
+trial runs the embedding, the head and one block of each kind on two short segments, with weights that take no memory. Headers are enough
+for it.
 """
 
 import copy
 import zlib
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Self, cast
 
@@ -16,9 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from cbqstream.errors import DeviceMemoryError, InputError, shown
-from cbqstream.models.block import BlockArguments, build_block, run_block
+from cbqstream.models.block import STATE, BlockArguments, advance, build_block
+from cbqstream.models.differences import name_of, near, not_streamable, same
 from cbqstream.models.embedding_and_head import EmbeddingAndHead, Part, load_embedding_and_head
 from cbqstream.models.families import EXPERT
+from cbqstream.models.handover import Handover
 from cbqstream.models.meta_model import MetaModel
 from cbqstream.runtime.memory import is_out_of_memory
 
@@ -28,17 +33,15 @@ _ROWS = 512
 """Number of rows of the embedding and the head that are used."""
 _SIZE = 0.05
 """Standard deviation of the weights."""
-_TOLERANCE = 1e-3
-"""Allowed difference of hidden states that should be equal, as a share of the largest value."""
-_DEPTH = 8
-"""Depth to which arguments that are objects are compared."""
+_OWN_CODE = "is computed by code of its own"
+_SHARED = "has a weight that another block has too"
 _NEVER_CALLED = "is never called as a layer"
 _READ_DIRECTLY = "has a weight that the code of the block uses directly"
 _CPU = torch.device("cpu")
 
 
 def probe(meta_model: MetaModel) -> list[Mapping[str, str]]:
-    """Check that a model can be run block by block.
+    """Check that a model can be run block by block, and find what its blocks hand each other (`MetaModel.handover`).
 
     Args:
         meta_model: the model.
@@ -47,33 +50,50 @@ def probe(meta_model: MetaModel) -> list[Mapping[str, str]]:
         For each block, the linear layers that cannot be quantized, by their name in the block, with the reason.
 
     Raises:
-        InputError: the code of the model raises an exception, calls its blocks in another way, or gives them arguments that depend on the
-            segment.
+        InputError: the code of the model raises an exception, calls its blocks in another way, or gives them arguments that depend on
+            other blocks.
         DeviceMemoryError: there is not enough memory for one layer.
     """
+    meta_model.handover = Handover(meta_model.hidden_size)
     weights, rows = _Weights(meta_model), min(_ROWS, meta_model.vocab_size)
     ids_2S = torch.randint(rows, (2, _TOKENS), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         # as in a run, one part is loaded without the other
         with _explained(meta_model, "embedding"), _loaded(meta_model, weights, "embedding") as outer:
-            x_2SD = torch.stack([outer.embed(ids_S) for ids_S in ids_2S])
-            _require_shape(meta_model, "the embedding", x_2SD)
-            own_2SD = torch.stack([outer.embed(ids_S, own_positions=True) for ids_S in ids_2S])
-            if not _near(x_2SD, own_2SD):
-                raise not_streamable(meta_model, "the model counts positions in another way than from 0")
             arguments = _arguments(meta_model, outer, ids_2S)
+            entered = [outer.enter(ids_S, arguments) for ids_S in ids_2S]
+        x_2SD = torch.stack([x_SD for x_SD, _ in entered])
+        beside: Mapping[str, Tensor] = {
+            key: torch.stack([values[key] for _, values in entered]) for key in entered[0][1]
+        }
+        _require_shape(meta_model, "the embedding", x_2SD, x_2SD.shape[2])
         with _explained(meta_model, "head"), _loaded(meta_model, weights, "head") as outer:
-            outer.head(x_2SD[0])
-        kinds: dict[object, Mapping[str, str]] = {}
-        found = []
+            if not outer.head(x_2SD[0]).any():
+                raise not_streamable(meta_model, "the head uses weights of the embedding")
+        kinds: dict[object, _Found] = {}
+        found = list[_Found]()
         for index, block in enumerate(meta_model.templates):
             shapes = tuple((name, value.shape) for name, value in block.state_dict().items())
-            kind = type(block), shapes, tuple(arguments[index].values)
-            if kind not in kinds:
-                with _explained(meta_model, _name_of(meta_model, index)):
-                    kinds[kind] = _run_block(meta_model, weights, index, x_2SD, arguments[index])
+            called = arguments[index]
+            kind = type(block), shapes, tuple(called.values), tuple(called.of_tokens)
+            if kind not in kinds or called.hands_on:  # blocks of one kind may hand on other values
+                with _explained(meta_model, name_of(meta_model, index)):
+                    kinds[kind] = _run_block(meta_model, weights, index, x_2SD, called, beside)
             found.append(kinds[kind])
-    return found
+            beside = kinds[kind].beside
+    kept = _kept(found)
+    if any(kept):
+        key = next(key for keys in kept for key in keys)
+        raise not_streamable(meta_model, f'a block hands on "{key[1:]}" to later ones')
+    meta_model.handover = Handover(
+        width=x_2SD.shape[2],
+        repeated=tuple(dict.fromkeys(name for each in found for name in each.repeated)),
+        token_bytes=sum(value[0].numel() * value.itemsize for key, value in beside.items() if not key.startswith(STATE))
+        // _TOKENS,
+        kept=kept if any(kept) else (),
+    )
+    shared = _shared_layers(meta_model)
+    return [each.not_quantizable | layers for each, layers in zip(found, shared, strict=True)]
 
 
 def _loaded(meta_model: MetaModel, weights: "_Weights", part: Part) -> AbstractContextManager[EmbeddingAndHead]:
@@ -138,10 +158,10 @@ def _arguments(meta_model: MetaModel, outer: EmbeddingAndHead, ids_2S: Tensor) -
     """Keyword arguments of the blocks, after checks of how the model calls its blocks for two segments.
 
     Raises:
-        InputError: the model calls its blocks in another way, or their arguments depend on the segment.
+        InputError: the model calls its blocks in another way, or their arguments depend on other blocks.
     """
-    first, second = (outer.trace(ids_S) for ids_S in ids_2S)
-    for calls in (first, second):
+    traced = [outer.trace(ids_S, seed) for seed, ids_S in enumerate((*ids_2S, ids_2S[0]))]
+    for calls in traced:
         order = [call.index for call in calls]
         if order != list(range(len(meta_model.blocks))):
             raise not_streamable(
@@ -152,103 +172,195 @@ def _arguments(meta_model: MetaModel, outer: EmbeddingAndHead, ids_2S: Tensor) -
             if before.output.shape != after.hidden_states.shape or not torch.equal(before.output, after.hidden_states):
                 raise not_streamable(
                     meta_model,
-                    f"{_name_of(meta_model, after.index)} does not receive the output of the block before it",
+                    f"{name_of(meta_model, after.index)} does not receive the output of the block before it",
                 )
-    for one, other in zip(first, second, strict=True):
-        require_same_arguments(meta_model, one.index, one.arguments, other.arguments)
-    return [call.arguments for call in first]
+    first, second, again = traced
+    for one, other in zip(first, again, strict=True):
+        require_same_arguments(meta_model, one.index, one.arguments, other.arguments, "other blocks")
+    arguments = outer.block_arguments(ids_2S[0])
+    for called, call in zip(arguments, second, strict=True):
+        others = {name: value for name, value in call.arguments.items() if name not in called.of_tokens}
+        require_same_arguments(meta_model, call.index, called.values, others)
+    return arguments
 
 
-def require_same_arguments(meta_model: MetaModel, index: int, one: BlockArguments, other: BlockArguments) -> None:
-    """Check that the arguments of a block are the same for two segments.
+def require_same_arguments(
+    meta_model: MetaModel, index: int, one: Mapping[str, Any], other: Mapping[str, Any], on: str = "the tokens"
+) -> None:
+    """Check that the arguments of a block are the same in two calls.
 
     Args:
         meta_model: the model.
         index: number of the block.
-        one: its arguments for a segment.
-        other: its arguments for another segment.
+        one: its arguments in a call, by name.
+        other: its arguments in another call, by name.
+        on: what the arguments depend on if they differ.
 
     Raises:
         InputError: an argument differs.
     """
-    for name in dict.fromkeys((*one.values, *other.values)):
-        if not _equal(one.values.get(name), other.values.get(name)):
+    for name in dict.fromkeys((*one, *other)):
+        if not same(one.get(name), other.get(name)):
             raise not_streamable(
                 meta_model,
-                f'{_name_of(meta_model, index)} receives an argument "{name}" that depends on the tokens or on other blocks',
+                f'{name_of(meta_model, index)} receives an argument "{name}" that depends on {on}',
             )
 
 
-def _run_block(
-    meta_model: MetaModel, weights: _Weights, index: int, x_2SD: Tensor, arguments: BlockArguments
-) -> Mapping[str, str]:
-    """Run a block on two segments, together and alone.
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """Facts about a block that a trial found."""
 
-    Returns:
-        The linear layers that cannot be quantized, with the reason. A layer of an expert may rightly not be called.
+    not_quantizable: dict[str, str]
+    """Linear layers that cannot be quantized, with the reason. A layer of an expert may rightly not be called."""
+    repeated: tuple[str, ...]
+    """Arguments that the block wants with the number of segments as the first dimension."""
+    beside: Mapping[str, Tensor]
+    """Values beside the hidden states after the block, by key."""
+    reads: Collection[str]
+    """Keys of the values from other blocks that the block reads."""
+    passes: Collection[str]
+    """Keys of the values from other blocks that the block hands on as they are."""
+
+
+def _run_block(
+    meta_model: MetaModel,
+    weights: _Weights,
+    index: int,
+    x_2SD: Tensor,
+    arguments: BlockArguments,
+    beside: Mapping[str, Tensor],
+) -> _Found:
+    """Run a block on two segments, together and alone.
 
     Raises:
         InputError: the outputs differ, have another shape, or the block changes its arguments.
     """
-    name = _name_of(meta_model, index)
+    name = name_of(meta_model, index)
     block = build_block(meta_model, index, weights, device=_CPU, dtype=torch.float32, linear_dtype=torch.float32)
-    watched = {layer: _Watched.replacing(block.get_submodule(layer)) for layer in meta_model.blocks[index].linears}
+    plain = {
+        layer: _is_plain(meta_model.templates[index].get_submodule(layer)) for layer in meta_model.blocks[index].linears
+    }
+    watched = {layer: _Watched.replacing(block.get_submodule(layer)) for layer, is_plain in plain.items() if is_plain}
     before = copy.deepcopy(arguments.values)
-    together_2SD = run_block(block, x_2SD, arguments)
-    _require_shape(meta_model, name, together_2SD)
-    alone_2SD = torch.cat([run_block(block, x_SD.unsqueeze(0), arguments) for x_SD in x_2SD])
+    repeated: tuple[str, ...] = ()
+    try:
+        together_2SD, after = advance(block, x_2SD, arguments, beside=beside)
+    except (ValueError, RuntimeError, IndexError):
+        repeated = tuple(key for key, value in arguments.values.items() if _is_of_one_segment(value))
+        if not repeated:
+            raise
+        arguments = replace(arguments, by_segment=(*arguments.by_segment, *repeated))
+        together_2SD, after = advance(block, x_2SD, arguments, beside=beside)
+    _require_shape(meta_model, name, together_2SD, x_2SD.shape[2])
+    alone = [
+        advance(
+            block, x_SD.unsqueeze(0), arguments, beside={key: value[row : row + 1] for key, value in beside.items()}
+        )
+        for row, x_SD in enumerate(x_2SD)
+    ]
     for argument, value in arguments.values.items():
-        if not _equal(before[argument], value):
+        if not same(before[argument], value):
             raise not_streamable(meta_model, f'{name} changes its argument "{argument}", which other blocks may read')
-    if not _near(together_2SD, alone_2SD):
+    one_by_one = torch.cat([x_1SD for x_1SD, _ in alone])
+    for key, value in ((key, after[key]) for key in _handed(after)):
+        if value.shape[:1] != (2,) or not near(value.float(), torch.cat([values[key] for _, values in alone]).float()):
+            raise not_streamable(
+                meta_model, f'{name} hands on "{key[1:]}", which is another one for a segment alone than in a batch'
+            )
+    if not near(together_2SD, one_by_one):
         raise not_streamable(meta_model, f"{name} computes another output for a segment alone than for it in a batch")
     direct = {layer: _READ_DIRECTLY for layer, each in watched.items() if each.reads}
-    return direct | {
-        layer: _NEVER_CALLED for layer, each in watched.items() if not (each.calls or EXPERT.search(layer))
-    }
+    never = {layer: _NEVER_CALLED for layer, each in watched.items() if not (each.calls or EXPERT.search(layer))}
+    own = {layer: _OWN_CODE for layer, is_plain in plain.items() if not is_plain}
+    reads, passes = _use(block, x_2SD, arguments, beside, together_2SD, after)
+    return _Found(direct | never | own, repeated, after, reads, passes)
 
 
-def _require_shape(meta_model: MetaModel, what: str, x_2SD: Tensor) -> None:
-    expected = [2, _TOKENS, meta_model.hidden_size]
+def _use(
+    block: nn.Module,
+    x_2SD: Tensor,
+    arguments: BlockArguments,
+    beside: Mapping[str, Tensor],
+    together_2SD: Tensor,
+    after: Mapping[str, Tensor],
+) -> tuple[set[str], set[str]]:
+    """Keys of the values from other blocks that a block reads, and of those that it hands on as they are.
+
+    A block reads a value if its results are other ones, or it fails, without the value.
+
+    Args:
+        block: the block.
+        x_2SD: hidden states before it.
+        arguments: its arguments.
+        beside: values beside the hidden states before it.
+        together_2SD: hidden states after it.
+        after: values beside the hidden states after it.
+    """
+    handed = _handed(beside)
+    passes = {key for key in handed if after.get(key) is beside[key]}
+    reads = set[str]()
+    for item in {tuple(key.split(STATE)[:3]) for key in handed}:
+        keys = {key for key in handed if tuple(key.split(STATE)[:3]) == item}
+        try:
+            without = {key: value for key, value in beside.items() if key not in keys}
+            x, left = advance(block, x_2SD, arguments, beside=without)
+        except Exception:  # noqa: BLE001  # the code of the block cannot do without the value
+            reads |= keys
+            continue
+        made = {key: value for key, value in after.items() if key not in keys & passes}
+        if not near(x, together_2SD) or not same(made, {key: left.get(key) for key in made}):
+            reads |= keys
+    return reads, passes
+
+
+def _handed(beside: Mapping[str, Tensor]) -> list[str]:
+    """Keys of the values that blocks hand on."""
+    return [key for key in beside if key.startswith(STATE)]
+
+
+def _kept(found: Sequence[_Found]) -> tuple[frozenset[str], ...]:
+    """Keys of the values after each block that a later block reads."""
+    kept, live = [], set[str]()
+    for each in reversed(found):
+        kept.append(frozenset(live))
+        live = {*each.reads, *live.intersection(each.passes)}
+    return tuple(reversed(kept))
+
+
+def _is_of_one_segment(argument: Any) -> bool:
+    """Whether an argument is a tensor, or a tuple of tensors, whose first dimension is 1."""
+    tensors = argument if isinstance(argument, tuple) else (argument,)
+    return bool(tensors) and all(isinstance(value, Tensor) and value.shape[:1] == (1,) for value in tensors)
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether a linear layer computes what `nn.Linear` does; code of another class is tried with a small weight."""
+    if type(linear).forward is nn.Linear.forward:
+        return True
+    generator, small = torch.Generator().manual_seed(0), copy.copy(linear)
+    weight_OI, x = (torch.randn(rows, _TOKENS, generator=generator) for rows in (_TOKENS, 3))
+    small._parameters = {"weight": nn.Parameter(weight_OI), "bias": None}
+    try:
+        return near(small(x), x @ weight_OI.T)
+    except Exception:  # noqa: BLE001  # the code needs another shape
+        return False
+
+
+def _shared_layers(meta_model: MetaModel) -> list[dict[str, str]]:
+    """For each block, the linear layers whose weight another block has too, with the reason why they cannot be quantized."""
+    owners = Counter(name for spec in meta_model.blocks for name in set(spec.tensors.values()))
+    return [
+        {layer: _SHARED for layer in spec.linears if owners[spec.tensors[f"{layer}.weight"]] > 1}
+        for spec in meta_model.blocks
+    ]
+
+
+def _require_shape(meta_model: MetaModel, what: str, x_2SD: Tensor, width: int) -> None:
+    expected = [2, _TOKENS, width]
     if list(x_2SD.shape) != expected:
         found = f"{what} returns hidden states of shape {list(x_2SD.shape)} for 2 segments of {_TOKENS} tokens"
         raise not_streamable(meta_model, f"{found}, and not {expected}")
-
-
-def _near(one: Tensor, other: Tensor) -> bool:
-    """Whether hidden states are equal up to differences of float32 arithmetic; values that are not finite are not compared."""
-    return not bool((one - other).abs().max() > _TOLERANCE * other.abs().max())
-
-
-def _equal(one: Any, other: Any, depth: int = _DEPTH) -> bool:
-    """Whether two values are equal, with all tensors in them. Objects are compared by their attributes."""
-    if one is other or depth == 0:
-        return True
-    if type(one) is not type(other):
-        return False
-    if isinstance(one, Tensor):
-        return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(_equal(*pair, depth - 1) for pair in zip(one, other, strict=True))
-    if isinstance(one, Mapping):
-        return one.keys() == other.keys() and all(_equal(one[key], other[key], depth - 1) for key in one)
-    if hasattr(one, "__dict__"):
-        return _equal(vars(one), vars(other), depth - 1)
-    return bool(one == other)
-
-
-def _name_of(meta_model: MetaModel, index: int) -> str:
-    """Path and class of a block, for messages."""
-    return f"{meta_model.blocks[index].prefix} ({type(meta_model.templates[index]).__name__})"
-
-
-def not_streamable(meta_model: MetaModel, what: str) -> InputError:
-    """The error for a model that cannot be run block by block."""
-    kind = shown(str(meta_model.config.model_type))
-    return InputError(
-        meta_model.folder / "config.json",
-        f'architecture "{kind}" cannot be run block by block here: {what}. Use another model.',
-    )
 
 
 @contextmanager
@@ -263,6 +375,5 @@ def _explained(meta_model: MetaModel, what: str) -> Iterator[None]:
         if is_out_of_memory(error):
             raise DeviceMemoryError(f"{meta_model.folder}: not enough memory to try {what} ({reason}).") from error
         if "meta" in reason:
-            held = f"{meta_model.blocks_path.rpartition('.')[0]} and the output embedding"
-            raise not_streamable(meta_model, f"{what}: uses weights besides {held}, which are not loaded") from error
+            raise not_streamable(meta_model, f"{what}: uses weights that do not belong to the text model") from error
         raise not_streamable(meta_model, f"{what}: {type(error).__name__}: {reason}") from error

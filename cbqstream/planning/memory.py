@@ -84,7 +84,7 @@ def host_bytes(config: QuantizeConfig, sizes: ModelSizes, device: str) -> dict[s
         host["packing"] = max(packing, sizes.stored * sizes.vocabulary * sizes.hidden)
     if config.reconstruction.end_to_end_epochs:
         host["step sizes before an epoch"] = sizes.num_blocks * scale_bytes(config, sizes, 4)
-    segment = STREAM_BYTES * config.calibration.seq_len * sizes.hidden
+    segment = (STREAM_BYTES * sizes.states + sizes.beside) * config.calibration.seq_len
     read = 2 * (READ_DEPTH + 1) * config.reconstruction.batch_size
     return host | {"read ahead": read * segment, "written behind": (WRITE_DEPTH + 1) * segment}
 
@@ -137,7 +137,7 @@ def _window_bytes(
         "rounding": blocks * (cost.resident_bytes - cost.offloaded_bytes) + offloaded,
         "step sizes": blocks * scale_bytes(config, sizes, 24),
         "scratch": 2 * width * min(sizes.largest, SLAB_WEIGHTS),
-        "activations": int(_HEAP * width * batch * ((kept + 1) * _saved(config, sizes) + (8 + blocks) * sizes.hidden))
+        "activations": int(_HEAP * width * batch * ((kept + 1) * _saved(config, sizes) + (8 + blocks) * sizes.states))
         + (kept + 1) * attention,
     }
 
@@ -158,7 +158,7 @@ def _end_to_end_bytes(config: QuantizeConfig, sizes: ModelSizes, width: int) -> 
     settings, seq_len = config.reconstruction, config.calibration.seq_len
     together = min(SEGMENTS_PER_STEP, settings.batch_size) * seq_len
     # hidden states between all blocks, and the activations of one block with gradients
-    of_block = 2 * _saved(config, sizes) + (9 + sizes.num_blocks) * sizes.hidden
+    of_block = 2 * _saved(config, sizes) + (9 + sizes.num_blocks) * sizes.states
     attention = 2 * 8 * sizes.eager_heads * together * seq_len
     rest = sizes.block_bytes - sizes.weights * sizes.stored
     logits = _head_bytes(sizes, width)["head and logits"] - width * sizes.vocabulary * sizes.hidden
@@ -219,7 +219,7 @@ def disk_bytes(
     # the last epoch rewrites the shards of all blocks
     rewritten = 2 if learns and config.reconstruction.end_to_end_epochs else 1
     return {
-        "streams": 5 * tokens * sizes.hidden * STREAM_BYTES,
+        "streams": tokens * (5 * sizes.states * STREAM_BYTES + sizes.beside),
         "blocks": quantized * packed_bytes(config, sizes) * rewritten,
         "window states": 2 * state_bytes(config, sizes, staying),
         "rest of the model": sizes.outer_bytes + (sizes.num_blocks - quantized) * sizes.block_bytes,

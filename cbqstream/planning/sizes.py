@@ -17,7 +17,7 @@ class ModelSizes:
     num_blocks: int
     """Number of blocks."""
     hidden: int
-    """Width of the hidden states."""
+    """Width of the embedding, and of one hidden state of a token."""
     vocabulary: int
     """Number of token ids."""
     layers: Mapping[str, tuple[int, int]]
@@ -36,6 +36,15 @@ class ModelSizes:
     """Size of the embedding, the final norm and the head in bytes."""
     eager_heads: int = 0
     """Number of attention heads in families that have only eager attention, which stores a matrix [S, S] for each head; otherwise 0."""
+    parallel: int = 1
+    """Number of parallel hidden states of a token."""
+    beside: int = 0
+    """Size of the arguments of all blocks that depend on the tokens, in bytes per token."""
+
+    @property
+    def states(self) -> int:
+        """Width of all hidden states of a token together."""
+        return self.hidden * self.parallel
 
     @property
     def weights(self) -> int:
@@ -76,7 +85,9 @@ class ModelSizes:
         source_bytes = stored_bytes(infos.values())
         return cls(
             num_blocks=len(sizes),
-            hidden=meta_model.hidden_size,
+            hidden=int(meta_model.text_config.hidden_size),
+            parallel=max(1, meta_model.hidden_size // int(meta_model.text_config.hidden_size)),
+            beside=meta_model.handover.token_bytes,
             vocabulary=meta_model.vocab_size,
             layers={name: (info.shape[0], info.shape[1]) for name, info in layers.items()},
             experts=_share_of_experts(meta_model.text_config, list(layers)),

@@ -50,7 +50,7 @@ def train_end_to_end(
     if kept:
         reference = streams.passed(reference, [[index] for index in kept], REFERENCE, streams.original)
     with load_embedding_and_head(inputs.meta_model, inputs.source, device=compute.device, dtype=compute.dtype) as outer:
-        data = EndToEndData(lambda segment: outer.embed(inputs.tokens[segment]), reference)
+        data = EndToEndData(lambda segment: outer.enter(inputs.tokens[segment], streams.arguments), reference)
         model = StreamedModel(blocks.build, streams.arguments, steps, outer.head, compute)
         for epoch in range(journal.chain.next_window - num_windows, num_epochs):
             began = timings.now()

@@ -21,7 +21,14 @@ _MARGIN = 1.05
 """Safety factor of the disk space."""
 
 
-def disk_bytes(inputs: RunInputs, *, streams: int, blocks: Sequence[BlockSpec] = (), in_a_window: bool = False) -> int:
+def disk_bytes(
+    inputs: RunInputs,
+    *,
+    streams: int,
+    blocks: Sequence[BlockSpec] = (),
+    in_a_window: bool = False,
+    beside: bool = False,
+) -> int:
     """Upper bound of the disk space of streams and of the shards and window state of blocks, in bytes.
 
     Args:
@@ -29,10 +36,12 @@ def disk_bytes(inputs: RunInputs, *, streams: int, blocks: Sequence[BlockSpec] =
         streams: number of streams.
         blocks: blocks whose shards or window state are written.
         in_a_window: whether the blocks are in a window, whose layers are offloaded if the memory mode is to offload.
+        beside: whether the arguments of blocks that depend on the tokens are stored too.
     """
     weights = sum(math.prod(inputs.source.infos[name].shape) for block in blocks for name in block.tensors.values())
     a_weight = _BYTES_PER_VALUE + (_OFFLOADED_BYTES if in_a_window and inputs.compute.memory_mode.offload else 0)
-    return int(_MARGIN * (_BYTES_PER_VALUE * streams * math.prod(inputs.stream_shape) + a_weight * weights))
+    values = inputs.tokens.numel() * inputs.meta_model.handover.token_bytes if beside else 0
+    return int(_MARGIN * (_BYTES_PER_VALUE * streams * math.prod(inputs.stream_shape) + a_weight * weights + values))
 
 
 @contextmanager

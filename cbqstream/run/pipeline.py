@@ -134,7 +134,8 @@ def _quantize_model(run: "_Run", stop_after_window: int | None) -> None:
     """
     inputs, journal, config, folder = run.inputs, run.journal, run.inputs.config, run.inputs.config.run_path
     inputs.source.remember(journal.chain.source_digests)
-    with room_for("making the streams", disk_bytes(inputs, streams=_missing_streams(journal.chain)), folder):
+    needed = disk_bytes(inputs, streams=_missing_streams(journal.chain), beside=not journal.chain.is_complete)
+    with room_for("making the streams", needed, folder):
         run.listener("embedding the calibration segments")
         with _loaded(inputs, "embedding") as embedding:
             streams = Streams.enter(inputs, journal, embedding)

@@ -9,14 +9,15 @@ from pathlib import Path
 
 from torch import nn
 
-from cbqstream.activations.store import StreamShape
+from cbqstream.activations.store import ActivationStore, StreamShape
 from cbqstream.activations.zarr_store import ZarrStore
 from cbqstream.errors import InputError
+from cbqstream.models.beside import create_beside, write_segments
 from cbqstream.models.block import BlockArguments
 from cbqstream.models.embedding_and_head import EmbeddingAndHead
 from cbqstream.run.finished import FinishedBlocks, computing_block
 from cbqstream.run.inputs import RunInputs
-from cbqstream.rundir.chain import QUANTIZED, REFERENCE
+from cbqstream.rundir.chain import BESIDE, QUANTIZED, REFERENCE
 from cbqstream.rundir.journal import Journal
 from cbqstream.windows.propagate import propagate
 from cbqstream.windows.quantized_linear import Phase
@@ -36,6 +37,7 @@ class Streams:
     """
 
     def __init__(self, inputs: RunInputs, journal: Journal, arguments: list[BlockArguments]) -> None:
+        self._beside: dict[str, ActivationStore] = {}
         self._inputs = inputs
         self._journal = journal
         self.arguments = arguments
@@ -46,6 +48,8 @@ class Streams:
     def enter(cls, inputs: RunInputs, journal: Journal, outer: EmbeddingAndHead) -> "Streams":
         """Find the keyword arguments of the blocks, and recompute the streams of the next window if they are missing or damaged.
 
+        Arguments that depend on the tokens are stored beside the streams.
+
         Args:
             inputs: inputs of the run.
             journal: journal of the run.
@@ -55,8 +59,13 @@ class Streams:
             InputError: the recomputed streams differ from what was committed.
         """
         streams = cls(inputs, journal, outer.block_arguments(inputs.tokens[0]))
-        if not journal.chain.is_complete and not streams._are_as_committed():
-            streams._recompute(outer)
+        if not journal.chain.is_complete:
+            folder, tokens_NS = journal.chain.path / BESIDE, inputs.tokens
+            streams._beside = create_beside(folder, streams.arguments, len(tokens_NS), journal.disk)
+            if streams._beside:
+                write_segments(outer, streams.arguments, tokens_NS, None, streams._beside)
+            if not streams._are_as_committed():
+                streams._recompute(outer)
         return streams
 
     @property
@@ -66,7 +75,9 @@ class Streams:
 
     def open(self, name: str) -> ZarrStore:
         """Open a stream at the input of the next window for reading."""
-        return ZarrStore.open(self._folder / name, self._shape, self._journal.disk.measure)
+        store = ZarrStore.open(self._folder / name, self._shape, self._journal.disk.measure)
+        store.beside = self._beside
+        return store
 
     def new(self, name: str, *, durable: bool = True) -> ZarrStore:
         """Create an empty stream in tmp/.
@@ -75,7 +86,9 @@ class Streams:
             name: path of the stream in tmp/.
             durable: whether the stream will be committed.
         """
-        return ZarrStore.create(self._journal.building / name, self._shape, self._journal.disk, durable=durable)
+        store = ZarrStore.create(self._journal.building / name, self._shape, self._journal.disk, durable=durable)
+        store.beside = self._beside
+        return store
 
     def original(self, index: int) -> nn.Module:
         """A block of the original model."""

@@ -16,6 +16,8 @@ WINDOW_STATE = "state.safetensors"
 """File with what the blocks that stay take into the next window, beside the shards of the blocks that left."""
 REFERENCE, QUANTIZED = "reference", "quantized"
 """The two streams of hidden states: of the original model, and after the quantized prefix."""
+BESIDE = "beside"
+"""Folder of the values that blocks read with both streams. They depend only on the model and the tokens, so no commit names them."""
 RESTORE = "Restore the run directory, or use another --run-dir."
 
 STATES_KEPT = 2

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from cbqstream.disk import Disk, FileDigest
 from cbqstream.errors import IdentityError, InputError, StoppedError, StorageError, UsageError
 from cbqstream.records import EpochReport, Numerics, WindowReport
-from cbqstream.rundir.chain import RESTORE, STATES_KEPT, WINDOW_STATE, Chain, is_run, numbered, require_run
+from cbqstream.rundir.chain import BESIDE, RESTORE, STATES_KEPT, WINDOW_STATE, Chain, is_run, numbered, require_run
 from cbqstream.rundir.identity import canonical
 from cbqstream.rundir.records import Checksums, Commit, RunRecord
 
@@ -50,6 +50,11 @@ class Journal:
         self.disk.remove_tree(self.building)
         self.disk.make_folder(self.building)
 
+    def drop_beside(self) -> None:
+        """Delete the values that blocks read with both streams. Every process computes them again."""
+        if (self.chain.path / BESIDE).exists():
+            self.disk.remove_tree(self.chain.path / BESIDE)
+
     def clean(self) -> None:
         """Delete what no commit names: the remains of a process that was stopped.
 
@@ -57,6 +62,7 @@ class Journal:
             InputError: a file that is not of a run is in the way.
         """
         self.empty_tmp()
+        self.drop_beside()
         keep = {
             "parts": {numbered(index) for index in range(self.chain.next_window)},
             "acts": self.chain.acts_to_keep(),
@@ -191,6 +197,7 @@ def open_journal(
         finally:
             with suppress(StorageError):  # an earlier error matters more
                 journal.empty_tmp()
+                journal.drop_beside()
 
 
 @contextmanager
@@ -252,7 +259,7 @@ def discard(path: Path, disk: Disk, *, shared: bool = False) -> None:
     """
     with open_journal(path, disk, shared=shared, whole=False) as journal:
         for entry in sorted(path.iterdir()):
-            if entry.name not in ("LOCK", "run.json", *_FOLDERS):
+            if entry.name not in ("LOCK", "run.json", BESIDE, *_FOLDERS):
                 raise UsageError(f"{entry}: does not belong to the run. Move it away first.")
         disk.rename(path, _deleted(path))
         disk.sync_folder(path.parent)

@@ -11,7 +11,7 @@ from cbqstream.errors import InputError
 from cbqstream.numerics.losses import mixed_target
 from cbqstream.records import Compute
 from cbqstream.windows.quantized_linear import Phase
-from cbqstream.windows.resident_block import ResidentBlock, run_blocks
+from cbqstream.windows.resident_block import ResidentBlock, run_blocks, values_beside
 
 
 @torch.no_grad()
@@ -35,14 +35,14 @@ def propagate(
     Raises:
         InputError: a result is infinite or NaN.
     """
-    finite = []
+    finite, beside = [], values_beside(blocks, source)
 
-    def run(x_BSD: Tensor) -> Tensor:
-        y_BSD = run_blocks(blocks, x_BSD.to(compute.dtype), phase)
+    def run(x_BSD: Tensor, *values: Tensor) -> Tensor:
+        y_BSD = run_blocks(blocks, x_BSD.to(compute.dtype), phase, dict(zip(beside, values, strict=True)))
         finite.append(torch.isfinite(y_BSD).all(dim=2).all(dim=1))
         return y_BSD
 
-    map_segments([source], destination, compute.batch_size, compute.device, run)
+    map_segments([source, *beside.values()], destination, compute.batch_size, compute.device, run)
     broken = int((~torch.cat(finite)).sum())  # the only synchronization with the device
     if broken:
         numbers = f"{blocks[0].index}-{blocks[-1].index}" if len(blocks) > 1 else str(blocks[0].index)
@@ -72,9 +72,12 @@ def mix_targets(
         compute: device, dtype and batch size.
         a: share of T1.
     """
+    beside = values_beside(blocks, quantized)
 
-    def run(x_BSD: Tensor, t1_BSD: Tensor) -> Tensor:
-        t2_BSD = run_blocks(blocks, x_BSD.to(compute.dtype), Phase.ORIGINAL)
+    def run(x_BSD: Tensor, t1_BSD: Tensor, *values: Tensor) -> Tensor:
+        given = dict(zip(beside, values, strict=True))
+        t2_BSD = run_blocks(blocks, x_BSD.to(compute.dtype), Phase.ORIGINAL, given)
         return mixed_target(t1_BSD.to(compute.dtype), t2_BSD, a)
 
-    map_segments([quantized, reference_out], targets, compute.batch_size, compute.device, run)
+    sources = [quantized, reference_out, *beside.values()]
+    map_segments(sources, targets, compute.batch_size, compute.device, run)

@@ -19,7 +19,7 @@ from cbqstream.rounding.registry import method_of
 from cbqstream.rounding.rounding import Rounding, TrainingStep
 from cbqstream.windows.input_step import InputStep
 from cbqstream.windows.quantized_linear import Phase
-from cbqstream.windows.resident_block import ResidentBlock, all_layers, run_blocks
+from cbqstream.windows.resident_block import ResidentBlock, all_layers, run_blocks, values_beside
 from cbqstream.windows.schedule import split_held_out
 
 WORSE, NOT_FINITE = "held-out loss increased", "not finite"
@@ -58,6 +58,8 @@ class Batch(NamedTuple):
     """Targets [B, S, D], float32."""
     reference: Tensor | None
     """Hidden states of the original model after its last block [B, S, D]; None in windows that do not end with it."""
+    beside: Mapping[str, Tensor]
+    """Values of the segments beside the hidden states, by key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +74,14 @@ class WindowData:
     predictions: Predictions | None = None
     """Predictions of the original model, in the window that ends with the last block; otherwise None."""
 
-    def read(self, batches: Sequence[Sequence[int]]) -> Iterator[Batch]:
-        """Each batch of segments, read ahead."""
-        stores = [self.inputs, self.targets, *([] if self.predictions is None else [self.predictions.reference])]
-        dtype = self.compute.dtype
+    def read(self, blocks: Sequence[ResidentBlock], batches: Sequence[Sequence[int]]) -> Iterator[Batch]:
+        """Each batch of segments for some blocks, read ahead."""
+        beside, dtype = values_beside(blocks, self.inputs), self.compute.dtype
+        references = [] if self.predictions is None else [self.predictions.reference]
+        stores = [self.inputs, self.targets, *beside.values(), *references]
         for x_BSD, target_BSD, *more in read_batches(stores, batches, self.compute.device):
-            yield Batch(x_BSD.to(dtype), target_BSD.float(), more[0].to(dtype) if more else None)
+            reference = more.pop().to(dtype) if references else None
+            yield Batch(x_BSD.to(dtype), target_BSD.float(), reference, dict(zip(beside, more, strict=True)))
 
 
 def reconstruct(
@@ -137,8 +141,8 @@ def hard_loss(
     """
     batches = in_batches(segments, config.batch_size)
     total = torch.zeros((), dtype=torch.float64, device=data.compute.device)
-    for batch in data.read(batches):
-        h_BSD = run_blocks(blocks, batch.x, Phase.HARD)
+    for batch in data.read(blocks, batches):
+        h_BSD = run_blocks(blocks, batch.x, Phase.HARD, batch.beside)
         total += _loss(h_BSD, batch, data.predictions, config, 0).double() * len(batch.x)
     return total.item() / len(segments)
 
@@ -175,14 +179,14 @@ def _train(
     optimizer = Adam([group for group in groups if group["params"]], foreach=False)
     rates = [group["lr"] for group in optimizer.param_groups]
     checkpointing = data.compute.memory_mode.activation_checkpointing
-    for step, batch in enumerate(data.read(order)):
+    for step, batch in enumerate(data.read(blocks, order)):
         rate_left = share_of_rate(step / steps, config.schedule)
         now = TrainingStep(step / steps, rate_left, steps, len(roundings))
         for rounding in roundings:
             rounding.begin_step(now)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * rate_left  # not by a scheduler, which would keep the optimizer alive in a cycle
-        h_BSD = run_blocks(blocks, batch.x, Phase.SOFT, activation_checkpointing=checkpointing)
+        h_BSD = run_blocks(blocks, batch.x, Phase.SOFT, batch.beside, activation_checkpointing=checkpointing)
         loss = _loss(h_BSD, batch, data.predictions, config, step)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]

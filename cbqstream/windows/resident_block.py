@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from cbqstream.activations.store import ActivationStore
 from cbqstream.checkpoint.tensors import StoredTensors
 from cbqstream.config import ReconstructionConfig, TransformConfig
 from cbqstream.disk import ScratchFile
 from cbqstream.errors import InputError
-from cbqstream.models.block import BlockArguments, build_block, run_block
+from cbqstream.models.block import NOTHING, BlockArguments, build_block, run_block
 from cbqstream.models.experts import Experts
 from cbqstream.models.families import EXPERT, SmoothingPair
 from cbqstream.models.meta_model import MetaModel
@@ -337,8 +338,18 @@ def all_layers(blocks: Sequence[ResidentBlock]) -> Iterator[QuantizedLinear]:
         yield from block.layers.values()
 
 
+def values_beside(blocks: Sequence[ResidentBlock], stream: ActivationStore) -> dict[str, ActivationStore]:
+    """Stores of the values beside a stream that blocks read, by key."""
+    return {value.key: stream.beside[value.key] for block in blocks for value in block.arguments.of_tokens.values()}
+
+
 def run_blocks(
-    blocks: Sequence[ResidentBlock], x_BSD: Tensor, phase: Phase, *, activation_checkpointing: bool = False
+    blocks: Sequence[ResidentBlock],
+    x_BSD: Tensor,
+    phase: Phase,
+    beside: Mapping[str, Tensor] = NOTHING,
+    *,
+    activation_checkpointing: bool = False,
 ) -> Tensor:
     """Hidden states [B, S, D] after the blocks, computed with the weights of `phase`.
 
@@ -349,14 +360,15 @@ def run_blocks(
         blocks: consecutive blocks.
         x_BSD: hidden states before the first block.
         phase: weights that the layers compute with.
+        beside: values of the segments beside the hidden states, by key.
         activation_checkpointing: whether activations inside the blocks are computed again in the backward pass.
     """
     for layer in all_layers(blocks):
         layer.phase = phase
     for block in blocks:
         if activation_checkpointing:
-            run = partial(run_block, block.module, arguments=block.arguments)
+            run = partial(run_block, block.module, arguments=block.arguments, beside=beside)
             x_BSD = checkpoint(run, x_BSD, use_reentrant=False, preserve_rng_state=False)
         else:
-            x_BSD = run_block(block.module, x_BSD, block.arguments)
+            x_BSD = run_block(block.module, x_BSD, block.arguments, beside=beside)
     return x_BSD

@@ -81,40 +81,42 @@ class StreamedModel:
     head: Head
     compute: Compute
 
-    def run(self, index: int, x_BSD: Tensor, *, stored: bool = False) -> Tensor:
+    def run(self, index: int, x_BSD: Tensor, beside: Mapping[str, Tensor], *, stored: bool = False) -> Tensor:
         """Hidden states [B, S, D] after a block.
 
         Args:
             index: number of the block.
             x_BSD: hidden states before the block.
+            beside: values of the segments beside the hidden states, by key.
             stored: whether to compute with the scales as they are stored; otherwise the result is differentiable in x and theta.
         """
         block, weights = self.build(index), {}
         for name, steps in self.steps[index].items():
             w_OGK = grouped(block.get_parameter(f"{name}.weight"), steps.theta.shape[1])
             weights[f"{name}.weight"] = _Scaled.apply(w_OGK, steps.factor(stored=stored)).flatten(1)  # type: ignore[no-untyped-call]
-        return run_block(block, x_BSD, self.arguments[index], weights)
+        return run_block(block, x_BSD, self.arguments[index], weights, beside=beside)
 
     @torch.no_grad()
-    def forward(self, x_BSD: Tensor) -> list[Tensor]:
-        """Inputs of all blocks, and the output of the last block, from hidden states [B, S, D] before the first block."""
+    def forward(self, x_BSD: Tensor, beside: Mapping[str, Tensor]) -> list[Tensor]:
+        """Inputs of all blocks, and the output of the last block, from hidden states [B, S, D] before the first block and values beside."""
         states = [x_BSD]
         for index in range(len(self.steps)):
-            states.append(self.run(index, states[-1]))
+            states.append(self.run(index, states[-1], beside))
         return states
 
-    def backward(self, states: list[Tensor], gradient_BSD: Tensor) -> None:
+    def backward(self, states: list[Tensor], beside: Mapping[str, Tensor], gradient_BSD: Tensor) -> None:
         """Accumulate the gradient of every theta.
 
         Args:
             states: the result of `forward`; the list is emptied.
+            beside: values of the segments beside the hidden states, by key.
             gradient_BSD: gradient of the loss for the last state.
         """
         states.pop()
         first = next(index for index, steps in enumerate(self.steps) if steps)
         for index in range(len(self.steps) - 1, first - 1, -1):
             x_BSD = states.pop().requires_grad_()
-            self.run(index, x_BSD).backward(gradient_BSD)  # type: ignore[no-untyped-call]
+            self.run(index, x_BSD, beside).backward(gradient_BSD)  # type: ignore[no-untyped-call]
             if x_BSD.grad is None:
                 raise RuntimeError("a block does not depend on its input")
             gradient_BSD = x_BSD.grad
@@ -124,17 +126,21 @@ class StreamedModel:
 class EndToEndData:
     """Inputs of the first block, and outputs of the last block of the original model."""
 
-    embed: Callable[[int], Tensor]
-    """Gives the input of the first block, [S, D], from the number of a segment."""
+    enter: Callable[[int], tuple[Tensor, Mapping[str, Tensor]]]
+    """Gives the input of the first block, [S, D], and the values beside it by key, from the number of a segment."""
     reference: ActivationStore
     """Hidden states of the original model after its last block."""
 
-    def read(self, batches: Sequence[Sequence[int]], compute: Compute) -> Iterator[tuple[Tensor, Tensor]]:
-        """Inputs and outputs of each batch, both [B, S, D], on the device."""
+    def read(
+        self, batches: Sequence[Sequence[int]], compute: Compute
+    ) -> Iterator[tuple[Tensor, Mapping[str, Tensor], Tensor]]:
+        """Inputs of each batch [B, S, D], values beside them by key, and outputs [B, S, D], on the device."""
         read = read_batches([self.reference], batches, compute.device)
         for batch, (reference_BSD,) in zip(batches, read, strict=True):
-            x_BSD = torch.stack([self.embed(segment) for segment in batch])
-            yield x_BSD, reference_BSD.to(compute.dtype)
+            entered = [self.enter(segment) for segment in batch]
+            x_BSD = torch.stack([x_SD for x_SD, _ in entered])
+            beside = {key: torch.stack([values[key] for _, values in entered]) for key in entered[0][1]}
+            yield x_BSD, beside, reference_BSD.to(compute.dtype)
 
 
 @torch.no_grad()
@@ -147,9 +153,9 @@ def stored_divergence(model: StreamedModel, data: EndToEndData, segments: Sequen
         segments: numbers of the segments.
     """
     total = 0.0
-    for x_BSD, reference_BSD in data.read(in_batches(segments, model.compute.batch_size), model.compute):
+    for x_BSD, beside, reference_BSD in data.read(in_batches(segments, model.compute.batch_size), model.compute):
         for index in range(len(model.steps)):
-            x_BSD = model.run(index, x_BSD, stored=True)
+            x_BSD = model.run(index, x_BSD, beside, stored=True)
         divergence = head_divergence(x_BSD.flatten(0, 1), reference_BSD.flatten(0, 1), model.head)
         total += divergence.double().item() * len(x_BSD)
     return total / len(segments)
@@ -174,12 +180,12 @@ def train_epoch(
     learned = [steps.theta for block in model.steps for steps in block.values()]
     optimizer = Adam(learned, lr=rates[0], foreach=False)
     batches = in_shuffled_batches(segments, min(SEGMENTS_PER_STEP, model.compute.batch_size), generator)
-    for step, (x_BSD, reference_BSD) in enumerate(data.read(batches, model.compute)):
+    for step, (x_BSD, beside, reference_BSD) in enumerate(data.read(batches, model.compute)):
         optimizer.param_groups[0]["lr"] = rates[0] + (rates[1] - rates[0]) * step / len(batches)
-        states = model.forward(x_BSD)
+        states = model.forward(x_BSD, beside)
         last_BSD = states[-1].requires_grad_()
         loss = head_divergence(last_BSD.flatten(0, 1), reference_BSD.flatten(0, 1), model.head)
         (gradient_BSD,) = torch.autograd.grad(loss, last_BSD)
         optimizer.zero_grad()
-        model.backward(states, gradient_BSD)
+        model.backward(states, beside, gradient_BSD)
         optimizer.step()

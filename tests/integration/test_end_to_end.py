@@ -75,11 +75,11 @@ def test_streamed_gradients_are_those_of_the_whole_model(tiny_models, tokens, fa
                 {name: StepSizes.at(torch.ones(len(w_OI), w_OI.shape[1] // 8)) for name, w_OI in weights.items()}
             )
         model = StreamedModel(blocks.__getitem__, outer.block_arguments(ids_S), steps, outer.head, COMPUTE)
-        states = model.forward(outer.embed(ids_S).unsqueeze(0))
+        states = model.forward(outer.embed(ids_S).unsqueeze(0), {})
         last = states[-1].requires_grad_()
         goal = torch.randn(last.shape[1:], generator=torch.Generator().manual_seed(0))
         (gradient,) = torch.autograd.grad(head_divergence(last[0], goal, outer.head), last)
-        model.backward(states, gradient)
+        model.backward(states, {}, gradient)
         expected = outer.head(goal).log_softmax(-1)
     whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     found = whole(ids_S.unsqueeze(0), use_cache=False).logits[0].log_softmax(-1)

@@ -1,6 +1,7 @@
 """The trial of the code of a model before its weights are read: variants of the code of Llama that pass or are refused by name."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 from cbqstream.checkpoint.folder import read_json
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.errors import DeviceMemoryError, InputError
+from cbqstream.models.embedding_and_head import load_embedding_and_head
+from cbqstream.models.handover import Handover
 from cbqstream.models.meta_model import MetaModel
 from cbqstream.models.probe import probe
 from tiny import FAMILIES
@@ -91,8 +94,11 @@ def from_the_first(blocks, x, named, ids):
 
 def with_tokens(blocks, x, named, ids):
     """The blocks receive values that depend on the tokens, as the inputs for each layer of Gemma 3n do."""
-    inputs = torch.zeros(1) if ids is None else ids.float()
-    return in_order(blocks, x, {**named, "per_layer_inputs": inputs}, ids)
+    return in_order(blocks, x, {**named, "per_layer_inputs": ids.float()}, ids)
+
+
+def with_nested_tokens(blocks, x, named, ids):
+    return in_order(blocks, x, {**named, "per_layer_inputs": {"ids": ids}}, ids)
 
 
 def with_state(blocks, x, named, ids):
@@ -104,8 +110,16 @@ def with_state(blocks, x, named, ids):
     return x
 
 
-def test_blocks_that_are_called_in_order_pass(calling):
-    assert not any(calling(in_order))
+@pytest.mark.parametrize("call", [in_order, with_tokens])
+def test_blocks_that_are_called_in_order_pass(calling, call):
+    assert not any(calling(call))
+
+
+def test_the_size_of_the_arguments_that_depend_on_the_tokens_is_found(calling, llama):
+    calling(in_order)
+    assert llama.handover == Handover(64)
+    calling(with_tokens)
+    assert llama.handover == Handover(64, token_bytes=4)
 
 
 @pytest.mark.parametrize(
@@ -123,12 +137,12 @@ def test_blocks_that_are_called_in_order_pass(calling):
         (scaled_between, r"model\.layers\.1 \(LlamaDecoderLayer\) does not receive the output of the block before it"),
         (from_the_first, r"model\.layers\.1 \(LlamaDecoderLayer\) does not receive the output of the block before it"),
         (
-            with_tokens,
-            r'model\.layers\.0 \(LlamaDecoderLayer\) receives an argument "per_layer_inputs" that depends on the tokens',
+            with_nested_tokens,
+            r'model\.layers\.0 \(LlamaDecoderLayer\) receives an argument "per_layer_inputs" that depends on the tokens and is',
         ),
         (
             with_state,
-            r'model\.layers\.1 \(LlamaDecoderLayer\) receives an argument "state" that depends on the tokens or on other bl',
+            r'model\.layers\.1 \(LlamaDecoderLayer\) receives an argument "state" that depends on other blocks',
         ),
     ],
 )
@@ -140,20 +154,22 @@ def test_blocks_that_are_called_in_another_way_are_refused(calling, call, reason
         calling(call)
 
 
-def test_a_model_that_counts_positions_in_another_way_is_refused(monkeypatch, llama):
+def test_a_model_that_counts_positions_in_another_way_counts_them_itself(monkeypatch, llama):
     """Without `position_ids`, the model adds other values to the embeddings than with those that count from 0."""
-    original = LlamaModel.forward
+    original, counted = LlamaModel.forward, []
 
     def forward(self, inputs_embeds=None, input_ids=None, position_ids=None, **named):
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        counted.append(position_ids is None)
         x = x + (2 if position_ids is None else 0) + torch.arange(x.shape[1])[:, None]
         return original(self, inputs_embeds=x, position_ids=position_ids, **named)
 
     monkeypatch.setattr(LlamaModel, "forward", forward)
-    with pytest.raises(
-        InputError, match=r"the model counts positions in another way than from 0\. Use another model\."
-    ):
-        probe(llama)
+    assert not any(probe(llama))
+    weights = Checkpoint.open(llama.folder)
+    with load_embedding_and_head(llama, weights, device=torch.device("cpu"), dtype=torch.float32) as outer:
+        outer.embed(torch.arange(8))
+    assert counted[-1]
 
 
 def refused_block(monkeypatch, llama, forward):
@@ -165,6 +181,39 @@ def refused_block(monkeypatch, llama, forward):
     with pytest.raises(InputError) as caught:
         probe(llama)
     return str(caught.value)
+
+
+def test_an_argument_that_a_block_wants_for_each_segment_is_repeated(monkeypatch, llama):
+    original = LlamaDecoderLayer.forward
+
+    def forward(self, x, position_embeddings, **named):
+        if position_embeddings[0].shape[0] != x.shape[0]:
+            raise ValueError("wrong number of segments")
+        return original(self, x, position_embeddings=position_embeddings, **named)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", forward)
+    assert not any(probe(llama))
+    assert "position_embeddings" in llama.handover.repeated
+
+
+def test_layers_with_code_of_their_own_and_shared_layers_are_named(monkeypatch, llama):
+    class Halved(nn.Linear):
+        def forward(self, x):
+            return nn.functional.linear(x, self.weight) / 2
+
+    class Written(nn.Linear):
+        def forward(self, x):
+            return x @ self.weight.T
+
+    llama.templates[0].mlp.up_proj.__class__ = Halved
+    llama.templates[0].mlp.down_proj.__class__ = Written
+    shared = llama.blocks[1].tensors["mlp.gate_proj.weight"]
+    tensors = {**llama.blocks[3].tensors, "mlp.gate_proj.weight": shared}
+    blocks = (*llama.blocks[:3], replace(llama.blocks[3], tensors=tensors))
+    monkeypatch.setattr(llama, "blocks", blocks)
+    own = {"mlp.up_proj": "is computed by code of its own"}
+    both = own | {"mlp.gate_proj": "has a weight that another block has too"}
+    assert probe(llama) == [own, both, own, both]
 
 
 def test_an_exception_of_a_block_is_one_line(monkeypatch, llama):

@@ -1,0 +1,73 @@
+"""Models whose blocks hand each other more than one hidden state for each token, or get arguments that depend on the tokens."""
+
+from pathlib import Path
+
+import pytest
+
+from cbqstream import plan, quantize
+from cbqstream.errors import StoppedError
+from tiny import files_of
+
+TOOLS = Path(__file__).parents[2] / "tools"
+
+TYPES = {
+    "bamba": "blocks return two values",
+    "gemma4_text": "inputs for each layer depend on the tokens",
+    "idefics3": "the first parameters of the model are not loaded",
+    "qwen4_exp_text": "parallel hidden states, token ids, and rotary embeddings for each segment",
+    "roberta": "embedding and head are outside the parent of the blocks; positions begin at the one after that of the padding",
+    "xglm": "masks for each segment",
+}
+"""Types, with what is special about them."""
+
+
+@pytest.fixture
+def tool(monkeypatch):
+    """The module of `tools/architectures.py`."""
+    monkeypatch.syspath_prepend(TOOLS)
+    import architectures  # noqa: PLC0415
+
+    return architectures
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_it_evaluates_as_transformers_and_resumes_to_the_same_bytes(tool, tmp_path, make_config, name):
+    """The logits of two different segments are compared."""
+    tool.make_model(name, tmp_path / name)
+    assert tool.streamed_difference(tmp_path / name) < 1e-5
+    settings = {"model": tmp_path / name / "source", "num_samples": 8, "reconstruction": {"epochs": 1, "batch_size": 2}}
+    whole = files_of(quantize(make_config(name="whole", **settings)))
+    stopped = make_config(name="stopped", **settings)
+    for window in (1, 2):
+        with pytest.raises(StoppedError):
+            quantize(stopped, stop_after_window=window)
+        assert not (stopped.run_path / "beside").exists()
+    assert {key: value for key, value in files_of(quantize(stopped)).items() if key != "metrics.jsonl"} == {
+        key: value for key, value in whole.items() if key != "metrics.jsonl"
+    }
+
+
+def test_streams_that_are_lost_are_recomputed_with_the_values_beside_them(tool, tmp_path, make_config):
+    """The checksums of the recomputed streams are compared with the commits."""
+    tool.make_model("gemma4_text", tmp_path / "model")
+    config = make_config(model=tmp_path / "model" / "source", num_samples=8, reconstruction={"rounding": "nearest"})
+    with pytest.raises(StoppedError):
+        quantize(config, stop_after_window=1)
+    chunk = next((config.run_path / "acts").rglob("c.3.0.0"))
+    chunk.write_bytes(chunk.read_bytes()[:-1] + b"x")
+    assert quantize(config).is_dir()
+
+
+def test_the_plan_counts_the_values_beside_the_streams(tool, tmp_path, make_config):
+    """Gemma 4 has 4 blocks with 32 values in float32 for each token; the hidden states are 128 wide."""
+    for name, beside in (("gemma4 dense", 0), ("gemma4_text", 4 * 32 * 4)):
+        tool.make_model(name, tmp_path / name)
+        found = plan(make_config(model=tmp_path / name / "source", num_samples=8), with_time=False)
+        assert found.disk["streams"] == 8 * 16 * (5 * 128 * 2 + beside)
+
+
+def test_the_end_to_end_stage_reads_the_values_beside_the_hidden_states(tool, tmp_path, make_config):
+    tool.make_model("gemma4_text", tmp_path / "model")
+    settings = {"epochs": 1, "end_to_end_epochs": 1}
+    config = make_config(model=tmp_path / "model" / "source", num_samples=16, reconstruction=settings)
+    assert quantize(config).is_dir()
