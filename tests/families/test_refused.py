@@ -38,7 +38,7 @@ CASES = {
     ),
     "zamba": (
         "llama",
-        {"layers_block_type": ["mamba", "hybrid"] * 2},
+        {"tie_word_embeddings": True, "layers_block_type": ["linear_attention", "hybrid"] * 2},
         r"block 1: shared_transf\.self_attn\.q_proj has a weight that another block has too\. Use --ignore ",
     ),
 }
