@@ -1,6 +1,6 @@
 """A model without weights: the modules of transformers on the meta device, matched with the tensors of a checkpoint.
 
-`from_pretrained` is never called, and code that a checkpoint contains is never run. The configuration is built from a known `model_type`.
+`from_pretrained` is never called, and code that a checkpoint contains is never run.
 """
 
 import re
@@ -10,16 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import (
-    CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
-from cbqstream.checkpoint.folder import is_size
 from cbqstream.checkpoint.tensors import ModelTensor
 from cbqstream.errors import InputError, UsageError, shown
+from cbqstream.models.configuration import class_for, model_type_of, read_configuration
 from cbqstream.models.empty_weights import empty_weights
 from cbqstream.models.experts import separate_experts
 from cbqstream.models.families import FAMILIES, SmoothingPair, family_of, smoothing_pairs
@@ -27,30 +22,10 @@ from cbqstream.models.handover import Handover
 from cbqstream.models.naming import StoredNames
 from cbqstream.records import BlockSpec
 
-_SIZES = ("hidden_size", "num_hidden_layers", "vocab_size")
-_OTHER_SIZES = (
-    "num_attention_heads",
-    "intermediate_size",
-    "ffn_dim",
-    "head_dim",
-    "num_key_value_heads",
-    "word_embed_proj_dim",
-    "moe_intermediate_size",
-    "num_experts",
-    "num_local_experts",
-    "n_routed_experts",
-    "kv_lora_rank",
-    "q_lora_rank",
-)
-"""Sizes that not every architecture has. They may be null, and 0 means that the model does not have the part."""
 _FURTHER_BLOCKS = ("num_nextn_predict_layers", "num_mtp_layers")
 """Numbers of blocks that predict further tokens. They are stored after the blocks of the model, and copied."""
 _USUAL_LENGTH = 2048
 """Length that is assumed of a model whose configuration has none."""
-_FLOAT = "__float__"
-_NEVER_READ = ("auto_map", "quantization_config", "model_type", "transformers_version", "architectures")
-"""Keys of config.json that are not passed to the configuration of transformers."""
-_A_SIZE = f"It must be a whole number from 1 to {1 << 20:,}"
 
 
 class MetaModel:
@@ -74,30 +49,15 @@ class MetaModel:
         blocks_path: str | None = None,
     ) -> None:
         self.folder = folder
-        model_type = str(config.get("model_type"))
+        model_type = model_type_of(config)
         self.is_tested = model_type in FAMILIES
         self.family = family_of(model_type)
-        self._refuse_implausible(config, model_type, len(infos))
-        kept = {
-            key: _with_floats(value)
-            for key, value in config.items()
-            if key not in _NEVER_READ
-            and not key.startswith("_")
-            and "kernel" not in key
-            and "attn_implementation" not in key
-        }
+        self.config: Any = read_configuration(folder, config, len(infos))
+        self.text_config: Any = self.config.get_text_config()
+        """Configuration of the text model, which is a part of that of a multimodal model."""
         try:
-            self.config: Any = CONFIG_MAPPING[model_type](**kept)
-            self.text_config: Any = self.config.get_text_config()
-            """Configuration of the text model, which is a part of that of a multimodal model."""
-            for key in _SIZES:
-                if not is_size(getattr(self.text_config, key, None)):
-                    raise InputError(
-                        folder / "config.json",
-                        f"{key} is {shown(str(getattr(self.text_config, key, None)))}. {_A_SIZE}.",
-                    )
             with empty_weights():
-                self.hf_model: Any = _class_for(self.config, config)._from_config(self.config).eval()
+                self.hf_model: Any = class_for(self.config, config)._from_config(self.config).eval()
             self.text_model: Any = self._find_text_model()
             """Model that computes logits from tokens: `hf_model`, or the causal language model in it."""
             self.blocks_path: str = blocks_path or self._find_blocks()
@@ -114,9 +74,7 @@ class MetaModel:
         except ValueError as error:
             raise InputError(folder / "config.json", f"{error}. Use another model.") from error
         self._stored = StoredNames(folder, self.hf_model, whole, infos)
-        lists = (getattr(self.hf_model, f"_keep_in_fp32_modules{end}", None) or () for end in ("", "_strict"))
-        float32 = "|".join(re.escape(name) for each in lists for name in sorted(each)) or "$^"
-        self._float32_names = re.compile(rf"(?:^|\.)({float32})(?:\.|$)")
+        self._float32_names = _float32_names(self.hf_model)
         """Matches the names of parameters that transformers keeps in float32, which are not quantized."""
         self.templates: list[nn.Module] = list(layers)
         self.blocks = tuple(self._block_spec(index, block) for index, block in enumerate(self.templates))
@@ -208,29 +166,6 @@ class MetaModel:
         if seq_len < 2 or (longest is not None and seq_len > longest):
             most = " or more" if longest is None else f" to {longest}, the model's positions"
             raise UsageError(f"seq_len is {seq_len}. It must be 2{most}.")
-
-    def _refuse_implausible(self, config: Mapping[str, Any], model_type: str, num_tensors: int) -> None:
-        """Check architecture and sizes before modules are built from them.
-
-        Raises:
-            InputError: the architecture is unknown, or a size is not plausible.
-        """
-        path = self.folder / "config.json"
-        if model_type not in CONFIG_MAPPING:
-            reason = "needs remote code, which is never run" if config.get("auto_map") else "is not in transformers"
-            raise InputError(path, f'architecture "{shown(model_type)}" {reason}. Use another model.')
-        config = {**config, **(config.get("text_config") or {})}
-        other_names = getattr(CONFIG_MAPPING[model_type], "attribute_map", {})
-        sizes = {key: config.get(key, config.get(other_names.get(key, key))) for key in (*_SIZES, *_OTHER_SIZES)}
-        for key, value in sizes.items():
-            each = value if isinstance(value, list) and value else [value]  # some families have a size for each block
-            if value is not None and not all(is_size(one) or (one == 0 and key not in _SIZES) for one in each):
-                raise InputError(path, f"{key} is {shown(str(value))}. {_A_SIZE}.")
-        if int(sizes["num_hidden_layers"] or 0) > num_tensors:
-            raise InputError(
-                path,
-                f"num_hidden_layers is {sizes['num_hidden_layers']:,}, but the weights have {num_tensors:,} tensors.",
-            )
 
     def _find_text_model(self) -> Any:
         """The model, or a causal language model in it that some multimodal models contain as a whole.
@@ -355,32 +290,11 @@ class MetaModel:
             )
 
 
-def _class_for(config: Any, model: Mapping[str, Any]) -> Any:
-    """Class of transformers for a configuration, which generates text: the one that `architectures` names, or the one for text alone.
-
-    Args:
-        config: the configuration.
-        model: content of config.json.
-
-    Raises:
-        ValueError: transformers has no such class.
-    """
-    # a multimodal model contains a text model, and only the text model is quantized
-    mappings = MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    found: list[Any] = [mapping[type(config)] for mapping in mappings if type(config) in mapping]
-    if not found:
-        raise ValueError("transformers has no class for it that generates text")
-    named = model.get("architectures") or ()
-    return next((each for each in found if each.__name__ in named), found[0])
-
-
-def _with_floats(value: Any) -> Any:
-    """A value of config.json with floats in place of objects such as `{"__float__": "Infinity"}`, which transformers writes for them."""
-    if isinstance(value, dict):
-        if value.keys() == {_FLOAT} and value[_FLOAT] in ("Infinity", "-Infinity", "NaN"):
-            return float(value[_FLOAT])
-        return {key: _with_floats(inner) for key, inner in value.items()}
-    return [_with_floats(inner) for inner in value] if isinstance(value, list) else value
+def _float32_names(hf_model: Any) -> re.Pattern[str]:
+    """Pattern of the names of parameters that transformers keeps in float32."""
+    lists = (getattr(hf_model, f"_keep_in_fp32_modules{end}", None) or () for end in ("", "_strict"))
+    names = "|".join(re.escape(name) for each in lists for name in sorted(each)) or "$^"
+    return re.compile(rf"(?:^|\.)({names})(?:\.|$)")
 
 
 def path_of(hf_model: nn.Module, wanted: nn.Module) -> str:

@@ -6,9 +6,7 @@ its own, whichever the checkpoint has.
 """
 
 import re
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 
 from cbqstream.checkpoint.tensors import DerivedTensor, ModelTensor, piece, rows_of
 from cbqstream.errors import InputError, shown
+from cbqstream.models.conversions import Conversion, Parameters
 from cbqstream.models.experts import Experts, FusedPart
 
 _OF_BLOCK = re.compile(r".*?\.\d+\.")
@@ -28,63 +27,6 @@ _OF_EXPERT = re.compile(r"(?P<owner>.+)\.(?P<number>\d+)\.(?P<leaf>\w+\.(weight|
 """Matches the name of a parameter of an expert."""
 _MARKER = (2, 2)
 """Shape of the tensors that stand for the weights of experts, to find out where a conversion puts them."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Conversion:
-    """Tensors of a checkpoint that one rule of transformers converts together."""
-
-    rule: WeightConverter
-    target: str
-    """Name in the model of the first tensor that is made."""
-    sources: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-    """Names in the checkpoint, in the order of their numbers, by the pattern of the rule that they match."""
-
-    @property
-    def targets(self) -> list[str]:
-        """Names in the model of the tensors that are made."""
-        first = self.rule.target_patterns[0]
-        return [self.target.replace(first, pattern, 1) for pattern in self.rule.target_patterns]
-
-    def run(self, values: Mapping[str, Sequence[Tensor]], parameters: "_Parameters", config: Any) -> dict[str, Tensor]:
-        """The tensors that are made, by their name in the model.
-
-        Args:
-            values: tensors in the order of `sources`, by the same patterns.
-            parameters: the parameters of the model.
-            config: configuration of the model.
-        """
-        found: Any = {pattern: list(tensors) for pattern, tensors in values.items()}
-        for operation in self.rule.operations:
-            found = operation.convert(
-                found,
-                source_patterns=self.rule.source_patterns,
-                target_patterns=self.rule.target_patterns,
-                full_layer_name=self.target,
-                model=parameters,
-                config=config,
-                missing_keys=None,
-            )
-        before, _, after = next((self.target.partition(key) for key in found if key in self.target), ("", "", ""))
-        return {f"{before}{key}{after}": value[0] if isinstance(value, list) else value for key, value in found.items()}
-
-
-class _Parameters:
-    """Parameters of the model as transformers has them, whose shape and dtype some conversions read.
-
-    Args:
-        values: parameters by name.
-        of_one_expert: whether parameters of experts have the values of one expert.
-    """
-
-    def __init__(self, values: Mapping[str, Tensor], *, of_one_expert: bool = False) -> None:
-        self._values, self._one = values, of_one_expert
-
-    def get_parameter(self, name: str) -> Tensor:
-        """The parameter `name`, without values."""
-        value = self._values[name]
-        shape = (1, *value.shape[1:]) if self._one else value.shape
-        return torch.empty(shape, dtype=value.dtype, device="meta")
 
 
 class StoredNames:
@@ -109,7 +51,7 @@ class StoredNames:
         self._experts = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
         self._rules = get_model_conversion_mapping(model)
         self._stored: dict[str, str] = {}
-        self._conversions: dict[str, _Conversion] = {}
+        self._conversions: dict[str, Conversion] = {}
         self._place(infos)
         self._by_target = {target: each for each in self._conversions.values() for target in each.targets}
         self._apart = self._experts_apart()
@@ -182,7 +124,7 @@ class StoredNames:
                 for rule in converters:
                     target, pattern = rule.rename_source_key(renamed)
                     if pattern is not None:
-                        self._conversions.setdefault(target, _Conversion(rule, target)).sources[pattern].append(name)
+                        self._conversions.setdefault(target, Conversion(rule, target)).sources[pattern].append(name)
                         break
                 else:
                     self._stored[renamed] = name
@@ -195,16 +137,16 @@ class StoredNames:
         for owner, experts in self._experts.items():
             for leaf, part in experts.fused.items():
                 conversion = self._by_target.get(f"{owner}.{part.tensor}")
-                if conversion is None or any(len(self._infos[name].shape) != 2 for name in _all(conversion)):
+                if conversion is None or any(len(self._infos[name].shape) != 2 for name in conversion.names):
                     continue
                 markers = self._marked(conversion).get(f"{owner}.{part.tensor}", torch.empty(0))
                 for number, values in enumerate(markers[: len(experts)]):
                     marks = torch.unique(part.take(values))
                     if len(marks) == 1:
-                        apart[f"{owner}.{number}.{leaf}"] = _all(conversion)[int(marks)]
+                        apart[f"{owner}.{number}.{leaf}"] = conversion.names[int(marks)]
         return apart
 
-    def _marked(self, conversion: _Conversion) -> dict[str, Tensor]:
+    def _marked(self, conversion: Conversion) -> dict[str, Tensor]:
         """The result of a conversion for matrices that are filled with their number.
 
         Raises:
@@ -218,10 +160,10 @@ class StoredNames:
                     raise InputError(self._folder, problem, tensor=name)
             values[pattern] = [torch.full(_MARKER, float(count + number)) for number in range(len(names))]
             count += len(names)
-        return self._run(conversion, values, _Parameters(self._whole))
+        return self._run(conversion, values, Parameters(self._whole))
 
     def _run(
-        self, conversion: _Conversion, values: Mapping[str, Sequence[Tensor]], parameters: _Parameters
+        self, conversion: Conversion, values: Mapping[str, Sequence[Tensor]], parameters: Parameters
     ) -> dict[str, Tensor]:
         """The tensors that a conversion makes.
 
@@ -233,7 +175,7 @@ class StoredNames:
         except (ValueError, RuntimeError, IndexError, KeyError, AttributeError, TypeError) as error:
             reason = shown(str(error).partition("\n")[0])
             made = f"{self._class_name} of transformers cannot make {conversion.target} from it ({reason})"
-            raise InputError(self._folder, f"{made}. Download the model again.", tensor=_all(conversion)[0]) from error
+            raise InputError(self._folder, f"{made}. Download the model again.", tensor=conversion.names[0]) from error
 
     def _converted(self, name: str) -> ModelTensor:
         """The tensor with a name in the model, made from tensors of the checkpoint that hold it in another layout.
@@ -252,9 +194,9 @@ class StoredNames:
         conversion = self._by_target.get(name)
         if conversion is None:
             raise InputError(self._folder, self._why_missing(name), tensor=name)
-        self._replaced.update(_all(conversion))
+        self._replaced.update(conversion.names)
         tensors = {pattern: [self._infos[key] for key in keys] for pattern, keys in conversion.sources.items()}
-        return self._derived(name, name, conversion, tensors, _Parameters(self._whole))
+        return self._derived(name, name, conversion, tensors, Parameters(self._whole))
 
     def _of_expert(self, fused: str, number: int, name: str) -> ModelTensor:
         """The values of one expert in a fused tensor of the model.
@@ -275,13 +217,13 @@ class StoredNames:
             return piece(self._infos[stored], number)
         if conversion is None:
             raise InputError(self._folder, self._why_missing(name), tensor=name)
-        self._replaced.update(_all(conversion))
-        for key in _all(conversion):
+        self._replaced.update(conversion.names)
+        for key in conversion.names:
             self._require_experts(key, fused)
         tensors = {
             pattern: [piece(self._infos[key], number) for key in keys] for pattern, keys in conversion.sources.items()
         }
-        parameters = _Parameters(self._whole, of_one_expert=True)
+        parameters = Parameters(self._whole, of_one_expert=True)
         return self._derived(f"{fused}[{number}]", fused, conversion, tensors, parameters, of_one_expert=True)
 
     def _require_experts(self, stored: str, fused: str) -> None:
@@ -299,9 +241,9 @@ class StoredNames:
         self,
         name: str,
         target: str,
-        conversion: _Conversion,
+        conversion: Conversion,
         tensors: Mapping[str, Sequence[ModelTensor]],
-        parameters: _Parameters,
+        parameters: Parameters,
         *,
         of_one_expert: bool = False,
     ) -> DerivedTensor:
@@ -368,11 +310,6 @@ class StoredNames:
         end = ".".join(name.rsplit(".", 4)[1:])
         alike = [stored for key, stored in unknown.items() if end in key and key.endswith(end)]
         return next(iter([*beside, *alike]), None)
-
-
-def _all(conversion: _Conversion) -> list[str]:
-    """Names in the checkpoint of all tensors of a conversion."""
-    return [name for names in conversion.sources.values() for name in names]
 
 
 def _empty(tensor: ModelTensor) -> Tensor:
