@@ -24,11 +24,6 @@ CASES = {
         },
         r"block 0: encoder_attn\.\w+ is never called as a layer\. Use --ignore encoder_attn\.\w+\.",
     ),
-    "deepseek_v32": (
-        "deepseek_v3",
-        {},
-        r"block 0: self_attn\.indexer\.weights_proj has a weight that the code of the block uses directly\. Use --ignore ",
-    ),
     "dory": ("llama", {}, r"the model does not call the blocks of model\.layers once each, in order"),
     "gpt2": ("opt", {}, r"the blocks of GPT2LMHeadModel have no linear layers"),
     "xlm": (
@@ -64,9 +59,10 @@ def test_an_architecture_that_is_not_supported_is_refused_with_the_reason(tmp_pa
 
 
 def test_the_remedy_of_a_layer_that_cannot_be_quantized_works(tmp_path, make_config):
-    like, settings, _ = CASES["deepseek_v32"]
-    folder = save_model(tmp_path / "model", "deepseek_v32", like=like, **settings)
-    out = quantize(make_config(model=folder, ignore=("indexer.weights_proj",), reconstruction={"rounding": "nearest"}))
+    like, settings, _ = CASES["zamba"]
+    folder = save_model(tmp_path / "model", "zamba", like=like, **settings)
+    ignored = {"ignore": ("shared_transf*",), "reconstruction": {"rounding": "nearest"}}
+    out = quantize(make_config(model=folder, **ignored), allow_partial=True)
     assert out.is_dir()
 
 
