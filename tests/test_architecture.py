@@ -58,7 +58,7 @@ HOMES = {
     "transformers": {"models", "calibration", "evaluation"},
     "accelerate": {"models", "calibration", "evaluation"},
     "safetensors": {"checkpoint", "packed"},
-    "compressed_tensors": {"packed"},
+    "compressed_tensors": {"packed", "checkpoint"},  # writing results; decoding sources
     "gguf": {"packed"},
     "matplotlib": {"report"},
     "huggingface_hub": {"hub"},
