@@ -15,7 +15,7 @@ from cbqstream.checkpoint.decoders.compressed import COMPRESSED
 from cbqstream.checkpoint.decoders.decoder import REPAIR, Decoder, Quantized
 from cbqstream.checkpoint.decoders.fp8 import FP8
 from cbqstream.checkpoint.decoders.gptq import GPTQ
-from cbqstream.checkpoint.decoders.modelopt import MODELOPT
+from cbqstream.checkpoint.decoders.modelopt import MODELOPT, algorithm_of
 from cbqstream.checkpoint.decoders.mxfp4 import MXFP4
 from cbqstream.checkpoint.folder import find_quantization, quant_method_of
 from cbqstream.checkpoint.tensors import ModelTensor, TensorInfo
@@ -92,28 +92,24 @@ def decoded_tensors(
             raise InputError(info.file, problem, tensor=name)
         _refuse_orphan(decoder, info, infos)
         tensors[name] = info
+    if not held and not any(info.stored_dtype in decoder.in_place for info in infos.values()):
+        problem = f"the model is already quantized ({method}) by this description, but none of its weights is"
+        raise InputError(place, f"{problem}. Remove the description if the weights are dense, or download them again.")
     return tensors
 
 
-def quantizes_inputs(folder: Path, config: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> bool:
-    """Whether a quantized model also quantizes the inputs of its layers, which a decoded one does not.
+def quantizes_inputs(quantization: Mapping[str, Any]) -> bool:
+    """Whether inference engines also quantize the inputs of the layers of a model, which decoded weights do not.
 
     Args:
-        folder: folder of the model.
-        config: content of its config.json.
-        infos: every stored tensor, by name.
+        quantization: the `quantization_config` of the model.
     """
-    found = find_quantization(folder, config)
-    if found is None:
-        return False
-    quantization = found[1]
     groups = quantization.get("config_groups")
     of_groups = groups.values() if isinstance(groups, dict) else ()
-    return (
-        any(isinstance(group, dict) and group.get("input_activations") for group in of_groups)
-        or any(name.rpartition(".")[2] in _OF_INPUTS and "input" in name for name in infos)
-        or quantization.get("quant_method") in ("fp8", "fbgemm_fp8")
-    )
+    if any(isinstance(group, dict) and group.get("input_activations") for group in of_groups):
+        return True
+    method, algorithm = quant_method_of(quantization), str(algorithm_of(quantization))
+    return "fp8" in method or (method.startswith("modelopt") and not algorithm.startswith("W4A16"))
 
 
 def _model_dtype(config: Mapping[str, Any]) -> torch.dtype:

@@ -26,7 +26,7 @@ _MAX_OTHER_JSON = 1 << 20
 _MAX_NAME = 255
 _QUANTIZED = ("quantization_config", "compression_config")
 """Keys of config.json, or of a part of it such as text_config, that describe how a model is quantized."""
-_QUANTIZED_BESIDE = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
+QUANTIZED_BESIDE = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
 """Files beside config.json in which some programs describe it instead, and the method if the file does not name it."""
 _DEPTH = 3
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
@@ -99,7 +99,7 @@ def find_quantization(folder: Path, model: Mapping[str, Any]) -> tuple[str, dict
     inside = next(_quantized_parts(model, str(folder / "config.json")), None)
     if inside is not None:
         return inside
-    for name, method in _QUANTIZED_BESIDE.items():
+    for name, method in QUANTIZED_BESIDE.items():
         if (folder / name).exists():
             return str(folder / name), {"quant_method": method, **read_json(folder, name)}
     return None
@@ -113,6 +113,15 @@ def _quantized_parts(part: Mapping[str, Any], place: str, depth: int = 0) -> Ite
     for name, inner in part.items():
         if isinstance(inner, dict) and depth < _DEPTH:
             yield from _quantized_parts(inner, f"{place}: {shown(name)}", depth + 1)
+
+
+def without_quantization(part: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of config.json, or of a part of it, without any `quantization_config`."""
+    return {
+        key: without_quantization(value) if isinstance(value, dict) else value
+        for key, value in part.items()
+        if key not in _QUANTIZED
+    }
 
 
 def quant_method_of(quantization_config: object) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -90,6 +91,11 @@ class DerivedTensor:
     def dtype(self) -> torch.dtype:
         """Dtype of the computed tensor."""
         return self.torch_dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the computed tensor."""
+        return math.prod(self.shape) * self.torch_dtype.itemsize
 
     @property
     def file(self) -> Path:
@@ -187,6 +193,11 @@ def stored_bytes(tensors: Iterable[ModelTensor]) -> int:
     """Size in the files of the stored tensors from which tensors of a model are read. Tensors that share a stored one count it once."""
     pieces = {(part.file, part.start, part.end) for tensor in tensors for part in tensor.stored}
     return sum(end - start for _, start, end in pieces)
+
+
+def computed_bytes(tensors: Iterable[ModelTensor]) -> int:
+    """Size of tensors of a model in memory, in their own dtypes. A tensor that is named several times counts once."""
+    return sum(tensor.num_bytes for tensor in {tensor.name: tensor for tensor in tensors}.values())
 
 
 class WeightSource(Protocol):

@@ -152,6 +152,16 @@ def evaluate(
         else:
             answer = _of_sample(folder, sample or "", num_tokens, options)
     say(answer)
+    from cbqstream.checkpoint.folder import read_json
+    from cbqstream.packed.sources import has_unread_input_quantizers
+
+    for model_folder in (folder, reference):
+        if model_folder is not None and has_unread_input_quantizers(
+            model_folder, read_json(model_folder, "config.json")
+        ):
+            say(
+                f"warning: {model_folder}: inference engines also quantize the inputs of its layers; only its weights were evaluated."
+            )
 
 
 def _of_text(

@@ -10,7 +10,7 @@ import torch
 
 from cbqstream.activations.store import StreamShape
 from cbqstream.activations.zarr_store import ZarrStore
-from cbqstream.checkpoint.folder import quant_method_of, quantization_of, read_json, refuse_adapter
+from cbqstream.checkpoint.folder import find_tensors, quantization_of, read_json, refuse_adapter
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.checkpoint.tensors import WeightSource, named_piece
 from cbqstream.checkpoint.verified import VerifiedCheckpoint
@@ -19,7 +19,7 @@ from cbqstream.evaluation.loaded import load_beside_streamed
 from cbqstream.evaluation.model import EvaluationOptions, open_model
 from cbqstream.models.families import joined_with
 from cbqstream.models.meta_model import MetaModel
-from cbqstream.packed.format import METHOD, faults_of
+from cbqstream.packed.format import faults_of, schemes_if_own
 from cbqstream.packed.output import SUMS, require_sums
 from cbqstream.packed.packed_checkpoint import CPU, PackedCheckpoint
 from cbqstream.rundir.chain import Chain, is_run, neither_run_nor_model
@@ -141,9 +141,9 @@ def _streams(chain: Chain, *, read_data: bool) -> str:
 
 def _read_source_again(chain: Chain, options: _Options, found: Findings) -> None:
     folder = Path(chain.run.config.model)
-    source = VerifiedCheckpoint.open(folder, allow_links=options.allow_links)
-    source.remember(chain.source_digests)
-    names = chain.source_digests
+    stored, names = find_tensors(folder, allow_links=options.allow_links), chain.source_digests
+    source = VerifiedCheckpoint(stored)
+    source.remember(names)
     same = [found.attempt(_require, source, folder, name) for name in names]
     if source.fingerprint() != chain.run.identity.source_weights:
         found.problems.append(f"{folder}: the weights changed since this run began. Restore them.")
@@ -170,7 +170,7 @@ def _check_model(folder: Path, options: _Options, intact: dict[str, str], found:
     config = read_json(folder, "config.json")
     checkpoint = Checkpoint.open(folder, allow_links=options.allow_links)
     quantization = quantization_of(folder, config)
-    if quantization is not None and quant_method_of(quantization) == METHOD:
+    if quantization is not None and schemes_if_own(quantization) is not None:
         faults = list(faults_of(quantization, checkpoint))
         found.problems.extend(f"{folder}: {fault}" for fault in faults)
         if faults:

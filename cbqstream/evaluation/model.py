@@ -52,7 +52,7 @@ class EvaluationOptions(TypedDict, total=False):
 def open_model(
     folder: Path, blocks_path: str | None = None, *, allow_links: bool = False
 ) -> tuple[MetaModel, OpenedSource]:
-    """The model in a folder, quantized by this project or not.
+    """The model in a folder, quantized or not.
 
     Args:
         folder: folder of the model.
@@ -60,8 +60,7 @@ def open_model(
         allow_links: read shards that are links to files outside the folder.
 
     Raises:
-        InputError: the model cannot be read, or cannot be run block by block.
-        UsageError: the model is quantized in another form.
+        InputError: the model cannot be read, is quantized in a way that is not read, or cannot be run block by block.
     """
     config = read_json(folder, "config.json")
     source = open_source(folder, config, allow_links=allow_links)

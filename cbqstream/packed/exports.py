@@ -35,6 +35,8 @@ from cbqstream.packed.gguf_blocks import cannot_gguf, exact_half
 from cbqstream.records import QuantizedWeight
 from cbqstream.scheme import LayerSchemes, Scheme
 
+DENSE = "dense"
+"""Name of the format without quantization."""
 _WORD = 32
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _AWQ_GROUPS = (16, 32, 64, 128)
@@ -171,7 +173,7 @@ def _awq_config(scheme: Scheme, not_quantized: Sequence[str], quantized: Sequenc
 
 EXPORTS: Mapping[str, ExportFormat] = MappingProxyType(
     {
-        "dense": ExportFormat(
+        DENSE: ExportFormat(
             _dense, lambda scheme: None, lambda bits: (1, 1), lambda scheme, *paths: None, only_blocks=False
         ),
         "gptq": ExportFormat(lambda weight, dtype: _gptq(weight, 1), _cannot_gptq, _whole_words, _gptq_config("gptq")),
@@ -221,13 +223,13 @@ def require_exact(name: str, schemes: LayerSchemes) -> None:
         raise UsageError(f"format {name!r} is not supported. Use {', '.join(_CANNOT)}.")
     reason = _why_not(name, schemes)
     if reason is not None:
-        able = [other for other in _CANNOT if other != "dense" and _why_not(other, schemes) is None]
+        able = [other for other in _CANNOT if other != DENSE and _why_not(other, schemes) is None]
         can = f"Formats that can: {', '.join(able)}" if able else "No other format can"
         raise UsageError(f"format {name} cannot represent {reason} exactly. {can}; dense rounds the weights.")
 
 
 def _why_not(name: str, schemes: LayerSchemes) -> str | None:
-    if any(scheme != schemes.default for _, scheme in schemes.others) and name not in ("dense", GGUF):
+    if any(scheme != schemes.default for _, scheme in schemes.others) and name not in (DENSE, GGUF):
         return "layers with different schemes"
     reasons = [_CANNOT[name](scheme) for scheme in (schemes.default, *(scheme for _, scheme in schemes.others))]
     return next((reason for reason in reasons if reason is not None), None)

@@ -7,7 +7,7 @@ from typing import Any
 
 from compressed_tensors.quantization import QuantizationConfig
 
-from cbqstream.checkpoint.folder import quant_method_of
+from cbqstream.checkpoint.folder import quant_method_of, quantization_of
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.errors import InputError, UsageError, shown
 from cbqstream.models.families import JOINED
@@ -90,6 +90,14 @@ def schemes_of(config: dict[str, Any]) -> LayerSchemes:
     return LayerSchemes(default[0], others, ignored, patterns)
 
 
+def schemes_if_own(config: dict[str, Any] | None) -> LayerSchemes | None:
+    """Schemes of the layers of a quantized model; None if its quantization_config does not have the form that `quantize` writes."""
+    try:
+        return None if config is None else schemes_of(config)
+    except UsageError:
+        return None
+
+
 def schemes_of_result(folder: Path, config: Mapping[str, Any]) -> LayerSchemes:
     """Schemes of the layers of a result of `quantize`.
 
@@ -101,9 +109,10 @@ def schemes_of_result(folder: Path, config: Mapping[str, Any]) -> LayerSchemes:
         InputError: the model is not quantized.
         UsageError: it is quantized in another form.
     """
-    if not config.get("quantization_config"):
+    quantization = quantization_of(folder, config)
+    if quantization is None:
         raise InputError(folder / "config.json", "the model is not quantized. Give a result of cbqstream quantize.")
-    return schemes_of(config["quantization_config"])
+    return schemes_of(quantization)
 
 
 def _groups(config: dict[str, Any]) -> list[tuple[str, Scheme, str]]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cbqstream.checkpoint.folder import INDEX, shards_of
+from cbqstream.checkpoint.folder import INDEX, QUANTIZED_BESIDE, shards_of
 from cbqstream.checkpoint.header import read_header
 from cbqstream.checkpoint.tensors import ModelTensor, StoredTensors
 from cbqstream.disk import Disk, digest_of_file, is_occupied
@@ -48,12 +48,13 @@ class OtherFiles:
 def other_files(folder: Path) -> OtherFiles:
     """Find the files of a model folder that a result gets, and those that it does not get.
 
-    Shards of the model, config.json, the index and hidden subfolders are neither. A subfolder is copied as a whole or not at all.
+    Shards of the model, config.json, the index, descriptions of a quantized source and hidden subfolders are neither. A subfolder is
+    copied as a whole or not at all.
 
     Raises:
         InputError: the folder has no shards, see `shards_of`.
     """
-    replaced = {"config.json", INDEX, *shards_of(folder)}
+    replaced = {"config.json", INDEX, *QUANTIZED_BESIDE, *shards_of(folder)}
     copied: list[str] = []
     left_out: list[str] = []
     for entry in sorted(folder.iterdir()):

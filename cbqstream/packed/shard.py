@@ -5,7 +5,6 @@ require the metadata.
 """
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -72,7 +71,7 @@ def _entry(name: str, info: ModelTensor) -> tuple[str, str, list[int], int]:
     """Name, dtype, shape and size in bytes of a tensor that is copied; a derived tensor is copied as it is computed."""
     if isinstance(info, TensorInfo):
         return name, info.stored_dtype, list(info.shape), info.num_bytes
-    return name, _NAMES[info.dtype], list(info.shape), math.prod(info.shape) * info.dtype.itemsize
+    return name, _NAMES[info.dtype], list(info.shape), info.num_bytes
 
 
 def _header(entries: list[tuple[str, str, list[int], int]]) -> bytes:

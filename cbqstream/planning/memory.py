@@ -23,6 +23,8 @@ from cbqstream.windows.step_sizes import SEGMENTS_PER_STEP
 
 PROCESS = {"cpu": 385 << 20, "cuda": 2 << 30}
 """Resident memory of a process after all imports and some computation; an estimate on CUDA."""
+_DECODING = 16 << 22
+"""Memory for the rows of a quantized weight that are decoded at once (`checkpoint/decoders`): 16 bytes for each weight."""
 CONTEXT = 700 << 20
 """Device memory of a CUDA context and its workspaces; an estimate."""
 TILES = 320 << 20
@@ -79,6 +81,8 @@ def host_bytes(config: QuantizeConfig, sizes: ModelSizes, device: str) -> dict[s
         device: `cpu` or `cuda`.
     """
     host = {"process": PROCESS[device]}
+    if sizes.decoded:
+        host["decoding"] = sizes.decoded + _DECODING
     if device == "cuda":  # the packed block and one slab of a layer, or the embeddings while they are read
         packing = packed_bytes(config, sizes) + 9 * min(sizes.largest, SLAB_WEIGHTS)
         host["packing"] = max(packing, sizes.stored * sizes.vocabulary * sizes.hidden)

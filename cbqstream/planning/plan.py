@@ -30,6 +30,7 @@ from cbqstream.planning.memory import (
 from cbqstream.planning.rates import Rates, measure_rates
 from cbqstream.planning.requirements import (
     checked_model,
+    decoding_warnings,
     load_calibration,
     read_headers,
     require_paths,
@@ -155,9 +156,9 @@ def make_plan(
         vram={"context": CONTEXT, "tiles": TILES} | on_device if device == "cuda" else {},
         disk=disk_bytes(config, sizes, quantized, staying, offloaded),
         source=sizes.source_bytes,
-        bytes_read=int(len(windows) * in_window * sizes.block_bytes + stream_reads * stream)
+        bytes_read=int(len(windows) * in_window * sizes.block_read + stream_reads * stream)
         + sizes.ends_bytes
-        + sizes.outer_bytes
+        + sizes.outer_read
         + whole_model * sizes.num_blocks * 4 * packed
         + offloaded.read,
         bytes_written=len(windows) * (3 * stream + state_bytes(config, sizes, staying))
@@ -258,5 +259,6 @@ def plan(
         flags: make_plan(other, sizes, device.type, rates, made.memory_mode)
         for flags, other in smaller_settings(config).items()
     }
-    warnings, quantized = list(engine_warnings(config, meta_model)), quantized_share(config, meta_model)
+    warnings = [*decoding_warnings(config.model, infos), *engine_warnings(config, meta_model)]
+    quantized = quantized_share(config, meta_model)
     return replace(made, smaller=others, quantized=quantized, warnings=warnings)

@@ -1,6 +1,6 @@
 """Requirements of a run on its model, settings and dataset. A plan and a run check them alike, before anything is written."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from cbqstream.calibration.segments import load_segments
-from cbqstream.checkpoint.folder import find_quantization, find_tensors, quant_method_of, read_json, refuse_adapter
+from cbqstream.checkpoint.decoding import decoded_tensors
+from cbqstream.checkpoint.folder import find_tensors, read_json, refuse_adapter
 from cbqstream.checkpoint.header import described
-from cbqstream.checkpoint.tensors import ModelTensor, TensorInfo
+from cbqstream.checkpoint.tensors import DerivedTensor, ModelTensor
 from cbqstream.config import QuantizeConfig
 from cbqstream.disk import is_occupied
-from cbqstream.errors import InputError, UsageError
+from cbqstream.errors import UsageError
 from cbqstream.hub import fetch_headers, is_name
 from cbqstream.models.meta_model import MetaModel
 from cbqstream.models.probe import probe
@@ -25,8 +26,8 @@ from cbqstream.rundir.chain import is_run
 
 def read_headers(
     model: str, revision: str | None = None, *, allow_links: bool = False
-) -> tuple[dict[str, Any], Mapping[str, TensorInfo]]:
-    """Content of config.json, and location, shape and dtype of every tensor by name, from headers alone.
+) -> tuple[dict[str, Any], Mapping[str, ModelTensor]]:
+    """Content of config.json, and every tensor by name, from headers alone. Quantized weights are decoded when they are read.
 
     Args:
         model: folder of the model, or its name on the Hub, from which only headers and config.json are fetched.
@@ -34,18 +35,16 @@ def read_headers(
         allow_links: read shards that are links to files outside the folder.
 
     Raises:
-        InputError: the model cannot be read or fetched, or is quantized already.
+        InputError: the model cannot be read or fetched, or is quantized in a way that is not read.
     """
     if not is_name(model, revision):
         folder = Path(model)
         found = read_json(folder, "config.json")
-        require_original(folder, found)
-        return found, find_tensors(folder, allow_links=allow_links)
+        return found, decoded_tensors(folder, found, find_tensors(folder, allow_links=allow_links))
     folder, headers = fetch_headers(model, revision, refuse_adapter)
     found = read_json(folder, "config.json")
-    require_original(folder, found)
     infos = {key: info for file, held in headers.items() for key, info in described(Path(model, file), held).items()}
-    return found, infos
+    return found, decoded_tensors(folder, found, infos)
 
 
 def checked_model(
@@ -60,7 +59,7 @@ def checked_model(
 
     Args:
         config: settings of the run.
-        model: content of config.json of the source, which is not quantized (`require_original`).
+        model: content of config.json of the source.
         infos: dense tensors of the source, by name.
         device: device that will compute.
         allow_partial: accept a model most of whose block weights cannot be quantized.
@@ -101,21 +100,14 @@ def load_calibration(config: QuantizeConfig, meta_model: MetaModel) -> Tensor:
     )
 
 
-def require_original(folder: Path, model: Mapping[str, Any]) -> None:
-    """Check that a model is not quantized already.
-
-    Args:
-        folder: folder of the model.
-        model: content of config.json.
-
-    Raises:
-        InputError: config.json or a file beside it says that the model is quantized.
-    """
-    found = find_quantization(folder, model)
-    if found is not None:
-        place, config = found
-        problem = f"the model is already quantized ({quant_method_of(config)})"
-        raise InputError(place, f"{problem}. Give the original model; if that is in FP8, convert it to bf16.")
+def decoding_warnings(model: str, infos: Mapping[str, ModelTensor]) -> Iterator[str]:
+    """A sentence about a source whose weights are quantized already."""
+    decoded = sum(isinstance(info, DerivedTensor) for info in infos.values())
+    if decoded:
+        yield (
+            f"{model}: {decoded:,} of its {len(infos):,} tensors are quantized already. They are decoded as they are read;"
+            " what they lost is not restored."
+        )
 
 
 def require_paths(config: QuantizeConfig) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-from cbqstream.checkpoint.tensors import stored_bytes
+from cbqstream.checkpoint.tensors import DerivedTensor, computed_bytes, stored_bytes
 from cbqstream.models.families import EXPERT
 from cbqstream.models.meta_model import MetaModel
 
@@ -25,15 +25,21 @@ class ModelSizes:
     experts: float
     """Share of the experts of a block that compute a token; 1 without experts."""
     stored: int
-    """Size of a stored weight in bytes."""
+    """Size of a weight in bytes, as it is read."""
     block_bytes: int
-    """Size of a block in bytes."""
+    """Size of a block in bytes, as it is read."""
+    block_read: int
+    """Size of the same block in the files."""
     source_bytes: int
-    """Size of all tensors in bytes."""
+    """Size of all tensors in the files."""
     outer_bytes: int
-    """Size of all tensors outside the blocks in bytes."""
+    """Size of all tensors outside the blocks in bytes, as they are read."""
+    outer_read: int
+    """Size of all tensors outside the blocks in the files."""
     ends_bytes: int
     """Size of the embedding, the final norm and the head in bytes."""
+    decoded: int = 0
+    """Largest size in the files of a weight that is decoded as it is read; 0 if there is none."""
     eager_heads: int = 0
     """Number of attention heads in families that have only eager attention, which stores a matrix [S, S] for each head; otherwise 0."""
     parallel: int = 1
@@ -78,7 +84,8 @@ class ModelSizes:
     def of(cls, meta_model: MetaModel) -> Self:
         """Sizes of a model."""
         infos = meta_model.infos
-        sizes = [stored_bytes(infos[name] for name in spec.tensors.values()) for spec in meta_model.blocks]
+        sizes = [computed_bytes(infos[name] for name in spec.tensors.values()) for spec in meta_model.blocks]
+        read = [stored_bytes(infos[name] for name in spec.tensors.values()) for spec in meta_model.blocks]
         block_bytes = max(sizes)
         largest = meta_model.blocks[sizes.index(block_bytes)]
         layers = {name: infos[name] for name in (largest.tensors[f"{layer}.weight"] for layer in largest.linears)}
@@ -93,9 +100,14 @@ class ModelSizes:
             experts=_share_of_experts(meta_model.text_config, list(layers)),
             stored=max(info.dtype.itemsize for info in layers.values()),
             block_bytes=block_bytes,
+            block_read=read[sizes.index(block_bytes)],
             source_bytes=source_bytes,
-            outer_bytes=source_bytes - sum(sizes),
-            ends_bytes=stored_bytes(infos[name] for name in meta_model.outer.values()),
+            outer_bytes=computed_bytes(infos.values()) - sum(sizes),
+            outer_read=source_bytes - sum(read),
+            decoded=max(
+                (stored_bytes([info]) for info in infos.values() if isinstance(info, DerivedTensor)), default=0
+            ),
+            ends_bytes=computed_bytes(infos[name] for name in meta_model.outer.values()),
             eager_heads=int(meta_model.text_config.num_attention_heads) if meta_model.family.eager_attention else 0,
         )
 

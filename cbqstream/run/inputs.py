@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cbqstream.calibration.segments import segments_digest
+from cbqstream.checkpoint.decoding import decoded_tensors
 from cbqstream.checkpoint.folder import find_tensors, read_json
 from cbqstream.checkpoint.verified import VerifiedCheckpoint
 from cbqstream.config import QuantizeConfig
@@ -16,7 +17,7 @@ from cbqstream.models.meta_model import MetaModel
 from cbqstream.packed.layouts import newer_formats
 from cbqstream.planning.layer_schemes import layer_schemes
 from cbqstream.planning.plan import fitting_plan
-from cbqstream.planning.requirements import checked_model, load_calibration, require_original, require_paths
+from cbqstream.planning.requirements import checked_model, load_calibration, require_paths
 from cbqstream.planning.sizes import ModelSizes
 from cbqstream.records import Compute, Window
 from cbqstream.rounding.registry import method_of
@@ -84,10 +85,10 @@ def open_inputs(
     """
     folder = Path(config.model)
     model = read_json(folder, "config.json")
-    require_original(folder, model)
     require_paths(config)
     stored = find_tensors(folder, allow_links=allow_links)
-    meta_model = checked_model(config, model, stored, device, allow_partial=allow_partial)
+    dense = decoded_tensors(folder, model, stored)
+    meta_model = checked_model(config, model, dense, device, allow_partial=allow_partial)
     source = VerifiedCheckpoint(meta_model.infos, stored, measure)
     tokens_NS = load_calibration(config, meta_model)
     identity = Identity.of(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from cbqstream.checkpoint.folder import without_quantization
 from cbqstream.checkpoint.tensors import copied, stored_names
 from cbqstream.disk import FileDigest
 from cbqstream.errors import IdentityError
@@ -77,7 +78,7 @@ def write_result(inputs: RunInputs, journal: Journal, out: Path) -> None:
         shards=shards,
         rest=rest,
         config={
-            **inputs.model,
+            **without_quantization(inputs.model),
             "quantization_config": quantization_config(schemes, list(dict.fromkeys(not_quantized))),
         },
         texts=_texts(inputs, journal),

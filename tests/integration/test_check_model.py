@@ -13,11 +13,14 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from cbqstream import quantize
+from cbqstream.checkpoint.decoders.decoder import Decoder
+from cbqstream.checkpoint.tensors import DerivedTensor
 from cbqstream.commands.check import check
 from cbqstream.errors import DeviceMemoryError, InputError, StoppedError
 from cbqstream.evaluation.model import open_model
 from cbqstream.rundir.chain import Chain
 from cbqstream.scheme import Scheme
+from quantized import store
 from tiny import VOCAB
 
 SHARD = "block-00001.safetensors"
@@ -154,20 +157,22 @@ def test_a_wrong_number_of_bits_of_per_channel_weights_is_reported(make_config):
 
 
 @pytest.mark.parametrize(
-    "edit",
+    ("edit", "problem"),
     [
-        lambda config: config["config_groups"].update(group_0=["Linear"]),
-        lambda config: config["config_groups"]["group_0"]["weights"].pop("num_bits"),
-        lambda config: config["config_groups"]["group_0"]["weights"].update(num_bits="4"),
-        lambda config: config.pop("config_groups"),
+        (
+            lambda config: config["config_groups"].update(group_0=["Linear"]),
+            "(compressed-tensors), and compressed-tensors cannot read its quantization_config",
+        ),
+        (
+            lambda config: config["config_groups"]["group_0"]["weights"].pop("num_bits"),
+            'down_proj.weight_packed": has shape [64, 16], but must have [64, 32].',
+        ),
+        (lambda config: config.pop("config_groups"), "and its quantization_config has no config_groups."),
     ],
 )
-def test_a_quantization_config_of_an_unknown_form_is_reported(made, edit):
+def test_a_quantization_config_of_an_unknown_form_is_reported(made, edit, problem):
     edit_quantization_config(made, edit)
-    assert (
-        "already quantized (compressed-tensors) in a form that is not supported."
-        in check(made, read_data=False).problems[-1]
-    )
+    assert problem in check(made, read_data=False).problems[-1]
 
 
 def test_checksums_of_all_shards_are_compared(made, tmp_path):
@@ -308,43 +313,27 @@ def test_load_reports_that_an_unfinished_run_has_no_result(make_config):
     assert found.facts[-1] == "result: not finished yet, so nothing was loaded"
 
 
-class Halves:
-    """A checkpoint of a made-up format: every stored value is half of the weight."""
-
-    def __init__(self, checkpoint):
-        self.checkpoint = checkpoint
-
-    @property
-    def infos(self):
-        return self.checkpoint.infos
-
-    def viewed(self, infos):
-        return Halves(self.checkpoint.viewed(infos))
-
-    def read(self, name, *, device, dtype=None):
-        return self.checkpoint.read(name, device=device, dtype=dtype) * 2
-
-    def input_quantizer(self, name):
-        return None
+def half_of(name, parts):
+    """A weight of a made-up format: every stored value is half of it."""
+    half = parts["half"]
+    return DerivedTensor(name, half.dtype, half.shape, parts, lambda values: 2 * values["half"], piecewise=True)
 
 
 def test_a_model_of_a_registered_source_format_is_checked(tiny_models, tmp_path, monkeypatch):
-    """One row of `SOURCES` is enough: the format is not taken for that of cbqstream, and all tensors are read through its reader."""
+    """One row of `DECODERS` is enough, and all tensors are read through it."""
     folder = shutil.copytree(tiny_models["llama"], tmp_path / "halves")
-    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "halves"}}
-    (folder / "config.json").write_text(json.dumps(config))
-    refused = f"{folder}/config.json: the model is already quantized (halves) in a form that is not supported"
+    store(folder, lambda weight: {"weight_half": weight / 2}, {"quant_method": "halves"})
+    refused = f"{folder}/config.json: the model is already quantized (halves), which is not decoded"
     assert [problem.startswith(refused) for problem in check(folder, read_data=True).problems] == [True]
 
-    monkeypatch.setattr(
-        "cbqstream.packed.sources.SOURCES", {"halves": lambda checkpoint, quantization_config: Halves(checkpoint)}
-    )
+    halves = Decoder("half", {"_half": ("", "half")}, lambda quantized: half_of)
+    monkeypatch.setattr("cbqstream.checkpoint.decoding.DECODERS", {"halves": halves})
     found = check(folder, read_data=True)
     assert found.problems == []
     assert "all finite" in found.facts[-1]
-    name, device = "model.norm.weight", torch.device("cpu")
+    name, device = "model.layers.0.mlp.up_proj.weight", torch.device("cpu")
     _, original = open_model(tiny_models["llama"])
-    assert torch.equal(open_model(folder)[1].read(name, device=device), 2 * original.read(name, device=device))
+    assert torch.equal(open_model(folder)[1].read(name, device=device), original.read(name, device=device))
 
 
 def test_streams_that_the_run_deletes_during_the_check_are_not_called_damaged(make_config, monkeypatch):

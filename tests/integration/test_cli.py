@@ -357,12 +357,12 @@ BAD_MODELS = {
         "{model}/config.json: does not describe a llama model: ",
     ),
     "already quantized": (
-        edit_config(quantization_config={"quant_method": "gptq"}),
-        "{model}/config.json: the model is already quantized (gptq). Give the original model; if that is in FP8, convert it to bf16.",
+        edit_config(quantization_config={"quant_method": "hqq"}),
+        "{model}/config.json: the model is already quantized (hqq), which is not decoded. Give the original model, or one in awq,",
     ),
     "quantized in an unknown way": (
         edit_config(quantization_config="x"),
-        "{model}/config.json: the model is already quantized (None). Give the original",
+        "{model}/config.json: the model is already quantized (None), which is not decoded. Give the original",
     ),
 }
 

@@ -303,7 +303,10 @@ def test_adapters_and_quantized_models_are_refused_before_its_weights_are_downlo
     (folder / "adapter_config.json").rename(folder / "hf_quant_config.json")
     refused = run("plan", NAME, "--without-time")
     assert (refused.returncode, refused.stderr.count("\n")) == (65, 1), refused.stderr
-    assert "/hf_quant_config.json: the model is already quantized (modelopt). " in refused.stderr
+    assert (
+        "/hf_quant_config.json: the model is already quantized (modelopt), and its quant_algo None is not one of FP8, "
+        in refused.stderr
+    )
     assert not any(name.endswith(".safetensors") for name in hub.downloads)
     for name in ("hf_quant_config.json", "config.json"):
         (folder / name).unlink()

@@ -355,18 +355,12 @@ def test_codes_without_a_scale_are_not_read(tmp_path):
         checkpoint.read(f"{LAYER}.weight", device=CPU)
 
 
-def test_quantized_inputs_are_noticed(tmp_path):
+def test_quantized_inputs_are_noticed():
     dynamic = ct("int-quantized", num_bits=8, strategy="channel")
     dynamic["config_groups"]["group_0"]["input_activations"] = {"num_bits": 8, "dynamic": True}
-    for quantization, names, expected in (
-        (dynamic, (), True),
-        (ct("pack-quantized", num_bits=4), (), False),
-        (FP8, (), True),
-        (MODELOPT, (f"{LAYER}.input_scale",), True),
-        (GPTQ, (), False),
-        ({}, (), False),
-    ):
-        assert quantizes_inputs(tmp_path, {"quantization_config": quantization}, dict.fromkeys(names)) is expected
+    weights_only = {"quantization": {"quant_algo": "W4A16_NVFP4"}, "quant_method": "modelopt"}
+    assert all(map(quantizes_inputs, (dynamic, FP8, MODELOPT, {"quant_method": "fbgemm_fp8"})))
+    assert not any(map(quantizes_inputs, (ct("pack-quantized", num_bits=4), GPTQ, AWQ, weights_only)))
 
 
 PACKED = compressed(weight(), "pack-quantized", num_bits=4, strategy="group", group_size=32)
@@ -395,6 +389,11 @@ FROM_HEADERS: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
         {"weight": weight(), "weight_scale": torch.ones(())},
         FP8,
         r'is a scale, but ".*up_proj\.weight" is stored as BF16, which is not quantized\.',
+    ),
+    "fp8: nothing in FP8": (
+        {"weight": weight()},
+        FP8,
+        r"quantized \(fp8\) by this description, but none of its weights is",
     ),
     "fp8: block size": ({}, {**FP8, "weight_block_size": [0, 128]}, r"weight_block_size \[0, 128\] is not two sizes"),
     "packed: scale missing": (but(PACKED, weight_scale=None), PACKED_CONFIG, r"its weight_scale is missing\. Download"),

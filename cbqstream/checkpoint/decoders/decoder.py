@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from cbqstream.checkpoint.folder import quant_method_of
 from cbqstream.checkpoint.tensors import DerivedTensor, TensorInfo
 from cbqstream.errors import InputError
 
@@ -60,7 +61,10 @@ class Decoder:
 
 def not_read(quantized: Quantized, what: str) -> InputError:
     """The error for a quantization_config that is not read; `what` is a part of a sentence."""
-    return InputError(quantized.place, f"the model is quantized, and {what}. Give the original model.")
+    method = quant_method_of(quantized.config)
+    return InputError(
+        quantized.place, f"the model is already quantized ({method}), and {what}. Give the original model."
+    )
 
 
 def require_part(name: str, parts: Parts, part: str, codes: str, end: str) -> TensorInfo:

@@ -12,6 +12,7 @@ NVFP4 is decoded by compressed-tensors, after the conversion of `ModelOptNvfp4Co
 
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from compressed_tensors.compressors import NVFP4PackedCompressor
@@ -41,11 +42,16 @@ _GROUP = 16
 
 
 def _open(quantized: Quantized) -> MakeWeight:
-    inner = quantized.config.get("quantization")
-    algorithm = (inner if isinstance(inner, dict) else quantized.config).get("quant_algo")
+    algorithm = algorithm_of(quantized.config)
     if algorithm not in _ALGORITHMS:
         raise not_read(quantized, f"its quant_algo {algorithm!r} is not one of {', '.join(_ALGORITHMS)}")
     return partial(_weight, quantized)
+
+
+def algorithm_of(config: Mapping[str, Any]) -> object:
+    """The `quant_algo` of a quantization_config, or of the content of hf_quant_config.json."""
+    inner = config.get("quantization")
+    return (inner if isinstance(inner, dict) else config).get("quant_algo")
 
 
 def _weight(quantized: Quantized, name: str, parts: Parts) -> DerivedTensor:
