@@ -119,7 +119,7 @@ def _write_shards(
     for file in sorted({info.file for info in source.checkpoint.stored.values()}):
         shard = _shard_name(model, file)
         names, digest = _write_shard(disk, building / shard, source, file, format_name)
-        weight_map.update(dict.fromkeys(by_file[file], shard))
+        weight_map.update(dict.fromkeys(names, shard))
         sums[shard] = digest.sha256
     return weight_map, sums
 
