@@ -105,10 +105,11 @@ def gptq(
     codes, scale, zero = integers(weight[:, order], bits, groups, symmetric=symmetric)
     codes = codes[:, torch.argsort(order)]
     g_idx = (torch.argsort(order) // (columns // groups)).int()
-    stored_zero = (zero - offset) % (1 << bits)
+    qzeros = dense_words(((zero - offset if bits == 3 else zero) % (1 << bits)).T, bits)
+    ones = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
     return {
         "qweight": dense_words(codes, bits).T.contiguous(),
-        "qzeros": dense_words(stored_zero.T, bits),
+        "qzeros": qzeros - offset * ones.get(bits, 0),  # with borrows, as GPTQModel stores it
         "scales": scale.T.contiguous(),
         "g_idx": g_idx,
     }

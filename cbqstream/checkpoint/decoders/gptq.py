@@ -5,8 +5,8 @@
     NAME.scales     F16 or BF16 [G, O]
     NAME.g_idx      I32 [I]              group of each column; groups follow each other if it is missing
 
-The weight NAME.weight [O, I] is `(code - zero) * scale`, computed in the dtype of the scales as in GPTQModel. A zero point that `gptq`
-stores as 2^b - 1 is 0, as AutoGPTQ reads it.
+The weight NAME.weight [O, I] is `(code - zero) * scale`, computed in the dtype of the scales as in GPTQModel. To zero points of `gptq`, one
+is added to whole words, with carries between them, because GPTQModel subtracts it so; those of 3 bits are changed one by one.
 """
 
 import math
@@ -35,6 +35,8 @@ from cbqstream.errors import InputError
 _BITS = (2, 3, 4, 8)
 _WORD = 32
 _SLAB_WEIGHTS = 1 << 22
+_ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
+"""Words in which every zero point is one."""
 _VERSIONS = {"gptq": 1, "gptq_v2": 0}
 """Number that is added to stored zero points, by the `checkpoint_format`."""
 
@@ -97,8 +99,9 @@ def _decoded(form: _Form, parts: Mapping[str, Tensor]) -> Tensor:
     columns = words.shape[0] * _WORD // bits
     require_scales(scales_GO, zero=True)  # float16 has no smaller scale for a row of tiny weights
     half, most = 1 << (bits - 1), (1 << bits) - 1
-    zeros_GO = unpack_from_int32(parts["qzeros"], bits, torch.Size(scales_GO.shape)).short()
-    if form.offset:
+    in_words = parts["qzeros"] + form.offset * _ONES.get(bits, 0)
+    zeros_GO = unpack_from_int32(in_words, bits, torch.Size(scales_GO.shape)).short()
+    if bits not in _ONES:
         zeros_GO = ((zeros_GO + half + form.offset) & most) - half
     group_I = parts["g_idx"].long() if "g_idx" in parts else torch.arange(columns) // (columns // groups)
     low, high = (int(value) for value in torch.aminmax(group_I))
