@@ -23,8 +23,8 @@ from cbqstream.windows.step_sizes import SEGMENTS_PER_STEP
 
 PROCESS = {"cpu": 385 << 20, "cuda": 2 << 30}
 """Resident memory of a process after all imports and some computation; an estimate on CUDA."""
-_DECODING = 16 << 22
-"""Memory for the rows of a quantized weight that are decoded at once (`checkpoint/decoders`): 16 bytes for each weight."""
+_DECODING = 64 << 20
+"""Memory for the rows of a quantized weight that are decoded at once (`checkpoint/decoders`), measured."""
 CONTEXT = 700 << 20
 """Device memory of a CUDA context and its workspaces; an estimate."""
 TILES = 320 << 20

@@ -30,7 +30,7 @@ from cbqstream.checkpoint.tensors import DerivedTensor
 from cbqstream.errors import InputError
 
 _BITS, _IN_WORD, _ZERO = 4, 8, 8
-_SLAB_WEIGHTS = 1 << 22
+_SLAB_WEIGHTS = 1 << 20
 
 
 def _open(quantized: Quantized) -> MakeWeight:

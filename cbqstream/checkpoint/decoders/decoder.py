@@ -19,7 +19,7 @@ _FLOAT8 = {
 }
 REPAIR = "Download it again, or give the original model."
 """Remedy for tensors that do not fit together."""
-_SLAB_WEIGHTS = 1 << 22
+_SLAB_WEIGHTS = 1 << 20
 """Largest number of weights that are decoded at once, because their temporary values are float32."""
 
 Parts: TypeAlias = Mapping[str, TensorInfo]

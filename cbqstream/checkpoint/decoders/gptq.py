@@ -34,7 +34,7 @@ from cbqstream.errors import InputError
 
 _BITS = (2, 3, 4, 8)
 _WORD = 32
-_SLAB_WEIGHTS = 1 << 22
+_SLAB_WEIGHTS = 1 << 20
 _ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 """Words in which every zero point is one."""
 _VERSIONS = {"gptq": 1, "gptq_v2": 0}

@@ -22,7 +22,7 @@ from cbqstream.checkpoint.decoders.decoder import (
     require_form,
     require_part,
 )
-from cbqstream.checkpoint.decoders.fp8 import E2M1
+from cbqstream.checkpoint.decoders.fp8 import of_fp4
 from cbqstream.checkpoint.tensors import DerivedTensor
 
 _BYTES = 16
@@ -68,12 +68,10 @@ def _decoded(dtype: torch.dtype, parts: Mapping[str, Tensor]) -> Tensor:
 
 def _expert(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """The weight [I, O] of one expert."""
-    table = torch.tensor(E2M1, dtype=dtype)
     rows, groups, _ = blocks.shape
 
     def rows_of(slab: slice) -> Tensor:
-        codes = blocks[slab]
-        values = torch.stack((table[(codes & 15).int()], table[(codes >> 4).int()]), dim=-1).flatten(-2)
+        values = of_fp4(blocks[slab], dtype)
         torch.ldexp(values, scales[slab].int()[..., None] - _BIAS, out=values)
         return values.flatten(1)
 
