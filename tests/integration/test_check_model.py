@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from collections import deque
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,9 +15,11 @@ from transformers import LlamaForCausalLM
 
 from cbqstream import quantize
 from cbqstream.checkpoint.decoders.decoder import Decoder
-from cbqstream.checkpoint.tensors import DerivedTensor
-from cbqstream.commands.check import check
-from cbqstream.errors import DeviceMemoryError, InputError, StoppedError
+from cbqstream.checkpoint.header import read_header
+from cbqstream.checkpoint.tensors import DerivedTensor, piece
+from cbqstream.checkpoint.verified import VerifiedCheckpoint
+from cbqstream.commands.check import _pieces, check
+from cbqstream.errors import DeviceMemoryError, IdentityError, InputError, StoppedError
 from cbqstream.evaluation.model import open_model
 from cbqstream.rundir.chain import Chain
 from cbqstream.scheme import Scheme
@@ -311,6 +314,24 @@ def test_load_reports_that_an_unfinished_run_has_no_result(make_config):
     found = check(Path(f"{config.out}.run"), read_data=False, load=True)
     assert found.problems == []
     assert found.facts[-1] == "result: not finished yet, so nothing was loaded"
+
+
+def test_pieces_of_a_source_are_read_again(tmp_path):
+    """A run that read one expert of a fused tensor recorded the digest of that piece."""
+    save_file({"experts": torch.arange(12.0).reshape(3, 2, 2)}, tmp_path / "model.safetensors")
+    stored = read_header(tmp_path / "model.safetensors")
+    source = VerifiedCheckpoint({"one": piece(stored["experts"], 1)}, stored)
+    source.read("one", device=torch.device("cpu"))
+    digests = source.take_digests()
+    assert list(digests) == ["experts[1]"]
+    pieces = dict(_pieces(stored, [*digests, "experts[3]", "experts", "others[0]"]))
+    assert list(pieces) == ["experts[1]"]
+    again = VerifiedCheckpoint(pieces, stored)
+    again.remember(digests)
+    assert b"".join(again.raw("experts[1]")) == torch.arange(4.0, 8.0).numpy().tobytes()
+    again.remember({"experts[1]": "another"})
+    with pytest.raises(IdentityError, match=r'tensor "experts\[1\]" is not what this run read before'):
+        deque(again.raw("experts[1]"), maxlen=0)
 
 
 def half_of(name, parts):

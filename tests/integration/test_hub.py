@@ -19,6 +19,7 @@ from cbqstream import hub as hub_module
 from cbqstream.checkpoint.folder import find_tensors
 from cbqstream.errors import InputError, StorageError
 from cbqstream.evaluation.perplexity import evaluate
+from quantized import modelopt_nvfp4, store
 from tiny import SEQ_LEN, files_of, save_model
 
 COMMITS = {"main": "a" * 40, "old": "b" * 40}
@@ -314,6 +315,25 @@ def test_adapters_and_quantized_models_are_refused_before_its_weights_are_downlo
     refused = python("-c", f"from cbqstream.hub import fetch; fetch({NAME!r})", HF_HOME=str(tmp_path / "other"))
     message = f"InputError: {NAME}: has no config.json. Give a model in safetensors that transformers can load.\n"
     assert refused.stderr.endswith(message)
+
+
+@pytest.mark.parametrize("where", ["config.json", "hf_quant_config.json"])
+def test_a_quantized_model_is_planned_from_its_headers(run, hub, tmp_path, where):
+    """The plan on the Hub is that of a local copy, and no weight is downloaded."""
+    folder = store(
+        hub.models[NAME][COMMITS["main"]], modelopt_nvfp4, {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+    )
+    if where != "config.json":
+        config = json.loads((folder / "config.json").read_text())
+        described = {"quantization": config.pop("quantization_config")}
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / where).write_text(json.dumps(described))
+    plans = [run("plan", model, "--without-time", "--group-size", 32, "--json") for model in (NAME, folder)]
+    assert [made.returncode for made in plans] == [0, 0], plans
+    on_hub, local = (json.loads(made.stdout) for made in plans)
+    assert "28 of its 39 tensors are quantized already" in on_hub["warnings"][0]
+    assert {**on_hub, "warnings": []} == {**local, "warnings": []}
+    assert not any(name.endswith(".safetensors") for name in hub.downloads)
 
 
 def test_models_that_cannot_be_downloaded_are_errors_of_one_line(run, tokens, tmp_path):
