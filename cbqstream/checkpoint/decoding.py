@@ -80,6 +80,8 @@ def decoded_tensors(
     decoder = DECODERS[method]
     make = decoder.open(Quantized(place, quantization, _model_dtype(config)))
     held = _parts(decoder, infos)
+    for info in (info for parts in held.values() for info in parts.values() if 0 in info.shape):
+        raise InputError(info.file, f"has shape {list(info.shape)}, without values. {REPAIR}", tensor=info.name)
     tensors: dict[str, ModelTensor] = {name: make(name, parts) for name, parts in held.items()}
     used = {info.name for parts in held.values() for info in parts.values()}
     for name, info in infos.items():
@@ -144,9 +146,8 @@ def _weights_of(decoder: Decoder, name: str) -> Iterator[tuple[str, str]]:
     """The weight to which a stored tensor belongs by its name, and which part of it; at most one."""
     if name.rpartition(".")[2] in _OF_INPUTS:
         return
-    for end in sorted(decoder.ends, key=len, reverse=True):
+    for end, (replaced, part) in decoder.ends.items():
         if name.endswith(end):
-            replaced, part = decoder.ends[end]
             yield name.removesuffix(end) + replaced, part
             return
 

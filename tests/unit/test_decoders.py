@@ -385,6 +385,11 @@ FROM_HEADERS: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
         FP8,
         r'weight_scale_inv": has dtype I32, but must have BF16 or F16 or F32 or F8_E8M0 or U8\. Download it again, or',
     ),
+    "fp8: no values": (
+        {"weight": torch.ones(96, 0).to(torch.float8_e4m3fn), "weight_scale_inv": torch.ones(1, 0)},
+        FP8,
+        r"has shape \[(96|1), 0\], without values\.",
+    ),
     "fp8: scale without weight": ({"weight_scale_inv": torch.ones(1, 1)}, FP8, r"whose codes are missing\. Download"),
     "fp8: dense weight with scale": (
         {"weight": weight(), "weight_scale": torch.ones(())},
@@ -425,6 +430,7 @@ FROM_HEADERS: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
         ct("pack-quantized", num_bits="four"),
         "compressed-tensors cannot read its quantization_config",
     ),
+    "packed: no bits": ({}, ct("pack-quantized", num_bits=0, strategy="channel"), "its num_bits, 0, are not 1 to 8"),
     "packed: other format": ({}, ct("mxfp6-pack-quantized", num_bits=6), "its format mxfp6-pack-quantized .* is not"),
     "packed: transform": (
         {},

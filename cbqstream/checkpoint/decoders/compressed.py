@@ -46,6 +46,7 @@ from cbqstream.checkpoint.tensors import DerivedTensor
 from cbqstream.errors import InputError, shown
 
 _WORD = 32
+_MOST_BITS = 8
 _FLOATS = ("F32", "F16", "BF16")
 _STORED = {
     "codes": ("weight", "weight_packed"),
@@ -142,6 +143,8 @@ def _schemes(quantized: Quantized) -> list[_Scheme]:
         reason = shown(str(error).splitlines()[0])
         raise not_read(quantized, f"compressed-tensors cannot read its quantization_config ({reason})") from error
     for one in found:
+        if not 1 <= one.args.num_bits <= _MOST_BITS:
+            raise not_read(quantized, f"its num_bits, {one.args.num_bits}, are not 1 to {_MOST_BITS}")
         if one.format not in _FORMATS or one.args.strategy not in ("tensor", "channel", "block", *_BY_GROUP):
             raise not_read(
                 quantized, f"its format {one.format} ({one.args.strategy}) is not one of {', '.join(_FORMATS)}"
@@ -263,7 +266,7 @@ def _check_values(found: _Scheme, parts: Mapping[str, Tensor]) -> None:
         require_scales(scale.float(), zero=args.type == "float", negative=args.type == "int" and args.symmetric)
     if "whole" in parts:
         require_scales(parts["whole"], what="weight_global_scale")
-    if codes.dtype == torch.int8 and args.num_bits < 8:
+    if codes.dtype == torch.int8 and args.num_bits < _MOST_BITS:
         low, high = (int(value) for value in torch.aminmax(codes))
         most = 1 << (args.num_bits - 1)
         if low < -most or high >= most:
@@ -302,10 +305,10 @@ COMPRESSED = Decoder(
     codes="codes",
     ends={
         "_packed": ("", "codes"),
+        "_global_scale": ("", "whole"),
         "_scale": ("", "scale"),
         "_zero_point": ("", "zero"),
         "_shape": ("", "shape"),
-        "_global_scale": ("", "whole"),
         "_g_idx": ("", "g_idx"),
     },
     open=_open,

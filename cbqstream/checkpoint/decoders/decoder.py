@@ -49,7 +49,10 @@ class Decoder:
     codes: str
     """The part with the codes, which every quantized weight has."""
     ends: Mapping[str, tuple[str, str]]
-    """For each end of the name of a stored part: the end of the name of the weight that replaces it, and the name of the part."""
+    """For each end of the name of a stored part: the end of the name of the weight that replaces it, and the name of the part.
+
+    The first end that fits counts.
+    """
     open: Callable[[Quantized], MakeWeight]
     """Checks the quantization_config of a model and returns the function that makes its weights.
 
