@@ -1,8 +1,11 @@
 """Activations in memory, for tests and small jobs."""
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
-from cbqstream.activations.store import ActivationStore, StreamShape
+from cbqstream.activations.store import ActivationStore, StreamShape, as_matrix
 from cbqstream.errors import InputError
 
 
@@ -24,3 +27,6 @@ class MemoryStore(ActivationStore):
         if segment not in self._segments:
             raise InputError("memory", f"segment {segment} was never written.")
         return self._segments[segment].clone()
+
+    def _new_beside(self, key: str, shape: Sequence[int], dtype: torch.dtype) -> "MemoryStore":
+        return MemoryStore(StreamShape(self.shape.num_segments, *as_matrix(shape), dtype))

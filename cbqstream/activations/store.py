@@ -3,8 +3,9 @@
 Shapes: N segments, S tokens in a segment, D hidden dimension.
 """
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,21 @@ class StreamShape:
     dtype: torch.dtype = torch.bfloat16
 
 
+@dataclass(frozen=True, slots=True)
+class StoredValue:
+    """Values beside the hidden states: one tensor for each segment, stored as a matrix."""
+
+    store: "ActivationStore"
+    shape: tuple[int, ...]
+    """Shape of the tensor of one segment."""
+
+
+def as_matrix(shape: Sequence[int]) -> tuple[int, int]:
+    """Numbers of rows and columns with which a tensor of a shape is stored."""
+    rows = shape[0] if shape else 1
+    return rows, math.prod(shape) // max(rows, 1)
+
+
 class ActivationStore(ABC):
     """Hidden states x_SD by segment number.
 
@@ -39,8 +55,11 @@ class ActivationStore(ABC):
     def __init__(self, shape: StreamShape, measure: Measure = unmeasured) -> None:
         self.shape = shape
         self.measure = measure
-        self.beside: Mapping[str, ActivationStore] = {}
-        """Stores of further values of the same segments, which blocks read with the hidden states, by key."""
+        self.beside: Mapping[str, StoredValue] = {}
+        """Values of the same segments that depend only on their tokens, by key. Streams share them."""
+        self.handed: dict[str, StoredValue] = {}
+        """Values that the block before handed on with the hidden states, by key."""
+        self._created: dict[tuple[str, tuple[int, ...], torch.dtype], StoredValue] = {}
 
     @abstractmethod
     def write(self, segment: int, x_SD: Tensor) -> None:
@@ -59,6 +78,24 @@ class ActivationStore(ABC):
             IndexError: there is no such segment.
             InputError: the segment was never written, or is damaged.
         """
+
+    def hand_on(self, key: str, shape: Sequence[int], dtype: torch.dtype) -> StoredValue:
+        """The values of a key in `handed`; their store is created, unless there is one for this shape and dtype.
+
+        Args:
+            key: key of the values.
+            shape: shape of the tensor of one segment.
+            dtype: dtype of the tensors.
+        """
+        kind = key, tuple(shape), dtype
+        if kind not in self._created:
+            self._created[kind] = StoredValue(self._new_beside(key, shape, dtype), tuple(shape))
+        self.handed[key] = self._created[kind]
+        return self.handed[key]
+
+    @abstractmethod
+    def _new_beside(self, key: str, shape: Sequence[int], dtype: torch.dtype) -> "ActivationStore":
+        """Create a store for values that are handed on."""
 
     def _check(self, segment: int, x_SD: Tensor | None = None) -> None:
         if not 0 <= segment < self.shape.num_segments:

@@ -6,7 +6,9 @@ syncs the folder of a durable store.
 """
 
 import asyncio
-from collections.abc import Sequence
+import glob
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,13 @@ from zarr.abc.store import Store
 from zarr.codecs import BytesCodec, Crc32cCodec
 from zarr.storage import LocalStore, MemoryStore, WrapperStore
 
-from cbqstream.activations.store import ActivationStore, StreamShape
+from cbqstream.activations.store import ActivationStore, StoredValue, StreamShape, as_matrix
 from cbqstream.disk import Disk, Measure, unmeasured
 from cbqstream.errors import InputError
 
 METADATA = "zarr.json"
+_HANDED, _SEPARATOR = "+", "="
+"""Characters in the name of the folder of values that are handed on with a stream."""
 _CRC_BYTES = 4
 _STORAGE_DTYPES = {torch.bfloat16: torch.uint16, torch.bool: torch.uint8}
 """Dtypes that are stored with the bits of another one, because Zarr does not have them or does not store them as they are."""
@@ -56,10 +60,18 @@ class _DiskStore(WrapperStore[LocalStore]):
 class ZarrStore(ActivationStore):
     """A stream in a folder; created by `create` or `open`."""
 
-    def __init__(self, path: Path, shape: StreamShape, array: "zarr.Array[Any]", measure: Measure = unmeasured) -> None:
+    def __init__(
+        self,
+        path: Path,
+        shape: StreamShape,
+        array: "zarr.Array[Any]",
+        measure: Measure = unmeasured,
+        make: Callable[[Path, StreamShape], "ZarrStore"] | None = None,
+    ) -> None:
         super().__init__(shape, measure)
         self.path = path
         self._array = array
+        self._make = make
 
     @classmethod
     def create(cls, path: Path, shape: StreamShape, disk: Disk, *, durable: bool) -> "ZarrStore":
@@ -74,7 +86,7 @@ class ZarrStore(ActivationStore):
         """
         disk.make_folder(path)
         array = _new_array(_DiskStore(LocalStore(path), disk, durable=durable), shape)
-        return cls(path, shape, array, disk.measure)
+        return cls(path, shape, array, disk.measure, partial(cls.create, disk=disk, durable=durable))
 
     @classmethod
     def open(cls, path: Path, shape: StreamShape, measure: Measure = unmeasured) -> "ZarrStore":
@@ -101,7 +113,12 @@ class ZarrStore(ActivationStore):
             array = zarr.open_array(str(path), mode="r")
         except FileNotFoundError as error:  # another process deleted the store after the comparison
             raise InputError(path, "missing.") from error
-        return cls(path, shape, array, measure)
+        store = cls(path, shape, array, measure)
+        for place in sorted(path.parent.glob(f"{glob.escape(path.name)}{_HANDED}*")):
+            key, value_shape, _ = _parsed(place.name)
+            opened = cls.open(place, shape_beside(place.name, shape.num_segments), measure)
+            store.handed[key] = StoredValue(opened, value_shape)
+        return store
 
     def write(self, segment: int, x_SD: Tensor) -> None:
         """Write the chunk of one segment. See `ActivationStore.write`."""
@@ -119,6 +136,43 @@ class ZarrStore(ActivationStore):
         except (ValueError, OSError) as error:
             raise InputError(self._chunk(segment), "damaged (its checksum does not match).") from error
         return torch.from_numpy(values).view(self.shape.dtype)
+
+    @property
+    def paths(self) -> list[Path]:
+        """Folders of the stream and of the values that are handed on with it."""
+        stores = [self, *(value.store for value in self.handed.values())]
+        return [store.path for store in stores if isinstance(store, ZarrStore)]
+
+    def tables(self) -> dict[str, list[list[int]]]:
+        """Result of `checksums` for the stream and for every value that is handed on with it, by the name of the folder.
+
+        Raises:
+            InputError: a chunk is missing.
+        """
+        stores = [self, *(value.store for value in self.handed.values())]
+        return {store.path.name: store.checksums() for store in stores if isinstance(store, ZarrStore)}
+
+    def require_all(self, tables: Mapping[str, Sequence[Sequence[int]]]) -> None:
+        """Check that the stream and the values that are handed on with it are those of `tables`, by reading all of them.
+
+        Raises:
+            InputError: something is missing, has changed or is damaged.
+        """
+        name = self.path.name
+        expected = {key: table for key, table in tables.items() if key == name or key.startswith(f"{name}{_HANDED}")}
+        stores = [self, *(value.store for value in self.handed.values())]
+        if {store.path.name for store in stores if isinstance(store, ZarrStore)} != expected.keys():
+            raise InputError(self.path, "is not what was committed (values that are handed on are missing).")
+        for store in stores:
+            if isinstance(store, ZarrStore):
+                store.require(expected[store.path.name], read=True)
+
+    def _new_beside(self, key: str, shape: Sequence[int], dtype: torch.dtype) -> "ZarrStore":
+        if self._make is None:
+            raise RuntimeError(f"{self.path} is open for reading only")
+        parts = key.removeprefix(_HANDED), str(dtype).removeprefix("torch."), "x".join(map(str, shape))
+        name = f"{self.path.name}{_HANDED}{_SEPARATOR.join(parts)}"
+        return self._make(self.path.with_name(name), shape_beside(name, self.shape.num_segments))
 
     def checksums(self) -> list[list[int]]:
         """Size in bytes and crc32c of the chunk file of each segment; the crc32c is the last four bytes of the file.
@@ -157,6 +211,33 @@ class ZarrStore(ActivationStore):
 
     def _chunk(self, segment: int) -> Path:
         return self.path / f"c.{segment}.0.0"
+
+
+def shape_beside(name: str, num_segments: int) -> StreamShape:
+    """Shape of a store of values that are handed on, from the name of its folder.
+
+    Raises:
+        InputError: it is not such a name.
+    """
+    _, shape, dtype = _parsed(name)
+    return StreamShape(num_segments, *as_matrix(shape), dtype)
+
+
+def _parsed(name: str) -> tuple[str, tuple[int, ...], torch.dtype]:
+    """Key, shape and dtype of values that are handed on, from the name of their folder: `stream+key=dtype=2x16`.
+
+    Raises:
+        InputError: it is not such a name.
+    """
+    key, *rest = name[max(0, name.find(_HANDED)) :].split(_SEPARATOR)
+    try:
+        dtype, sizes = rest
+        found = getattr(torch, dtype)
+        if not isinstance(found, torch.dtype):
+            raise TypeError
+        return key, tuple(int(size) for size in sizes.split("x")), found
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(name, "not the name of values that blocks hand on.") from error
 
 
 def _stored_dtype(shape: StreamShape) -> torch.dtype:

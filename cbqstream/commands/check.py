@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from cbqstream.activations.store import StreamShape
-from cbqstream.activations.zarr_store import ZarrStore
+from cbqstream.activations.zarr_store import ZarrStore, shape_beside
 from cbqstream.checkpoint.folder import find_tensors, quantization_of, read_json, refuse_adapter
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.checkpoint.tensors import WeightSource, named_piece
@@ -22,7 +22,7 @@ from cbqstream.models.meta_model import MetaModel
 from cbqstream.packed.format import faults_of, schemes_if_own
 from cbqstream.packed.output import SUMS, require_sums
 from cbqstream.packed.packed_checkpoint import CPU, PackedCheckpoint
-from cbqstream.rundir.chain import Chain, is_run, neither_run_nor_model
+from cbqstream.rundir.chain import QUANTIZED, REFERENCE, Chain, is_run, neither_run_nor_model
 
 
 @dataclass(slots=True)
@@ -131,7 +131,9 @@ def _streams(chain: Chain, *, read_data: bool) -> str:
     shape = StreamShape(*chain.run.stream)
     try:
         for name, table in committed.items():
-            ZarrStore.open(folder / name, shape).require(table, read=read_data)
+            of_stream = name in (REFERENCE, QUANTIZED)
+            expected = shape if of_stream else shape_beside(name, shape.num_segments)
+            ZarrStore.open(folder / name, expected).require(table, read=read_data)
     except InputError as error:
         if Chain.read(chain.path).last != chain.last:
             return "streams: not checked, because the run committed a window during the check"

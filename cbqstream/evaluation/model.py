@@ -1,7 +1,7 @@
 """A model folder to evaluate, and its hidden states after the last block, in bounded memory: every block is read once for all segments."""
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,20 +11,22 @@ import torch
 from torch import Tensor
 
 from cbqstream.activations.map_segments import map_segments
-from cbqstream.activations.store import ActivationStore, StreamShape
+from cbqstream.activations.store import ActivationStore, StoredValue, StreamShape
 from cbqstream.activations.zarr_store import ZarrStore
 from cbqstream.checkpoint.folder import read_json
 from cbqstream.checkpoint.tensors import OpenedSource, WeightSource
 from cbqstream.disk import Disk
 from cbqstream.errors import UsageError
 from cbqstream.models.beside import create_beside, write_segments
-from cbqstream.models.block import BlockArguments, build_block, run_block
+from cbqstream.models.block import BlockArguments, build_block, handed_values
 from cbqstream.models.embedding_and_head import EmbeddingAndHead, Part, load_embedding_and_head
 from cbqstream.models.meta_model import MetaModel
 from cbqstream.models.probe import probe
 from cbqstream.packed.sources import open_source
 from cbqstream.records import Compute
 from cbqstream.runtime.device import choose_device, compute_dtype, fixed_numerics
+from cbqstream.windows.quantized_linear import Phase
+from cbqstream.windows.resident_block import ResidentBlock, advance_blocks, as_batch, values_beside
 
 Listener = Callable[[str], None]
 """Called with what is being done."""
@@ -162,10 +164,17 @@ class EvaluatedModel:
         device, dtype = self.compute.device, self.compute.dtype
         block = build_block(self.meta_model, index, self.source, device=device, dtype=dtype, linear_dtype=dtype)
         for store, called in zip(stores, arguments, strict=True):
-            keys = list(dict.fromkeys(value.key for value in called.of_tokens.values()))
+            blocks = [ResidentBlock(index, block, called)]
+            beside = values_beside(blocks, store)
 
-            def run(x_BSD: Tensor, *values: Tensor, called: BlockArguments = called, keys: list[str] = keys) -> Tensor:
-                return run_block(block, x_BSD, called, beside=dict(zip(keys, values, strict=True)))
+            def run(
+                x_BSD: Tensor,
+                *values: Tensor,
+                blocks: Sequence[ResidentBlock] = blocks,
+                beside: Mapping[str, StoredValue] = beside,
+            ) -> tuple[Tensor, Mapping[str, Tensor]]:
+                y_BSD, after = advance_blocks(blocks, x_BSD, Phase.ORIGINAL, as_batch(beside, values))
+                return y_BSD, handed_values(after)
 
-            sources = [store, *(store.beside[key] for key in keys)]
+            sources = [store, *(value.store for value in beside.values())]
             map_segments(sources, store, self.compute.batch_size, device, run)

@@ -1,11 +1,11 @@
 """Stores of the values beside the hidden states: the arguments of blocks that depend on the tokens of a segment."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
-from cbqstream.activations.store import ActivationStore, StreamShape
+from cbqstream.activations.store import ActivationStore, StoredValue, StreamShape, as_matrix
 from cbqstream.activations.zarr_store import ZarrStore
 from cbqstream.disk import Disk
 from cbqstream.models.block import BlockArguments
@@ -14,7 +14,7 @@ from cbqstream.models.embedding_and_head import EmbeddingAndHead
 
 def create_beside(
     folder: Path, arguments: Sequence[BlockArguments], num_segments: int, disk: Disk
-) -> dict[str, ActivationStore]:
+) -> dict[str, StoredValue]:
     """Create an empty store for each value, by its key. They are not durable.
 
     Args:
@@ -27,7 +27,12 @@ def create_beside(
     if values:
         disk.make_folder(folder)
     return {
-        key: ZarrStore.create(folder / key, StreamShape(num_segments, *value.rows, value.dtype), disk, durable=False)
+        key: StoredValue(
+            ZarrStore.create(
+                folder / key, StreamShape(num_segments, *as_matrix(value.shape), value.dtype), disk, durable=False
+            ),
+            value.shape,
+        )
         for key, value in values.items()
     }
 
@@ -37,7 +42,7 @@ def write_segments(
     arguments: Sequence[BlockArguments],
     tokens_NS: Tensor,
     stream: ActivationStore | None,
-    beside: dict[str, ActivationStore],
+    beside: Mapping[str, StoredValue],
 ) -> None:
     """Embed all segments, and store the hidden states and the values beside them.
 
@@ -56,4 +61,4 @@ def write_segments(
         if stream is not None:
             stream.write(segment, x_SD)
         for key, value in values.items():
-            beside[key].write(segment, value)
+            beside[key].store.write(segment, value.reshape(as_matrix(value.shape)))

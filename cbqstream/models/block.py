@@ -1,7 +1,6 @@
 """One transformer block with its weights: building and running it."""
 
 import copy
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -80,12 +79,6 @@ class SegmentValue:
     """Shape of the tensor of one segment, without the dimension of the batch."""
     dtype: torch.dtype
 
-    @property
-    def rows(self) -> tuple[int, int]:
-        """Shape of the tensor as a matrix."""
-        first = self.shape[0] if self.shape else 1
-        return first, math.prod(self.shape) // max(first, 1)
-
 
 @dataclass(frozen=True, slots=True)
 class BlockArguments:
@@ -117,12 +110,12 @@ class BlockArguments:
 
         Args:
             size: number of segments.
-            beside: a tensor [B, rows, columns] for each key of `of_tokens`, and the values that the block before handed on.
+            beside: a tensor [B, ...] for each key of `of_tokens`, and for each value that the block before handed on.
         """
         given = {
             name: _repeated(value, size) if name in self.by_segment else value for name, value in self.values.items()
         }
-        given |= {name: beside[each.key].view(size, *each.shape) for name, each in self.of_tokens.items()}
+        given |= {name: beside[each.key] for name, each in self.of_tokens.items()}
         return given | {name: beside.get(STATE + name) for name in self.takes} | self._dicts(beside)
 
     def _dicts(self, beside: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -157,6 +150,11 @@ class BlockArguments:
             if not isinstance(each, Tensor):
                 raise TypeError(f"{key.removeprefix(STATE)} is no tensor")
         return found if self.kept is None else {key: each for key, each in found.items() if key in self.kept}
+
+
+def handed_values(beside: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Values beside hidden states that blocks hand on, by key."""
+    return {key: value for key, value in beside.items() if key.startswith(STATE)}
 
 
 def _repeated(value: Any, size: int) -> Any:
@@ -249,8 +247,8 @@ def advance(
         x_BSD: hidden states before the block.
         arguments: keyword arguments of the block.
         weights: tensors that replace parameters of the block, by name.
-        beside: values of the segments beside the hidden states, by key: those that depend only on the tokens, [B, rows, columns], and
-            those that the block before handed on, [B, ...].
+        beside: values of the segments beside the hidden states, [B, ...] by key: those that depend only on the tokens, and those that
+            the block before handed on.
     """
     named, x = arguments.for_batch(len(x_BSD), beside), arguments.layout.shaped(x_BSD)
     output: Tensor | tuple[Any, ...] = (

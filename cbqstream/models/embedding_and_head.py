@@ -135,7 +135,7 @@ class EmbeddingAndHead:
         return self.layout.flat(seen)[0]
 
     def enter(self, ids_S: Tensor, arguments: Sequence[BlockArguments]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Input of the first block, [S, D], and the arguments of all blocks that depend on the tokens, as matrices by their key.
+        """Input of the first block, [S, D], and the arguments of all blocks that depend on the tokens, by their key.
 
         Args:
             ids_S: token ids of one segment, int64 [S].
@@ -143,7 +143,7 @@ class EmbeddingAndHead:
         """
         x_SD = self.embed(ids_S)
         found = {
-            each.key: stand_in.arguments[name].detach().reshape(each.rows)
+            each.key: stand_in.arguments[name].detach()[0]
             for stand_in, called in zip(self._stand_ins, arguments, strict=True)
             for name, each in called.of_tokens.items()
         }

@@ -7,32 +7,29 @@ for it.
 """
 
 import copy
-import zlib
+import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Self, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cbqstream.errors import DeviceMemoryError, InputError, shown
-from cbqstream.models.block import STATE, BlockArguments, advance, build_block
+from cbqstream.models.block import STATE, BlockArguments, advance, build_block, handed_values
 from cbqstream.models.differences import name_of, near, not_streamable, same
 from cbqstream.models.embedding_and_head import EmbeddingAndHead, Part, load_embedding_and_head
 from cbqstream.models.families import EXPERT
 from cbqstream.models.handover import Handover
 from cbqstream.models.meta_model import MetaModel
+from cbqstream.models.trial_weights import ROWS, TrialWeights, WatchedLinear
 from cbqstream.runtime.memory import is_out_of_memory
 
 _TOKENS = 8
 """Length of the segments."""
-_ROWS = 512
-"""Number of rows of the embedding and the head that are used."""
-_SIZE = 0.05
-"""Standard deviation of the weights."""
 _OWN_CODE = "is computed by code of its own"
 _SHARED = "has a weight that another block has too"
 _NEVER_CALLED = "is never called as a layer"
@@ -55,7 +52,7 @@ def probe(meta_model: MetaModel) -> list[Mapping[str, str]]:
         DeviceMemoryError: there is not enough memory for one layer.
     """
     meta_model.handover = Handover(meta_model.hidden_size)
-    weights, rows = _Weights(meta_model), min(_ROWS, meta_model.vocab_size)
+    weights, rows = TrialWeights(meta_model), min(ROWS, meta_model.vocab_size)
     ids_2S = torch.randint(rows, (2, _TOKENS), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         # as in a run, one part is loaded without the other
@@ -81,77 +78,26 @@ def probe(meta_model: MetaModel) -> list[Mapping[str, str]]:
                     kinds[kind] = _run_block(meta_model, weights, index, x_2SD, called, beside)
             found.append(kinds[kind])
             beside = kinds[kind].beside
-    kept = _kept(found)
-    if any(kept):
-        key = next(key for keys in kept for key in keys)
-        raise not_streamable(meta_model, f'a block hands on "{key[1:]}" to later ones')
+    kept, growth = _kept(found), 0.0
+    handed_bytes = max(sum(_bytes(each.beside[key]) for key in keys) for each, keys in zip(found, kept, strict=True))
+    if handed_bytes:
+        twice = _handed_bytes(meta_model, weights, ids_2S.flatten(), kept)
+        growth = math.log2(twice / handed_bytes)
     meta_model.handover = Handover(
         width=x_2SD.shape[2],
         repeated=tuple(dict.fromkeys(name for each in found for name in each.repeated)),
         token_bytes=sum(value[0].numel() * value.itemsize for key, value in beside.items() if not key.startswith(STATE))
         // _TOKENS,
         kept=kept if any(kept) else (),
+        handed_bytes=handed_bytes / _TOKENS**growth,
+        handed_growth=growth,
     )
     shared = _shared_layers(meta_model)
     return [each.not_quantizable | layers for each, layers in zip(found, shared, strict=True)]
 
 
-def _loaded(meta_model: MetaModel, weights: "_Weights", part: Part) -> AbstractContextManager[EmbeddingAndHead]:
+def _loaded(meta_model: MetaModel, weights: TrialWeights, part: Part) -> AbstractContextManager[EmbeddingAndHead]:
     return load_embedding_and_head(meta_model, weights, device=_CPU, dtype=torch.float32, only=part)
-
-
-class _Watched(nn.Linear):
-    """A linear layer that records whether it is called, and whether other code than its own uses its weight.
-
-    It computes with a weight of rank one, the product of the first column and the first row of its weight, which is much faster.
-    """
-
-    calls = 0
-    reads = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The output [..., O] for inputs [..., I]."""
-        self.calls += 1
-        weight_OI, bias = self._parameters["weight"], self._parameters.get("bias")
-        if weight_OI is None:
-            raise RuntimeError("the layer has no weight")
-        y = (x @ weight_OI[0]).unsqueeze(-1) * weight_OI[:, 0]
-        return y if bias is None else y + bias
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "weight":
-            self.reads += 1
-        return super().__getattr__(name)
-
-    @classmethod
-    def replacing(cls, linear: nn.Module) -> Self:
-        """Make a linear layer record its use, in place."""
-        linear.__class__ = type(f"Watched{type(linear).__name__}", (cls, type(linear)), {})
-        return cast("Self", linear)
-
-
-class _Weights:
-    """Random weights of a model that take almost no memory: the value at [i, j, ...] depends only on i + j + ..."""
-
-    def __init__(self, meta_model: MetaModel) -> None:
-        self._shapes = {name: info.shape for name, info in meta_model.infos.items()}
-        self._vocab_size = meta_model.vocab_size
-
-    def read(self, name: str, *, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-        """Random values in the shape of a tensor; zeros if the dtype has only integers. Embedding and head have at most 512 rows."""
-        shape, dtype = list(self._shapes[name]), dtype or torch.float32
-        if len(shape) == 2 and shape[0] == self._vocab_size:
-            shape[0] = min(_ROWS, shape[0])
-        if not dtype.is_floating_point or 0 in shape:
-            return torch.zeros(1, dtype=dtype, device=device).expand(shape)
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        values = _SIZE * torch.randn(1 + sum(size - 1 for size in shape), generator=generator)
-        if len(shape) == 1:
-            values += 1  # norms scale by values near 1
-        return values.to(device, dtype).as_strided(shape, [1] * len(shape))
-
-    def input_quantizer(self, name: str) -> None:
-        """Return None, because inputs are not quantized."""
 
 
 def _arguments(meta_model: MetaModel, outer: EmbeddingAndHead, ids_2S: Tensor) -> list[BlockArguments]:
@@ -225,7 +171,7 @@ class _Found:
 
 def _run_block(
     meta_model: MetaModel,
-    weights: _Weights,
+    weights: TrialWeights,
     index: int,
     x_2SD: Tensor,
     arguments: BlockArguments,
@@ -241,7 +187,9 @@ def _run_block(
     plain = {
         layer: _is_plain(meta_model.templates[index].get_submodule(layer)) for layer in meta_model.blocks[index].linears
     }
-    watched = {layer: _Watched.replacing(block.get_submodule(layer)) for layer, is_plain in plain.items() if is_plain}
+    watched = {
+        layer: WatchedLinear.replacing(block.get_submodule(layer)) for layer, is_plain in plain.items() if is_plain
+    }
     before = copy.deepcopy(arguments.values)
     repeated: tuple[str, ...] = ()
     try:
@@ -263,7 +211,7 @@ def _run_block(
         if not same(before[argument], value):
             raise not_streamable(meta_model, f'{name} changes its argument "{argument}", which other blocks may read')
     one_by_one = torch.cat([x_1SD for x_1SD, _ in alone])
-    for key, value in ((key, after[key]) for key in _handed(after)):
+    for key, value in handed_values(after).items():
         if value.shape[:1] != (2,) or not near(value.float(), torch.cat([values[key] for _, values in alone]).float()):
             raise not_streamable(
                 meta_model, f'{name} hands on "{key[1:]}", which is another one for a segment alone than in a batch'
@@ -297,7 +245,7 @@ def _use(
         together_2SD: hidden states after it.
         after: values beside the hidden states after it.
     """
-    handed = _handed(beside)
+    handed = handed_values(beside)
     passes = {key for key in handed if after.get(key) is beside[key]}
     reads = set[str]()
     for item in {tuple(key.split(STATE)[:3]) for key in handed}:
@@ -314,9 +262,33 @@ def _use(
     return reads, passes
 
 
-def _handed(beside: Mapping[str, Tensor]) -> list[str]:
-    """Keys of the values that blocks hand on."""
-    return [key for key in beside if key.startswith(STATE)]
+def _bytes(value: Tensor) -> int:
+    """Size of the tensor of one segment in a batch."""
+    return value[0].numel() * value.itemsize
+
+
+def _handed_bytes(meta_model: MetaModel, weights: TrialWeights, ids_S: Tensor, kept: Sequence[Collection[str]]) -> int:
+    """Largest size of the values that a block hands on to later ones, in bytes for a segment.
+
+    Args:
+        meta_model: the model.
+        weights: weights of the model.
+        ids_S: token ids of the segment.
+        kept: keys of the values that each block hands on.
+    """
+    with _loaded(meta_model, weights, "embedding") as outer:
+        arguments = outer.block_arguments(ids_S)
+        x_SD, values = outer.enter(ids_S, arguments)
+    x_1SD, sizes = x_SD.unsqueeze(0), []
+    beside: Mapping[str, Tensor] = {key: value.unsqueeze(0) for key, value in values.items()}
+    for index, (called, keys) in enumerate(zip(arguments, kept, strict=True)):
+        block = build_block(meta_model, index, weights, device=_CPU, dtype=torch.float32, linear_dtype=torch.float32)
+        for layer in meta_model.blocks[index].linears:
+            if _is_plain(block.get_submodule(layer)):
+                WatchedLinear.replacing(block.get_submodule(layer))
+        _, beside = advance(block, x_1SD, called, beside=beside)
+        sizes.append(sum(_bytes(beside[key]) for key in keys))
+    return max(sizes)
 
 
 def _kept(found: Sequence[_Found]) -> tuple[frozenset[str], ...]:

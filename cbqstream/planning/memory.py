@@ -88,7 +88,8 @@ def host_bytes(config: QuantizeConfig, sizes: ModelSizes, device: str) -> dict[s
         host["packing"] = max(packing, sizes.stored * sizes.vocabulary * sizes.hidden)
     if config.reconstruction.end_to_end_epochs:
         host["step sizes before an epoch"] = sizes.num_blocks * scale_bytes(config, sizes, 4)
-    segment = (STREAM_BYTES * sizes.states + sizes.beside) * config.calibration.seq_len
+    seq_len = config.calibration.seq_len
+    segment = (STREAM_BYTES * sizes.states + sizes.beside) * seq_len + sizes.handed(seq_len)
     read = 2 * (READ_DEPTH + 1) * config.reconstruction.batch_size
     return host | {"read ahead": read * segment, "written behind": (WRITE_DEPTH + 1) * segment}
 
@@ -223,7 +224,8 @@ def disk_bytes(
     # the last epoch rewrites the shards of all blocks
     rewritten = 2 if learns and config.reconstruction.end_to_end_epochs else 1
     return {
-        "streams": tokens * (5 * sizes.states * STREAM_BYTES + sizes.beside),
+        "streams": tokens * (5 * sizes.states * STREAM_BYTES + sizes.beside)
+        + 4 * config.calibration.num_samples * sizes.handed(config.calibration.seq_len),  # not beside the targets
         "blocks": quantized * packed_bytes(config, sizes) * rewritten,
         "window states": 2 * state_bytes(config, sizes, staying),
         "rest of the model": sizes.outer_bytes + (sizes.num_blocks - quantized) * sizes.block_bytes,

@@ -146,6 +146,7 @@ def make_plan(
     work = Work.of(config, sizes, len(windows), in_window, activation_checkpointing=checkpointing)
     offloaded = OffloadFile.of(config, sizes, in_window, work) if memory_mode.offload else OffloadFile()
     stream = calibration.num_samples * calibration.seq_len * sizes.states * STREAM_BYTES
+    stream += calibration.num_samples * sizes.handed(calibration.seq_len)
     training, held_out = (len(part) for part in split_held_out(calibration.num_samples))
     epochs, whole_model = (settings.epochs, settings.end_to_end_epochs) if learns else (0, 0)
     stream_reads = (3 + 2 * (epochs * training + 2 * held_out) / calibration.num_samples) * len(windows)

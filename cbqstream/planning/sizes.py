@@ -1,7 +1,7 @@
 """Sizes of the parts of a model, computed from its modules and the headers of its shards."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -46,6 +46,8 @@ class ModelSizes:
     """Number of parallel hidden states of a token."""
     beside: int = 0
     """Size of the arguments of all blocks that depend on the tokens, in bytes per token."""
+    handed: Callable[[int], int] = lambda tokens: 0
+    """Gives the size of the values that a block hands on besides hidden states, from the number of tokens of a segment."""
 
     @property
     def states(self) -> int:
@@ -95,6 +97,7 @@ class ModelSizes:
             hidden=int(meta_model.text_config.hidden_size),
             parallel=max(1, meta_model.hidden_size // int(meta_model.text_config.hidden_size)),
             beside=meta_model.handover.token_bytes,
+            handed=meta_model.handover.bytes_of_segment,
             vocabulary=meta_model.vocab_size,
             layers={name: (info.shape[0], info.shape[1]) for name, info in layers.items()},
             experts=_share_of_experts(meta_model.text_config, list(layers)),

@@ -41,7 +41,9 @@ def disk_bytes(
     weights = sum(math.prod(inputs.source.infos[name].shape) for block in blocks for name in block.tensors.values())
     a_weight = _BYTES_PER_VALUE + (_OFFLOADED_BYTES if in_a_window and inputs.compute.memory_mode.offload else 0)
     values = inputs.tokens.numel() * inputs.meta_model.handover.token_bytes if beside else 0
-    return int(_MARGIN * (_BYTES_PER_VALUE * streams * math.prod(inputs.stream_shape) + a_weight * weights + values))
+    handed = len(inputs.tokens) * inputs.meta_model.handover.bytes_of_segment(inputs.tokens.shape[1])
+    stream = _BYTES_PER_VALUE * math.prod(inputs.stream_shape) + handed
+    return int(_MARGIN * (streams * stream + a_weight * weights + values))
 
 
 @contextmanager

@@ -283,9 +283,9 @@ class _Windows:
         if not is_last:
             quantized_out = self._streams.new(f"acts/{QUANTIZED}")
             propagate(leaving, quantized, quantized_out, compute, phase=Phase.HARD)
-            acts = {REFERENCE: reference_out.checksums(), QUANTIZED: quantized_out.checksums()}
+            acts = reference_out.tables() | quantized_out.tables()
         elif keeps_reference:
-            acts = {REFERENCE: reference_out.checksums()}
+            acts = reference_out.tables()
 
         # 7. Commit.
         spent = self._run.timings.now().since(began)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
-from cbqstream.activations.store import ActivationStore, StreamShape
+from cbqstream.activations.store import StoredValue, StreamShape
 from cbqstream.activations.zarr_store import ZarrStore
 from cbqstream.errors import InputError
 from cbqstream.models.beside import create_beside, write_segments
@@ -19,6 +19,7 @@ from cbqstream.run.finished import FinishedBlocks, computing_block
 from cbqstream.run.inputs import RunInputs
 from cbqstream.rundir.chain import BESIDE, QUANTIZED, REFERENCE
 from cbqstream.rundir.journal import Journal
+from cbqstream.rundir.records import Checksums
 from cbqstream.windows.propagate import propagate
 from cbqstream.windows.quantized_linear import Phase
 from cbqstream.windows.resident_block import ResidentBlock
@@ -37,7 +38,7 @@ class Streams:
     """
 
     def __init__(self, inputs: RunInputs, journal: Journal, arguments: list[BlockArguments]) -> None:
-        self._beside: dict[str, ActivationStore] = {}
+        self._beside: dict[str, StoredValue] = {}
         self._inputs = inputs
         self._journal = journal
         self.arguments = arguments
@@ -113,7 +114,8 @@ class Streams:
             blocks = [ResidentBlock(index, build(index), self.arguments[index]) for index in step]
             propagate(blocks, stream, reached, self._inputs.compute, phase=Phase.ORIGINAL)
             if stream is not source:
-                self._journal.disk.remove_tree(stream.path)
+                for path in stream.paths:
+                    self._journal.disk.remove_tree(path)
             stream = reached
         return stream
 
@@ -132,7 +134,7 @@ class Streams:
             return False
         try:
             for name in self._steps():
-                self.open(name).require(committed[name], read=True)
+                self.open(name).require_all(committed)
         except InputError:
             return False
         return True
@@ -153,10 +155,10 @@ class Streams:
             kept = [[index] for index in range(self._inputs.config.keep_first)]
             start = self.passed(start, kept, "start", self.original)
         builds = {REFERENCE: self.original, QUANTIZED: FinishedBlocks(self._inputs, journal.chain).build}
-        made, committed = {}, journal.chain.committed_acts
+        made, committed = dict[str, Checksums](), journal.chain.committed_acts
         durable = committed is not None
         for name, steps in self._steps().items():
-            made[name] = self.passed(start, steps, f"acts/{name}", builds[name], durable=durable).checksums()
+            made |= self.passed(start, steps, f"acts/{name}", builds[name], durable=durable).tables()
         numerics = self._inputs.identity.numerics
         same_numerics = all(commit.numerics == numerics for commit in journal.chain.commits)
         if durable and made != committed and same_numerics:

@@ -1,6 +1,6 @@
 """Propagation of the two streams from boundary to boundary, and the targets of a window."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -8,10 +8,11 @@ from torch import Tensor
 from cbqstream.activations.map_segments import map_segments
 from cbqstream.activations.store import ActivationStore
 from cbqstream.errors import InputError
+from cbqstream.models.block import handed_values
 from cbqstream.numerics.losses import mixed_target
 from cbqstream.records import Compute
 from cbqstream.windows.quantized_linear import Phase
-from cbqstream.windows.resident_block import ResidentBlock, run_blocks, values_beside
+from cbqstream.windows.resident_block import ResidentBlock, advance_blocks, as_batch, run_blocks, values_beside
 
 
 @torch.no_grad()
@@ -23,7 +24,7 @@ def propagate(
     *,
     phase: Phase,
 ) -> None:
-    """Run every segment of `source` through the blocks, and store the results in `destination`.
+    """Run every segment of `source` through the blocks, and store the results in `destination`, with the values that are handed on.
 
     Args:
         blocks: consecutive blocks.
@@ -37,12 +38,13 @@ def propagate(
     """
     finite, beside = [], values_beside(blocks, source)
 
-    def run(x_BSD: Tensor, *values: Tensor) -> Tensor:
-        y_BSD = run_blocks(blocks, x_BSD.to(compute.dtype), phase, dict(zip(beside, values, strict=True)))
+    def run(x_BSD: Tensor, *values: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+        y_BSD, after = advance_blocks(blocks, x_BSD.to(compute.dtype), phase, as_batch(beside, values))
         finite.append(torch.isfinite(y_BSD).all(dim=2).all(dim=1))
-        return y_BSD
+        return y_BSD, handed_values(after)
 
-    map_segments([source, *beside.values()], destination, compute.batch_size, compute.device, run)
+    sources = [source, *(value.store for value in beside.values())]
+    map_segments(sources, destination, compute.batch_size, compute.device, run)
     broken = int((~torch.cat(finite)).sum())  # the only synchronization with the device
     if broken:
         numbers = f"{blocks[0].index}-{blocks[-1].index}" if len(blocks) > 1 else str(blocks[0].index)
@@ -75,9 +77,8 @@ def mix_targets(
     beside = values_beside(blocks, quantized)
 
     def run(x_BSD: Tensor, t1_BSD: Tensor, *values: Tensor) -> Tensor:
-        given = dict(zip(beside, values, strict=True))
-        t2_BSD = run_blocks(blocks, x_BSD.to(compute.dtype), Phase.ORIGINAL, given)
+        t2_BSD = run_blocks(blocks, x_BSD.to(compute.dtype), Phase.ORIGINAL, as_batch(beside, values))
         return mixed_target(t1_BSD.to(compute.dtype), t2_BSD, a)
 
-    sources = [quantized, reference_out, *beside.values()]
+    sources = [quantized, reference_out, *(value.store for value in beside.values())]
     map_segments(sources, targets, compute.batch_size, compute.device, run)

@@ -19,7 +19,7 @@ from cbqstream.rounding.registry import method_of
 from cbqstream.rounding.rounding import Rounding, TrainingStep
 from cbqstream.windows.input_step import InputStep
 from cbqstream.windows.quantized_linear import Phase
-from cbqstream.windows.resident_block import ResidentBlock, all_layers, run_blocks, values_beside
+from cbqstream.windows.resident_block import ResidentBlock, all_layers, as_batch, run_blocks, values_beside
 from cbqstream.windows.schedule import split_held_out
 
 WORSE, NOT_FINITE = "held-out loss increased", "not finite"
@@ -78,10 +78,10 @@ class WindowData:
         """Each batch of segments for some blocks, read ahead."""
         beside, dtype = values_beside(blocks, self.inputs), self.compute.dtype
         references = [] if self.predictions is None else [self.predictions.reference]
-        stores = [self.inputs, self.targets, *beside.values(), *references]
+        stores = [self.inputs, self.targets, *(value.store for value in beside.values()), *references]
         for x_BSD, target_BSD, *more in read_batches(stores, batches, self.compute.device):
             reference = more.pop().to(dtype) if references else None
-            yield Batch(x_BSD.to(dtype), target_BSD.float(), reference, dict(zip(beside, more, strict=True)))
+            yield Batch(x_BSD.to(dtype), target_BSD.float(), reference, as_batch(beside, more))
 
 
 def reconstruct(

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cbqstream.activations.store import ActivationStore
+from cbqstream.activations.store import ActivationStore, StoredValue
 from cbqstream.checkpoint.tensors import StoredTensors
 from cbqstream.config import ReconstructionConfig, TransformConfig
 from cbqstream.disk import ScratchFile
 from cbqstream.errors import InputError
-from cbqstream.models.block import NOTHING, BlockArguments, build_block, run_block
+from cbqstream.models.block import NOTHING, BlockArguments, advance, build_block
 from cbqstream.models.experts import Experts
 from cbqstream.models.families import EXPERT, SmoothingPair
 from cbqstream.models.meta_model import MetaModel
@@ -338,9 +338,15 @@ def all_layers(blocks: Sequence[ResidentBlock]) -> Iterator[QuantizedLinear]:
         yield from block.layers.values()
 
 
-def values_beside(blocks: Sequence[ResidentBlock], stream: ActivationStore) -> dict[str, ActivationStore]:
-    """Stores of the values beside a stream that blocks read, by key."""
-    return {value.key: stream.beside[value.key] for block in blocks for value in block.arguments.of_tokens.values()}
+def values_beside(blocks: Sequence[ResidentBlock], stream: ActivationStore) -> dict[str, StoredValue]:
+    """Values beside a stream that blocks read or hand on, by key."""
+    keys = dict.fromkeys(value.key for block in blocks for value in block.arguments.of_tokens.values())
+    return {key: stream.beside[key] for key in keys} | stream.handed
+
+
+def as_batch(values: Mapping[str, StoredValue], read: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Values of a batch, [B, ...] by key, from the matrices [B, rows, columns] that were read from their stores."""
+    return {key: x.view(len(x), *value.shape) for (key, value), x in zip(values.items(), read, strict=True)}
 
 
 def run_blocks(
@@ -351,7 +357,19 @@ def run_blocks(
     *,
     activation_checkpointing: bool = False,
 ) -> Tensor:
-    """Hidden states [B, S, D] after the blocks, computed with the weights of `phase`.
+    """Hidden states [B, S, D] after the blocks, computed with the weights of `phase`. See `advance_blocks`."""
+    return advance_blocks(blocks, x_BSD, phase, beside, activation_checkpointing=activation_checkpointing)[0]
+
+
+def advance_blocks(
+    blocks: Sequence[ResidentBlock],
+    x_BSD: Tensor,
+    phase: Phase,
+    beside: Mapping[str, Tensor] = NOTHING,
+    *,
+    activation_checkpointing: bool = False,
+) -> tuple[Tensor, Mapping[str, Tensor]]:
+    """Hidden states [B, S, D] after the blocks, and the values beside them, computed with the weights of `phase`.
 
     With activation checkpointing, only the inputs of the blocks are kept for the backward pass, which runs each block again (Chen et al.
     2016, arXiv 1604.06174). The roundings of a block change only after its second run.
@@ -367,8 +385,8 @@ def run_blocks(
         layer.phase = phase
     for block in blocks:
         if activation_checkpointing:
-            run = partial(run_block, block.module, arguments=block.arguments, beside=beside)
-            x_BSD = checkpoint(run, x_BSD, use_reentrant=False, preserve_rng_state=False)
+            run = partial(advance, block.module, arguments=block.arguments, beside=beside)
+            x_BSD, beside = checkpoint(run, x_BSD, use_reentrant=False, preserve_rng_state=False)
         else:
-            x_BSD = run_block(block.module, x_BSD, block.arguments, beside=beside)
-    return x_BSD
+            x_BSD, beside = advance(block.module, x_BSD, block.arguments, beside=beside)
+    return x_BSD, beside

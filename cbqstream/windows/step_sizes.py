@@ -16,7 +16,7 @@ from torch.optim import Adam
 
 from cbqstream.activations.read_ahead import in_batches, in_shuffled_batches, read_batches
 from cbqstream.activations.store import ActivationStore
-from cbqstream.models.block import BlockArguments, run_block
+from cbqstream.models.block import STATE, BlockArguments, advance
 from cbqstream.numerics.affine import grouped, storable_scale
 from cbqstream.numerics.losses import Head, head_divergence
 from cbqstream.records import Compute
@@ -81,8 +81,10 @@ class StreamedModel:
     head: Head
     compute: Compute
 
-    def run(self, index: int, x_BSD: Tensor, beside: Mapping[str, Tensor], *, stored: bool = False) -> Tensor:
-        """Hidden states [B, S, D] after a block.
+    def run(
+        self, index: int, x_BSD: Tensor, beside: Mapping[str, Tensor], *, stored: bool = False
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Hidden states [B, S, D] after a block, and the values beside them.
 
         Args:
             index: number of the block.
@@ -94,32 +96,50 @@ class StreamedModel:
         for name, steps in self.steps[index].items():
             w_OGK = grouped(block.get_parameter(f"{name}.weight"), steps.theta.shape[1])
             weights[f"{name}.weight"] = _Scaled.apply(w_OGK, steps.factor(stored=stored)).flatten(1)  # type: ignore[no-untyped-call]
-        return run_block(block, x_BSD, self.arguments[index], weights, beside=beside)
+        return advance(block, x_BSD, self.arguments[index], weights, beside=beside)
 
     @torch.no_grad()
-    def forward(self, x_BSD: Tensor, beside: Mapping[str, Tensor]) -> list[Tensor]:
-        """Inputs of all blocks, and the output of the last block, from hidden states [B, S, D] before the first block and values beside."""
-        states = [x_BSD]
+    def forward(self, x_BSD: Tensor, beside: Mapping[str, Tensor]) -> list[tuple[Tensor, Mapping[str, Tensor]]]:
+        """Inputs of all blocks, and the output of the last block, with the values beside them.
+
+        Args:
+            x_BSD: hidden states before the first block.
+            beside: values of the segments beside them, by key.
+        """
+        states = [(x_BSD, beside)]
         for index in range(len(self.steps)):
-            states.append(self.run(index, states[-1], beside))
+            states.append(self.run(index, *states[-1]))
         return states
 
-    def backward(self, states: list[Tensor], beside: Mapping[str, Tensor], gradient_BSD: Tensor) -> None:
+    def backward(self, states: list[tuple[Tensor, Mapping[str, Tensor]]], gradient_BSD: Tensor) -> None:
         """Accumulate the gradient of every theta.
 
         Args:
             states: the result of `forward`; the list is emptied.
-            beside: values of the segments beside the hidden states, by key.
-            gradient_BSD: gradient of the loss for the last state.
+            gradient_BSD: gradient of the loss for the last hidden states.
         """
         states.pop()
+        gradients: dict[str, Tensor] = {}  # of the values that the block hands on
         first = next(index for index, steps in enumerate(self.steps) if steps)
         for index in range(len(self.steps) - 1, first - 1, -1):
-            x_BSD = states.pop().requires_grad_()
-            self.run(index, x_BSD, beside).backward(gradient_BSD)  # type: ignore[no-untyped-call]
+            x_BSD, beside = states.pop()
+            x_BSD.requires_grad_()
+            leaves = {
+                key: value.detach().requires_grad_() for key, value in beside.items() if _is_learned_from(key, value)
+            }
+            y_BSD, after = self.run(index, x_BSD, {**beside, **leaves})
+            handed = [key for key in gradients if after[key].requires_grad]
+            outputs = [y_BSD, *(after[key] for key in handed)]
+            torch.autograd.backward(outputs, [gradient_BSD, *(gradients[key] for key in handed)])
             if x_BSD.grad is None:
                 raise RuntimeError("a block does not depend on its input")
             gradient_BSD = x_BSD.grad
+            gradients = {key: leaf.grad for key, leaf in leaves.items() if leaf.grad is not None}
+
+
+def _is_learned_from(key: str, value: Tensor) -> bool:
+    """Whether a value beside hidden states passes gradients to the block before."""
+    return key.startswith(STATE) and value.is_floating_point()
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +175,7 @@ def stored_divergence(model: StreamedModel, data: EndToEndData, segments: Sequen
     total = 0.0
     for x_BSD, beside, reference_BSD in data.read(in_batches(segments, model.compute.batch_size), model.compute):
         for index in range(len(model.steps)):
-            x_BSD = model.run(index, x_BSD, beside, stored=True)
+            x_BSD, beside = model.run(index, x_BSD, beside, stored=True)
         divergence = head_divergence(x_BSD.flatten(0, 1), reference_BSD.flatten(0, 1), model.head)
         total += divergence.double().item() * len(x_BSD)
     return total / len(segments)
@@ -183,9 +203,9 @@ def train_epoch(
     for step, (x_BSD, beside, reference_BSD) in enumerate(data.read(batches, model.compute)):
         optimizer.param_groups[0]["lr"] = rates[0] + (rates[1] - rates[0]) * step / len(batches)
         states = model.forward(x_BSD, beside)
-        last_BSD = states[-1].requires_grad_()
+        last_BSD = states[-1][0].requires_grad_()
         loss = head_divergence(last_BSD.flatten(0, 1), reference_BSD.flatten(0, 1), model.head)
         (gradient_BSD,) = torch.autograd.grad(loss, last_BSD)
         optimizer.zero_grad()
-        model.backward(states, beside, gradient_BSD)
+        model.backward(states, gradient_BSD)
         optimizer.step()

@@ -19,10 +19,18 @@ from cbqstream.records import Compute, EpochReport, WindowReport
 from cbqstream.scheme import Scheme
 from cbqstream.windows.step_sizes import StepSizes, StreamedModel
 from killing import quantize_until, windows_committed
-from tiny import SEQ_LEN, SOME_FAMILIES, VOCAB
+from tiny import SEQ_LEN, SOME_FAMILIES, VOCAB, save_model
 
 CPU = torch.device("cpu")
 COMPUTE = Compute(CPU, torch.float32, 4)
+GEMMA_4 = {
+    "like": "gemma2",
+    "num_kv_shared_layers": 2,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": VOCAB,
+    "global_head_dim": 16,
+}
+"""Settings with which the last blocks read keys and values of earlier ones."""
 SCHEME = Scheme(num_bits=2, group_size=16, symmetric=False)
 
 
@@ -54,13 +62,17 @@ def divergence_of(out, model, tokens) -> float:
     return nn.functional.kl_div(found, expected, log_target=True, reduction="batchmean").item()
 
 
-@pytest.mark.parametrize("family", SOME_FAMILIES)
-def test_streamed_gradients_are_those_of_the_whole_model(tiny_models, tokens, family):
+@pytest.mark.parametrize("family", [*SOME_FAMILIES, "gemma4_text"])
+def test_streamed_gradients_are_those_of_the_whole_model(tiny_models, tmp_path, tokens, family):
     """Gradients agree with those of autograd through the forward pass of transformers.
 
     At theta = 0, dL/dtheta of a group of weights is the sum of w dL/dw. Block 0 is in full precision.
     """
-    folder = tiny_models[family]
+    folder = (
+        tiny_models[family]
+        if family in SOME_FAMILIES
+        else save_model(tmp_path / "model", family, dtype=torch.float32, **GEMMA_4)
+    )
     meta_model, source = open_model(folder)
     ids_S = load_segments(tokens, folder, num_samples=1, seq_len=SEQ_LEN, vocab_size=VOCAB)[0]
     with load_embedding_and_head(meta_model, source, device=CPU, dtype=torch.float32) as outer:
@@ -74,12 +86,14 @@ def test_streamed_gradients_are_those_of_the_whole_model(tiny_models, tokens, fa
             steps.append(
                 {name: StepSizes.at(torch.ones(len(w_OI), w_OI.shape[1] // 8)) for name, w_OI in weights.items()}
             )
-        model = StreamedModel(blocks.__getitem__, outer.block_arguments(ids_S), steps, outer.head, COMPUTE)
-        states = model.forward(outer.embed(ids_S).unsqueeze(0), {})
-        last = states[-1].requires_grad_()
+        arguments = outer.block_arguments(ids_S)
+        model = StreamedModel(blocks.__getitem__, arguments, steps, outer.head, COMPUTE)
+        x_SD, values = outer.enter(ids_S, arguments)
+        states = model.forward(x_SD.unsqueeze(0), {key: value.unsqueeze(0) for key, value in values.items()})
+        last = states[-1][0].requires_grad_()
         goal = torch.randn(last.shape[1:], generator=torch.Generator().manual_seed(0))
         (gradient,) = torch.autograd.grad(head_divergence(last[0], goal, outer.head), last)
-        model.backward(states, {}, gradient)
+        model.backward(states, gradient)
         expected = outer.head(goal).log_softmax(-1)
     whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     found = whole(ids_S.unsqueeze(0), use_cache=False).logits[0].log_softmax(-1)
