@@ -96,20 +96,13 @@ class EmbeddingAndHead:
         stand_ins: modules that replace the blocks in the model.
         device: device of the weights.
         dtype: dtype of the weights.
-        embeds: whether the embedding is in memory.
 
     Raises:
         InputError: the hidden states of the model have a shape that is not known.
     """
 
     def __init__(
-        self,
-        meta_model: MetaModel,
-        stand_ins: list[_StandIn],
-        device: torch.device,
-        dtype: torch.dtype,
-        *,
-        embeds: bool,
+        self, meta_model: MetaModel, stand_ins: list[_StandIn], device: torch.device, dtype: torch.dtype
     ) -> None:
         self._meta_model = meta_model
         self._model = meta_model.text_model
@@ -117,12 +110,10 @@ class EmbeddingAndHead:
         self._stand_ins = stand_ins
         self._device = device
         self._dtype = dtype
-        self._counts_positions = False
+        self._counts_positions = meta_model.handover.counts_positions
         self.layout = HiddenLayout()
         """Shape in which the model hands on hidden states."""
         self._learn_what_blocks_return()
-        if embeds:
-            self._learn_who_counts_positions()
 
     @torch.no_grad()
     def embed(self, ids_S: Tensor) -> Tensor:
@@ -133,6 +124,15 @@ class EmbeddingAndHead:
         if seen is None:
             raise RuntimeError("the model did not call its first block")
         return self.layout.flat(seen)[0]
+
+    def learn_who_counts_positions(self) -> bool:
+        """Find out whether the model has to count the positions itself. On CUDA, counting may not be deterministic."""
+        rows = self._model.get_input_embeddings().weight.shape[0]
+        ids_S = torch.arange(rows // 2, rows // 2 + 2)
+        given_SD = self.embed(ids_S)
+        self._counts_positions = True
+        self._counts_positions = not near(given_SD, self.embed(ids_S))
+        return self._counts_positions
 
     def enter(self, ids_S: Tensor, arguments: Sequence[BlockArguments]) -> tuple[Tensor, dict[str, Tensor]]:
         """Input of the first block, [S, D], and the arguments of all blocks that depend on the tokens, by their key.
@@ -283,14 +283,6 @@ class EmbeddingAndHead:
                 return
         raise failed or not_streamable(self._meta_model, "the second block does not receive the output of the first")
 
-    def _learn_who_counts_positions(self) -> None:
-        """Find out whether the model has to count the positions itself, because it does not count them from 0."""
-        rows = self._model.get_input_embeddings().weight.shape[0]
-        ids_S = torch.arange(rows // 2, rows // 2 + 2)
-        given_SD = self.embed(ids_S)
-        self._counts_positions = True
-        self._counts_positions = not near(given_SD, self.embed(ids_S))
-
     def _any_tokens(self, length: int) -> dict[str, Any]:
         """Arguments of the model for a segment whose content does not matter."""
         ids_1S = torch.zeros(1, length, dtype=torch.long, device=self._device)
@@ -341,7 +333,7 @@ def load_embedding_and_head(
         for index, stand_in in enumerate(stand_ins):
             layers[index] = stand_in
         with _on_device(model, device, dtype):
-            yield EmbeddingAndHead(meta_model, stand_ins, device, dtype, embeds=only != "head")
+            yield EmbeddingAndHead(meta_model, stand_ins, device, dtype)
     finally:
         for index in range(len(stand_ins)):
             layers[index] = nn.Identity()

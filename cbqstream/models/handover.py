@@ -14,6 +14,8 @@ class Handover:
     """Names of arguments, such as masks, that blocks want with the number of segments as the first dimension."""
     token_bytes: int = 0
     """Size of the arguments of all blocks that depend on the tokens, in bytes per token."""
+    counts_positions: bool = False
+    """Whether the model has to count the positions itself, because it does not count them from 0."""
     kept: tuple[frozenset[str], ...] = ()
     """Keys of the values that each block hands on and that a later block reads; empty if there are none."""
     handed_bytes: float = 0.0

@@ -57,6 +57,7 @@ def probe(meta_model: MetaModel) -> list[Mapping[str, str]]:
     with torch.no_grad():
         # as in a run, one part is loaded without the other
         with _explained(meta_model, "embedding"), _loaded(meta_model, weights, "embedding") as outer:
+            counts_positions = outer.learn_who_counts_positions()
             arguments = _arguments(meta_model, outer, ids_2S)
             entered = [outer.enter(ids_S, arguments) for ids_S in ids_2S]
         x_2SD = torch.stack([x_SD for x_SD, _ in entered])
@@ -88,6 +89,7 @@ def probe(meta_model: MetaModel) -> list[Mapping[str, str]]:
         repeated=tuple(dict.fromkeys(name for each in found for name in each.repeated)),
         token_bytes=sum(value[0].numel() * value.itemsize for key, value in beside.items() if not key.startswith(STATE))
         // _TOKENS,
+        counts_positions=counts_positions,
         kept=kept if any(kept) else (),
         handed_bytes=handed_bytes / _TOKENS**growth,
         handed_growth=growth,
