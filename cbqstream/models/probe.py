@@ -22,7 +22,7 @@ from cbqstream.errors import DeviceMemoryError, InputError, shown
 from cbqstream.models.block import STATE, BlockArguments, advance, build_block, handed_values
 from cbqstream.models.differences import name_of, near, not_streamable, same
 from cbqstream.models.embedding_and_head import EmbeddingAndHead, Part, load_embedding_and_head
-from cbqstream.models.families import EXPERT
+from cbqstream.models.families import EXPERT, joined_with
 from cbqstream.models.handover import Handover
 from cbqstream.models.meta_model import MetaModel
 from cbqstream.models.trial_weights import ROWS, TrialWeights, WatchedLinear
@@ -221,7 +221,10 @@ def _run_block(
     if not near(together_2SD, one_by_one):
         raise not_streamable(meta_model, f"{name} computes another output for a segment alone than for it in a batch")
     direct = {layer: _READ_DIRECTLY for layer, each in watched.items() if each.reads}
-    never = {layer: _NEVER_CALLED for layer, each in watched.items() if not (each.calls or EXPERT.search(layer))}
+    # an expert may rightly not be called for a short text, but not all experts
+    called = {joined_with(layer) if EXPERT.search(layer) else layer for layer, each in watched.items() if each.calls}
+    uncalled = (layer for layer in watched if (joined_with(layer) if EXPERT.search(layer) else layer) not in called)
+    never = dict.fromkeys(uncalled, _NEVER_CALLED)
     own = {layer: _OWN_CODE for layer, is_plain in plain.items() if not is_plain}
     reads, passes = _use(block, x_2SD, arguments, beside, together_2SD, after)
     return _Found(direct | never | own, repeated, after, reads, passes)

@@ -70,24 +70,36 @@ def test_layers_that_engines_compute_as_one_share_a_name(layer, joined):
     assert joined_with(layer) == joined
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "qwen2_moe", "deepseek_v3"])
+EXPERT_FORMS = {
+    **dict.fromkeys(("mixtral", "qwen3_moe", "qwen2_moe", "deepseek_v3"), {}),
+    "aria_text": {"moe_num_experts": 4, "moe_topk": 2, "intermediate_size": 64},
+    "gpt_oss": {"num_local_experts": 4, "head_dim": 16},
+    "nemotron_h": {"n_routed_experts": 4, "moe_intermediate_size": 32, "layers_block_type": ["moe"] * 4},
+}
+"""Settings of families whose experts are fused in another way: transposed, interleaved and with biases, without a gate."""
+
+
+@pytest.mark.parametrize("family", EXPERT_FORMS)
 @torch.no_grad()
 def test_separate_experts_compute_what_fused_experts_do(family):
-    """The same block, with the rows of the fused tensors in the separate layers."""
-    block = make_model(family).model.layers[2]
-    name, fused = next((name, module) for name, module in block.named_modules() if hasattr(module, "gate_up_proj"))
+    """The same block, with the values of the fused tensors in the separate layers."""
+    settings = EXPERT_FORMS[family]
+    model = make_model(family, like="mixtral", **settings) if settings else make_model(family)
+    block = model.base_model.layers[2]
+    name, fused = next((name, module) for name, module in block.named_modules() if hasattr(module, "_apply_gate"))
     separate = copy.deepcopy(block)
     separate_experts(separate, family_of(family).experts)
     experts = separate.get_submodule(name)
     assert isinstance(experts, Experts)
-    for expert, gate_up, down in zip(experts, fused.gate_up_proj, fused.down_proj, strict=True):
-        half = len(gate_up) // 2
-        for layer, weight in (
-            (expert.gate_proj, gate_up[:half]),
-            (expert.up_proj, gate_up[half:]),
-            (expert.down_proj, down),
-        ):
-            layer.weight = nn.Parameter(weight.clone())
+    whole = {tensor: torch.randn(getattr(fused, tensor).shape) for tensor in {p.tensor for p in experts.fused.values()}}
+    for tensor, values in whole.items():
+        setattr(fused, tensor, nn.Parameter(values))
+    for number, expert in enumerate(experts):
+        state = {leaf: part.take(whole[part.tensor][number]) for leaf, part in experts.fused.items()}
+        expert.load_state_dict(state, assign=True)
+    part = next(iter(experts.fused.values()))
+    taken = {part.half: torch.stack([part.take(values) for values in whole[part.tensor]])}
+    assert torch.equal(part.fuse(taken), whole[part.tensor])
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(20, 64, generator=generator)
     chosen = torch.stack([torch.randperm(4, generator=generator)[:2] for _ in range(20)])
