@@ -71,7 +71,7 @@ def test_layers_that_engines_compute_as_one_share_a_name(layer, joined):
 
 
 EXPERT_FORMS = {
-    **dict.fromkeys(("mixtral", "qwen3_moe", "qwen2_moe", "deepseek_v3"), {}),
+    **{family: {} for family in ("mixtral", "qwen3_moe", "qwen2_moe", "deepseek_v3")},
     "aria_text": {"moe_num_experts": 4, "moe_topk": 2, "intermediate_size": 64},
     "gpt_oss": {"num_local_experts": 4, "head_dim": 16},
     "nemotron_h": {"n_routed_experts": 4, "moe_intermediate_size": 32, "layers_block_type": ["moe"] * 4},
