@@ -4,7 +4,8 @@
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,8 @@ class MetaModel:
                 folder / "config.json",
                 f"the blocks of {type(self.hf_model).__name__} have no linear layers (those of GPT-2 are Conv1D). Use another model.",
             )
+        self.left_out: Sequence[Mapping[str, str]] = [{} for _ in self.blocks]
+        """For each block, its linear layers that cannot be quantized, by their name in the block, with the reason."""
         self._refuse_extra_blocks()
         for index in range(len(layers)):
             layers[index] = nn.Identity()
@@ -93,6 +96,18 @@ class MetaModel:
         """Dense tensors by name, in the layout of the model."""
         self.handover = Handover(int(self.text_config.hidden_size))
         """Facts about the values that the blocks hand each other. A trial of the code of the model finds them (`probe.py`)."""
+
+    def leave_out(self, layers: Sequence[Mapping[str, str]]) -> None:
+        """Leave linear layers in full precision.
+
+        Args:
+            layers: for each block, the layers by their name in the block, with the reason.
+        """
+        self.left_out = layers
+        self.blocks = tuple(
+            replace(spec, linears=tuple(name for name in spec.linears if name not in left_out))
+            for spec, left_out in zip(self.blocks, layers, strict=True)
+        )
 
     def smoothing_pairs(self, index: int) -> tuple[SmoothingPair, ...]:
         """Smoothing pairs of block `index`, without those whose smoothed layer has no weight."""

@@ -32,19 +32,18 @@ _TOKENS = 8
 """Length of the segments."""
 _OWN_CODE = "is computed by code of its own"
 _SHARED = "has a weight that another block has too"
-_NEVER_CALLED = "is never called as a layer"
+NEVER_CALLED = "is never called as a layer"
 _READ_DIRECTLY = "has a weight that the code of the block uses directly"
 _CPU = torch.device("cpu")
 
 
-def probe(meta_model: MetaModel) -> list[Mapping[str, str]]:
-    """Check that a model can be run block by block, and find what its blocks hand each other (`MetaModel.handover`).
+def probe(meta_model: MetaModel) -> None:
+    """Check that a model can be run block by block.
+
+    The trial finds what the blocks hand each other (`MetaModel.handover`), and the layers that cannot be quantized, which are left out.
 
     Args:
         meta_model: the model.
-
-    Returns:
-        For each block, the linear layers that cannot be quantized, by their name in the block, with the reason.
 
     Raises:
         InputError: the code of the model raises an exception, calls its blocks in another way, or gives them arguments that depend on
@@ -95,7 +94,7 @@ def probe(meta_model: MetaModel) -> list[Mapping[str, str]]:
         handed_growth=growth,
     )
     shared = _shared_layers(meta_model)
-    return [each.not_quantizable | layers for each, layers in zip(found, shared, strict=True)]
+    meta_model.leave_out([each.not_quantizable | layers for each, layers in zip(found, shared, strict=True)])
 
 
 def _loaded(meta_model: MetaModel, weights: TrialWeights, part: Part) -> AbstractContextManager[EmbeddingAndHead]:
@@ -224,7 +223,7 @@ def _run_block(
     # an expert may rightly not be called for a short text, but not all experts
     called = {joined_with(layer) if EXPERT.search(layer) else layer for layer, each in watched.items() if each.calls}
     uncalled = (layer for layer in watched if (joined_with(layer) if EXPERT.search(layer) else layer) not in called)
-    never = dict.fromkeys(uncalled, _NEVER_CALLED)
+    never = dict.fromkeys(uncalled, NEVER_CALLED)
     own = {layer: _OWN_CODE for layer, is_plain in plain.items() if not is_plain}
     reads, passes = _use(block, x_2SD, arguments, beside, together_2SD, after)
     return _Found(direct | never | own, repeated, after, reads, passes)

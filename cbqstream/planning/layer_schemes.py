@@ -2,13 +2,14 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 from cbqstream.checkpoint.tensors import ModelTensor
 from cbqstream.config import QuantizeConfig
 from cbqstream.errors import InputError, UsageError, shown
 from cbqstream.models.families import VISION_PARTS, joined_with
 from cbqstream.models.meta_model import MetaModel
+from cbqstream.models.probe import NEVER_CALLED
 from cbqstream.records import BlockSpec
 from cbqstream.scheme import LayerSchemes, Scheme, path_pattern
 
@@ -60,7 +61,6 @@ def quantized_share(config: QuantizeConfig, meta_model: MetaModel) -> float:
 def require_quantizable(
     config: QuantizeConfig,
     meta_model: MetaModel,
-    unusable: Sequence[Mapping[str, str]],
     *,
     allow_partial: bool,
 ) -> None:
@@ -69,14 +69,12 @@ def require_quantizable(
     Args:
         config: settings of the run.
         meta_model: the model.
-        unusable: for each block, its linear layers that cannot be quantized, with the reason (see `probe`).
         allow_partial: accept a model most of whose block weights are not in linear layers.
 
     Raises:
         UsageError: a pattern matches no layer, no layer is left to quantize, the group size does not divide the columns of a layer, or
             layers that inference engines join have different schemes.
-        InputError: a tensor of the model has a dtype that is not supported, a layer cannot be quantized, or too few weights are in linear
-            layers.
+        InputError: a tensor of the model has a dtype that is not supported, or too few weights are in linear layers.
     """
     for name in (*meta_model.outer.values(), *(name for spec in meta_model.blocks for name in spec.tensors.values())):
         meta_model.infos[name].require_readable()
@@ -94,12 +92,9 @@ def require_quantizable(
             raise UsageError(
                 f"--ignore leaves no layer of {spec.prefix} to quantize. For whole blocks: --keep-first, --keep-last."
             )
-        _require_alike(spec, layers)
+        _require_alike(spec, layers, meta_model.left_out[spec.index])
         for name, scheme in layers.items():
             _require_storable(meta_model.infos[spec.tensors[f"{name}.weight"]], scheme)
-            if name in unusable[spec.index]:
-                reason = unusable[spec.index][name]
-                raise InputError(f"block {spec.index}", f"{name} {reason}. Use --ignore {name}.")
     if not allow_partial:
         _require_share(meta_model)
 
@@ -134,7 +129,8 @@ def _share(meta_model: MetaModel, layers: Mapping[int, Iterable[str]]) -> float:
 def _matrices(meta_model: MetaModel, index: int) -> dict[str, tuple[int, ...]]:
     """Shapes of the parameters with two or more dimensions that a block has for text, by their name in the block."""
     named = meta_model.templates[index].named_parameters()
-    text = ((name, value) for name, value in named if not {*VISION_PARTS} & {*name.split(".")})
+    unused = {f"{name}.weight" for name, reason in meta_model.left_out[index].items() if reason == NEVER_CALLED}
+    text = ((name, value) for name, value in named if not {*VISION_PARTS} & {*name.split(".")} and name not in unused)
     return {name: tuple(value.shape) for name, value in text if value.dim() > 1}
 
 
@@ -176,14 +172,14 @@ def _scheme_of(config: QuantizeConfig, chosen: LayerSchemes, path: str, weight: 
     return schemes[0]
 
 
-def _require_alike(spec: BlockSpec, layers: Mapping[str, Scheme]) -> None:
+def _require_alike(spec: BlockSpec, layers: Mapping[str, Scheme], left_out: Iterable[str]) -> None:
     """Check that layers that inference engines compute as one layer have the same scheme.
 
     Raises:
         UsageError: their schemes differ.
     """
     joined: dict[str, str] = {}
-    for name in spec.linears:
+    for name in (*spec.linears, *left_out):
         first = joined.setdefault(joined_with(name), name)
         if layers.get(first) != layers.get(name):
             raise UsageError(

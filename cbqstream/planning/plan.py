@@ -30,10 +30,10 @@ from cbqstream.planning.memory import (
 from cbqstream.planning.rates import Rates, measure_rates
 from cbqstream.planning.requirements import (
     checked_model,
-    decoding_warnings,
     load_calibration,
     read_headers,
     require_paths,
+    source_warnings,
 )
 from cbqstream.planning.sizes import ModelSizes
 from cbqstream.planning.work import Work, attention_weights, seconds_of
@@ -260,6 +260,6 @@ def plan(
         flags: make_plan(other, sizes, device.type, rates, made.memory_mode)
         for flags, other in smaller_settings(config).items()
     }
-    warnings = [*decoding_warnings(config.model, infos), *engine_warnings(config, meta_model)]
+    warnings = [*source_warnings(config.model, meta_model), *engine_warnings(config, meta_model)]
     quantized = quantized_share(config, meta_model)
     return replace(made, smaller=others, quantized=quantized, warnings=warnings)

@@ -14,7 +14,7 @@ from cbqstream.checkpoint.header import described
 from cbqstream.checkpoint.tensors import DerivedTensor, ModelTensor
 from cbqstream.config import QuantizeConfig
 from cbqstream.disk import is_occupied
-from cbqstream.errors import UsageError
+from cbqstream.errors import UsageError, some_shown
 from cbqstream.hub import fetch_headers, is_name
 from cbqstream.models.meta_model import MetaModel
 from cbqstream.models.probe import probe
@@ -22,6 +22,9 @@ from cbqstream.packed.output import require_replaceable
 from cbqstream.planning.layer_schemes import require_quantizable
 from cbqstream.rounding.registry import method_of
 from cbqstream.rundir.chain import is_run
+
+_NAMED = 5
+"""Number of layers that a warning names."""
 
 
 def read_headers(
@@ -71,7 +74,8 @@ def checked_model(
     """
     folder, settings, seq_len = Path(config.model), config.reconstruction, config.calibration.seq_len
     meta_model = MetaModel(folder, model, infos, config.blocks_path)
-    require_quantizable(config, meta_model, probe(meta_model), allow_partial=allow_partial)
+    probe(meta_model)
+    require_quantizable(config, meta_model, allow_partial=allow_partial)
     method_of(settings).require_runnable(settings, device)
     meta_model.check_length(seq_len)
     if settings.robust_tokens >= seq_len:
@@ -100,14 +104,20 @@ def load_calibration(config: QuantizeConfig, meta_model: MetaModel) -> Tensor:
     )
 
 
-def decoding_warnings(model: str, infos: Mapping[str, ModelTensor]) -> Iterator[str]:
-    """A sentence about a source whose weights are quantized already."""
-    decoded = sum(isinstance(info, DerivedTensor) for info in infos.values())
+def source_warnings(model: str, meta_model: MetaModel) -> Iterator[str]:
+    """Sentences about weights of the source that are quantized already, and about layers that cannot be quantized."""
+    decoded = sum(isinstance(info, DerivedTensor) for info in meta_model.dense.values())
     if decoded:
         yield (
-            f"{model}: {decoded:,} of its {len(infos):,} tensors are quantized already. They are decoded as they are read;"
+            f"{model}: {decoded:,} of its {len(meta_model.dense):,} tensors are quantized already. They are decoded as they are read;"
             " what they lost is not restored."
         )
+    by_reason: dict[str, dict[str, None]] = {}
+    for left_out in meta_model.left_out:
+        for name, reason in left_out.items():
+            by_reason.setdefault(reason, {})[name] = None
+    for reason, names in by_reason.items():
+        yield f"{model}: stays in full precision, because it {reason}: {some_shown([*names], _NAMED)}."
 
 
 def require_paths(config: QuantizeConfig) -> None:

@@ -9,7 +9,7 @@ from cbqstream.errors import InputError, some_shown
 from cbqstream.models.experts import tokens_by_expert
 from cbqstream.packed.output import other_files
 from cbqstream.planning.engines import engine_warnings
-from cbqstream.planning.requirements import decoding_warnings
+from cbqstream.planning.requirements import source_warnings
 from cbqstream.records import RunWarning
 from cbqstream.rounding.registry import method_of
 from cbqstream.run.inputs import RunInputs
@@ -51,7 +51,7 @@ def model_warnings(inputs: RunInputs) -> Iterator[RunWarning]:
             f"{inputs.config.model}: config.json ties the head to the embedding, but {inputs.meta_model.head[1]} is stored and differs"
             " from it. The stored head is used, as in transformers; other programs may tie it."
         )
-    yield from map(RunWarning, decoding_warnings(inputs.config.model, inputs.source.infos))
+    yield from map(RunWarning, source_warnings(inputs.config.model, inputs.meta_model))
     yield from (RunWarning(text) for text in engine_warnings(inputs.config, inputs.meta_model))
     settings, (training, held_out) = inputs.config.reconstruction, split_held_out(len(inputs.tokens))
     method = method_of(settings)

@@ -3,6 +3,7 @@
 `plan`, `quantize` and `evaluate` refuse them with one true line before anything is written.
 """
 
+import json
 import re
 
 import pytest
@@ -10,31 +11,16 @@ from safetensors.torch import load_file, save_file
 
 from cbqstream import evaluate, plan, quantize
 from cbqstream.errors import InputError
+from cbqstream.records import RunWarning
 from tiny import save_model
 
-_POSITIONS = {"pad_token_id": 1, "d_model": 64}
 CASES = {
-    "bart": (
-        "llama",
-        {
-            **_POSITIONS,
-            **{f"{part}_attention_heads": 4 for part in ("encoder", "decoder")},
-            **{f"{part}_ffn_dim": 64 for part in ("encoder", "decoder")},
-            **{f"{part}_layers": 4 for part in ("encoder", "decoder")},
-        },
-        r"block 0: encoder_attn\.\w+ is never called as a layer\. Use --ignore encoder_attn\.\w+\.",
-    ),
     "dory": ("llama", {}, r"the model does not call the blocks of model\.layers once each, in order"),
     "gpt2": ("opt", {}, r"the blocks of GPT2LMHeadModel have no linear layers"),
     "xlm": (
         "llama",
         {"emb_dim": 64, "n_heads": 4, "n_layers": 4, "n_words": 96, "pad_index": 2},
         r"transformer\.ffns\.1 \(TransformerFFN\) does not receive the output of the block before it",
-    ),
-    "zamba": (
-        "llama",
-        {"tie_word_embeddings": True, "layers_block_type": ["linear_attention", "hybrid"] * 2},
-        r"block 1: shared_transf\.self_attn\.q_proj has a weight that another block has too\. Use --ignore ",
     ),
 }
 """Family whose sizes are used, other settings, and the reason, by model type."""
@@ -58,12 +44,23 @@ def test_an_architecture_that_is_not_supported_is_refused_with_the_reason(tmp_pa
             evaluate(folder, tokens, num_samples=2, seq_len=16, device="cpu")
 
 
-def test_the_remedy_of_a_layer_that_cannot_be_quantized_works(tmp_path, make_config):
-    like, settings, _ = CASES["zamba"]
-    folder = save_model(tmp_path / "model", "zamba", like=like, **settings)
-    ignored = {"ignore": ("shared_transf*",), "reconstruction": {"rounding": "nearest"}}
-    out = quantize(make_config(model=folder, **ignored), allow_partial=True)
-    assert out.is_dir()
+def test_layers_that_cannot_be_quantized_stay_in_full_precision_and_are_named(tmp_path, make_config):
+    """Of BART, only the decoder is used, which never calls its cross-attention."""
+    parts = {
+        **{f"{part}_attention_heads": 4 for part in ("encoder", "decoder")},
+        **{f"{part}_ffn_dim": 64 for part in ("encoder", "decoder")},
+        **{f"{part}_layers": 4 for part in ("encoder", "decoder")},
+    }
+    folder = save_model(tmp_path / "model", "bart", like="llama", pad_token_id=1, d_model=64, **parts)
+    config = make_config(model=folder, reconstruction={"rounding": "nearest"})
+    events = []
+    out = quantize(config, events.append)
+    names = [f"encoder_attn.{name}" for name in ("k_proj", "v_proj", "q_proj", "out_proj")]
+    line = f"{folder}: stays in full precision, because it is never called as a layer: {', '.join(names)}."
+    assert line in [event.text for event in events if isinstance(event, RunWarning)]
+    assert line in plan(make_config(model=folder, name="other"), with_time=False).warnings
+    ignored = json.loads((out / "config.json").read_text())["quantization_config"]["ignore"]
+    assert {f"model.decoder.layers.0.{name}" for name in names} <= {*ignored}
 
 
 def test_the_reason_why_a_tensor_is_missing_names_what_is_stored_instead(tmp_path, make_config):
