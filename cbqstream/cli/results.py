@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @app.command()
 def export(
-    model: Annotated[Path, typer.Argument(help="A result of quantize.")],
+    model: Annotated[Path, typer.Argument(help="A result of quantize; for dense, any quantized model.")],
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
     format_name: Annotated[str, typer.Option("--format", help="gptq, gptq_v2, awq, gguf or dense.")],
     allow_links: AllowLinks = False,
@@ -75,9 +75,7 @@ def report(
 
 @app.command("eval")
 def evaluate(
-    model: Annotated[
-        str, typer.Argument(help="A model, quantized by cbqstream or not: a folder, or OWNER/NAME on the Hub.")
-    ],
+    model: Annotated[str, typer.Argument(help="A model, quantized or not: a folder, or OWNER/NAME on the Hub.")],
     revision: Revision = None,
     text: Annotated[Path | None, typer.Option(help="Text, or token ids: measure perplexity.")] = None,
     against: Annotated[

@@ -111,7 +111,8 @@ def require_form(info: TensorInfo, shapes: Collection[tuple[int, ...]], dtypes: 
 
 def float8(info: TensorInfo) -> TensorInfo:
     """A stored part that can be read although its dtype is one of FP8, which are only copied otherwise."""
-    return replace(info, torch_dtype=_FLOAT8.get(info.stored_dtype, info.torch_dtype))
+    dtype = _FLOAT8.get(info.stored_dtype)
+    return info if dtype is None else replace(info, torch_dtype=dtype)
 
 
 def require_scales(scale: Tensor, *, zero: bool = False, negative: bool = False, what: str = "scale") -> None:
