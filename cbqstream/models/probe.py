@@ -8,7 +8,6 @@ for it.
 
 import copy
 import math
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -31,7 +30,6 @@ from cbqstream.runtime.memory import is_out_of_memory
 _TOKENS = 8
 """Length of the segments."""
 _OWN_CODE = "is computed by code of its own"
-_SHARED = "has a weight that another block has too"
 NEVER_CALLED = "is never called as a layer"
 _READ_DIRECTLY = "has a weight that the code of the block uses directly"
 _CPU = torch.device("cpu")
@@ -93,8 +91,7 @@ def probe(meta_model: MetaModel) -> None:
         handed_bytes=handed_bytes / _TOKENS**growth,
         handed_growth=growth,
     )
-    shared = _shared_layers(meta_model)
-    meta_model.leave_out([each.not_quantizable | layers for each, layers in zip(found, shared, strict=True)])
+    meta_model.leave_out([each.not_quantizable for each in found])
 
 
 def _loaded(meta_model: MetaModel, weights: TrialWeights, part: Part) -> AbstractContextManager[EmbeddingAndHead]:
@@ -321,15 +318,6 @@ def _is_plain(linear: nn.Module) -> bool:
         return near(small(x), x @ weight_OI.T)
     except Exception:  # noqa: BLE001  # the code needs another shape
         return False
-
-
-def _shared_layers(meta_model: MetaModel) -> list[dict[str, str]]:
-    """For each block, the linear layers whose weight another block has too, with the reason why they cannot be quantized."""
-    owners = Counter(name for spec in meta_model.blocks for name in set(spec.tensors.values()))
-    return [
-        {layer: _SHARED for layer in spec.linears if owners[spec.tensors[f"{layer}.weight"]] > 1}
-        for spec in meta_model.blocks
-    ]
 
 
 def _require_shape(meta_model: MetaModel, what: str, x_2SD: Tensor, width: int) -> None:

@@ -14,7 +14,7 @@ from cbqstream.checkpoint.header import described
 from cbqstream.checkpoint.tensors import DerivedTensor, ModelTensor
 from cbqstream.config import QuantizeConfig
 from cbqstream.disk import is_occupied
-from cbqstream.errors import UsageError, some_shown
+from cbqstream.errors import InputError, UsageError, some_shown
 from cbqstream.hub import fetch_headers, is_name
 from cbqstream.models.meta_model import MetaModel
 from cbqstream.models.probe import probe
@@ -74,6 +74,7 @@ def checked_model(
     """
     folder, settings, seq_len = Path(config.model), config.reconstruction, config.calibration.seq_len
     meta_model = MetaModel(folder, model, infos, config.blocks_path)
+    _require_own_weights(meta_model)
     probe(meta_model)
     require_quantizable(config, meta_model, allow_partial=allow_partial)
     method_of(settings).require_runnable(settings, device)
@@ -81,6 +82,20 @@ def checked_model(
     if settings.robust_tokens >= seq_len:
         raise UsageError(f"robust_tokens is {settings.robust_tokens}. It must be below seq_len, {seq_len}.")
     return meta_model
+
+
+def _require_own_weights(meta_model: MetaModel) -> None:
+    """Check that no two blocks have the same weights, because each block is quantized and stored by itself.
+
+    Raises:
+        InputError: two blocks have the same weights.
+    """
+    owners: dict[str, int] = {}
+    for spec in meta_model.blocks:
+        for name in set(spec.tensors.values()):
+            if owners.setdefault(name, spec.index) != spec.index:
+                problem = f"block {spec.index} has weights of block {owners[name]}, and such blocks cannot be quantized"
+                raise InputError(meta_model.folder, f"{problem}. Use another model.")
 
 
 def load_calibration(config: QuantizeConfig, meta_model: MetaModel) -> Tensor:
