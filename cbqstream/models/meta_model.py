@@ -25,6 +25,8 @@ from cbqstream.records import BlockSpec
 
 _FURTHER_BLOCKS = ("num_nextn_predict_layers", "num_mtp_layers")
 """Numbers of blocks that predict further tokens. They are stored after the blocks of the model, and copied."""
+_LEARNED_LENGTHS = ("max_position_embeddings", "max_target_positions", "n_positions")
+"""Settings that give the number of learned positions, under the names that families use."""
 _USUAL_LENGTH = 2048
 """Length that is assumed of a model whose configuration has none."""
 
@@ -174,7 +176,8 @@ class MetaModel:
             for path, module in self.hf_model.named_modules()
             if isinstance(module, nn.Embedding) and module is not tokens and f"{path}.weight" in self.outer
         }
-        longest = self.text_config.max_position_embeddings if tables else None
+        known = (getattr(self.text_config, name, None) for name in _LEARNED_LENGTHS)
+        longest = next((length for length in known if length), None) if tables else None
         for module in tables.values():
             if module.num_embeddings == longest and module.padding_idx is not None:
                 longest -= module.padding_idx + 1  # the first position is the one after that of the padding

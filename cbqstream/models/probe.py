@@ -8,7 +8,7 @@ for it.
 
 import copy
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from cbqstream.errors import DeviceMemoryError, InputError, shown
 from cbqstream.models.block import STATE, BlockArguments, advance, build_block, handed_values
@@ -32,6 +34,9 @@ _TOKENS = 8
 _OWN_CODE = "is computed by code of its own"
 NEVER_CALLED = "is never called as a layer"
 _READ_DIRECTLY = "has a weight that the code of the block uses directly"
+_FEWEST_COLUMNS = 16
+"""Number of columns below which no inference engine computes a quantized layer."""
+_NARROW = f"has fewer than {_FEWEST_COLUMNS} columns"
 _CPU = torch.device("cpu")
 
 
@@ -222,45 +227,38 @@ def _run_block(
     uncalled = (layer for layer in watched if (joined_with(layer) if EXPERT.search(layer) else layer) not in called)
     never = dict.fromkeys(uncalled, NEVER_CALLED)
     own = {layer: _OWN_CODE for layer, is_plain in plain.items() if not is_plain}
-    reads, passes = _use(block, x_2SD, arguments, beside, together_2SD, after)
-    return _Found(direct | never | own, repeated, after, reads, passes)
+    spec = meta_model.blocks[index]
+    columns = {layer: meta_model.infos[spec.tensors[f"{layer}.weight"]].shape[1] for layer in spec.linears}
+    narrow = {layer: _NARROW for layer, count in columns.items() if count < _FEWEST_COLUMNS}
+    handed = handed_values(beside)
+    with _Uses(handed) as reading:
+        advance(block, x_2SD, arguments, beside=beside)
+    passes = {key for key in handed if after.get(key) is beside[key]}
+    return _Found(direct | never | own | narrow, repeated, after, reading.used, passes)
 
 
-def _use(
-    block: nn.Module,
-    x_2SD: Tensor,
-    arguments: BlockArguments,
-    beside: Mapping[str, Tensor],
-    together_2SD: Tensor,
-    after: Mapping[str, Tensor],
-) -> tuple[set[str], set[str]]:
-    """Keys of the values from other blocks that a block reads, and of those that it hands on as they are.
+class _Uses(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Record which tensors operations read, inside a `with`.
 
-    A block reads a value if its results are other ones, or it fails, without the value.
+    Whether the results change without a tensor would not tell: a router may choose the same experts by chance.
 
     Args:
-        block: the block.
-        x_2SD: hidden states before it.
-        arguments: its arguments.
-        beside: values beside the hidden states before it.
-        together_2SD: hidden states after it.
-        after: values beside the hidden states after it.
+        tensors: the tensors by key.
     """
-    handed = handed_values(beside)
-    passes = {key for key in handed if after.get(key) is beside[key]}
-    reads = set[str]()
-    for item in {tuple(key.split(STATE)[:3]) for key in handed}:
-        keys = {key for key in handed if tuple(key.split(STATE)[:3]) == item}
-        try:
-            without = {key: value for key, value in beside.items() if key not in keys}
-            x, left = advance(block, x_2SD, arguments, beside=without)
-        except Exception:  # noqa: BLE001  # the code of the block cannot do without the value
-            reads |= keys
-            continue
-        made = {key: value for key, value in after.items() if key not in keys & passes}
-        if not near(x, together_2SD) or not same(made, {key: left.get(key) for key in made}):
-            reads |= keys
-    return reads, passes
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._keys = {value.untyped_storage().data_ptr(): key for key, value in tensors.items()}
+        self.used: set[str] = set()
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        for value in tree_leaves((args, kwargs)):
+            if isinstance(value, Tensor):
+                key = self._keys.get(value.untyped_storage().data_ptr())
+                self.used.update(() if key is None else (key,))
+        return func(*args, **(kwargs or {}))
 
 
 def _bytes(value: Tensor) -> int:
