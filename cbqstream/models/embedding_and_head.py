@@ -41,7 +41,14 @@ class _StandIn(nn.Module):
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         self._parameters_of_block = tuple(inspect.signature(block.forward).parameters)
-        self._facts = vars(block)  # models read attributes of blocks, such as the kind of attention
+        # models read attributes of blocks, such as the kind of attention, and of their classes
+        of_class = {
+            name: value
+            for each in reversed(type(block).__mro__[: -len(nn.Module.__mro__)])
+            for name, value in vars(each).items()
+            if isinstance(value, str | int | float | tuple) and not name.startswith("_")
+        }
+        self._facts = {**of_class, **vars(block)}
         self.seen: Tensor | None = None
         self.arguments: dict[str, Any] = {}
         self.replacement: Tensor | None = None
@@ -253,6 +260,21 @@ class EmbeddingAndHead:
         self._stand_ins[-1].replacement = None
         logits: Tensor = output.logits[0].float()
         return logits
+
+    def head_reads_only_the_last_block(self, x_TD: Tensor) -> bool:
+        """Whether the logits of hidden states [T, D] stay the same if the embedding and the other blocks return something else."""
+        expected, generator = self.head(x_TD), torch.Generator().manual_seed(0)
+
+        def noise(x: Tensor) -> Tensor:
+            return torch.randn(x.shape, generator=generator).to(x.device, x.dtype)
+
+        with ExitStack() as stack:
+            tokens = self._model.get_input_embeddings()
+            stack.callback(tokens.register_forward_hook(lambda module, inputs, output: noise(output)).remove)
+            for stand_in in self._stand_ins[:-1]:
+                stand_in.replacement = noise(self.layout.shaped(x_TD.unsqueeze(0)))
+                stack.callback(setattr, stand_in, "replacement", None)
+            return near(self.head(x_TD), expected)
 
     def _learn_what_blocks_return(self) -> None:
         """Find the shape of hidden states, and whether the model expects them alone from its blocks or as the first of several values.

@@ -70,6 +70,8 @@ def probe(meta_model: MetaModel) -> None:
         with _explained(meta_model, "head"), _loaded(meta_model, weights, "head") as outer:
             if not outer.head(x_2SD[0]).any():
                 raise not_streamable(meta_model, "the head uses weights of the embedding")
+            if not outer.head_reads_only_the_last_block(x_2SD[0]):
+                raise not_streamable(meta_model, "the head depends on the embedding or on other blocks than the last")
         kinds: dict[object, _Found] = {}
         found = list[_Found]()
         for index, block in enumerate(meta_model.templates):

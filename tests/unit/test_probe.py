@@ -112,6 +112,11 @@ def with_state(blocks, x, named, ids):
     return x
 
 
+def with_the_embedding(blocks, x, named, ids):
+    """The norm after the last block receives the embeddings too."""
+    return in_order(blocks, x, named, ids) + x
+
+
 @pytest.mark.parametrize("call", [in_order, with_tokens])
 def test_blocks_that_are_called_in_order_pass(calling, call):
     assert not any(calling(call))
@@ -138,6 +143,7 @@ def test_the_size_of_the_arguments_that_depend_on_the_tokens_is_found(calling, l
         (without_the_last, r"the model does not call the blocks of model\.layers once each, in order"),
         (scaled_between, r"model\.layers\.1 \(LlamaDecoderLayer\) does not receive the output of the block before it"),
         (from_the_first, r"model\.layers\.1 \(LlamaDecoderLayer\) does not receive the output of the block before it"),
+        (with_the_embedding, "the head depends on the embedding or on other blocks than the last"),
         (
             with_nested_tokens,
             r'model\.layers\.0 \(LlamaDecoderLayer\) receives an argument "per_layer_inputs" that depends on the tokens and is',
