@@ -3,7 +3,7 @@
 import io
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, suppress
+from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from logging import CRITICAL
@@ -23,7 +23,7 @@ from transformers.utils import logging
 from cbqstream.checkpoint.folder import read_json
 from cbqstream.checkpoint.tensors import ModelTensor
 from cbqstream.errors import DeviceMemoryError, InputError, shown, some_shown
-from cbqstream.evaluation.loading_rules import missing_rules, register
+from cbqstream.evaluation.loading_rules import given_rules, lacks_rules
 from cbqstream.evaluation.model import EvaluatedModel, EvaluationOptions
 from cbqstream.models.experts import Experts
 from cbqstream.models.families import EXPERT
@@ -58,12 +58,15 @@ class Loaded:
     """Number of tokens after which both evaluations have the same most likely next token."""
     tokens: int
     """Number of all tokens."""
+    lacked_rules: bool = False
+    """Whether transformers lacks rules to read the model, which were given to it."""
 
     def __str__(self) -> str:
         way = " with dequantize=True" if self.dequantized else ""
         near = f"logits within {self.difference:.1e} of the streamed ones, same next token after {self.same} of {self.tokens}"
         unused = f"; {self.class_name} does not use {some_shown(self.unused, _NAMED)}" if self.unused else ""
-        return f"transformers {version('transformers')} loads it as {self.class_name}{way}: {near}{unused}"
+        rules = "; transformers itself lacks rules for it" if self.lacked_rules else ""
+        return f"transformers {version('transformers')} loads it as {self.class_name}{way}: {near}{unused}{rules}"
 
 
 @torch.no_grad()
@@ -82,12 +85,14 @@ def load_beside_streamed(folder: Path, **options: Unpack[EvaluationOptions]) -> 
         DeviceMemoryError: the model does not fit in memory.
     """
     streamed = EvaluatedModel.open(folder, **options)
-    rules = missing_rules(streamed.meta_model) if isinstance(streamed.source, PackedCheckpoint) else []
-    if rules:
-        named = _named_class(folder) or type(streamed.meta_model.hf_model)
-        register(streamed.meta_model, named.__name__, rules)
-    with fixed_numerics(streamed.compute.device, streamed.threads):
-        return _compare(folder, streamed)
+    packed = isinstance(streamed.source, PackedCheckpoint)
+    lacks = packed and lacks_rules(streamed.meta_model)
+    with ExitStack() as stack:
+        if packed:
+            name = (_named_class(folder) or type(streamed.meta_model.hf_model)).__name__
+            stack.enter_context(given_rules(streamed.meta_model, name))
+        stack.enter_context(fixed_numerics(streamed.compute.device, streamed.threads))
+        return replace(_compare(folder, streamed), lacked_rules=lacks)
 
 
 def _compare(folder: Path, streamed: EvaluatedModel) -> Loaded:

@@ -7,10 +7,12 @@ dequantizes their sources first, which then are lost.
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, conversion_mapping
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     get_model_conversion_mapping,
@@ -78,21 +80,68 @@ def lacks_rules(meta_model: MetaModel) -> bool:
     return bool(_rules_for_experts(meta_model)) or any(tensor.in_other_layout for tensor in converted)
 
 
-def missing_rules(meta_model: MetaModel) -> list[WeightConverter]:
-    """Rules that transformers may need to read a result for a model, and does not have.
+@contextmanager
+def given_rules(meta_model: MetaModel, class_name: str) -> Iterator[None]:
+    """Give transformers the rules that it may need to read a result, inside a `with`.
 
     Args:
         meta_model: the model, with the names of the result.
+        class_name: name of the class that is loaded.
     """
-    dense = [
-        rule.copy(
-            [f"{pattern}{_END}" for pattern in rule.source_patterns], rule.target_patterns, operations=rule.operations
-        )
-        for rule in _known_rules(meta_model)
-        if all(pattern.endswith(_WEIGHT) for pattern in rule.source_patterns)
-    ]
+    _registered(class_name)  # builds the rules of transformers
+    rules: Any = conversion_mapping._checkpoint_conversion_mapping_cache
+    before = dict(rules)
+    try:
+        _give_rules(meta_model, class_name)
+        yield
+    finally:
+        rules.clear()
+        rules.update(before)
+
+
+def _give_rules(meta_model: MetaModel, class_name: str) -> None:
+    modules = [module for module in meta_model.hf_model.modules() if isinstance(module, PreTrainedModel)]
+    places = {name for module in modules for name in (type(module).__name__, str(module.config.model_type))}
+    for place in sorted(places):
+        known = _registered(place)
+        # transformers raises an exception if it changes a rule with several targets for a quantized model
+        fine = [rule for rule in known if not (_is_dense(rule) and len(rule.target_patterns) > 1)]
+        if len(fine) < len(known):
+            _register(place, [*(_whole(rule) for rule in known if rule not in fine), *fine])
+    dense = [_whole(rule) for rule in _known_rules(meta_model) if all(map(_is_weight, rule.source_patterns))]
     # one rule at most is applied to a tensor: the first one that matches
-    return sorted([*dense, *_rules_for_experts(meta_model)], key=_breadth)
+    rules = sorted([*dense, *_rules_for_experts(meta_model)], key=_breadth)
+    # transformers does not look for the rules of a model type if the class has rules
+    names = class_name, str(meta_model.config.model_type)
+    place = next((name for name in names if _registered(name)), class_name)
+    _register(place, [*rules, *_registered(place)])
+
+
+def _registered(place: str) -> list[Any]:
+    """Rules of transformers for a class or a model type."""
+    return list(get_checkpoint_conversion_mapping(place) or ())  # type: ignore[no-untyped-call]
+
+
+def _register(place: str, rules: list[Any]) -> None:
+    if rules:
+        register_checkpoint_conversion_mapping(place, rules, overwrite=True)
+
+
+def _is_weight(pattern: str) -> bool:
+    return pattern.endswith(_WEIGHT)
+
+
+def _is_dense(rule: Any) -> bool:
+    """Whether a rule converts weights that are not those of experts."""
+    return isinstance(rule, WeightConverter) and all(
+        _is_weight(text) and "*" not in text for text in rule.source_patterns
+    )
+
+
+def _whole(rule: WeightConverter) -> WeightConverter:
+    """The rule for weights in full precision only, which transformers does not change for a quantized model."""
+    patterns = [f"{pattern}{_END}" for pattern in rule.source_patterns]
+    return rule.copy(patterns, rule.target_patterns, operations=rule.operations)
 
 
 def _breadth(rule: WeightConverter) -> int:
@@ -114,21 +163,6 @@ def _rules_for_experts(meta_model: MetaModel) -> list[WeightConverter]:
         for target, (parts, identity) in _expert_rules(meta_model).items()
         if identity or not _has_rule(known, target, parts)
     ]
-
-
-def register(meta_model: MetaModel, class_name: str, rules: Sequence[WeightConverter]) -> None:
-    """Give transformers rules for a class of models, in this process.
-
-    Args:
-        meta_model: a model of the class.
-        class_name: name of the class.
-        rules: the rules. They go before those that transformers has.
-    """
-    # transformers does not look for the rules of a model type if the class has rules
-    names = class_name, str(meta_model.config.model_type)
-    known: dict[str, Any] = {name: get_checkpoint_conversion_mapping(name) for name in names}  # type: ignore[no-untyped-call]
-    place = next((name for name in names if known[name] is not None), class_name)
-    register_checkpoint_conversion_mapping(place, [*rules, *(known[place] or ())], overwrite=True)
 
 
 def _has_rule(known: Sequence[WeightConverter], target: str, parts: Mapping[str, FusedPart]) -> bool:
