@@ -59,7 +59,10 @@ class _StandIn(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         facts = self.__dict__.get("_facts", {})
-        return facts[name] if name in facts else facts.get("_modules", {}).get(name) or super().__getattr__(name)
+        found = facts[name] if name in facts else facts.get("_modules", {}).get(name)
+        if found is None and name not in facts and name not in self.__dict__.get("_modules", {}):
+            raise AttributeError(f'the model uses "{name}" of its blocks')
+        return found
 
     def forward(self, *positional: Any, **named: Any) -> Tensor | tuple[Tensor | None, ...]:
         arguments = {**dict(zip(self._parameters_of_block, positional, strict=False)), **named}
