@@ -3,7 +3,7 @@
 import io
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from logging import CRITICAL
@@ -85,13 +85,17 @@ def load_beside_streamed(folder: Path, **options: Unpack[EvaluationOptions]) -> 
         DeviceMemoryError: the model does not fit in memory.
     """
     streamed = EvaluatedModel.open(folder, **options)
-    packed = isinstance(streamed.source, PackedCheckpoint)
-    lacks = packed and lacks_rules(streamed.meta_model)
-    with ExitStack() as stack:
-        if packed:
-            name = (_named_class(folder) or type(streamed.meta_model.hf_model)).__name__
-            stack.enter_context(given_rules(streamed.meta_model, name))
-        stack.enter_context(fixed_numerics(streamed.compute.device, streamed.threads))
+    packed, model_type = (
+        isinstance(streamed.source, PackedCheckpoint),
+        read_json(folder, "config.json").get("model_type"),
+    )
+    alias = str(model_type) if model_type != streamed.meta_model.config.model_type else None
+    name = (_named_class(folder) or type(streamed.meta_model.hf_model)).__name__
+    lacks = alias is not None or (packed and lacks_rules(streamed.meta_model))
+    with (
+        given_rules(streamed.meta_model, name, alias=alias, packed=packed),
+        fixed_numerics(streamed.compute.device, streamed.threads),
+    ):
         return replace(_compare(folder, streamed), lacked_rules=lacks)
 
 

@@ -81,18 +81,23 @@ def lacks_rules(meta_model: MetaModel) -> bool:
 
 
 @contextmanager
-def given_rules(meta_model: MetaModel, class_name: str) -> Iterator[None]:
+def given_rules(meta_model: MetaModel, class_name: str, *, alias: str | None, packed: bool) -> Iterator[None]:
     """Give transformers the rules that it may need to read a result, inside a `with`.
 
     Args:
         meta_model: the model, with the names of the result.
         class_name: name of the class that is loaded.
+        alias: the `model_type` in config.json, if transformers has the architecture under another one, as for Kimi K2.
+        packed: whether the model is a result of `quantize`.
     """
     _registered(class_name)  # builds the rules of transformers
     rules: Any = conversion_mapping._checkpoint_conversion_mapping_cache
     before = dict(rules)
     try:
-        _give_rules(meta_model, class_name)
+        if packed:
+            _give_rules(meta_model, class_name)
+        if alias is not None:
+            _register(alias, _registered(str(meta_model.config.model_type)))
         yield
     finally:
         rules.clear()

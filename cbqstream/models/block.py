@@ -184,7 +184,7 @@ def build_block(
         index: number of the block.
         source: source of its tensors.
         device: device of its tensors.
-        dtype: dtype of all parameters except the weights of linear layers; buffers keep their dtype.
+        dtype: dtype of all parameters except the weights of linear layers. Buffers keep their dtype, unless this one holds more digits.
         linear_dtype: dtype of the weights of linear layers; None keeps the dtype in which they are stored.
         without: names of linear layers whose weights stay on the meta device.
 
@@ -194,7 +194,7 @@ def build_block(
     spec = meta_model.blocks[index]
     block = copy.deepcopy(meta_model.templates[index])
     dtypes = {f"{name}.weight": linear_dtype for name in spec.linears}
-    dtypes |= {name: buffer.dtype for name, buffer in block.named_buffers()}
+    dtypes |= {name: _at_least(buffer.dtype, dtype) for name, buffer in block.named_buffers()}
     absent = {f"{name}.weight" for name in without}
     state = {
         local: source.read(name, device=device, dtype=dtypes.get(local, dtype))
@@ -214,6 +214,11 @@ def build_block(
         if quantizer is not None:
             linear.register_forward_pre_hook(partial(_quantize_input, quantizer))
     return block.requires_grad_(requires_grad=False).eval()
+
+
+def _at_least(found: torch.dtype, dtype: torch.dtype) -> torch.dtype:
+    """Dtype in which a buffer is read: a bias of a router in float32 is not rounded to bf16 if the model computes in float32."""
+    return torch.promote_types(found, dtype) if found.is_floating_point else found
 
 
 def _quantize_input(quantizer: Callable[[Tensor], Tensor], linear: nn.Module, inputs: tuple[Tensor]) -> Tensor:

@@ -102,6 +102,11 @@ class StoredNames:
         """Whether the model has a tensor with a name, with or without the prefix of the base model."""
         return not self._known.isdisjoint((name, f"{self._base}{name}"))
 
+    def _in_model(self, name: str) -> str:
+        """Name in the model of a tensor whose name may lack the prefix of the base model."""
+        with_prefix = f"{self._base}{name}"
+        return with_prefix if name not in self._whole and with_prefix in self._whole else name
+
     def _is_of_expert(self, name: str) -> bool:
         """Whether a name is that of a parameter of an expert, even if the model has fewer experts."""
         match = _OF_EXPERT.fullmatch(name)
@@ -122,8 +127,9 @@ class StoredNames:
                     renamed, _ = renaming.rename_source_key(renamed)
             if not (self._is_known(renamed) or self._is_of_expert(renamed)):
                 for rule in converters:
-                    target, pattern = rule.rename_source_key(renamed)
+                    found, pattern = rule.rename_source_key(renamed)
                     if pattern is not None:
+                        target = self._in_model(found)
                         self._conversions.setdefault(target, Conversion(rule, target)).sources[pattern].append(name)
                         break
                 else:

@@ -4,16 +4,21 @@ transformers dequantizes experts as it loads them, to the dtype of their scales,
 would then choose other experts.
 """
 
+import json
 import os
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import MixtralForCausalLM
 
 from cbqstream import quantize
 from cbqstream.commands.check import check
+from cbqstream.evaluation.model import open_model
+from cbqstream.models.block import build_block
 from cbqstream.scheme import Scheme
-from tiny import FAMILIES, save_model
+from perplexities import streamed_perplexity
+from tiny import FAMILIES, VOCAB, save_model
 
 SEEDS = 20 if os.environ.get("CBQSTREAM_FAMILIES") else 2
 _NEXT = {
@@ -69,3 +74,37 @@ def test_a_damaged_expert_is_found_although_no_token_reaches_it(tmp_path, make_c
     problems = check(out, read_data=False, load=True).problems
     stored = "model.layers.2.block_sparse_moe.experts.3.w2.weight"
     assert problems == [f'{out}: tensor "{stored}": differs in transformers from the value in the checkpoint.']
+
+
+def test_experts_are_found_in_a_checkpoint_without_the_prefix_of_the_base_model(tmp_path):
+    """DeepSeek V4 is published so, and with other names of experts than those of transformers."""
+    folder = save_model(tmp_path / "model", "mixtral", dtype=torch.float32, max_shard_size="1GB")
+    ids = torch.randint(0, VOCAB, (2, 16), generator=torch.Generator().manual_seed(0))
+    expected = streamed_perplexity(folder, ids)
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name.removeprefix("model."): value for name, value in tensors.items()}, folder / "model.safetensors")
+    assert "layers.0.block_sparse_moe.experts.0.w1.weight" in load_file(folder / "model.safetensors")
+    assert streamed_perplexity(folder, ids) == expected
+
+
+def test_experts_of_a_model_type_that_transformers_has_under_another_name_are_loaded(tmp_path, make_config):
+    folder = save_model(tmp_path / "model", "deepseek_v3")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "kimi_k2"}))
+    out = quantize(make_config(model=folder, reconstruction={"rounding": "nearest"}, num_samples=8))
+    assert json.loads((out / "config.json").read_text())["model_type"] == "kimi_k2"
+    assert check(out, read_data=False, load=True).problems == []
+
+
+def test_a_bias_of_a_router_in_float32_is_not_rounded(tmp_path):
+    """transformers has it as a buffer, in the dtype of the model, but the block computes in float32."""
+    folder = save_model(tmp_path / "model", "minimax_m2", like="mixtral", max_shard_size="1GB")
+    tensors = load_file(folder / "model.safetensors")
+    (name,) = (name for name in tensors if "layers.1." in name and name.endswith("e_score_correction_bias"))
+    tensors[name] = torch.tensor([8.001, 8.002, 8.003, 8.004])
+    save_file(tensors, folder / "model.safetensors")
+    meta_model, source = open_model(folder)
+    options = {"device": torch.device("cpu"), "dtype": torch.float32, "linear_dtype": None}
+    block = build_block(meta_model, 1, source, **options)
+    (bias,) = (value for key, value in block.named_buffers() if key.endswith("e_score_correction_bias"))
+    assert torch.equal(bias, tensors[name])
