@@ -74,15 +74,15 @@ def make_model(name, folder):
         config = tiny_config(name)
         step = "model"
         torch.manual_seed(0)
-        model = _auto_class(config).from_config(config, dtype=torch.float32).eval()
+        model = auto_class(config).from_config(config, dtype=torch.float32).eval()
         _randomize(model)
         step = "forward"
-        logits = _logits(model.get_submodule(row.get("_run", "")), segments(folder))
+        logits = logits_of(model, name, segments(folder))
         step = "save"
         model.save_pretrained(folder / "source", save_original_format=not row.get("_fused", False))
         step = "load"
-        loaded = _auto_class(config).from_pretrained(folder / "source", dtype=torch.float32).eval()
-        reference = _logits(loaded.get_submodule(row.get("_run", "")), segments(folder))
+        loaded = auto_class(config).from_pretrained(folder / "source", dtype=torch.float32).eval()
+        reference = logits_of(loaded, name, segments(folder))
     except Exception as error:
         traceback.print_exc()
         raise NotBuildableError(f"{step}: {type(error).__name__}: {one_line(error)}") from error
@@ -215,7 +215,7 @@ def _override(settings, path, value):
         settings[name] = value
 
 
-def _auto_class(config):
+def auto_class(config):
     """Auto class with which checkpoints of a type are published: with the image tower if the type has one."""
     return AutoModelForImageTextToText if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING else AutoModelForCausalLM
 
@@ -236,8 +236,9 @@ def _randomize(model):
 
 
 @torch.no_grad()
-def _logits(model, ids_NS):
-    """Logits float32 [N, S, V] of each segment alone."""
+def logits_of(model, name, ids_NS):
+    """Logits float32 [N, S, V] of each segment alone, of a model of a type or variant."""
+    model = model.get_submodule(_row(name).get("_run", ""))
     return torch.stack([model(input_ids=row.unsqueeze(0), use_cache=False).logits[0].float() for row in ids_NS])
 
 

@@ -52,19 +52,22 @@ def streamed_difference(folder):
 
 def quantize_model(folder):
     """Quantize `source` to `out`."""
+    quantize(settings_for(folder, "out"))
+
+
+def settings_for(folder, out):
+    """Settings of a quick run for `source`: W4A16 by rounding to nearest."""
     profile = PROFILES["fast"]
-    quantize(
-        QuantizeConfig(
-            model=str(folder / "source"),
-            out=str(folder / "out"),
-            scheme=Scheme(num_bits=4, group_size=32),
-            calibration=CalibrationConfig(dataset=str(folder / "ids.npy"), num_samples=8, seq_len=16),
-            window=profile.window,
-            transforms=profile.transforms,
-            reconstruction=replace(profile.reconstruction, rounding="nearest"),
-            device="cpu",
-            threads=1,
-        )
+    return QuantizeConfig(
+        model=str(folder / "source"),
+        out=str(folder / out),
+        scheme=Scheme(num_bits=4, group_size=32),
+        calibration=CalibrationConfig(dataset=str(folder / "ids.npy"), num_samples=8, seq_len=16),
+        window=profile.window,
+        transforms=profile.transforms,
+        reconstruction=replace(profile.reconstruction, rounding="nearest"),
+        device="cpu",
+        threads=1,
     )
 
 
@@ -141,24 +144,32 @@ def try_type(name, folder):
     return {"type": name, "outcome": outcome, "line": line, "failures": trial.failures, **measured}
 
 
-def child(name, folder, pipe):
-    """Try one type in a forked process, with its output in a file beside the folder of its model."""
+def child(attempt, name, folder, pipe):
+    """Try one model in a forked process, with its output in a file beside the folder of its model."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     log = os.open(folder.with_name(f"{name}.log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    pipe.send(try_type(name, folder))
+    pipe.send(attempt(name, folder))
 
 
-def sweep(names, models, jobs, timeout):
-    """Yield the JSON object of each type. A process is forked for each, because importing torch and transformers takes seconds."""
+def sweep(names, models, jobs, timeout, attempt=try_type):
+    """Yield the JSON object of each model. A process is forked for each, because importing torch and transformers takes seconds.
+
+    Args:
+        names: names of the models.
+        models: folder with a folder for each model.
+        jobs: number of processes at a time.
+        timeout: seconds for one model.
+        attempt: function of the name and the folder of a model, which returns the JSON object.
+    """
     context = multiprocessing.get_context("fork")
     waiting, running = list(names), {}
     while waiting or running:
         while waiting and len(running) < jobs:
             name = waiting.pop(0)
             receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=child, args=(name, models / name, sender))
+            process = context.Process(target=child, args=(attempt, name, models / name, sender))
             process.start()
             sender.close()
             running[name] = (process, receiver, time.monotonic())

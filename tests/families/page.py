@@ -1,20 +1,24 @@
 #!/usr/bin/env python3
-"""Write the results of the family tests, or of all architectures, with one version of transformers into the tables of README.md.
+"""Write the results of the family tests, of all architectures or of published models into the tables of README.md.
 
 Usage: page.py JUNIT_XML|RESULTS_JSONL TRANSFORMERS_VERSION README
 
-In the table of families, columns of other versions of transformers are kept. The table of architectures is replaced.
+The results are those with one version of transformers. In the table of families, columns of other versions are kept. The tables of
+architectures and of published models are replaced.
 """
 
 import json
 import re
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from xml.etree import ElementTree
 
 BEGIN, END = "<!-- table -->\n", "<!-- end of table -->\n"
 BEGIN_ARCHITECTURES, END_ARCHITECTURES = "<!-- architectures -->\n", "<!-- end of architectures -->\n"
+BEGIN_PUBLISHED, END_PUBLISHED = "<!-- published -->\n", "<!-- end of published -->\n"
+PUBLISHED_COLUMNS = ("storage", "evaluate", "quantize", "resume", "load")
 OUTCOMES = ("right", "refused", "not buildable", "wrong", "traceback", "refused late", "check failed")
 COLUMNS = {
     "test_streamed_logits_are_those_of_transformers": "logits",
@@ -88,14 +92,33 @@ def architecture_table(results: Path, version: str) -> list[str]:
     return lines
 
 
+def published_table(records: Iterable[dict[str, str]]) -> list[str]:
+    """Table of the results of `tools/published.py`."""
+    lines = [f"| model | {' | '.join(PUBLISHED_COLUMNS)} | remark |", "|---" * (len(PUBLISHED_COLUMNS) + 2) + "|"]
+    for record in records:
+        remark = record["line"].replace("|", "\\|").replace("<", "&lt;")
+        cells = (record["type"], *(record.get(column, "") for column in PUBLISHED_COLUMNS), remark)
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def main() -> None:
     """Replace a table of the page, or the columns of one version in it."""
     results, version, page = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
-    is_architectures = results.suffix == ".jsonl"
-    begin, end = (BEGIN_ARCHITECTURES, END_ARCHITECTURES) if is_architectures else (BEGIN, END)
+    begin, end = BEGIN, END
+    if results.suffix == ".jsonl":
+        records = [json.loads(line) for line in results.read_text().splitlines()]
+        is_published = any("storage" in record for record in records)
+        begin, end = (BEGIN_PUBLISHED, END_PUBLISHED) if is_published else (BEGIN_ARCHITECTURES, END_ARCHITECTURES)
     before, _, rest = page.read_text().partition(begin)
     table, _, after = rest.partition(end)
-    lines = architecture_table(results, version) if is_architectures else family_table(table, results, version)
+    if begin == BEGIN_PUBLISHED:
+        last = {record["type"]: record for record in records}
+        lines = [f"transformers {version}, {len(last)} models.", "", *published_table(last.values())]
+    elif begin == BEGIN_ARCHITECTURES:
+        lines = architecture_table(results, version)
+    else:
+        lines = family_table(table, results, version)
     page.write_text(before + begin + "\n".join(lines) + "\n" + end + after)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from cbqstream.errors import InputError
 from perplexities import plain_perplexity, streamed_perplexity
 from tiny import VOCAB, save_model
 
+TOOLS = Path(__file__).parents[2] / "tools"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -123,6 +125,32 @@ def test_copied_weights_that_the_model_does_not_have_are_ignored_by_engines(tmp_
     found = check(out, read_data=False, load=True)
     assert not found.problems, found.problems
     assert streamed_perplexity(out, ids()) == pytest.approx(plain_perplexity(out, ids()), rel=1e-5)
+
+
+def test_the_further_block_of_a_quantized_source_is_dense_and_ignored(tmp_path, make_config, monkeypatch):
+    """DeepSeek V3 is published in FP8, also the block that predicts further tokens.
+
+    Engines read this block of the result under its dense names, and quantize what is not in `ignore`.
+    """
+    monkeypatch.syspath_prepend(TOOLS)
+    import published_models  # noqa: PLC0415
+
+    published_models.make_published("DeepSeek V3, V3.1, R1", tmp_path / "model")
+    source, dense = (load_file(tmp_path / "model" / name / "model.safetensors") for name in ("source", "dense"))
+    out = quantize(make_config(model=tmp_path / "model" / "source", reconstruction={"rounding": "nearest"}))
+    stored = {name: value for shard in out.glob("*.safetensors") for name, value in load_file(shard).items()}
+    further = {name for name in dense if name.startswith("model.layers.4.")}
+    assert {name for name in stored if name.startswith("model.layers.4.")} == further
+    assert any(f"{name}_scale_inv" in source for name in further)
+    assert not [name for name in stored if "scale_inv" in name]
+    assert {stored[name].dtype for name in further if "e_score" not in name} == {torch.bfloat16}
+    for name in further:
+        assert torch.equal(stored[name], dense[name]), name
+    config = read_json(out, "config.json")
+    assert config["num_nextn_predict_layers"] == 1
+    matrices = {name.removesuffix(".weight") for name in further if dense[name].dim() > 1}
+    assert matrices >= {"model.layers.4.eh_proj", "model.layers.4.mlp.experts.0.up_proj", "model.layers.4.mlp.gate"}
+    assert matrices <= set(config["quantization_config"]["ignore"])
 
 
 def test_a_block_too_many_is_refused_if_it_does_not_predict_further_tokens(tmp_path):
