@@ -192,7 +192,7 @@ class Published:
     """Whether fused experts [E, I, O] are published with a tensor for each expert."""
 
 
-_EXCEPT = r"(?!.*(?:norm|gate\.weight|gates?_|router|eh_proj|embed|shared_head|weights_proj|conv1d|_gate\.))"
+_EXCEPT = r"(?!.*(?:norm|gate\.weight|router|eh_proj|embed|shared_head|weights_proj|conv1d))"
 _LINEAR = rf"{_EXCEPT}.*layers\.\d+\..*\.weight$"
 """Matches weights of the linear layers of blocks, without routers, indexer weights, and what is around a further block."""
 _OF_TEXT = r"(?!.*(?:vision|visual))"

@@ -114,7 +114,8 @@ def main() -> None:
     table, _, after = rest.partition(end)
     if begin == BEGIN_PUBLISHED:
         last = {record["type"]: record for record in records}
-        lines = [f"transformers {version}, {len(last)} models.", "", *published_table(last.values())]
+        rows = sorted(last.values(), key=lambda record: record["type"].casefold())
+        lines = [f"transformers {version}, {len(last)} models.", "", *published_table(rows)]
     elif begin == BEGIN_ARCHITECTURES:
         lines = architecture_table(results, version)
     else:

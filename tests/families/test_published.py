@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from cbqstream.evaluation.model import open_model
 from families import page
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -15,12 +16,9 @@ MODELS = (
     "Kimi K2",  # FP8 in blocks; a model type that transformers does not know
     "DeepSeek V4",  # FP4 experts, powers of two as scales, names without the prefix of the base model
     "Kimi K2.5, K2.6",  # INT4 experts, described in text_config
-    "MiniMax M2",  # biases of routers in float32
     "gpt-oss",  # fused MXFP4 experts with biases
     "Mistral Small 4",  # fused FP8 experts with one scale each
-    "Llama 4 FP8",  # FP8 per channel of compressed-tensors, and a rule for experts that transformers does not have
     "Nemotron 3 NVFP4",  # two formats of ModelOpt
-    "Gemma 3n",  # tiny linear layers
 )
 
 
@@ -39,6 +37,16 @@ def test_a_published_model_is_right_from_source_to_result(tool, tmp_path, name):
     record = tool.try_published(name, tmp_path / "model")
     assert {stage: record[stage] for stage in tool.STAGES} == dict.fromkeys(tool.STAGES, "yes"), record["line"]
     assert not (tmp_path / "model" / "resumed").exists()
+
+
+def test_the_tiny_layers_of_gemma_3n_are_not_quantized(tool, tmp_path):
+    """They have 4 columns, fewer than a group."""
+    tool.make_published("Gemma 3n", tmp_path / "model")
+    meta_model, _ = open_model(tmp_path / "model" / "source")
+    assert "altup.correction_coefs" in dict(meta_model.templates[0].named_modules())
+    linears = {name for spec in meta_model.blocks for name in spec.linears}
+    assert "mlp.down_proj" in linears
+    assert not [name for name in linears if "altup" in name]
 
 
 def test_other_logits_and_a_resumed_run_with_other_bytes_are_found(tool, tmp_path, monkeypatch):
@@ -75,6 +83,7 @@ def test_what_is_published_quantized_is_stored_quantized(tool, tmp_path):
     block = "model.layers.3."
     assert dtypes[f"{block}mlp.experts.2.up_proj.weight"] == "float8_e4m3fn"
     assert dtypes[f"{block}mlp.experts.2.up_proj.weight_scale_inv"] == "float32"
+    assert dtypes["model.layers.1.mlp.shared_experts.gate_proj.weight"] == "float8_e4m3fn"
     assert dtypes["model.layers.4.self_attn.q_a_proj.weight"] == "float8_e4m3fn"
     for name in ("mlp.gate.weight", "input_layernorm.weight"):
         assert dtypes[f"{block}{name}"] == "bfloat16"
