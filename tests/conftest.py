@@ -14,8 +14,6 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # must be set before triton is imported
 
 from hypothesis import settings
-from transformers import conversion_mapping
-from transformers.conversion_mapping import USER_REGISTERED_MAPPINGS, get_checkpoint_conversion_mapping
 
 from cbqstream.config import CalibrationConfig, QuantizeConfig, ReconstructionConfig
 from cbqstream.scheme import Scheme
@@ -39,18 +37,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def one_thread() -> None:
     """Compute with one thread, which is fastest for tiny tensors. Results then do not depend on the number of cores."""
     torch.set_num_threads(1)
-
-
-@pytest.fixture(autouse=True)
-def rules_of_transformers_restored() -> Iterator[None]:
-    """Take back the rules that `check` gives transformers for results, with which it does not read all sources."""
-    get_checkpoint_conversion_mapping("")  # builds the rules
-    rules, registered = conversion_mapping._checkpoint_conversion_mapping_cache, USER_REGISTERED_MAPPINGS
-    before = dict(rules), set(registered)
-    yield
-    for held, kept in zip((rules, registered), before, strict=True):
-        held.clear()
-        held.update(kept)
 
 
 @pytest.fixture(scope="module", autouse=True)

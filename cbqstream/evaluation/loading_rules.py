@@ -5,6 +5,7 @@ that fuses separate experts. Rules that convert tensors in full precision fail i
 dequantizes their sources first, which then are lost.
 """
 
+import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -91,8 +92,11 @@ def given_rules(meta_model: MetaModel, class_name: str, *, alias: str | None, pa
         packed: whether the model is a result of `quantize`.
     """
     _registered(class_name)  # builds the rules of transformers
-    rules: Any = conversion_mapping._checkpoint_conversion_mapping_cache
-    before = dict(rules)
+    places: tuple[Any, ...] = (
+        conversion_mapping._checkpoint_conversion_mapping_cache,
+        conversion_mapping.USER_REGISTERED_MAPPINGS,
+    )
+    before = [copy.copy(place) for place in places]
     try:
         if packed:
             _give_rules(meta_model, class_name)
@@ -100,8 +104,9 @@ def given_rules(meta_model: MetaModel, class_name: str, *, alias: str | None, pa
             _register(alias, _registered(str(meta_model.config.model_type)))
         yield
     finally:
-        rules.clear()
-        rules.update(before)
+        for place, rules in zip(places, before, strict=True):
+            place.clear()
+            place.update(rules)
 
 
 def _give_rules(meta_model: MetaModel, class_name: str) -> None:
