@@ -186,10 +186,14 @@ def main() -> None:
     )
     parser.add_argument("--keep", action="store_true", help="keep the files")
     parser.add_argument("--decode", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--write", type=int, metavar="REAL", help=argparse.SUPPRESS)
     args = parser.parse_args()
     folder, out = args.work / "deepseek-v3-fp8", args.work / "out"
     if args.decode:
         decode_block(folder)
+        return
+    if args.write is not None:
+        print(json.dumps(write_checkpoint(folder, args.write)))
         return
     args.work.mkdir(parents=True, exist_ok=True)
     real = DENSE + (shutil.disk_usage(args.work).free > ROOM)
@@ -202,7 +206,9 @@ def main() -> None:
 
 def print_row(args: argparse.Namespace, folder: Path, out: Path, real: int) -> None:
     """Measure, store the row and print it."""
-    embedding, blocks = write_checkpoint(folder, real)
+    # in a process of its own, because the peak memory of a child process starts at that of its parent
+    written = run(sys.executable, __file__, str(args.work), "--write", str(real)).output
+    embedding, blocks = json.loads(written)
     tokens = random_tokens(args.work / "tokens.npy", VOCABULARY, 8 * 64)
     lengths = ["--num-samples", "8", "--seq-len", "64", "--rounding", "nearest", "--init", "minmax"]
     common = [*lengths, "--device", "cpu", "--threads", str(args.threads), "--max-ram", args.max_ram]
