@@ -91,12 +91,22 @@ def load_beside_streamed(folder: Path, **options: Unpack[EvaluationOptions]) -> 
     )
     alias = str(model_type) if model_type != streamed.meta_model.config.model_type else None
     name = (_named_class(folder) or type(streamed.meta_model.hf_model)).__name__
-    lacks = alias is not None or (packed and lacks_rules(streamed.meta_model))
+    lacks = alias is not None or (packed and lacks_rules(streamed.meta_model)) or _has_dense_experts(streamed)
     with (
         given_rules(streamed.meta_model, name, alias=alias, packed=packed),
         fixed_numerics(streamed.compute.device, streamed.threads),
     ):
         return replace(_compare(folder, streamed), lacked_rules=lacks)
+
+
+def _has_dense_experts(streamed: EvaluatedModel) -> bool:
+    """Whether experts of a quantized model are in full precision, which transformers does not find by itself."""
+    if not isinstance(streamed.source, PackedCheckpoint):
+        return False
+    layers = (
+        spec.stored(layer) for spec in streamed.meta_model.blocks for layer in spec.linears if EXPERT.search(layer)
+    )
+    return any(layer not in streamed.source.layers for layer in layers)
 
 
 def _compare(folder: Path, streamed: EvaluatedModel) -> Loaded:
