@@ -95,13 +95,13 @@ class Family:
     pairs: tuple[SmoothingPair, ...] = ()
     """Smoothing pairs of a block."""
     never_quantized: tuple[str, ...] = (
-        *("gate", "router", "router_gate", "shared_expert_gate", "dt_proj", "weights_proj"),
+        *("gate", "router", "router_gate", "shared_expert_gate", "dt_proj", "weights_proj", "altup"),
         *VISION_PARTS,
     )
     """Parts of the names of linear layers that stay in full precision.
 
-    They are routers, layers whose weight state space models or indexers of sparse attention use directly, and parts of a block that
-    compute images.
+    They are routers, layers whose weight state space models or indexers of sparse attention use directly, the tiny layers that mix the
+    parallel hidden states of Gemma 3n, and parts of a block that compute images.
     """
     experts: ExpertLayout = ExpertLayout()
     """Facts about the fused experts."""
