@@ -193,27 +193,44 @@ def sweep(names, models, jobs, timeout, attempt=try_type):
             yield record | {"line": line, "seconds": seconds}
 
 
-def main():
-    known = all_types()
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+def results_of(description, known, try_one, tell=lambda record: None):
+    """Try the models that the command line selects, and return all results by name; new ones are added to RESULTS.
+
+    Args:
+        description: what the program does.
+        known: names of all models.
+        try_one: function that tries one, see `sweep`.
+        tell: called with each new result.
+    """
+    parser = argparse.ArgumentParser(description=description.partition("\n")[0])
     parser.add_argument("results", type=Path, help="file of JSON lines; results are added")
     parser.add_argument(
-        "--only", nargs="+", metavar="TYPE", choices=known, help="types to try, also if they are in RESULTS"
+        "--only", nargs="+", metavar="NAME", choices=known, help="models to try, also if they are in RESULTS"
     )
     parser.add_argument("--models", type=Path, help="folder in which the tiny models are kept and reused")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
-    parser.add_argument("--timeout", type=int, default=300, help="seconds for one type")
+    parser.add_argument("--timeout", type=int, default=300, help="seconds for one model")
     options = parser.parse_args()
     torch.set_num_threads(1)
     lines = options.results.read_text().splitlines() if options.results.exists() else []
     records = {record["type"]: record for record in map(json.loads, lines)}
     names = options.only or [name for name in known if name not in records]
     with tempfile.TemporaryDirectory() as folder, options.results.open("a") as file:
-        for record in sweep(names, options.models or Path(folder), options.jobs, options.timeout):
+        for record in sweep(names, options.models or Path(folder), options.jobs, options.timeout, try_one):
             records[record["type"]] = record
             file.write(json.dumps(record) + "\n")
             file.flush()
-            print(f"{record['type']}: {record['outcome']} {record['line']} ({record['seconds']} s)", flush=True)
+            tell(record)
+    return records
+
+
+def tell(record):
+    """Print the result of one type."""
+    print(f"{record['type']}: {record['outcome']} {record['line']} ({record['seconds']} s)", flush=True)
+
+
+def main():
+    records = results_of(__doc__, all_types(), try_type, tell)
     counts = Counter(record["outcome"] for record in records.values())
     print(", ".join(f"{count} {outcome}" for outcome, count in counts.most_common()))
     sys.exit(any(outcome not in FINE for outcome in counts))

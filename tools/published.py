@@ -9,13 +9,10 @@ loaded with transformers. RESULTS holds one JSON object per line and model, `tes
 The exit code is 1 if anything fails but a refusal before anything is written.
 """
 
-import argparse
 import contextlib
-import json
 import os
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -25,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import numpy as np
 import torch
 from architecture_models import NEAR, NotBuildableError, difference, one_line
-from architectures import Trial, quantized_share, settings_for, streamed_difference, sweep
+from architectures import Trial, quantized_share, results_of, settings_for, streamed_difference
 from published_models import PUBLISHED, make_published, transformers_logits
 
 from cbqstream import quantize
@@ -114,25 +111,7 @@ def clear(folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("results", type=Path, help="file of JSON lines; results are added")
-    parser.add_argument(
-        "--only", nargs="+", metavar="NAME", choices=list(PUBLISHED), help="models to try, also if they are in RESULTS"
-    )
-    parser.add_argument("--models", type=Path, help="folder in which the tiny models are kept")
-    parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
-    parser.add_argument("--timeout", type=int, default=300, help="seconds for one model")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    lines = options.results.read_text().splitlines() if options.results.exists() else []
-    records = {record["type"]: record for record in map(json.loads, lines)}
-    names = options.only or [name for name in PUBLISHED if name not in records]
-    with tempfile.TemporaryDirectory() as folder, options.results.open("a") as file:
-        models = options.models or Path(folder)
-        for record in sweep(names, models, options.jobs, options.timeout, try_published):
-            records[record["type"]] = record
-            file.write(json.dumps(record) + "\n")
-            file.flush()
+    records = results_of(__doc__, list(PUBLISHED), try_published)
     print("\n".join(published_table([records[name] for name in PUBLISHED if name in records])))
     sys.exit(any("NO" in record.values() or record.get("outcome") == "traceback" for record in records.values()))
 

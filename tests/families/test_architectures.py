@@ -1,24 +1,12 @@
 """The sweep over all architectures of transformers, for some types, and its table."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from cbqstream.errors import InputError
 from families import page
-
-TOOLS = Path(__file__).parents[2] / "tools"
-
-
-@pytest.fixture
-def tool(monkeypatch):
-    """The module of `tools/architectures.py`."""
-    monkeypatch.syspath_prepend(TOOLS)
-    import architectures  # noqa: PLC0415
-
-    return architectures
 
 
 def test_llama_and_mixtral_are_right(tool, tmp_path):

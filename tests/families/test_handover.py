@@ -1,15 +1,11 @@
 """Models whose blocks hand each other more than one hidden state for each token, or get arguments that depend on the tokens."""
 
-from pathlib import Path
-
 import pytest
 
 from cbqstream import plan, quantize
 from cbqstream.commands.check import check
 from cbqstream.errors import StoppedError
 from tiny import files_of
-
-TOOLS = Path(__file__).parents[2] / "tools"
 
 TYPES = {
     "bamba": "blocks return two values",
@@ -23,15 +19,6 @@ TYPES = {
     "zaya": "states of the router are handed on, which change the choice of experts for some tokens only",
 }
 """Types, with what is special about them."""
-
-
-@pytest.fixture
-def tool(monkeypatch):
-    """The module of `tools/architectures.py`."""
-    monkeypatch.syspath_prepend(TOOLS)
-    import architectures  # noqa: PLC0415
-
-    return architectures
 
 
 @pytest.mark.parametrize("name", TYPES)

@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +16,6 @@ from cbqstream.errors import InputError
 from perplexities import plain_perplexity, streamed_perplexity
 from tiny import VOCAB, save_model
 
-TOOLS = Path(__file__).parents[2] / "tools"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -127,15 +125,12 @@ def test_copied_weights_that_the_model_does_not_have_are_ignored_by_engines(tmp_
     assert streamed_perplexity(out, ids()) == pytest.approx(plain_perplexity(out, ids()), rel=1e-5)
 
 
-def test_the_further_block_of_a_quantized_source_is_dense_and_ignored(tmp_path, make_config, monkeypatch):
+def test_the_further_block_of_a_quantized_source_is_dense_and_ignored(tmp_path, make_config, tool_named):
     """DeepSeek V3 is published in FP8, also the block that predicts further tokens.
 
     Engines read this block of the result under its dense names, and quantize what is not in `ignore`.
     """
-    monkeypatch.syspath_prepend(TOOLS)
-    import published_models  # noqa: PLC0415
-
-    published_models.make_published("DeepSeek V3, V3.1, R1", tmp_path / "model")
+    tool_named("published_models").make_published("DeepSeek V3, V3.1, R1", tmp_path / "model")
     source, dense = (load_file(tmp_path / "model" / name / "model.safetensors") for name in ("source", "dense"))
     out = quantize(make_config(model=tmp_path / "model" / "source", reconstruction={"rounding": "nearest"}))
     stored = {name: value for shard in out.glob("*.safetensors") for name, value in load_file(shard).items()}

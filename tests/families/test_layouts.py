@@ -1,7 +1,6 @@
 """Models that are stored in another layout than transformers computes with: fused experts, split or concatenated or transposed tensors."""
 
 import json
-from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -10,7 +9,6 @@ from cbqstream.commands.check import check
 from cbqstream.errors import InputError
 from cbqstream.evaluation.model import open_model
 
-TOOLS = Path(__file__).parents[2] / "tools"
 TYPES = {
     "ernie4_5_vl_moe": "experts of text and image have the numbers of one list",
     "gpt_oss": "fused experts are transposed and interleaved, and have biases",
@@ -22,15 +20,6 @@ TYPES = {
     "step3p7": "fused experts are stored as two tensors",
 }
 """Types, with what is special about how they are stored."""
-
-
-@pytest.fixture
-def tool(monkeypatch):
-    """The module of `tools/architectures.py`."""
-    monkeypatch.syspath_prepend(TOOLS)
-    import architectures  # noqa: PLC0415
-
-    return architectures
 
 
 @pytest.mark.parametrize("name", TYPES)

@@ -2,15 +2,12 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from cbqstream.evaluation.model import open_model
 from families import page
-
-TOOLS = Path(__file__).parents[2] / "tools"
 
 MODELS = (
     "Kimi K2",  # FP8 in blocks; a model type that transformers does not know
@@ -23,12 +20,9 @@ MODELS = (
 
 
 @pytest.fixture
-def tool(monkeypatch):
+def tool(tool_named):
     """The module of `tools/published.py`."""
-    monkeypatch.syspath_prepend(TOOLS)
-    import published  # noqa: PLC0415
-
-    return published
+    return tool_named("published")
 
 
 @pytest.mark.parametrize("name", MODELS)
