@@ -16,9 +16,7 @@ from safetensors.torch import save_file
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from cbqstream.checkpoint.decoders import awq as awq_decoder
 from cbqstream.checkpoint.decoders import decoder
-from cbqstream.checkpoint.decoders import gptq as gptq_decoder
 from cbqstream.checkpoint.decoding import DECODERS, decoded_tensors, quantizes_inputs
 from cbqstream.checkpoint.header import read_header
 from cbqstream.checkpoint.reader import Checkpoint
@@ -77,8 +75,7 @@ def require_same(found: torch.Tensor, expected: torch.Tensor) -> None:
 def slabs(request, monkeypatch):
     """Whether weights are decoded at once or a few rows at a time."""
     if request.param == "slabs":
-        for module in (decoder, gptq_decoder, awq_decoder):
-            monkeypatch.setattr(module, "_SLAB_WEIGHTS", 100)
+        monkeypatch.setattr(decoder, "_SLAB_WEIGHTS", 100)
 
 
 FLOAT8 = {"num_bits": 8, "type": "float"}

@@ -21,6 +21,7 @@ from cbqstream.checkpoint.decoders.decoder import (
     MakeWeight,
     Parts,
     Quantized,
+    by_columns,
     not_read,
     require_form,
     require_part,
@@ -30,7 +31,6 @@ from cbqstream.checkpoint.tensors import DerivedTensor
 from cbqstream.errors import InputError
 
 _BITS, _IN_WORD, _ZERO = 4, 8, 8
-_SLAB_WEIGHTS = 1 << 20
 
 
 def _open(quantized: Quantized) -> MakeWeight:
@@ -71,13 +71,12 @@ def _decoded(dtype: torch.dtype, parts: Mapping[str, Tensor]) -> Tensor:
     columns, (groups, rows) = words.shape[0], scales_GO.shape
     require_scales(scales_GO, zero=True)  # float16 has no smaller scale for a row of tiny weights
     zeros_GO = _unpacked(parts["qzeros"]) if "qzeros" in parts else torch.full((groups, rows), _ZERO, dtype=torch.int8)
-    made = torch.empty(rows, columns, dtype=dtype)
-    step = max(1, _SLAB_WEIGHTS // rows)
-    for start in range(0, columns, step):
-        codes = _unpacked(words[start : start + step])
-        group = torch.arange(start, start + len(codes)) // (columns // groups)
-        made[:, start : start + len(codes)] = ((codes - zeros_GO[group]) * scales_GO[group]).T
-    return made
+
+    def columns_of(slab: slice) -> Tensor:
+        group = torch.arange(slab.start, slab.stop) // (columns // groups)
+        return (_unpacked(words[slab]) - zeros_GO[group]) * scales_GO[group]
+
+    return by_columns((rows, columns), dtype, 1, columns_of)
 
 
 def _unpacked(words: Tensor) -> Tensor:

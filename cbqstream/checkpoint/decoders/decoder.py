@@ -1,7 +1,7 @@
 """A decoder of quantized weights, and checks of the tensors from which it makes a weight."""
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -146,8 +146,21 @@ def by_rows(shape: tuple[int, int], dtype: torch.dtype, step: int, rows_of: Call
         rows_of: computes a slab [rows, columns] in any floating dtype.
     """
     made = torch.empty(shape, dtype=dtype)
-    rows = step * max(1, _SLAB_WEIGHTS // (step * max(1, shape[1])))
-    for start in range(0, shape[0], rows):
-        slab = slice(start, min(start + rows, shape[0]))
+    for slab in _slabs(shape[0], shape[1], step):
         made[slab] = rows_of(slab)
     return made
+
+
+def by_columns(shape: tuple[int, int], dtype: torch.dtype, step: int, columns_of: Callable[[slice], Tensor]) -> Tensor:
+    """A matrix that is computed a few columns at a time, see `by_rows`; `columns_of` computes a slab [columns, rows]."""
+    made = torch.empty(shape, dtype=dtype)
+    for slab in _slabs(shape[1], shape[0], step):
+        made[:, slab] = columns_of(slab).T
+    return made
+
+
+def _slabs(count: int, width: int, step: int) -> Iterator[slice]:
+    """Slabs of `count` rows of `width` values. Every slab but the last has a multiple of `step` rows."""
+    rows = step * max(1, _SLAB_WEIGHTS // (step * max(1, width)))
+    for start in range(0, count, rows):
+        yield slice(start, min(start + rows, count))

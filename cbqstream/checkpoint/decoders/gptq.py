@@ -24,6 +24,7 @@ from cbqstream.checkpoint.decoders.decoder import (
     MakeWeight,
     Parts,
     Quantized,
+    by_columns,
     not_read,
     require_form,
     require_part,
@@ -34,7 +35,6 @@ from cbqstream.errors import InputError
 
 _BITS = (2, 3, 4, 8)
 _WORD = 32
-_SLAB_WEIGHTS = 1 << 20
 _ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 """Words in which every zero point is one."""
 _VERSIONS = {"gptq": 1, "gptq_v2": 0}
@@ -107,15 +107,15 @@ def _decoded(form: _Form, parts: Mapping[str, Tensor]) -> Tensor:
     low, high = (int(value) for value in torch.aminmax(group_I))
     if low < 0 or high >= groups:
         raise ValueError(f"g_idx has the group {high if high >= groups else low}, but there are {groups}")
-    made = torch.empty(rows, columns, dtype=form.dtype)
-    step = _WORD * max(1, _SLAB_WEIGHTS // (_WORD * rows))  # 32 codes fill whole words
-    for start in range(0, columns, step):
-        stop = min(start + step, columns)
-        held = words[start * bits // _WORD : stop * bits // _WORD]
-        codes = unpack_from_int32(held, bits, torch.Size((stop - start, rows)), packed_dim=0).short()
-        group = group_I[start:stop]
-        made[:, start:stop] = (scales_GO[group] * (codes - zeros_GO[group])).T
-    return made
+
+    def columns_of(slab: slice) -> Tensor:
+        held = words[slab.start * bits // _WORD : slab.stop * bits // _WORD]
+        codes = unpack_from_int32(held, bits, torch.Size((slab.stop - slab.start, rows)), packed_dim=0).short()
+        group = group_I[slab]
+        values: Tensor = scales_GO[group] * (codes - zeros_GO[group])
+        return values
+
+    return by_columns((rows, columns), form.dtype, _WORD, columns_of)  # 32 codes fill whole words
 
 
 GPTQ = Decoder(
