@@ -21,7 +21,6 @@ from transformers import (
 from transformers.utils import logging
 
 from cbqstream.checkpoint.folder import read_json
-from cbqstream.checkpoint.tensors import ModelTensor
 from cbqstream.errors import DeviceMemoryError, InputError, shown, some_shown
 from cbqstream.evaluation.loading_rules import given_rules, lacks_rules
 from cbqstream.evaluation.model import EvaluatedModel, EvaluationOptions
@@ -162,15 +161,6 @@ class _AsLoaded:
 
     def _is_dense(self, name: str) -> bool:
         return name.removesuffix(".weight") in self._source.layers and (self._dequantized or bool(EXPERT.search(name)))
-
-    @property
-    def infos(self) -> Mapping[str, ModelTensor]:
-        """Dense tensors, by name."""
-        return self._source.infos
-
-    def viewed(self, infos: Mapping[str, ModelTensor]) -> "_AsLoaded":
-        """Return the checkpoint with other tensors, which are derived from its own."""
-        return _AsLoaded(self._source.viewed(infos), dequantized=self._dequantized)
 
     def read(self, name: str, *, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
         """One dense tensor, rounded as transformers rounds it."""

@@ -64,12 +64,6 @@ class _Fuse(ConversionOps):
         zeros = fused.new_zeros(max(0, missing), *fused.shape[1:])
         return {target_patterns[0]: torch.cat([fused, zeros]) if missing > 0 else fused}
 
-    @property
-    @override
-    def reverse_op(self) -> ConversionOps:
-        """Operation that separates the experts, which no one needs here."""
-        raise NotImplementedError
-
 
 def lacks_rules(meta_model: MetaModel) -> bool:
     """Whether transformers lacks rules to read a result for a model.

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-from cbqstream.checkpoint.folder import is_size
+from cbqstream.checkpoint.folder import is_size, without_quantization
 from cbqstream.errors import InputError, shown
 
 _SIZES = ("hidden_size", "num_hidden_layers", "vocab_size")
@@ -27,10 +27,8 @@ _OTHER_SIZES = (
 )
 """Sizes that not every architecture has. They may be null, and 0 means that the model does not have the part."""
 _FLOAT = "__float__"
-_NEVER_READ = ("auto_map", "quantization_config", "compression_config")
-"""Keys of config.json and its parts that are not passed to the configuration of transformers."""
-_ONLY_OUTSIDE = ("model_type", "transformers_version", "architectures")
-"""Further such keys, which are passed if they are in a part of config.json."""
+_NEVER_READ = ("auto_map", "model_type", "transformers_version", "architectures")
+"""Keys of config.json that are not passed to the configuration of transformers."""
 _A_SIZE = f"It must be a whole number from 1 to {1 << 20:,}"
 _ALIASES: Mapping[str, str] = MappingProxyType({"kimi_k2": "deepseek_v3"})
 """Model types of published checkpoints whose architecture transformers has under another name."""
@@ -57,8 +55,8 @@ def read_configuration(folder: Path, model: Mapping[str, Any], num_tensors: int)
     _refuse_implausible(path, model, model_type, num_tensors)
     kept = {
         key: value
-        for key, value in _readable(model).items()
-        if key not in _ONLY_OUTSIDE
+        for key, value in _readable(without_quantization(model)).items()
+        if key not in _NEVER_READ
         and not key.startswith("_")
         and "kernel" not in key
         and "attn_implementation" not in key
@@ -128,6 +126,6 @@ def _readable(value: Any) -> Any:
         return {
             key: model_type_of(value) if key == "model_type" else _readable(inner)
             for key, inner in value.items()
-            if key not in _NEVER_READ
+            if key != "auto_map"
         }
     return [_readable(inner) for inner in value] if isinstance(value, list) else value

@@ -237,8 +237,7 @@ def _activation_of(module: Any, layout: ExpertLayout, *, gated: bool) -> Callabl
         gate: Callable[[Tensor], Tensor] = module._apply_gate
         return gate
     function = getattr(module, "act_fn", None)
-    known = layout.plain_gate or getattr(module, "has_gate", True) == gated
-    if function is None or (gated and not layout.plain_gate) or not known:
+    if function is None or (gated and not layout.plain_gate):
         raise ValueError(
             f"the experts of {type(module).__name__} have a form that is not supported"
             " (their activation is not a function of its own)"

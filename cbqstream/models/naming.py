@@ -8,6 +8,7 @@ its own, whichever the checkpoint has.
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -125,15 +126,13 @@ class StoredNames:
             if name not in self._known:
                 for renaming in renamings:
                     renamed, _ = renaming.rename_source_key(renamed)
-            if not (self._is_known(renamed) or self._is_of_expert(renamed)):
-                for rule in converters:
-                    found, pattern = rule.rename_source_key(renamed)
-                    if pattern is not None:
-                        target = self._in_model(found)
-                        self._conversions.setdefault(target, Conversion(rule, target)).sources[pattern].append(name)
-                        break
-                else:
-                    self._stored[renamed] = name
+            fits = self._is_known(renamed) or self._is_of_expert(renamed)
+            for rule in () if fits else converters:
+                found, pattern = rule.rename_source_key(renamed)
+                if pattern is not None:
+                    target = self._in_model(found)
+                    self._conversions.setdefault(target, Conversion(rule, target)).sources[pattern].append(name)
+                    break
             else:
                 self._stored[renamed] = name
 
@@ -141,15 +140,17 @@ class StoredNames:
         """Names in the checkpoint of the weights of experts that are tensors of their own, by their name in the model."""
         apart: dict[str, str] = {}
         for owner, experts in self._experts.items():
-            for leaf, part in experts.fused.items():
-                conversion = self._by_target.get(f"{owner}.{part.tensor}")
+            for tensor in {part.tensor for part in experts.fused.values()}:
+                conversion = self._by_target.get(f"{owner}.{tensor}")
                 if conversion is None or any(len(self._infos[name].shape) != 2 for name in conversion.names):
                     continue
-                markers = self._marked(conversion).get(f"{owner}.{part.tensor}", torch.empty(0))
-                for number, values in enumerate(markers[: len(experts)]):
+                names = conversion.names
+                markers = self._marked(conversion).get(f"{owner}.{tensor}", torch.empty(0))
+                leaves = {leaf: part for leaf, part in experts.fused.items() if part.tensor == tensor}
+                for (number, values), (leaf, part) in product(enumerate(markers[: len(experts)]), leaves.items()):
                     marks = torch.unique(part.take(values))
                     if len(marks) == 1:
-                        apart[f"{owner}.{number}.{leaf}"] = conversion.names[int(marks)]
+                        apart[f"{owner}.{number}.{leaf}"] = names[int(marks)]
         return apart
 
     def _marked(self, conversion: Conversion) -> dict[str, Tensor]:

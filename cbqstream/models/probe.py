@@ -195,16 +195,17 @@ def _run_block(
     watched = {
         layer: WatchedLinear.replacing(block.get_submodule(layer)) for layer, is_plain in plain.items() if is_plain
     }
-    before = copy.deepcopy(arguments.values)
+    before, handed = copy.deepcopy(arguments.values), handed_values(beside)
     repeated: tuple[str, ...] = ()
-    try:
-        together_2SD, after = advance(block, x_2SD, arguments, beside=beside)
-    except (ValueError, RuntimeError, IndexError):
-        repeated = tuple(key for key, value in arguments.values.items() if _is_of_one_segment(value))
-        if not repeated:
-            raise
-        arguments = replace(arguments, by_segment=(*arguments.by_segment, *repeated))
-        together_2SD, after = advance(block, x_2SD, arguments, beside=beside)
+    with _Uses(handed) as reading:
+        try:
+            together_2SD, after = advance(block, x_2SD, arguments, beside=beside)
+        except (ValueError, RuntimeError, IndexError):
+            repeated = tuple(key for key, value in arguments.values.items() if _is_of_one_segment(value))
+            if not repeated:
+                raise
+            arguments = replace(arguments, by_segment=(*arguments.by_segment, *repeated))
+            together_2SD, after = advance(block, x_2SD, arguments, beside=beside)
     _require_shape(meta_model, name, together_2SD, x_2SD.shape[2])
     alone = [
         advance(
@@ -225,16 +226,13 @@ def _run_block(
         raise not_streamable(meta_model, f"{name} computes another output for a segment alone than for it in a batch")
     direct = {layer: _READ_DIRECTLY for layer, each in watched.items() if each.reads}
     # an expert may rightly not be called for a short text, but not all experts
-    called = {joined_with(layer) if EXPERT.search(layer) else layer for layer, each in watched.items() if each.calls}
-    uncalled = (layer for layer in watched if (joined_with(layer) if EXPERT.search(layer) else layer) not in called)
-    never = dict.fromkeys(uncalled, NEVER_CALLED)
+    mixture = {layer: joined_with(layer) if EXPERT.search(layer) else layer for layer in watched}
+    called = {mixture[layer] for layer, each in watched.items() if each.calls}
+    never = {layer: NEVER_CALLED for layer in watched if mixture[layer] not in called}
     own = {layer: _OWN_CODE for layer, is_plain in plain.items() if not is_plain}
     spec = meta_model.blocks[index]
     columns = {layer: meta_model.infos[spec.tensors[f"{layer}.weight"]].shape[1] for layer in spec.linears}
     narrow = {layer: _NARROW for layer, count in columns.items() if count < _FEWEST_COLUMNS}
-    handed = handed_values(beside)
-    with _Uses(handed) as reading:
-        advance(block, x_2SD, arguments, beside=beside)
     passes = {key for key in handed if after.get(key) is beside[key]}
     return _Found(direct | never | own | narrow, repeated, after, reading.used, passes)
 

@@ -172,8 +172,8 @@ def faults_of(config: dict[str, Any], checkpoint: Checkpoint) -> Iterator[str]:
         yield from (f"{layer}: {fault}. {COPY_AGAIN}" for fault in layout.faults(checkpoint, layer, scheme))
 
 
-def not_supported(config: object, place: str | None = None) -> UsageError:
-    """The error for a quantization_config that is not supported, with its `quant_method` and the place where it stands."""
+def not_supported(config: object) -> UsageError:
+    """The error for a quantization_config that is not supported, with its `quant_method`."""
     problem = f"the model is already quantized ({quant_method_of(config)}) in a form that is not supported"
     remedy = "Give the original model, or a result of cbqstream quantize."
-    return UsageError(f"{'' if place is None else f'{place}: '}{problem}. {remedy}")
+    return UsageError(f"{problem}. {remedy}")

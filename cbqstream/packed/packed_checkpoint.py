@@ -1,5 +1,6 @@
 """A quantized checkpoint that is read as if it were dense."""
 
+import copy
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -30,15 +31,12 @@ class PackedCheckpoint:
     Args:
         checkpoint: the stored tensors.
         schemes: schemes of the quantized layers.
-        infos: dense tensors, some of which may be derived from others; by default, those of the checkpoint.
 
     Raises:
         InputError: the shape of a layer is not stored.
     """
 
-    def __init__(
-        self, checkpoint: Checkpoint, schemes: LayerSchemes, infos: Mapping[str, ModelTensor] | None = None
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, schemes: LayerSchemes) -> None:
         self.checkpoint = checkpoint
         self.schemes = schemes
         self._layouts = layouts_in(checkpoint.stored, schemes)
@@ -47,17 +45,22 @@ class PackedCheckpoint:
         parts = {f"{layer}.{part}" for layer, layout in self._layouts.items() for part in layout.names}
         self.others = {name: info for name, info in checkpoint.stored.items() if name not in parts}
         """Tensors that do not belong to a quantized layer, by name."""
-        self.infos: Mapping[str, ModelTensor] = infos or {**self._dequantized(), **self.others}
+        self._dense = Checkpoint({**self._dequantized(), **self.others}, checkpoint.stored)
+
+    @property
+    def infos(self) -> Mapping[str, ModelTensor]:
         """Dense tensors, by name."""
-        self._dense = Checkpoint(self.infos, checkpoint.stored)
+        return self._dense.infos
 
     def tensors(self) -> Mapping[str, tuple[int, ...]]:
         """Shape of every dense tensor, by name."""
-        return {name: info.shape for name, info in self.infos.items()}
+        return self._dense.tensors()
 
     def viewed(self, infos: Mapping[str, ModelTensor]) -> "PackedCheckpoint":
         """Return the checkpoint with other dense tensors, which are derived from its own."""
-        return PackedCheckpoint(self.checkpoint, self.schemes, infos)
+        other = copy.copy(self)  # without reading the shapes of all layers again
+        other._dense = self._dense.viewed(infos)
+        return other
 
     def read(self, name: str, *, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
         """One dense tensor on `device`.
