@@ -37,6 +37,7 @@ _READ_DIRECTLY = "has a weight that the code of the block uses directly"
 _FEWEST_COLUMNS = 16
 """Number of columns below which no inference engine computes a quantized layer."""
 _NARROW = f"has fewer than {_FEWEST_COLUMNS} columns"
+_JOINED = "is computed by inference engines as one layer with such a layer"
 _CPU = torch.device("cpu")
 
 
@@ -233,8 +234,11 @@ def _run_block(
     spec = meta_model.blocks[index]
     columns = {layer: meta_model.infos[spec.tensors[f"{layer}.weight"]].shape[1] for layer in spec.linears}
     narrow = {layer: _NARROW for layer, count in columns.items() if count < _FEWEST_COLUMNS}
+    unfit = direct | never | own | narrow
+    joined = {joined_with(layer) for layer in unfit}
+    unfit |= {layer: _JOINED for layer in spec.linears if layer not in unfit and joined_with(layer) in joined}
     passes = {key for key in handed if after.get(key) is beside[key]}
-    return _Found(direct | never | own | narrow, repeated, after, reading.used, passes)
+    return _Found(unfit, repeated, after, reading.used, passes)
 
 
 class _Uses(TorchDispatchMode):  # type: ignore[no-untyped-call]

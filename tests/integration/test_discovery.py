@@ -137,15 +137,26 @@ def test_a_run_with_too_few_segments_to_hold_some_out_works_with_a_warning(make_
     assert len([event for event in events if isinstance(event, WindowReport)]) == 3
 
 
-def test_a_layer_that_is_never_called_is_refused(make_config, monkeypatch):
-    """Some state space models use the weight of a layer without calling the layer, so quantizing the layer would have no effect."""
+def test_a_layer_that_is_never_called_stays_in_full_precision_with_the_layer_joined_to_it(make_config, monkeypatch):
+    """Some models use the weight of a layer without calling the layer. Inference engines compute gate_proj and up_proj as one layer."""
     monkeypatch.setattr(
         LlamaMLP, "forward", lambda self, x: self.down_proj(self.up_proj(x) + x @ self.gate_proj.weight.float().T)
     )
+    config = make_config(reconstruction={"rounding": "nearest"})
     with pytest.raises(
-        InputError, match=r"block 0: mlp\.gate_proj is never called as a layer\. Use --ignore mlp\.gate_proj"
+        InputError, match=r"only \d+% of the weights of the blocks are in linear layers.*--allow-partial"
     ):
-        quantize(make_config())
+        quantize(config)
+    events = []
+    out = quantize(config, events.append, allow_partial=True)
+    warnings = " ".join(event.text for event in events if isinstance(event, RunWarning))
+    assert "because it is never called as a layer: mlp.gate_proj." in warnings
+    assert "because it is computed by inference engines as one layer with such a layer: mlp.up_proj." in warnings
+    assert {name.rpartition(".")[2] for name in Checkpoint.open(out).infos if "layers.0.mlp" in name} == {
+        *("weight", "weight_packed", "weight_scale", "weight_shape")
+    }
+    names = [name for name in Checkpoint.open(out).infos if name.endswith("weight_packed") and "layers.0.mlp" in name]
+    assert names == ["model.layers.0.mlp.down_proj.weight_packed"]
 
 
 def test_blocks_that_transformers_ignores_are_copied(tmp_path, make_config, monkeypatch):
