@@ -19,6 +19,7 @@ Schedule = Literal["linear", "cosine"]
 SmoothWhen = Literal["never", "quantized", "always"]
 SmoothingRule = Literal["paper", "huawei", "search"]
 Kernels = Literal["auto", "plain"]
+ExpertsName = Literal["window", "alone"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,6 +134,10 @@ class ReconstructionConfig:
         0.5, help="0: squared error of every channel as it is; 1: relative to the channel's power"
     )
     robust_tokens: int = setting(0, help="Tokens of a segment with the largest target norm that the loss leaves out")
+    experts: ExpertsName = setting(
+        "window",
+        help="Experts of a mixture are trained with their window, or alone on the tokens that the router sends to them",
+    )
 
     def __post_init__(self) -> None:
         for name, choices in (
@@ -140,6 +145,7 @@ class ReconstructionConfig:
             ("init", ScaleInit),
             ("schedule", Schedule),
             ("kernels", Kernels),
+            ("experts", ExpertsName),
         ):
             require_choice(self, name, choices)
         require_at_least(self, 0, "epochs", "end_to_end_epochs", "robust_tokens")

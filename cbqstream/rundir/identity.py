@@ -11,7 +11,7 @@ from cbqstream.config import QuantizeConfig
 from cbqstream.errors import IdentityError
 from cbqstream.records import Numerics
 
-FORMAT = 4
+FORMAT = 5
 """Format of the run directory."""
 ALGORITHM = 5
 """Raised when the same settings give other numbers."""

@@ -222,7 +222,7 @@ def test_the_current_format_is_read_and_others_are_refused(toy, half, tmp_path, 
     Stored run directories of older formats are refused by `check`, `status` and `resume`, and so is a run directory with the number of
     the next or of the previous format.
     """
-    with tally(19, "run directories of other versions") as counted:
+    with tally(22, "run directories of other versions") as counted:
         assert max(GOLDEN) == FORMAT
         for made_by, golden in sorted(GOLDEN.items()):
             if made_by < FORMAT:
