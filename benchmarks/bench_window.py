@@ -17,7 +17,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -39,8 +39,9 @@ from cbqstream.runtime.memory import GIB, peak_resident_bytes, return_large_bloc
 from cbqstream.scheme import Scheme
 from cbqstream.windows.propagate import propagate
 from cbqstream.windows.quantized_linear import Phase
+from cbqstream.windows.read_block import read_block
 from cbqstream.windows.reconstruct import WindowData, reconstruct
-from cbqstream.windows.resident_block import BlockSettings, ResidentBlock, read_block
+from cbqstream.windows.resident_block import BlockSettings, ResidentBlock
 
 RESULTS = Path(__file__).resolve().parent / "results" / "window.json"
 VOCABULARY = 64
@@ -153,7 +154,7 @@ def window(
     propagate(made, inputs, targets, compute, phase=Phase.ORIGINAL)
     for block in made:
         block.start(settings, generator)
-    return made, WindowData(inputs, targets, compute)
+    return made, WindowData(inputs, targets, compute, ReconstructionConfig())
 
 
 def matrix_products(shape: Shape, blocks: int, compute: Compute, seq_len: int) -> Callable[[], None]:
@@ -223,7 +224,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict:
 
         def train(steps: int) -> None:
             config = ReconstructionConfig(rounding=args.rounding, init="minmax", batch_size=args.batch, epochs=steps)
-            reconstruct(blocks, data, config, torch.Generator().manual_seed(0), ResidentBlock.state)
+            reconstruct(blocks, replace(data, config=config), torch.Generator().manual_seed(0), ResidentBlock.state)
 
         train(1)
         steps = []

@@ -222,6 +222,14 @@ class ScratchFile:
         self.write(start, content)
         return start
 
+    def reserve(self, size: int) -> int:
+        """Make room for a piece of `size` bytes, all zero, and return its offset."""
+        start = self._size
+        self._size += size
+        with self._step("write"):
+            os.truncate(self._handle, self._size)
+        return start
+
     def write(self, start: int, content: "ReadableBuffer") -> None:
         """Overwrite the bytes at offset `start`."""
         left = memoryview(content).cast("B")

@@ -206,14 +206,47 @@ def build_block(
         owner, _, leaf = buffer_name.rpartition(".")
         setattr(block.get_submodule(owner), leaf, buffer.to(device))
     for name in spec.linears:
-        linear, quantizer = block.get_submodule(name), source.input_quantizer(spec.tensors[f"{name}.weight"])
-        if isinstance(linear, nn.Linear) and in_slabs(linear.weight.shape):
-            owner, _, leaf = name.rpartition(".")
-            linear = SlabLinear(linear)
-            setattr(block.get_submodule(owner), leaf, linear)
-        if quantizer is not None:
-            linear.register_forward_pre_hook(partial(_quantize_input, quantizer))
+        _finish_linear(block, name, source.input_quantizer(spec.tensors[f"{name}.weight"]))
     return block.requires_grad_(requires_grad=False).eval()
+
+
+def build_expert(
+    expert: nn.Module,
+    names: Mapping[str, str],
+    source: WeightSource,
+    *,
+    device: torch.device,
+    dtypes: Mapping[str, torch.dtype | None],
+) -> nn.Module:
+    """Build a routed expert with its weights, frozen, from one whose linear layers have no weights.
+
+    Args:
+        expert: the expert in a block that was built without the weights of its experts; it is not changed.
+        names: name in the checkpoint of the weight of each linear layer, by the name of the layer in the expert.
+        source: source of the weights.
+        device: device of the weights.
+        dtypes: dtype of each weight, by the name of the layer; None keeps the dtype in which it is stored.
+
+    Raises:
+        InputError: a weight cannot be read.
+    """
+    built = copy.deepcopy(expert)
+    for name, stored in names.items():
+        weight = source.read(stored, device=device, dtype=dtypes[name])
+        built.get_submodule(name).weight = nn.Parameter(weight, requires_grad=False)
+        _finish_linear(built, name, source.input_quantizer(stored))
+    return built.requires_grad_(requires_grad=False).eval()
+
+
+def _finish_linear(module: nn.Module, name: str, quantizer: Callable[[Tensor], Tensor] | None) -> None:
+    """Have a linear layer of a module multiply in slabs if it is large, and quantize its inputs if it has a quantizer for them."""
+    linear = module.get_submodule(name)
+    if isinstance(linear, nn.Linear) and in_slabs(linear.weight.shape):
+        owner, _, leaf = name.rpartition(".")
+        linear = SlabLinear(linear)
+        setattr(module.get_submodule(owner), leaf, linear)
+    if quantizer is not None:
+        linear.register_forward_pre_hook(partial(_quantize_input, quantizer))
 
 
 def _at_least(found: torch.dtype, dtype: torch.dtype) -> torch.dtype:

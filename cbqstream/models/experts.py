@@ -117,6 +117,8 @@ class Experts(nn.Module):
 
     see_all = False
     """Whether every expert computes every token, so that its statistics include all tokens. The output does not change."""
+    instead: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    """Function that gives the weighted sum [T, D] in place of the experts, from the arguments of `forward`; None computes with them."""
 
     def __init__(
         self,
@@ -139,6 +141,17 @@ class Experts(nn.Module):
     def __len__(self) -> int:
         return self.number
 
+    @property
+    def norm(self) -> nn.Module | None:
+        """Norm of the outputs of the experts before they are weighted."""
+        return getattr(self, "post_expert_norm", None)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width D of the inputs and outputs."""
+        first = next(iter(self)).get_submodule("up_proj")
+        return int(first.in_features)  # type: ignore[arg-type]
+
     def __iter__(self) -> Iterator[nn.Module]:
         return (self.get_submodule(str(number)) for number in range(self.number))
 
@@ -151,6 +164,8 @@ class Experts(nn.Module):
             weights_TK: weights of their outputs.
         """
         shape, x_TD = x_TD.shape, x_TD.reshape(-1, x_TD.shape[-1])
+        if self.instead is not None:
+            return self.instead(x_TD, chosen_TK, weights_TK).reshape(shape)
         if x_TD.device.type == "cpu":
             trim_heap()  # varying batch sizes of experts fragment glibc's heap by hundreds of megabytes in every pass
         total_TD = torch.zeros_like(x_TD)
@@ -161,16 +176,17 @@ class Experts(nn.Module):
         for expert, chosen in zip(self, parts[: self.number], strict=True):
             tokens, choices = chosen // chosen_TK.shape[1], chosen % chosen_TK.shape[1]
             if self.see_all or len(tokens):
-                y = self._output(expert, x_TD)[tokens] if self.see_all else self._output(expert, x_TD[tokens])
+                y = self.output(expert, x_TD)[tokens] if self.see_all else self.output(expert, x_TD[tokens])
                 total_TD.index_add_(0, tokens, (y * weights_TK[tokens, choices, None]).to(total_TD.dtype))
         for chosen in parts[self.number :] if self.identity else ():
             tokens, choices = chosen // chosen_TK.shape[1], chosen % chosen_TK.shape[1]
             total_TD.index_add_(0, tokens, (x_TD[tokens] * weights_TK[tokens, choices, None]).to(total_TD.dtype))
         return total_TD.reshape(shape)
 
-    def _output(self, expert: nn.Module, x_TD: Tensor) -> Tensor:
+    def output(self, expert: nn.Module, x_TD: Tensor) -> Tensor:
+        """Output [T, D] of one expert, before it is weighted."""
         y: Tensor = expert(x_TD)
-        return self.post_expert_norm(y) if hasattr(self, "post_expert_norm") else y
+        return y if self.norm is None else self.norm(y)
 
 
 class SortedExperts(Experts):

@@ -104,6 +104,23 @@ def reconstruction_loss(h_BSD: Tensor, target_BSD: Tensor, shape: LossShape) -> 
     return loss
 
 
+def expert_loss(h_TD: Tensor, target_TD: Tensor, token_T: Tensor, power_T: Tensor, channel_D: Tensor) -> Tensor:
+    """Squared error of weighted outputs of an expert, `sum_t sum_c w_t b_c (h_tc - T_tc)^2 / sum_t w_t p_t`, a float32 scalar.
+
+    Token and channel weights are those of the output of the block, because that is where the outputs of the experts are added. So the
+    error is relative to the power of the hidden states, not of the output of one expert.
+
+    Args:
+        h_TD: outputs of the expert times the weights of the router.
+        target_TD: what they should be.
+        token_T: token weights w before normalization.
+        power_T: power p of the tokens at the output of the block.
+        channel_D: channel weights b.
+    """
+    squared_D = ((h_TD.float() - target_TD.float()).square() * token_T.unsqueeze(1)).sum(0)
+    return (squared_D * channel_D).sum() / (token_T * power_T).sum()
+
+
 class _HeadDivergence(torch.autograd.Function):
     """Divergence of next-token predictions, computed for a few tokens at a time.
 

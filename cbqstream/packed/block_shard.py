@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -12,10 +13,12 @@ from cbqstream.checkpoint.tensors import StoredTensors, copied
 from cbqstream.disk import Disk, FileDigest, ScratchFile
 from cbqstream.packed.layout import SCALE
 from cbqstream.packed.layouts import encode
-from cbqstream.packed.shard import write_tensors
+from cbqstream.packed.shard import FileTensor, LazyTensor, write_tensors
 from cbqstream.records import BlockSpec, QuantizedWeight
 from cbqstream.runtime.offload import OffloadedTensor
 
+NONE: Mapping[str, Checkpoint] = MappingProxyType({})
+"""No finished layers."""
 HEAD = "head.safetensors"
 """File name of the shard of a quantized head."""
 
@@ -33,6 +36,7 @@ def write_block(
     stored: Callable[[str, Tensor], Tensor],
     source: StoredTensors,
     file: ScratchFile | None,
+    finished: Mapping[str, Checkpoint] = NONE,
 ) -> tuple[str, FileDigest]:
     """Write the shard of a block into `folder`.
 
@@ -45,12 +49,16 @@ def write_block(
             in the source.
         source: the source checkpoint.
         file: file to which encoded weights are offloaded until all layers are encoded; None keeps them in memory.
+        finished: files that hold layers which are encoded already, by the name of the layer in the block.
 
     Returns:
         File name and digest of the shard.
     """
-    tensors: dict[str, Tensor | OffloadedTensor] = {}
+    tensors: dict[str, LazyTensor] = {}
     left = dict(spec.tensors)
+    for layer, held in finished.items():
+        path = left.pop(f"{layer}.weight").removesuffix(".weight")
+        tensors |= {name: FileTensor(held, name) for name in held.infos if name.rpartition(".")[0] == path}
     for layer, weight in weights:
         name = left.pop(f"{layer}.weight")
         for part, value in encode(weight, scale_dtype=source.infos[name].dtype).items():

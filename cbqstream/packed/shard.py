@@ -6,12 +6,14 @@ require the metadata.
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
-from torch import uint8 as torch_uint8
 
 from cbqstream.checkpoint.header import DTYPES
+from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.checkpoint.tensors import ModelTensor, StoredTensors, TensorInfo
 from cbqstream.disk import Disk, FileDigest
 from cbqstream.runtime.offload import OffloadedTensor
@@ -20,13 +22,44 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ALIGNMENT = 8
 
 
-def write_tensors(disk: Disk, path: Path, tensors: Mapping[str, Tensor | OffloadedTensor]) -> FileDigest:
+@dataclass(frozen=True, slots=True)
+class FileTensor:
+    """A tensor of a safetensors file, which is read when it is needed."""
+
+    source: Checkpoint
+    name: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Its dtype."""
+        return self.source.infos[self.name].dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+        return self.source.infos[self.name].shape
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        return self.source.infos[self.name].num_bytes
+
+    def read(self) -> Tensor:
+        """The tensor on the CPU."""
+        return self.source.read(self.name, device=torch.device("cpu"))
+
+
+LazyTensor = Tensor | OffloadedTensor | FileTensor
+"""A tensor in memory, or one that is read when it is written."""
+
+
+def write_tensors(disk: Disk, path: Path, tensors: Mapping[str, LazyTensor]) -> FileDigest:
     """Write tensors to a new, durable safetensors file, in the order of their names.
 
     Args:
         disk: used for the durable write.
         path: the file to write.
-        tensors: values by name; an offloaded tensor is read when it is written.
+        tensors: values by name; one that is not in memory is read when it is written.
 
     Returns:
         Digest of the file.
@@ -39,8 +72,8 @@ def write_tensors(disk: Disk, path: Path, tensors: Mapping[str, Tensor | Offload
         )
         for name in names:
             value = tensors[name]
-            tensor = value.read() if isinstance(value, OffloadedTensor) else value
-            yield tensor.detach().cpu().contiguous().flatten().view(torch_uint8).numpy().tobytes()
+            tensor = value if isinstance(value, Tensor) else value.read()
+            yield tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
     return disk.write(path, chunks(), mode=0o666)
 

@@ -12,6 +12,7 @@ from cbqstream.models.meta_model import MetaModel
 from cbqstream.models.probe import NEVER_CALLED
 from cbqstream.records import BlockSpec
 from cbqstream.scheme import LayerSchemes, Scheme, path_pattern
+from cbqstream.windows.read_block import routed_experts_of
 
 _LEAST_SHARE = 0.8
 """Share of the weights of the blocks below which a model is only quantized on request."""
@@ -97,6 +98,26 @@ def require_quantizable(
             _require_storable(meta_model.infos[spec.tensors[f"{name}.weight"]], scheme)
     if not allow_partial:
         _require_share(meta_model)
+    if config.reconstruction.experts == "alone":
+        _require_experts_alone(config, meta_model)
+
+
+def _require_experts_alone(config: QuantizeConfig, meta_model: MetaModel) -> None:
+    """Check that the experts of a model can be reconstructed alone with these settings.
+
+    Raises:
+        UsageError: they cannot.
+    """
+    settings = config.reconstruction
+    if not any(routed_experts_of(meta_model, spec.index) for spec in meta_model.blocks):
+        raise UsageError(f"{meta_model.folder}: has no routed experts. Leave out --experts alone.")
+    for possible, what, remedy in (
+        (config.window.size == 1, "windows of one block", "--window-size 1 --overlap 0"),
+        (not settings.kl_weight, "no KL divergence over the hidden dimension", "--kl-weight 0"),
+        (not settings.end_to_end_epochs, "no end-to-end stage", "--end-to-end-epochs 0"),
+    ):
+        if not possible:
+            raise UsageError(f"--experts alone needs {what}. Use {remedy}.")
 
 
 def _require_share(meta_model: MetaModel) -> None:

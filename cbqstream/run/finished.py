@@ -12,6 +12,7 @@ from cbqstream.packed.block_shard import shard_name
 from cbqstream.packed.packed_checkpoint import PackedCheckpoint
 from cbqstream.run.inputs import RunInputs
 from cbqstream.rundir.chain import WINDOW_STATE, Chain
+from cbqstream.windows.routed_experts import expert_layers
 
 
 def computing_block(inputs: RunInputs, index: int, source: WeightSource) -> nn.Module:
@@ -20,10 +21,28 @@ def computing_block(inputs: RunInputs, index: int, source: WeightSource) -> nn.M
     Args:
         inputs: inputs of the run.
         index: number of the block.
-        source: source of its tensors.
+        source: source of its tensors. The weights of experts that are reconstructed alone are not read.
     """
-    dtype = inputs.compute.dtype
-    return build_block(inputs.meta_model, index, source, device=inputs.compute.device, dtype=dtype, linear_dtype=dtype)
+    dtype, device = inputs.compute.dtype, inputs.compute.device
+    experts, spec = inputs.experts_alone(index), inputs.meta_model.blocks[index]
+    without = () if experts is None else expert_layers(spec, experts)
+    return build_block(
+        inputs.meta_model, index, source, device=device, dtype=dtype, linear_dtype=dtype, without=without
+    )
+
+
+def finished_source(inputs: RunInputs, index: int, shard: Path) -> WeightSource:
+    """Source of the tensors of a finished block.
+
+    Args:
+        inputs: inputs of the run.
+        index: number of the block.
+        shard: its shard.
+    """
+    packed, tensors = PackedCheckpoint(Checkpoint(read_header(shard)), inputs.config.schemes), inputs.source.infos
+    names = inputs.meta_model.blocks[index].tensors.values()
+    others = {name: moved(tensors[name], packed.infos) for name in names if name not in packed.infos}
+    return packed.viewed({**packed.infos, **others}) if others else packed
 
 
 def read_window_state(chain: Chain) -> Checkpoint:
@@ -53,12 +72,11 @@ class FinishedBlocks:
         """The newest shard of a block; None if the block stays in full precision or is not finished."""
         return self._shards.get(shard_name(index))
 
+    def source(self, index: int) -> WeightSource:
+        """Source of the tensors of a block: its shard, or the source of the model if it has none."""
+        shard = self.shard(index)
+        return self._inputs.source if shard is None else finished_source(self._inputs, index, shard)
+
     def build(self, index: int) -> nn.Module:
         """Build a block with dequantized weights, or with the weights of the source if it has no shard."""
-        inputs, shard = self._inputs, self.shard(index)
-        if shard is None:
-            return computing_block(inputs, index, inputs.source)
-        packed, tensors = PackedCheckpoint(Checkpoint(read_header(shard)), inputs.config.schemes), inputs.source.infos
-        names = inputs.meta_model.blocks[index].tensors.values()
-        others = {name: moved(tensors[name], packed.infos) for name in names if name not in packed.infos}
-        return computing_block(inputs, index, packed.viewed({**packed.infos, **others}) if others else packed)
+        return computing_block(self._inputs, index, self.source(index))

@@ -24,6 +24,7 @@ from cbqstream.rounding.registry import method_of
 from cbqstream.rundir.identity import Identity
 from cbqstream.runtime.device import compute_dtype, numerics_of
 from cbqstream.scheme import Scheme
+from cbqstream.windows.read_block import routed_experts_of
 from cbqstream.windows.schedule import schedule
 
 
@@ -51,6 +52,10 @@ class RunInputs:
     def layers(self, index: int) -> dict[str, Scheme]:
         """Schemes of the quantized layers of block `index`, by their name in the block."""
         return layer_schemes(self.config, self.meta_model.blocks[index])
+
+    def experts_alone(self, index: int) -> str | None:
+        """Name of the module of the experts of block `index`, if they are reconstructed alone; None if it has none."""
+        return routed_experts_of(self.meta_model, index) if self.config.reconstruction.experts == "alone" else None
 
     @property
     def num_epochs(self) -> int:

@@ -1,7 +1,7 @@
 """Cross-Block Quantization (arXiv 2312.07950) of a model, window by window. Only this module connects the stages.
 
 Two streams of hidden states are stored on disk: the reference stream, which the original blocks compute, and the quantized stream, which
-the finished quantized blocks compute. Each window of transformer blocks is quantized in seven steps:
+the finished quantized blocks compute. Each window of transformer blocks is quantized in eight steps:
 
     1. Read the blocks of the window.
     2. Compute the targets: move the reference stream through the new blocks (T1), run the window on the quantized stream with its original
@@ -10,9 +10,10 @@ the finished quantized blocks compute. Each window of transformer blocks is quan
     3. Find the transforms of the new blocks, and give each of their layers a quantization grid and a `Rounding`. The other blocks continue
        from the state that the window before saved.
     4. Reconstruct: train scales and roundings so that the output of the window is close to the target.
-    5. Harden the blocks that leave the window (fix every weight to its final level) and pack them. Save the state of the blocks that stay.
-    6. Move the quantized stream through the blocks that leave, unless the window is the last.
-    7. Commit the window.
+    5. With `--experts alone`, reconstruct each routed expert of the blocks that leave, alone on its tokens (`experts_alone.py`).
+    6. Harden the blocks that leave the window (fix every weight to its final level) and pack them. Save the state of the blocks that stay.
+    7. Move the quantized stream through the blocks that leave, unless the window is the last.
+    8. Commit the window.
 
 After the last window, the scales of all blocks may be trained end to end (`end_to_end_stage.py`). `result.py` assembles the model.
 """
@@ -20,6 +21,7 @@ After the last window, the scales of all blocks may be trained end to end (`end_
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial, reduce
 from pathlib import Path
 
 import torch
@@ -37,6 +39,7 @@ from cbqstream.planning.layer_schemes import quantized_share
 from cbqstream.records import EpochReport, RunNotice, RunWarning, Window, WindowReport
 from cbqstream.rounding.registry import method_of
 from cbqstream.run.end_to_end_stage import train_end_to_end
+from cbqstream.run.experts_alone import NO_EXPERTS, ExpertsAlone, FinishedExperts
 from cbqstream.run.finished import read_window_state
 from cbqstream.run.inputs import RunInputs, open_inputs
 from cbqstream.run.limits import disk_bytes, over_limit, room_for
@@ -54,8 +57,9 @@ from cbqstream.runtime.seeds import generator_for
 from cbqstream.runtime.timings import Timings
 from cbqstream.windows.propagate import mix_targets, propagate
 from cbqstream.windows.quantized_linear import Phase
+from cbqstream.windows.read_block import read_block
 from cbqstream.windows.reconstruct import Predictions, WindowData, reconstruct
-from cbqstream.windows.resident_block import BlockSettings, ResidentBlock, read_block
+from cbqstream.windows.resident_block import BlockSettings, ResidentBlock
 
 Event = str | WindowReport | EpochReport | RunWarning | RunNotice
 Listener = Callable[[Event], None]
@@ -230,7 +234,7 @@ class _Windows:
     def quantize(self, window: Window) -> WindowReport:
         """Quantize one window and commit it."""
         self._journal.empty_tmp()
-        with self._offload_file() as file:
+        with self._streams.scratch("layers") as file:
             return self._quantize(window, file)
 
     def _quantize(self, window: Window, file: ScratchFile | None) -> WindowReport:
@@ -252,47 +256,54 @@ class _Windows:
 
         # 2. Compute the targets, and gather statistics of the inputs of the new blocks.
         self._doing(window, "targets")
+        experts = self._experts(window, file)
+        experts.add_sums(new, reference)
         propagate(new, reference, reference_out, compute, phase=Phase.ORIGINAL)
+        experts.drop_sums(new, reference)
+        experts.add_sums(blocks, quantized)
         for block in new:
             all_experts = inputs.config.calibration.all_experts
             block.watch_inputs(inputs.tokens.numel(), self._settings, all_experts=all_experts)
         mix_targets(blocks, quantized, reference_out, targets, compute, a=settings.target_mix)
 
         # 3. Find transforms, grids and roundings.
-        saved = read_window_state(self._journal.chain) if window.frontier > window.start else Checkpoint({})
-        self._start_roundings(window, blocks, saved)
-        initial = {block.index: block.state() for block in new}
-
-        def starting_state(block: ResidentBlock) -> Mapping[str, Tensor]:
-            """State to which a block returns if training increases the loss on the held-out segments."""
-            return initial.get(block.index) or self._state(saved, block)
+        starting_state = self._start_roundings(window, blocks)
 
         # 4. Reconstruct.
         self._doing(window, "reconstruction")
         order = generator_for(inputs.config.seed, window.index, "order")
         with self._predictions(window, reference_out) as predictions:
-            data = WindowData(quantized, targets, compute, predictions)
-            result = reconstruct(blocks, data, settings, order, starting_state)
+            data = WindowData(quantized, targets, compute, settings, predictions)
+            result = experts.saved(blocks, lambda: reconstruct(blocks, data, order, starting_state))
 
-        # 5. Harden the blocks that leave, and save the state of the blocks that stay.
+        # 5. Reconstruct the experts that are not in the window, one after the other.
+        finished = experts.reconstruct(leaving, quantized, targets)
+
+        # 6. Harden the blocks that leave, and save the state of the blocks that stay.
         self._doing(window, "writing")
-        parts = self._write_parts(leaving, staying, file)
+        parts = self._write_parts(leaving, staying, file, finished)
 
-        # 6. Move the quantized stream.
+        # 7. Move the quantized stream.
         acts = None
         if not is_last:
             quantized_out = self._streams.new(f"acts/{QUANTIZED}")
+            experts.add_finished_sums(leaving, quantized, self._journal.building / "parts")
             propagate(leaving, quantized, quantized_out, compute, phase=Phase.HARD)
             acts = reference_out.tables() | quantized_out.tables()
         elif keeps_reference:
             acts = reference_out.tables()
 
-        # 7. Commit.
+        # 8. Commit.
         spent = self._run.timings.now().since(began)
+        result = reduce(FinishedExperts.added_to, finished.values(), result)
         report = window_report(inputs, window, result, new, leaving, spent)
         read, numerics = inputs.source.take_digests(), inputs.identity.numerics
         self._journal.commit(parts=parts, acts=acts, source=read, numerics=numerics, report=report)
         return report
+
+    def _experts(self, window: Window, file: ScratchFile | None) -> ExpertsAlone:
+        results = self._journal.partial_results(self._inputs.identity.numerics)
+        return ExpertsAlone(self._inputs, self._settings, results, file, partial(self._doing, window))
 
     def _read_block(self, index: int, file: ScratchFile | None) -> ResidentBlock:
         inputs = self._inputs
@@ -305,16 +316,8 @@ class _Windows:
             inputs.compute,
             self._settings.scratch,
             file,
+            experts_alone=inputs.config.reconstruction.experts == "alone",
         )
-
-    @contextmanager
-    def _offload_file(self) -> Iterator[ScratchFile | None]:
-        """File to which the layers of a window are offloaded; None if all of them stay in memory."""
-        if not self._inputs.compute.memory_mode.offload:
-            yield None
-            return
-        with self._journal.disk.scratch(self._journal.building / "layers") as file:
-            yield file
 
     @contextmanager
     def _predictions(self, window: Window, reference_out: ZarrStore) -> Iterator[Predictions | None]:
@@ -327,29 +330,51 @@ class _Windows:
         with _loaded(self._inputs, "head") as loaded:
             yield Predictions(loaded.head, reference_out)
 
-    def _start_roundings(self, window: Window, blocks: list[ResidentBlock], saved: Checkpoint) -> None:
+    def _start_roundings(
+        self, window: Window, blocks: list[ResidentBlock]
+    ) -> Callable[[ResidentBlock], Mapping[str, Tensor]]:
+        """Start or resume the roundings of the blocks.
+
+        Returns:
+            Function that gives the state to which a block returns if training increases the loss on the held-out segments.
+        """
+        saved = read_window_state(self._journal.chain) if window.frontier > window.start else Checkpoint({})
+        initial = {}
         for block in blocks:
             generator = generator_for(self._inputs.config.seed, block.index, "rounding")
             if block.index >= window.frontier:
                 block.start(self._settings, generator)
+                initial[block.index] = block.state()
                 if block.undersampled:
                     self._run.tell(undersampled_experts(self._inputs.meta_model.blocks[block.index].prefix, block))
             else:
                 block.resume(self._settings, generator, self._state(saved, block))
+        return lambda block: initial.get(block.index) or self._state(saved, block)
 
     def _state(self, saved: Checkpoint, block: ResidentBlock) -> Mapping[str, Tensor]:
         """State of one block, read from the window state that the window before saved."""
         return saved.under(f"{block.index}.", self._inputs.compute.device)
 
     def _write_parts(
-        self, leaving: list[ResidentBlock], staying: list[ResidentBlock], file: ScratchFile | None
+        self,
+        leaving: list[ResidentBlock],
+        staying: list[ResidentBlock],
+        file: ScratchFile | None,
+        finished: Mapping[int, FinishedExperts],
     ) -> dict[str, FileDigest]:
         folder, disk = self._journal.building / "parts", self._journal.disk
         digests = {}
         for block in leaving:
             spec, source = self._inputs.meta_model.blocks[block.index], self._inputs.source
-            name, digest = write_block(disk, folder, spec, block.harden(), block.stored, source, file)
+            experts = finished.get(block.index, NO_EXPERTS)
+            name, digest = write_block(
+                disk, folder, spec, block.harden(), block.stored, source, file, finished=experts.layers
+            )
             digests[name] = digest
+            if experts.facts:
+                experts.tell(block)
+                self._run.tell(experts.notice(spec.prefix))
+                self._run.tell(*([undersampled_experts(spec.prefix, block)] if block.undersampled else []))
             self._run.tell(*vanished_rows(spec.prefix, block))
         if staying:
             state = {

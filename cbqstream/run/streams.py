@@ -4,17 +4,19 @@ A window reads the streams that the window before it wrote. If they are missing 
 the finished blocks, and must then have the checksums that were committed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-
-from torch import nn
 
 from cbqstream.activations.store import StoredValue, StreamShape
 from cbqstream.activations.zarr_store import ZarrStore
+from cbqstream.checkpoint.tensors import WeightSource
+from cbqstream.disk import ScratchFile
 from cbqstream.errors import InputError
 from cbqstream.models.beside import create_beside, write_segments
 from cbqstream.models.block import BlockArguments
 from cbqstream.models.embedding_and_head import EmbeddingAndHead
+from cbqstream.run.experts_alone import route_and_sum
 from cbqstream.run.finished import FinishedBlocks, computing_block
 from cbqstream.run.inputs import RunInputs
 from cbqstream.rundir.chain import BESIDE, QUANTIZED, REFERENCE
@@ -22,10 +24,11 @@ from cbqstream.rundir.journal import Journal
 from cbqstream.rundir.records import Checksums
 from cbqstream.windows.propagate import propagate
 from cbqstream.windows.quantized_linear import Phase
+from cbqstream.windows.read_block import with_experts
 from cbqstream.windows.resident_block import ResidentBlock
 
-Build = Callable[[int], nn.Module]
-"""Function that builds a block from its number."""
+Source = Callable[[int], WeightSource]
+"""Function that gives the source of the tensors of a block from its number."""
 
 
 class Streams:
@@ -91,12 +94,32 @@ class Streams:
         store.beside = self._beside
         return store
 
-    def original(self, index: int) -> nn.Module:
-        """A block of the original model."""
-        return computing_block(self._inputs, index, self._inputs.source)
+    @contextmanager
+    def scratch(self, name: str) -> Iterator[ScratchFile | None]:
+        """A temporary file in tmp/ inside a `with`, if the memory mode is to offload; otherwise None."""
+        if not self._inputs.compute.memory_mode.offload:
+            yield None
+            return
+        with self._journal.disk.scratch(self._journal.building / name) as file:
+            yield file
+
+    def original(self, index: int) -> WeightSource:
+        """Source of a block of the original model."""
+        return self._inputs.source
+
+    def block(self, index: int, source: WeightSource) -> ResidentBlock:
+        """A block to compute with.
+
+        Args:
+            index: number of the block.
+            source: source of its tensors.
+        """
+        module, spec = computing_block(self._inputs, index, source), self._inputs.meta_model.blocks[index]
+        experts = with_experts(module, spec, self._inputs.experts_alone(index))
+        return ResidentBlock(index, module, self.arguments[index], experts=experts)
 
     def passed(
-        self, source: ZarrStore, steps: Sequence[Sequence[int]], name: str, build: Build, *, durable: bool = False
+        self, source: ZarrStore, steps: Sequence[Sequence[int]], name: str, source_of: Source, *, durable: bool = False
     ) -> ZarrStore:
         """Move a stream through blocks into a new stream. Hidden states are stored, and therefore rounded, after each step.
 
@@ -104,15 +127,18 @@ class Streams:
             source: stream at the input of the first block.
             steps: numbers of the blocks of each step.
             name: path of the new stream in tmp/.
-            build: builds a block from its number.
+            source_of: gives the source of a block.
             durable: whether the new stream will be committed.
         """
         stream = source
         for position, step in enumerate([*steps, ()]):  # the last step is a copy
             last = position == len(steps)
             reached = self.new(name if last else f"{name}-{position}", durable=durable and last)
-            blocks = [ResidentBlock(index, build(index), self.arguments[index]) for index in step]
-            propagate(blocks, stream, reached, self._inputs.compute, phase=Phase.ORIGINAL)
+            blocks = [self.block(index, source_of(index)) for index in step]
+            with self.scratch("tokens") as file:
+                for block in blocks:
+                    route_and_sum(self._inputs, block, stream, source_of(block.index), file)
+                propagate(blocks, stream, reached, self._inputs.compute, phase=Phase.ORIGINAL)
             if stream is not source:
                 for path in stream.paths:
                     self._journal.disk.remove_tree(path)
@@ -154,11 +180,11 @@ class Streams:
         if self._inputs.config.keep_first:
             kept = [[index] for index in range(self._inputs.config.keep_first)]
             start = self.passed(start, kept, "start", self.original)
-        builds = {REFERENCE: self.original, QUANTIZED: FinishedBlocks(self._inputs, journal.chain).build}
+        sources = {REFERENCE: self.original, QUANTIZED: FinishedBlocks(self._inputs, journal.chain).source}
         made, committed = dict[str, Checksums](), journal.chain.committed_acts
         durable = committed is not None
         for name, steps in self._steps().items():
-            made |= self.passed(start, steps, f"acts/{name}", builds[name], durable=durable).tables()
+            made |= self.passed(start, steps, f"acts/{name}", sources[name], durable=durable).tables()
         numerics = self._inputs.identity.numerics
         same_numerics = all(commit.numerics == numerics for commit in journal.chain.commits)
         if durable and made != committed and same_numerics:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 from cbqstream.errors import InputError, some_shown
 from cbqstream.models.experts import tokens_by_expert
@@ -105,7 +106,8 @@ def vanished_rows(prefix: str, block: ResidentBlock) -> Iterator[RunWarning]:
         block: the block, which is hardened.
     """
     for name, rows in block.vanished.items():
-        count = f"{rows:,} of {block.layers[name].weight.shape[0]:,} rows"
+        layer: Any = block.module.get_submodule(name)
+        count = f"{rows:,} of {layer.weight.shape[0]:,} rows"
         yield RunWarning(
             f"{prefix}.{name}: {count} are below the smallest scale (2^-17) and became zero."
             f" To keep them, use --ignore {name} in a new run."

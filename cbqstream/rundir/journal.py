@@ -22,6 +22,7 @@ from cbqstream.errors import IdentityError, InputError, StoppedError, StorageErr
 from cbqstream.records import EpochReport, Numerics, WindowReport
 from cbqstream.rundir.chain import BESIDE, RESTORE, STATES_KEPT, WINDOW_STATE, Chain, is_run, numbered, require_run
 from cbqstream.rundir.identity import canonical
+from cbqstream.rundir.partial import PARTIAL, PartialResults
 from cbqstream.rundir.records import Checksums, Commit, RunRecord
 
 _FOLDERS = ("commits", "parts", "acts", "tmp")
@@ -49,6 +50,14 @@ class Journal:
         """Delete what is in tmp/, before a window is built."""
         self.disk.remove_tree(self.building)
         self.disk.make_folder(self.building)
+
+    def partial_results(self, numerics: Numerics) -> PartialResults:
+        """The results inside the next window, for some numerics."""
+        return PartialResults(self.chain.path / PARTIAL, self.building, self.disk, self.chain.last, numerics)
+
+    def _drop_partial_results(self) -> None:
+        if (self.chain.path / PARTIAL).exists():
+            self.disk.remove_tree(self.chain.path / PARTIAL)
 
     def drop_beside(self) -> None:
         """Delete the values that blocks read with both streams. Every process computes them again."""
@@ -125,6 +134,7 @@ class Journal:
             self.publish_acts(before.acts(window + 1))
         _publish(self.disk, self.building / "commit", before.path / "commits" / numbered(window), record.to_dict())
         self.chain = before.extended(record)
+        self._drop_partial_results()
         if before.acts(window).name not in self.chain.acts_to_keep():
             self.disk.remove_tree(before.acts(window))
         self._drop_old_states()
@@ -147,6 +157,7 @@ class Journal:
         _publish(self.disk, self.building / _ROLLBACK, chain.path / _ROLLBACK, {"windows": windows})
         _finish_rollback(chain.path, self.disk)
         self.chain = Chain.read(chain.path)
+        self._drop_partial_results()
         self.clean()
 
     def _require_written(self, parts: Mapping[str, FileDigest]) -> None:
@@ -259,7 +270,7 @@ def discard(path: Path, disk: Disk, *, shared: bool = False) -> None:
     """
     with open_journal(path, disk, shared=shared, whole=False) as journal:
         for entry in sorted(path.iterdir()):
-            if entry.name not in ("LOCK", "run.json", BESIDE, *_FOLDERS):
+            if entry.name not in ("LOCK", "run.json", BESIDE, PARTIAL, *_FOLDERS):
                 raise UsageError(f"{entry}: does not belong to the run. Move it away first.")
         disk.rename(path, _deleted(path))
         disk.sync_folder(path.parent)

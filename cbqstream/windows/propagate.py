@@ -7,12 +7,14 @@ from torch import Tensor
 
 from cbqstream.activations.map_segments import map_segments
 from cbqstream.activations.store import ActivationStore
+from cbqstream.activations.token_store import TokenStore
 from cbqstream.errors import InputError
-from cbqstream.models.block import handed_values
+from cbqstream.models.block import advance, handed_values
 from cbqstream.numerics.losses import mixed_target
 from cbqstream.records import Compute
 from cbqstream.windows.quantized_linear import Phase
 from cbqstream.windows.resident_block import ResidentBlock, advance_blocks, as_batch, run_blocks, values_beside
+from cbqstream.windows.routed_experts import Routed
 
 
 @torch.no_grad()
@@ -82,3 +84,40 @@ def mix_targets(
 
     sources = [quantized, reference_out, *(value.store for value in beside.values())]
     map_segments(sources, targets, compute.batch_size, compute.device, run)
+
+
+@torch.no_grad()
+def route(
+    block: ResidentBlock, stream: ActivationStore, inputs: TokenStore, compute: Compute, *, phase: Phase
+) -> Routed:
+    """Inputs of the routed experts of a block, and the choices of its router, for all segments of a stream.
+
+    Args:
+        block: a block whose experts are not in memory.
+        stream: the stream at the input of the block.
+        inputs: store for the inputs of the experts.
+        compute: device, dtype and batch size.
+        phase: which weights the other layers of the block compute with.
+
+    Raises:
+        InputError: the block does not send every token to its experts once.
+    """
+    experts, routed = block.experts, Routed(inputs)
+    if experts is None:
+        raise ValueError("the block has no routed experts")
+    for layer in block.layers.values():
+        layer.phase = phase
+    beside = {value.key: stream.beside[value.key] for value in block.arguments.of_tokens.values()} | stream.handed
+
+    def run(x_BSD: Tensor, *values: Tensor) -> Tensor:
+        seen: list[Tensor] = []
+        experts.record(routed.chosen, routed.weights, seen)
+        advance(block.module, x_BSD.to(compute.dtype), block.arguments, beside=as_batch(beside, values))
+        x_TD = torch.cat(seen)
+        if x_TD.shape[:-1] != (x_BSD.shape[0] * x_BSD.shape[1],):
+            raise InputError(f"block {block.index}", "does not send every token to its experts once.")
+        return x_TD.view(*x_BSD.shape[:2], -1)
+
+    sources = [stream, *(value.store for value in beside.values())]
+    map_segments(sources, inputs, compute.batch_size, compute.device, run)
+    return routed

@@ -1,13 +1,15 @@
 """Reconstruction of one window: scales and rounding are trained until the output of the window is closest to its target."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.optim import Adam
+from typing_extensions import override
 
 from cbqstream.activations.read_ahead import in_batches, in_shuffled_batches, read_batches
 from cbqstream.activations.store import ActivationStore
@@ -38,6 +40,8 @@ class Reconstruction:
     """Why the training was reverted, or None if it was kept."""
     changed: float
     """Share of codes that differ from rounding to nearest."""
+    codes: int
+    """Number of codes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +66,46 @@ class Batch(NamedTuple):
     """Values of the segments beside the hidden states, by key."""
 
 
+_Batch = TypeVar("_Batch")
+
+
+class TrainingData(ABC, Generic[_Batch]):
+    """Data from which some blocks learn, by segment of the calibration text."""
+
+    compute: Compute
+    config: ReconstructionConfig
+
+    @property
+    @abstractmethod
+    def num_segments(self) -> int:
+        """Number of segments."""
+
+    def covers(self, segments: Sequence[int]) -> bool:
+        """Whether the data have a token of some segments."""
+        return True
+
+    @abstractmethod
+    def read(self, blocks: Sequence[ResidentBlock], batches: Sequence[Sequence[int]]) -> Iterator[_Batch]:
+        """Data of each batch of segments for the blocks."""
+
+    @abstractmethod
+    def size(self, batch: _Batch) -> int:
+        """Weight of a batch in a mean over batches."""
+
+    @abstractmethod
+    def loss(self, blocks: Sequence[ResidentBlock], batch: _Batch, phase: Phase, step: int) -> Tensor:
+        """Mean loss of the blocks over a batch, a float32 scalar.
+
+        Args:
+            blocks: the blocks that learn.
+            batch: the data.
+            phase: weights that the blocks compute with.
+            step: number of the training step.
+        """
+
+
 @dataclass(frozen=True, slots=True)
-class WindowData:
+class WindowData(TrainingData[Batch]):
     """Inputs and targets of a window."""
 
     inputs: ActivationStore
@@ -71,9 +113,16 @@ class WindowData:
     targets: ActivationStore
     """Targets for the output of the window."""
     compute: Compute
+    config: ReconstructionConfig
     predictions: Predictions | None = None
     """Predictions of the original model, in the window that ends with the last block; otherwise None."""
 
+    @property
+    @override
+    def num_segments(self) -> int:
+        return self.inputs.shape.num_segments
+
+    @override
     def read(self, blocks: Sequence[ResidentBlock], batches: Sequence[Sequence[int]]) -> Iterator[Batch]:
         """Each batch of segments for some blocks, read ahead."""
         beside, dtype = values_beside(blocks, self.inputs), self.compute.dtype
@@ -83,68 +132,86 @@ class WindowData:
             reference = more.pop().to(dtype) if references else None
             yield Batch(x_BSD.to(dtype), target_BSD.float(), reference, as_batch(beside, more))
 
+    @override
+    def size(self, batch: Batch) -> int:
+        return len(batch.x)
+
+    @override
+    def loss(self, blocks: Sequence[ResidentBlock], batch: Batch, phase: Phase, step: int) -> Tensor:
+        checkpointing = phase is Phase.SOFT and self.compute.memory_mode.activation_checkpointing
+        h_BSD = run_blocks(blocks, batch.x, phase, batch.beside, activation_checkpointing=checkpointing)
+        loss = reconstruction_loss(h_BSD, batch.target, loss_shape(self.config))
+        if self.predictions is not None and batch.reference is not None:
+            stride = min(self.config.head_stride, h_BSD.shape[1])
+            seen = slice(step % stride, None, stride)
+            h_TD, reference_TD = (states[:, seen].flatten(0, 1) for states in (h_BSD, batch.reference))
+            loss = loss + self.config.head_weight * head_divergence(h_TD, reference_TD, self.predictions.head)
+        return loss
+
+
+def loss_shape(config: ReconstructionConfig) -> LossShape:
+    """Weights of the reconstruction loss."""
+    return LossShape(config.kl_weight, config.token_balance, config.channel_balance, config.robust_tokens)
+
 
 def reconstruct(
     blocks: Sequence[ResidentBlock],
-    data: WindowData,
-    config: ReconstructionConfig,
+    data: TrainingData[_Batch],
     generator: torch.Generator,
     starting_state: Callable[[ResidentBlock], Mapping[str, Tensor]],
 ) -> Reconstruction:
     """Train the roundings and scales of a window in place. Training that increases the loss on the held-out segments is reverted.
 
     Args:
-        blocks: the window; its layers have roundings.
-        data: the quantized stream at the input of the window, and its targets.
-        config: settings.
+        blocks: the window, or one expert; their layers have roundings.
+        data: inputs, targets and settings.
         generator: gives the order of the segments.
         starting_state: the state of a block before training, as `ResidentBlock.load` takes it; only called if training is reverted.
 
     Raises:
         InputError: the window gives values that are not finite before training.
     """
-    training, held_out = split_held_out(data.inputs.shape.num_segments)
+    training, held_out = split_held_out(data.num_segments)
+    held_out = held_out if data.covers(held_out) else training
     roundings = [layer.rounding for layer in all_layers(blocks) if layer.rounding is not None]
     input_steps = [layer.input_step for layer in all_layers(blocks) if layer.input_step is not None]
-    before = hard_loss(blocks, data, held_out, config)
+    before = hard_loss(blocks, data, held_out)
     if not math.isfinite(before):
         first, last = blocks[0].index, blocks[-1].index
         raise InputError(
             f"blocks {first}-{last}", "their activations are not finite. Look for NaN or Inf in the weights."
         )
     after, reverted = before, None
-    order = _training_order(training, config, generator)
-    if order:
-        _train(blocks, roundings, input_steps, data, order, config)
-        after = hard_loss(blocks, data, held_out, config)
+    order = [batch for batch in _training_order(training, data.config, generator) if data.covers(batch)]
+    if order and roundings:
+        _train(blocks, roundings, input_steps, data, order)
+        after = hard_loss(blocks, data, held_out)
         if not after <= before:
             reverted = WORSE if math.isfinite(after) else NOT_FINITE
             for block in blocks:
                 block.load(starting_state(block))
             after = before
     counts = [rounding.changed() for rounding in roundings]
-    changed = sum(moved for moved, _ in counts) / sum(total for _, total in counts)
-    return Reconstruction(before, after, reverted, changed)
+    codes = sum(total for _, total in counts)
+    changed = sum(moved for moved, _ in counts) / max(codes, 1)
+    return Reconstruction(before, after, reverted, changed, codes)
 
 
 @torch.no_grad()
-def hard_loss(
-    blocks: Sequence[ResidentBlock], data: WindowData, segments: Sequence[int], config: ReconstructionConfig
-) -> float:
-    """Mean loss of the window over segments, with hard weights.
+def hard_loss(blocks: Sequence[ResidentBlock], data: TrainingData[_Batch], segments: Sequence[int]) -> float:
+    """Mean loss over segments, with hard weights.
 
     Args:
-        blocks: the window; its layers have roundings.
-        data: inputs and targets of the window.
+        blocks: the blocks; their layers have roundings.
+        data: inputs and targets.
         segments: numbers of the segments.
-        config: settings.
     """
-    batches = in_batches(segments, config.batch_size)
-    total = torch.zeros((), dtype=torch.float64, device=data.compute.device)
+    batches = [batch for batch in in_batches(segments, data.config.batch_size) if data.covers(batch)]
+    total, count = torch.zeros((), dtype=torch.float64, device=data.compute.device), 0
     for batch in data.read(blocks, batches):
-        h_BSD = run_blocks(blocks, batch.x, Phase.HARD, batch.beside)
-        total += _loss(h_BSD, batch, data.predictions, config, 0).double() * len(batch.x)
-    return total.item() / len(segments)
+        total += data.loss(blocks, batch, Phase.HARD, 0).double() * data.size(batch)
+        count += data.size(batch)
+    return total.item() / count
 
 
 def _training_order(
@@ -163,11 +230,10 @@ def _train(
     blocks: Sequence[ResidentBlock],
     roundings: Sequence[Rounding],
     input_steps: Sequence[InputStep],
-    data: WindowData,
+    data: TrainingData[_Batch],
     order: list[list[int]],
-    config: ReconstructionConfig,
 ) -> None:
-    steps = len(order)
+    config, steps = data.config, len(order)
     groups = [
         {"params": [rounding.theta for rounding in roundings], "lr": config.scale_lr},
         {"params": [step.theta for step in input_steps], "lr": config.activation_scale_lr},
@@ -178,7 +244,6 @@ def _train(
     ]
     optimizer = Adam([group for group in groups if group["params"]], foreach=False)
     rates = [group["lr"] for group in optimizer.param_groups]
-    checkpointing = data.compute.memory_mode.activation_checkpointing
     for step, batch in enumerate(data.read(blocks, order)):
         rate_left = share_of_rate(step / steps, config.schedule)
         now = TrainingStep(step / steps, rate_left, steps, len(roundings))
@@ -186,8 +251,7 @@ def _train(
             rounding.begin_step(now)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * rate_left  # not by a scheduler, which would keep the optimizer alive in a cycle
-        h_BSD = run_blocks(blocks, batch.x, Phase.SOFT, batch.beside, activation_checkpointing=checkpointing)
-        loss = _loss(h_BSD, batch, data.predictions, config, step)
+        loss = data.loss(blocks, batch, Phase.SOFT, step)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -196,16 +260,3 @@ def _train(
 def share_of_rate(progress: float, schedule: Schedule) -> float:
     """Factor of a learning rate after `progress` (0 to 1) of the steps. Its mean over a window is 1/2."""
     return 1 - progress if schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
-
-
-def _loss(
-    h_BSD: Tensor, batch: Batch, predictions: Predictions | None, config: ReconstructionConfig, step: int
-) -> Tensor:
-    shape = LossShape(config.kl_weight, config.token_balance, config.channel_balance, config.robust_tokens)
-    loss = reconstruction_loss(h_BSD, batch.target, shape)
-    if predictions is not None and batch.reference is not None:
-        stride = min(config.head_stride, h_BSD.shape[1])
-        seen = slice(step % stride, None, stride)
-        h_TD, reference_TD = (states[:, seen].flatten(0, 1) for states in (h_BSD, batch.reference))
-        loss = loss + config.head_weight * head_divergence(h_TD, reference_TD, predictions.head)
-    return loss

@@ -14,18 +14,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cbqstream.activations.store import ActivationStore, StoredValue
-from cbqstream.checkpoint.tensors import StoredTensors
 from cbqstream.config import ReconstructionConfig, TransformConfig
-from cbqstream.disk import ScratchFile
 from cbqstream.errors import InputError
-from cbqstream.models.block import NOTHING, BlockArguments, advance, build_block
+from cbqstream.models.block import NOTHING, BlockArguments, advance
 from cbqstream.models.experts import Experts
 from cbqstream.models.families import EXPERT, SmoothingPair
-from cbqstream.models.meta_model import MetaModel
 from cbqstream.numerics.affine import sqnr_db, vanished_rows
 from cbqstream.numerics.input_statistics import InputStatistics, Statistic, sum_of
 from cbqstream.numerics.scale_search import minmax_grid, search_grid
-from cbqstream.records import Compute, QuantizedWeight
+from cbqstream.records import QuantizedWeight
 from cbqstream.rounding.nearest import Nearest
 from cbqstream.rounding.registry import method_of
 from cbqstream.rounding.rounding import RoundingStart
@@ -35,7 +32,8 @@ from cbqstream.scheme import Scheme
 from cbqstream.transforms.registry import active
 from cbqstream.transforms.transform import BlockParts, Transform
 from cbqstream.windows.input_step import InputStep
-from cbqstream.windows.quantized_linear import Phase, QuantizedLinear, replace_linears
+from cbqstream.windows.quantized_linear import Phase, QuantizedLinear
+from cbqstream.windows.routed_experts import RoutedExperts
 
 _SAMPLED_TOKENS = 1024
 _SAMPLED_OF_EXPERT, _DENSER = 256, 16  # a router sends an expert one token in 8 to 32
@@ -68,6 +66,7 @@ class ResidentBlock:
         arguments: keyword arguments with which the model calls the block.
         layers: the quantized layers, by their name in the block.
         pairs: smoothing pairs of the block.
+        experts: the routed experts of the block, if they are not in memory; their layers are not in `layers`.
     """
 
     def __init__(
@@ -77,7 +76,9 @@ class ResidentBlock:
         arguments: BlockArguments,
         layers: Mapping[str, QuantizedLinear] | None = None,
         pairs: tuple[SmoothingPair, ...] = (),
+        experts: RoutedExperts | None = None,
     ) -> None:
+        self.experts = experts
         self.index = index
         self.module = module
         self.arguments = arguments
@@ -280,44 +281,6 @@ class ResidentBlock:
             yield
 
 
-def read_block(
-    meta_model: MetaModel,
-    index: int,
-    source: StoredTensors,
-    schemes: Mapping[str, Scheme],
-    arguments: BlockArguments,
-    compute: Compute,
-    scratch: Scratch,
-    file: ScratchFile | None = None,
-) -> ResidentBlock:
-    """Read a block with its original weights.
-
-    Args:
-        meta_model: the model to which the block belongs.
-        index: number of the block.
-        source: source of its tensors.
-        schemes: schemes of the quantized layers, by their name in the block.
-        arguments: keyword arguments with which the model calls the block.
-        compute: device and dtype of the block.
-        scratch: buffers for weights that are needed for a moment.
-        file: file to which the quantized layers are offloaded; None keeps them in memory.
-    """
-    device, dtype = compute.device, compute.dtype
-    without = () if file is None else schemes
-    module = build_block(meta_model, index, source, device=device, dtype=dtype, linear_dtype=None, without=without)
-    spec, layers = meta_model.blocks[index], replace_linears(module, schemes, scratch)
-    if file is not None:
-        for name, layer in layers.items():
-            layer.weight = source.read(spec.tensors[f"{name}.weight"], device=device)
-            layer.offload(file)
-    whole = set(spec.linears) - schemes.keys()  # they are not smoothed, because rescaled channels would change them
-    for name in whole:
-        module.get_submodule(name).to(dtype)
-    pairs = meta_model.smoothing_pairs(index)
-    usable = tuple(pair for pair in pairs if not whole & {pair.smooth_layer, *pair.balance_layers})
-    return ResidentBlock(index, module, arguments, layers, usable)
-
-
 def _load_layer(layer: QuantizedLinear, state: Mapping[str, Tensor]) -> None:
     """Restore the rounding and the input step of a layer from its part of the state of a block."""
     if layer.input_step is not None:
@@ -341,6 +304,7 @@ def all_layers(blocks: Sequence[ResidentBlock]) -> Iterator[QuantizedLinear]:
 def values_beside(blocks: Sequence[ResidentBlock], stream: ActivationStore) -> dict[str, StoredValue]:
     """Values beside a stream that blocks read or hand on, by key."""
     keys = dict.fromkeys(value.key for block in blocks for value in block.arguments.of_tokens.values())
+    keys |= {block.experts.key: None for block in blocks if block.experts is not None}
     return {key: stream.beside[key] for key in keys} | stream.handed
 
 
@@ -385,8 +349,15 @@ def advance_blocks(
         layer.phase = phase
     for block in blocks:
         if activation_checkpointing:
-            run = partial(advance, block.module, arguments=block.arguments, beside=beside)
+            run = partial(_advance, block, beside=beside)
             x_BSD, beside = checkpoint(run, x_BSD, use_reentrant=False, preserve_rng_state=False)
         else:
-            x_BSD, beside = advance(block.module, x_BSD, block.arguments, beside=beside)
+            x_BSD, beside = _advance(block, x_BSD, beside)
     return x_BSD, beside
+
+
+def _advance(block: ResidentBlock, x_BSD: Tensor, beside: Mapping[str, Tensor]) -> tuple[Tensor, Mapping[str, Tensor]]:
+    """Hidden states after one block, and the values beside them. See `advance_blocks`."""
+    if block.experts is not None:
+        block.experts.give(beside[block.experts.key])
+    return advance(block.module, x_BSD, block.arguments, beside=beside)

@@ -16,7 +16,8 @@ from cbqstream.runtime.offload import OffloadedTensor
 from cbqstream.scheme import Scheme
 from cbqstream.transforms.smoothing import Smoothing
 from cbqstream.windows.quantized_linear import Phase, QuantizedLinear
-from cbqstream.windows.resident_block import BlockSettings, ResidentBlock, all_layers, read_block, run_blocks
+from cbqstream.windows.read_block import read_block
+from cbqstream.windows.resident_block import BlockSettings, ResidentBlock, all_layers, run_blocks
 from tiny import SEQ_LEN, VOCAB
 
 CPU = Compute(torch.device("cpu"), torch.float32, 2)

@@ -1,0 +1,239 @@
+"""Reconstruction of one routed expert alone, on the tokens that the router sends to it.
+
+The target of expert e for a token with input x on the quantized stream is its own original output, mixed like the targets of a window
+from the outputs for the inputs of both streams: `g (a E(x_ref) + (1 - a) E(x))`, where g is the weight of the router and a is
+`target_mix`. The rounding is trained like that of a window, with the same batches of segments.
+
+Shapes: N segments, S tokens in a segment, T tokens of the expert, D hidden dimension.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from cbqstream.activations.store import ActivationStore
+from cbqstream.activations.token_store import TokenStore
+from cbqstream.checkpoint.tensors import WeightSource
+from cbqstream.config import ReconstructionConfig
+from cbqstream.models.block import BlockArguments
+from cbqstream.numerics.losses import channel_weights, expert_loss, mixed_target, token_weights
+from cbqstream.records import Compute, QuantizedWeight
+from cbqstream.scheme import Scheme
+from cbqstream.windows.quantized_linear import Phase, replace_linears
+from cbqstream.windows.reconstruct import Reconstruction, TrainingData, reconstruct
+from cbqstream.windows.resident_block import BlockSettings, ResidentBlock, run_blocks
+from cbqstream.windows.routed_experts import Routed, RoutedExperts, in_parts
+from cbqstream.windows.schedule import split_held_out
+
+FEWEST_TOKENS = 32
+"""Number of training tokens below which an expert is undersampled."""
+_SAMPLED_TOKENS = 1024
+_SMALLEST_POWER = 1e-20
+
+
+@dataclass(frozen=True, slots=True)
+class LossWeights:
+    """Weights of tokens and channels in the loss of the experts of a block, from the targets of the block."""
+
+    tokens: Tensor
+    """Token weights before normalization, float32 [N S]."""
+    power: Tensor
+    """Power of the tokens, float32 [N S]."""
+    channels: Tensor
+    """Channel weights, float32 [D]."""
+
+    @classmethod
+    def of(cls, targets: ActivationStore, config: ReconstructionConfig, hidden_size: int) -> "LossWeights":
+        """Weights for targets of a block.
+
+        Args:
+            targets: targets for the output of the block.
+            config: settings.
+            hidden_size: width of the outputs of the experts. If the block hands on another width, all channels have the same weight.
+        """
+        tokens, powers, share_D = [], [], torch.zeros(targets.shape.hidden_size, dtype=torch.float64)
+        for segment in range(targets.shape.num_segments):
+            target_SD = targets.read(segment).float()
+            power_S = target_SD.square().sum(-1).clamp(min=_SMALLEST_POWER)
+            kept_S = token_weights(target_SD.unsqueeze(0), config.robust_tokens)[0]
+            weights_S = kept_S * power_S.pow(-config.token_balance)
+            share_D += (target_SD.square() * weights_S.unsqueeze(1)).sum(0, dtype=torch.float64)
+            tokens.append(weights_S)
+            powers.append(power_S)
+        channels = torch.ones(hidden_size)
+        if config.channel_balance and hidden_size == len(share_D):
+            channels = channel_weights((share_D / share_D.sum()).float(), config.channel_balance)
+        return cls(torch.cat(tokens), torch.cat(powers), channels)
+
+
+class _Tokens(NamedTuple):
+    """Tokens of an expert on the device."""
+
+    x: Tensor
+    """Inputs [T, D]."""
+    target: Tensor
+    """Targets of the weighted outputs [T, D], float32."""
+    gate: Tensor
+    """Weights of the router [T, 1], float32."""
+    weight: Tensor
+    """Token weights of the loss [T]."""
+    power: Tensor
+    """Power of the tokens at the output of the block [T]."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertData(TrainingData[_Tokens]):
+    """Inputs and targets of an expert, in the order of its tokens."""
+
+    tokens: _Tokens
+    """All tokens, on the CPU."""
+    firsts: Sequence[int]
+    """Position of the first token of each segment, and the number of all tokens."""
+    channels: Tensor
+    """Channel weights of the loss [D]."""
+    compute: Compute
+    config: ReconstructionConfig
+
+    @property
+    @override
+    def num_segments(self) -> int:
+        return len(self.firsts) - 1
+
+    @override
+    def covers(self, segments: Sequence[int]) -> bool:
+        return any(self.firsts[segment] < self.firsts[segment + 1] for segment in segments)
+
+    @override
+    def read(self, blocks: Sequence[ResidentBlock], batches: Sequence[Sequence[int]]) -> Iterator[_Tokens]:
+        for batch in batches:
+            parts = [slice(self.firsts[segment], self.firsts[segment + 1]) for segment in batch]
+            chosen = (torch.cat([value[part] for part in parts]).to(self.compute.device) for value in self.tokens)
+            x_TD, *others = chosen
+            yield _Tokens(x_TD.to(self.compute.dtype), *others)
+
+    @override
+    def size(self, batch: _Tokens) -> int:
+        return len(batch.x)
+
+    @override
+    def loss(self, blocks: Sequence[ResidentBlock], batch: _Tokens, phase: Phase, step: int) -> Tensor:
+        h_TD = run_blocks(blocks, batch.x, phase).float() * batch.gate
+        channels = self.channels.to(h_TD.device)
+        return expert_loss(h_TD, batch.target, batch.weight, batch.power, channels)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertResult:
+    """A finished expert."""
+
+    weights: Mapping[str, QuantizedWeight]
+    """Quantized weights by the name of the layer in the expert."""
+    tokens: int
+    """Number of its tokens."""
+    undersampled: bool
+    """Whether it has too few training tokens to learn from."""
+    reconstruction: Reconstruction
+    sqnr_db: Mapping[str, float]
+    """Signal to quantization noise of the weights in decibels, by layer."""
+    vanished: Mapping[str, int]
+    """Number of rows that became zero, by layer; without layers that have none."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertInputs:
+    """Everything from which the experts of a block are reconstructed."""
+
+    experts: RoutedExperts
+    source: WeightSource
+    schemes: Mapping[str, Scheme]
+    """Schemes of the quantized layers of the block, by name."""
+    routed: Routed
+    """Inputs on the quantized stream."""
+    reference: TokenStore
+    """Inputs of the same tokens on the reference stream."""
+    weights: LossWeights
+    settings: BlockSettings
+    compute: Compute
+    all_tokens: bool = False
+    """Whether the starting scales are found from all tokens of the block."""
+
+    def reconstruct(
+        self, number: int, tokens: Tensor, gates: Tensor, order: torch.Generator, rounding: torch.Generator
+    ) -> ExpertResult:
+        """Read an expert, reconstruct it, and let it go.
+
+        Args:
+            number: number of the expert.
+            tokens: numbers of its tokens, int64 [T], ascending.
+            gates: weights of the router for them, float32 [T].
+            order: gives the order of the segments.
+            rounding: gives random starting values.
+
+        Raises:
+            InputError: a weight cannot be read, or gives values that are not finite.
+        """
+        firsts, config = self._firsts(tokens), self.settings.reconstruction
+        training, _ = split_held_out(len(firsts) - 1)
+        undersampled = sum(firsts[segment + 1] - firsts[segment] for segment in training) < FEWEST_TOKENS
+        if undersampled:
+            config = replace(config, rounding="nearest")
+        settings = replace(self.settings, reconstruction=config)
+        block = self._read(number)
+        self._start(block, tokens, settings, rounding, sampled=undersampled)
+        data = self._data(block, tokens, gates, firsts, config)
+        state = block.state()
+        result = reconstruct([block], data, order, lambda block: state)
+        weights = dict(block.harden())
+        return ExpertResult(weights, len(tokens), undersampled, result, block.sqnr_db, block.vanished)
+
+    def _read(self, number: int) -> ResidentBlock:
+        experts, compute = self.experts, self.compute
+        prefix = f"{experts.name}.{number}."
+        chosen = {name: self.schemes[prefix + name] for name in experts.layers(number) if prefix + name in self.schemes}
+        dtypes = {name: None if name in chosen else compute.dtype for name in experts.layers(number)}
+        expert = experts.read(number, self.source, compute.device, dtypes)
+        layers, norm = replace_linears(expert, chosen, self.settings.scratch), experts.module.norm
+        module = expert if norm is None else nn.Sequential(expert, norm)
+        return ResidentBlock(number, module, BlockArguments({}), layers)
+
+    def _start(
+        self, block: ResidentBlock, tokens: Tensor, settings: BlockSettings, rounding: torch.Generator, *, sampled: bool
+    ) -> None:
+        """Find grids and roundings from the expert's own tokens, from a sample of all tokens, or from all tokens."""
+        total = len(self.weights.tokens)
+        if self.all_tokens:
+            tokens = torch.arange(total)
+        elif sampled:
+            tokens = torch.arange(0, total, max(1, total // _SAMPLED_TOKENS))
+        block.watch_inputs(len(tokens), settings)
+        for (some,) in in_parts(tokens):
+            self._output(block, self.routed.x, some, Phase.ORIGINAL)
+        block.start(settings, rounding)
+
+    @torch.no_grad()
+    def _output(self, block: ResidentBlock, inputs: TokenStore, tokens: Tensor, phase: Phase) -> Tensor:
+        x_TD = inputs.take(tokens).to(self.compute.device, self.compute.dtype)
+        return run_blocks([block], x_TD, phase).float().cpu()
+
+    def _data(
+        self, block: ResidentBlock, tokens: Tensor, gates: Tensor, firsts: Sequence[int], config: ReconstructionConfig
+    ) -> ExpertData:
+        targets = []
+        for some, gate in in_parts(tokens, gates):
+            own, reference = (
+                self._output(block, inputs, some, Phase.ORIGINAL) for inputs in (self.routed.x, self.reference)
+            )
+            targets.append(mixed_target(reference, own, config.target_mix) * gate.unsqueeze(1))
+        x_TD, target_TD = self.routed.x.take(tokens), torch.cat(targets)
+        chosen = _Tokens(x_TD, target_TD, gates.unsqueeze(1), self.weights.tokens[tokens], self.weights.power[tokens])
+        return ExpertData(chosen, firsts, self.weights.channels, self.compute, config)
+
+    def _firsts(self, tokens: Tensor) -> list[int]:
+        """Position in `tokens` of the first token of each segment, and the number of tokens."""
+        shape = self.routed.x.shape
+        bounds = torch.arange(shape.num_segments + 1) * shape.seq_len
+        return [int(position) for position in torch.searchsorted(tokens, bounds)]

@@ -1,0 +1,259 @@
+"""Routed experts that are reconstructed alone: their sums, the results, interruptions, and what is refused."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cbqstream import quantize
+from cbqstream.activations.memory_store import MemoryStore
+from cbqstream.activations.store import StreamShape
+from cbqstream.checkpoint.header import read_header
+from cbqstream.commands.check import check
+from cbqstream.config import WindowConfig
+from cbqstream.errors import StoppedError, UsageError
+from cbqstream.models.block import run_block
+from cbqstream.models.embedding_and_head import load_embedding_and_head
+from cbqstream.planning.plan import plan
+from cbqstream.records import MemoryMode, RunNotice, RunWarning, WindowReport
+from cbqstream.run import experts_alone, inputs
+from cbqstream.run.experts_alone import route_and_sum
+from cbqstream.run.finished import computing_block
+from cbqstream.run.inputs import open_inputs
+from cbqstream.rundir.chain import Chain
+from cbqstream.rundir.partial import PARTIAL
+from cbqstream.scheme import Scheme
+from cbqstream.windows.expert_reconstruction import ExpertInputs
+from cbqstream.windows.quantized_linear import Phase
+from cbqstream.windows.read_block import with_experts
+from cbqstream.windows.resident_block import ResidentBlock, run_blocks
+from tiny import files_of, save_model
+
+CPU = torch.device("cpu")
+ONE = WindowConfig(size=1, overlap=0)
+
+
+@pytest.fixture
+def alone(make_config):
+    """A function that makes the settings of a run with experts alone."""
+
+    def make(family="mixtral", *, reconstruction=None, window=ONE, **options):
+        settings = {"epochs": 2, **(reconstruction or {}), "experts": "alone"}
+        return make_config(family, window=window, reconstruction=settings, **options)
+
+    return make
+
+
+@pytest.fixture
+def small_groups(monkeypatch):
+    """Every expert is a group of its own."""
+    monkeypatch.setattr(experts_alone, "SLAB_WEIGHTS", 1)
+
+
+@pytest.fixture
+def reconstructed(monkeypatch):
+    """Numbers of the experts that were reconstructed, in order."""
+    numbers, real = [], ExpertInputs.reconstruct
+
+    def count(self, number, *more):
+        numbers.append(number)
+        return real(self, number, *more)
+
+    monkeypatch.setattr(ExpertInputs, "reconstruct", count)
+    return numbers
+
+
+class Killed(Exception):
+    """Raised in place of a signal."""
+
+
+def killed_at(text):
+    """A listener that stops the run when it begins a step whose description contains `text`."""
+
+    def listen(event):
+        if isinstance(event, str) and text in event:
+            raise Killed
+
+    return listen
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3"])
+def test_sums_of_experts_give_the_output_of_the_block(family, alone, make_config):
+    """A block that gets the sums of its experts computes the same as a block with its experts, to the precision of bf16."""
+    opened, whole = (open_inputs(config, CPU, 1) for config in (alone(family), make_config(family)))
+    with load_embedding_and_head(opened.meta_model, opened.source, device=CPU, dtype=torch.float32) as outer:
+        arguments = outer.block_arguments(opened.tokens[0])
+    stream = MemoryStore(StreamShape(*opened.stream_shape))
+    x_NSD = torch.randn(opened.stream_shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for segment, x_SD in enumerate(x_NSD):
+        stream.write(segment, x_SD)
+    index = 2
+    module = computing_block(opened, index, opened.source)
+    experts = with_experts(module, opened.meta_model.blocks[index], opened.experts_alone(index))
+    block = ResidentBlock(index, module, arguments[index], experts=experts)
+    with torch.no_grad():
+        route_and_sum(opened, block, stream, opened.source, None)
+        sums = torch.stack([stream.beside[experts.key].store.read(segment) for segment in range(len(x_NSD))])
+        found = run_blocks([block], x_NSD.float(), Phase.ORIGINAL, {experts.key: sums})
+        expected = run_block(computing_block(whole, index, whole.source), x_NSD.float(), arguments[index])
+    assert sums.abs().max() > 0.01
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.02 * (expected - x_NSD.float()).abs().max().item())
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "deepseek_v3"])
+def test_all_layers_of_experts_are_quantized_and_load(family, alone):
+    events = []
+    out = quantize(alone(family), events.append)
+    assert check(out, read_data=True, load=True).problems == []
+    reports = [event for event in events if isinstance(event, WindowReport)]
+    number = len(next(iter(reports[-1].experts.values())))
+    assert len([name for name in reports[-1].sqnr_db if ".experts." in name]) == 3 * number
+    assert all(report.changed > 0 for report in reports)
+    notices = [
+        event.text for event in events if isinstance(event, RunNotice) and f"{number} experts alone" in event.text
+    ]
+    assert len(notices) == (3 if family == "deepseek_v3" else 4)  # the first block of DeepSeek is dense
+
+
+def test_training_lowers_the_loss_of_the_experts(alone):
+    """On held-out tokens, the mean loss of the experts of each block is lower after training than before."""
+    config = alone(scheme=Scheme(num_bits=2, group_size=32), reconstruction={"epochs": 12})
+    texts = []
+    quantize(config, lambda event: texts.append(event.text) if isinstance(event, RunNotice) else None)
+    losses = [text.partition("mean loss ")[2].partition(",")[0].split(" -> ") for text in texts if "mean loss" in text]
+    assert len(losses) == 4
+    assert sum(float(after) for _, after in losses) < 0.95 * sum(float(before) for before, _ in losses), texts
+
+
+def test_results_do_not_depend_on_where_tokens_are_kept(alone, monkeypatch):
+    """A run with the inputs and sums of the experts in a file, stopped and resumed, gives the bytes of a run that has them in memory."""
+    plain = files_of(quantize(alone(name="plain")))
+    real_plan = inputs.fitting_plan
+    mode = MemoryMode(activation_checkpointing=True, offload=True)
+    monkeypatch.setattr(inputs, "fitting_plan", lambda *given: replace(real_plan(*given), memory_mode=mode))
+    config = alone(name="offloaded")
+    with pytest.raises(StoppedError):
+        quantize(config, stop_after_window=1)
+    assert files_of(quantize(config)) == plain
+
+
+@pytest.mark.usefixtures("small_groups")
+def test_a_run_killed_between_experts_loses_none(alone, reconstructed):
+    """A run that is stopped in the second window before its third expert computes each expert once, and gives the same bytes."""
+    plain = files_of(quantize(alone(name="plain")))
+    whole = [*reconstructed]
+    reconstructed.clear()
+    config = alone()
+    windows = []
+
+    def second_window(event):
+        if isinstance(event, WindowReport):
+            windows.append(event.index)
+        if windows and isinstance(event, str) and "experts 2-2" in event:
+            raise Killed
+
+    with pytest.raises(Killed):
+        quantize(config, second_window)
+    assert sorted(path.name for path in Path(f"{config.out}.run", PARTIAL).iterdir()) == [
+        f"{name}.{kind}" for name in ("dense", "experts-00000", "experts-00001") for kind in ("json", "safetensors")
+    ]
+    assert files_of(quantize(config)) == plain
+    assert reconstructed == whole
+    assert not Path(f"{config.out}.run", PARTIAL).exists()
+
+
+@pytest.mark.usefixtures("small_groups")
+@pytest.mark.parametrize("damage", ["tensors", "record", "missing record", "other commit"])
+def test_damaged_results_inside_a_window_are_computed_again(alone, reconstructed, damage):
+    plain = files_of(quantize(alone(name="plain")))
+    config = alone()
+    with pytest.raises(Killed):
+        quantize(config, killed_at("window 1/4 blocks 0-0: experts 2-2"))
+    reconstructed.clear()
+    folder = Path(f"{config.out}.run", PARTIAL)
+    tensors, record = folder / "experts-00001.safetensors", folder / "experts-00001.json"
+    match damage:
+        case "tensors":
+            content = bytearray(tensors.read_bytes())
+            content[-1] ^= 1
+            tensors.write_bytes(content)
+        case "record":
+            record.write_text(record.read_text().replace('"before":', '"after":', 1))
+        case "missing record":
+            record.unlink()
+        case "other commit":
+            with pytest.raises(Killed):
+                quantize(alone(name="other", seed=1), killed_at("window 1/4 blocks 0-0: experts 2-2"))
+            reconstructed.clear()
+            shutil.copytree(Path(f"{alone(name='other').out}.run", PARTIAL), folder, dirs_exist_ok=True)
+    assert files_of(quantize(config)) == plain
+    first = reconstructed[: reconstructed.index(3) + 1]
+    assert first == ([0, 1, 2, 3] if damage == "other commit" else [1, 2, 3])
+
+
+def test_lost_streams_are_recomputed_with_experts_alone(alone):
+    plain = files_of(quantize(alone(name="plain")))
+    config = alone()
+    with pytest.raises(StoppedError):
+        quantize(config, stop_after_window=2)
+    run = Path(f"{config.out}.run")
+    shutil.rmtree(run / "acts" / "00002")
+    assert files_of(quantize(config)) == plain
+    assert Chain.read(run).is_complete
+
+
+def test_undersampled_experts_are_named_and_rounded_to_nearest(alone):
+    events = []
+    quantize(alone("qwen2_moe", num_samples=8), events.append)
+    texts = [event.text for event in events if isinstance(event, RunWarning) and "rounded to nearest" in event.text]
+    assert texts
+    assert all("mlp.experts." in text for text in texts)
+
+
+def test_experts_in_full_precision_are_copied(alone, tiny_models, reconstructed):
+    """The experts of the first block stay in full precision, and are not reconstructed."""
+    out = quantize(alone(ignore=("layers.0.mlp.experts.*.*",)))
+    stored = {name for path in out.glob("*.safetensors") for name in read_header(path)}
+    source = {name for name in load_file(tiny_models["mixtral"] / "model.safetensors") if ".experts." in name}
+    assert {name for name in source if ".layers.0." in name} == {name for name in source if name in stored}
+    assert reconstructed == 3 * [0, 1, 2, 3]
+
+
+def test_all_tokens_may_give_the_starting_scales(alone):
+    """With --calibrate-all-experts, no expert changes its tokens, and the grids of some layers are others."""
+    ways = [quantize(alone(name=f"out-{every}", all_experts=every)) for every in (False, True)]
+    one, two = (json.loads((out / "config.json").read_text()) for out in ways)
+    assert one == two
+    assert files_of(ways[0]) != files_of(ways[1])
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"family": "llama"}, "has no routed experts. Leave out --experts alone."),
+        (
+            {"window": WindowConfig(size=2, overlap=1)},
+            "--experts alone needs windows of one block. Use --window-size 1 --overlap 0.",
+        ),
+        ({"reconstruction": {"kl_weight": 0.1}}, "Use --kl-weight 0."),
+        ({"reconstruction": {"end_to_end_epochs": 1}}, "Use --end-to-end-epochs 0."),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(alone, options, text):
+    config = alone(**options)
+    for command in (quantize, lambda settings: plan(settings, with_time=False)):
+        with pytest.raises(UsageError) as caught:
+            command(config)
+        assert text in str(caught.value)
+    assert not Path(f"{config.out}.run").exists()
+
+
+def test_experts_that_get_sorted_inputs_are_refused(alone, tmp_path):
+    """The experts of Llama 4 get their tokens scaled and sorted, which is not supported."""
+    folder = save_model(tmp_path / "m", "llama4_text", like="mixtral", moe_layers=[0, 1, 2, 3], head_dim=16)
+    with pytest.raises(UsageError, match=r"its experts cannot be computed one at a time\. Use --experts window\."):
+        quantize(alone(model=folder))
