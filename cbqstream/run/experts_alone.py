@@ -151,7 +151,7 @@ class ExpertsAlone:
         self._routed: dict[int, Routed] = {}
 
     def add_sums(self, blocks: Sequence[ResidentBlock], stream: ActivationStore) -> None:
-        """Compute the sums of the original experts of blocks for a stream, first for the reference stream, and put them beside the stream."""
+        """Compute the sums of the original experts of blocks for a stream, and put them beside it; first for the reference stream."""
         for block in blocks:
             routed = route_and_sum(self._inputs, block, stream, self._inputs.source, self._file)
             if routed is not None:

@@ -262,8 +262,7 @@ class _Windows:
         experts.drop_sums(new, reference)
         experts.add_sums(blocks, quantized)
         for block in new:
-            all_experts = inputs.config.calibration.all_experts
-            block.watch_inputs(inputs.tokens.numel(), self._settings, all_experts=all_experts)
+            block.watch_inputs(inputs.tokens.numel(), self._settings, all_experts=inputs.config.calibration.all_experts)
         mix_targets(blocks, quantized, reference_out, targets, compute, a=settings.target_mix)
 
         # 3. Find transforms, grids and roundings.
@@ -284,18 +283,18 @@ class _Windows:
         parts = self._write_parts(leaving, staying, file, finished)
 
         # 7. Move the quantized stream.
-        acts = None
+        acts = reference_out.tables() if keeps_reference else None
         if not is_last:
             quantized_out = self._streams.new(f"acts/{QUANTIZED}")
             experts.add_finished_sums(leaving, quantized, self._journal.building / "parts")
             propagate(leaving, quantized, quantized_out, compute, phase=Phase.HARD)
             acts = reference_out.tables() | quantized_out.tables()
-        elif keeps_reference:
-            acts = reference_out.tables()
 
         # 8. Commit.
-        spent = self._run.timings.now().since(began)
-        result = reduce(FinishedExperts.added_to, finished.values(), result)
+        result, spent = (
+            reduce(FinishedExperts.added_to, finished.values(), result),
+            self._run.timings.now().since(began),
+        )
         report = window_report(inputs, window, result, new, leaving, spent)
         read, numerics = inputs.source.take_digests(), inputs.identity.numerics
         self._journal.commit(parts=parts, acts=acts, source=read, numerics=numerics, report=report)
