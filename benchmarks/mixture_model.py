@@ -12,6 +12,7 @@ import argparse
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -63,24 +64,39 @@ def experts_of(name: str, weight: torch.Tensor, experts: int) -> dict[str, torch
     return made
 
 
+def write_mixture(model: Path, folder: Path, config: dict, made_from: Callable[[str, torch.Tensor], dict]) -> None:
+    """Write a mixture that has the weights of a Llama, except those of the feed-forward layers, and its tokenizer.
+
+    Args:
+        model: folder of the Llama.
+        folder: folder to create; an old one is replaced.
+        config: settings of the mixture.
+        made_from: makes the weights of the experts, by name, from the name and the values of a feed-forward weight.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    weight_map, size = {}, 0
+    for shard in sorted(model.glob("*.safetensors")):
+        tensors = {}
+        for name, value in load_file(shard).items():
+            tensors |= made_from(name, value) if ".mlp." in name else {name: value}
+        save_file(tensors, folder / shard.name, {"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, shard.name)
+        size += sum(value.nbytes for value in tensors.values())
+    for pattern in ("*token*", "chat_template*", "generation_config.json"):
+        for file in model.glob(pattern):
+            shutil.copy(file, folder)
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="folder of the Llama")
     parser.add_argument("folder", type=Path, help="folder to create")
     parser.add_argument("--experts", type=int, default=4, help="experts per block")
     args = parser.parse_args()
-    shutil.rmtree(args.folder, ignore_errors=True)
-    args.folder.mkdir(parents=True)
-    weight_map, size = {}, 0
-    for shard in sorted(args.model.glob("*.safetensors")):
-        tensors = {}
-        for name, value in load_file(shard).items():
-            tensors |= experts_of(name, value, args.experts) if ".mlp." in name else {name: value}
-        save_file(tensors, args.folder / shard.name, {"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, shard.name)
-        size += sum(value.nbytes for value in tensors.values())
-    for file in args.model.glob("*token*"):
-        shutil.copy(file, args.folder)
     source = json.loads((args.model / "config.json").read_text())
     config = {
         "model_type": "mixtral",
@@ -90,9 +106,7 @@ def main() -> None:
         "num_experts_per_tok": 2,
         "sliding_window": None,
     }
-    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-    (args.folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (args.folder / "config.json").write_text(json.dumps(config, indent=1))
+    write_mixture(args.model, args.folder, config, lambda name, value: experts_of(name, value, args.experts))
 
 
 if __name__ == "__main__":
