@@ -79,22 +79,34 @@ def peer_cell(python: Path, script: str, flags: list[str], model: Path, tokens: 
     return json.loads(made.output.strip().splitlines()[-1])
 
 
-def own_cell(flags: list[str], model: Path, out: Path, threads: int) -> dict:
-    """Quantize with this project, and evaluate the result."""
+def perplexities(folder: Path, texts: list[Path], threads: int) -> dict[str, float]:
+    """Perplexity of a model over each text, by the name of its file without the suffix."""
+    flags = ["--threads", str(threads)]
+    return {text.stem: perplexity(cbqstream("eval", str(folder), "--text", str(text), *flags)) for text in texts}
+
+
+def own_cell(flags: list[str], model: Path, out: Path, threads: int, texts: list[Path] = TEXTS) -> dict:
+    """Quantize with this project, and evaluate the result.
+
+    Args:
+        flags: flags of `quantize`; they take precedence over those that are the same for all cells.
+        model: folder of the original model.
+        out: folder to create.
+        threads: CPU threads.
+        texts: texts for the perplexity.
+    """
     log = out.with_suffix(".jsonl")
     sizes = ["--num-samples", str(SAMPLES), "--seq-len", str(LENGTH), "--threads", str(threads)]
     source = ["--dataset", str(CALIBRATION), "--log-json", str(log)]
     made = cbqstream("quantize", str(model), str(out), *sizes, *source, *flags)
     windows = window_reports(log)
-    cell = {
+    return {
         "seconds": made.seconds,
         "cpu_seconds": made.cpu_seconds,
         "peak_rss": made.peak_rss,
         "changed": sum(window["changed"] for window in windows) / len(windows),
+        **perplexities(out, texts, threads),
     }
-    for text in TEXTS:
-        cell[text.stem] = perplexity(cbqstream("eval", str(out), "--text", str(text), "--threads", str(threads)))
-    return cell
 
 
 def table(cells: dict[str, dict]) -> str:
