@@ -75,8 +75,15 @@ Tensors = dict[str, tuple[str, tuple[int, ...]]]
 """Dtype and shape of tensors, by name."""
 
 
-def block_tensors(index: int) -> Tensors:
-    """The tensors of a block as published."""
+def block_tensors(index: int, *, dense: int = DENSE, experts: int = EXPERTS, fp8: bool = True) -> Tensors:
+    """The tensors of a block, by default as published.
+
+    Args:
+        index: number of the block.
+        dense: number of blocks at the start that have no experts.
+        experts: number of experts.
+        fp8: whether the linear layers are FP8 with scales; otherwise they are bf16.
+    """
     attention = {
         "q_a_proj": (1536, HIDDEN),
         "q_b_proj": (128 * 192, 1536),
@@ -86,8 +93,8 @@ def block_tensors(index: int) -> Tensors:
     }
     layers = {f"self_attn.{name}": shape for name, shape in attention.items()}
     widths = {"mlp": 18432}
-    if index >= DENSE:
-        widths = {"mlp.shared_experts": 2048} | {f"mlp.experts.{number}": 2048 for number in range(EXPERTS)}
+    if index >= dense:
+        widths = {"mlp.shared_experts": 2048} | {f"mlp.experts.{number}": 2048 for number in range(experts)}
     for owner, inner in widths.items():
         layers |= {f"{owner}.{name}": (inner, HIDDEN) for name in ("gate_proj", "up_proj")}
         layers[f"{owner}.down_proj"] = (HIDDEN, inner)
@@ -95,12 +102,13 @@ def block_tensors(index: int) -> Tensors:
     norms |= {"self_attn.q_a_layernorm": 1536, "self_attn.kv_a_layernorm": 512}
     prefix = f"model.layers.{index}."
     tensors: Tensors = {f"{prefix}{name}.weight": ("BF16", (size,)) for name, size in norms.items()}
-    if index >= DENSE:
-        tensors[f"{prefix}mlp.gate.weight"] = ("BF16", (EXPERTS, HIDDEN))
-        tensors[f"{prefix}mlp.gate.e_score_correction_bias"] = ("F32", (EXPERTS,))
+    if index >= dense:
+        tensors[f"{prefix}mlp.gate.weight"] = ("BF16", (experts, HIDDEN))
+        tensors[f"{prefix}mlp.gate.e_score_correction_bias"] = ("F32", (experts,))
     for name, (rows, columns) in layers.items():
-        tensors[f"{prefix}{name}.weight"] = ("F8_E4M3", (rows, columns))
-        tensors[f"{prefix}{name}.weight_scale_inv"] = ("F32", (-(-rows // BLOCK), -(-columns // BLOCK)))
+        tensors[f"{prefix}{name}.weight"] = ("F8_E4M3" if fp8 else "BF16", (rows, columns))
+        if fp8:
+            tensors[f"{prefix}{name}.weight_scale_inv"] = ("F32", (-(-rows // BLOCK), -(-columns // BLOCK)))
     return tensors
 
 

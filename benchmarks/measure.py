@@ -24,6 +24,9 @@ class Measured:
     """CPU time of all threads. With one thread it is the wall time on an otherwise idle core."""
     peak_rss: int
     """Peak resident memory, bytes."""
+    io: dict[str, int]
+    """Bytes that the process read and wrote, as /proc/PID/io counts them: `rchar` and `wchar` by its calls, `read_bytes` and `write_bytes`
+    from and to the disk."""
 
 
 def run(*command: str, expect: int = 0) -> Measured:
@@ -44,12 +47,17 @@ def run(*command: str, expect: int = 0) -> Measured:
         print(f"    {line}", end="", file=sys.stderr, flush=True)
         lines.append(line)
     process.stdout.close()
+    os.waitid(
+        os.P_PID, process.pid, os.WEXITED | os.WNOWAIT
+    )  # the counts of all threads are complete, and can still be read
+    counts = (line.split(": ") for line in Path(f"/proc/{process.pid}/io").read_text().splitlines())
+    io = {name: int(value) for name, value in counts}
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode != expect:
         raise SystemExit(f"{' '.join(command)}: exit code {process.returncode}, expected {expect}")
     seconds, cpu_seconds = time.monotonic() - began, usage.ru_utime + usage.ru_stime
-    return Measured("".join(lines), seconds, cpu_seconds, usage.ru_maxrss * 1024)
+    return Measured("".join(lines), seconds, cpu_seconds, usage.ru_maxrss * 1024, io)
 
 
 def cbqstream(*arguments: str, expect: int = 0) -> Measured:
