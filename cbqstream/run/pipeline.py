@@ -239,8 +239,7 @@ class _Windows:
 
     def _quantize(self, window: Window, file: ScratchFile | None) -> WindowReport:
         inputs, settings, compute = self._inputs, self._inputs.config.reconstruction, self._inputs.compute
-        began = self._run.timings.now()
-        is_last = window.index + 1 == len(inputs.windows)
+        began, is_last = self._run.timings.now(), window.index + 1 == len(inputs.windows)
         self._journal.new_folder("parts")
         self._journal.new_folder("acts")
         reference, quantized = self._streams.open(REFERENCE), self._streams.open(QUANTIZED)
