@@ -235,7 +235,6 @@ class ExpertsAlone:
         layers, facts = dict[str, Checkpoint](), dict[str, Mapping[str, Any]]()
         parts = routed.by_expert(len(experts))
         for group in _groups(inputs, experts):
-            self._doing(f"experts {group.start}-{group.stop - 1} of {len(experts)}")
             found = self._group(given, block.index, group, parts)
             held = Checkpoint(read_header(found.file))
             for number, told in found.facts.items():
@@ -251,6 +250,7 @@ class ExpertsAlone:
         found = self._results.find(name)
         if found is not None:
             return found
+        self._doing(f"experts {group.start}-{group.stop - 1} of {len(given.experts)}")
         seed, made = self._inputs.config.seed, dict[int, ExpertResult]()
         for number in group:
             generators = [generator_for(seed, index, f"expert {number}: {what}") for what in ("order", "rounding")]

@@ -2,6 +2,7 @@
 
 import errno
 import itertools
+import json
 import os
 import random
 import re
@@ -14,7 +15,7 @@ from pathlib import Path
 from toy import NIGHTLY, WINDOWS, one_line, sleep_until
 
 from cbqstream.rundir.chain import Chain
-from tiny import files_of
+from tiny import files_of, save_model
 
 
 def some(numbers, every):
@@ -52,6 +53,38 @@ def test_a_run_killed_while_the_result_is_written_finishes(toy, tally):
             assert (repeated.code, repeated.windows) == (0, 0)
             assert files_of(out) == toy.expected
             shutil.rmtree(out)
+
+
+def test_a_run_killed_inside_a_window_computes_no_finished_expert_again(toy, tmp_path, tally):
+    """SIGKILL comes before a durable operation of a run with experts alone. Experts that were durable then are not reconstructed again."""
+    model, log = save_model(tmp_path / "model", "mixtral"), tmp_path / "operations.json"
+    alone = ("--experts", "alone", "--window-size", 1, "--overlap", 0)
+
+    def run(out, **more):
+        return toy.run(toy.quantize(out, *alone, model=model), patch="groups_of_one_expert", **more)
+
+    def experts(operations):
+        """Number of experts that became durable."""
+        return sum(
+            name == "rename" and "/partial/experts-" in path and path.endswith(".json") for name, path in operations
+        )
+
+    whole = toy.new_out()
+    ended = run(whole, count=log)
+    assert ended.code == 0, ended.err
+    expected, operations = files_of(whole), json.loads(log.read_text())
+    number = experts(operations)
+    with tally(3, "SIGKILL inside a window of experts alone") as counted:
+        for at in some(range(30, len(operations)), 61):
+            out = toy.new_out()
+            assert run(out, at=at, kind="kill").code == -signal.SIGKILL
+            partial = Path(f"{out}.run", "partial")
+            left = len(list(partial.glob("experts-*.json"))) if partial.exists() else 0
+            done = min(left, number // 4) + toy.committed(out) * (number // 4)
+            assert run(out, count=log).code == 0
+            assert files_of(out) == expected
+            assert experts(json.loads(log.read_text())) == number - done
+            counted.add()
 
 
 ERRORS = {"ENOSPC": 74, "EIO": 74, "EDQUOT": 74, "memory": 69, "SIGINT": 75}
