@@ -25,6 +25,7 @@ from cbqstream.rundir.identity import Identity
 from cbqstream.runtime.device import compute_dtype, numerics_of
 from cbqstream.scheme import Scheme
 from cbqstream.windows.read_block import routed_experts_of
+from cbqstream.windows.routed_experts import expert_layers
 from cbqstream.windows.schedule import schedule
 
 
@@ -56,6 +57,11 @@ class RunInputs:
     def experts_alone(self, index: int) -> str | None:
         """Name of the module of the experts of block `index`, if they are reconstructed alone; None if it has none."""
         return routed_experts_of(self.meta_model, index) if self.config.reconstruction.experts == "alone" else None
+
+    def weights_alone(self, index: int) -> list[str]:
+        """Names in the checkpoint of the weights of the experts of block `index` that are reconstructed alone."""
+        experts, spec = self.experts_alone(index), self.meta_model.blocks[index]
+        return [] if experts is None else [spec.tensors[f"{name}.weight"] for name in expert_layers(spec, experts)]
 
     @property
     def num_epochs(self) -> int:

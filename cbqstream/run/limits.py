@@ -17,6 +17,10 @@ _BYTES_PER_VALUE = 2
 """Size of a value of a stream in bytes; an upper bound of the size of a weight in a shard or in the window state."""
 _OFFLOADED_BYTES = 8
 """Upper bound of the size of an offloaded weight in bytes: the weight, its rounding value, its code, and its packed code."""
+_FINISHED_BYTES = 2
+"""Upper bound of the size of a weight of a finished expert, which is durable before the shard of its block is written."""
+_TOKEN_STORES = 6
+"""Stores of the inputs and sums of routed experts in a window: for both streams, and for the quantized stream once more."""
 _MARGIN = 1.05
 """Safety factor of the disk space."""
 
@@ -38,12 +42,17 @@ def disk_bytes(
         in_a_window: whether the blocks are in a window, whose layers are offloaded if the memory mode is to offload.
         beside: whether the arguments of blocks that depend on the tokens are stored too.
     """
-    weights = sum(math.prod(inputs.source.infos[name].shape) for block in blocks for name in block.tensors.values())
-    a_weight = _BYTES_PER_VALUE + (_OFFLOADED_BYTES if in_a_window and inputs.compute.memory_mode.offload else 0)
+    offload = in_a_window and inputs.compute.memory_mode.offload
+    alone = {name for block in blocks for name in inputs.weights_alone(block.index)} if in_a_window else set()
+    sizes = {name: math.prod(inputs.source.infos[name].shape) for block in blocks for name in block.tensors.values()}
+    of_experts = sum(size for name, size in sizes.items() if name in alone)
+    weights = sum(sizes.values()) * _BYTES_PER_VALUE + of_experts * _FINISHED_BYTES
+    weights += (sum(sizes.values()) - of_experts) * _OFFLOADED_BYTES if offload else 0
+    streams += _TOKEN_STORES if offload and alone else 0
     values = inputs.tokens.numel() * inputs.meta_model.handover.token_bytes if beside else 0
     handed = len(inputs.tokens) * inputs.meta_model.handover.bytes_of_segment(inputs.tokens.shape[1])
     stream = _BYTES_PER_VALUE * math.prod(inputs.stream_shape) + handed
-    return int(_MARGIN * (streams * stream + a_weight * weights + values))
+    return int(_MARGIN * (streams * stream + weights + values))
 
 
 @contextmanager

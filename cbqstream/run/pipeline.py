@@ -189,7 +189,9 @@ def _reading_ahead(inputs: RunInputs, position: int) -> AbstractContextManager[N
     """Read the new blocks of window `position` into the page cache in the background, while the window before it is quantized."""
     coming = inputs.windows[position : position + 1]
     blocks = [block for window in coming for block in inputs.meta_model.blocks[window.frontier : window.stop]]
-    return inputs.source.reading_ahead([name for block in blocks for name in block.tensors.values()])
+    alone = {name for block in blocks for name in inputs.weights_alone(block.index)}  # read when each expert needs them
+    names = [name for block in blocks for name in block.tensors.values() if name not in alone]
+    return inputs.source.reading_ahead(names)
 
 
 def _quantize_with_retry(windows: "_Windows", window: Window) -> WindowReport:

@@ -22,6 +22,7 @@ from cbqstream.config import ReconstructionConfig
 from cbqstream.models.block import BlockArguments
 from cbqstream.numerics.losses import channel_weights, expert_loss, mixed_target, token_weights
 from cbqstream.records import Compute, QuantizedWeight
+from cbqstream.runtime.memory import trim_heap
 from cbqstream.scheme import Scheme
 from cbqstream.windows.quantized_linear import Phase, replace_linears
 from cbqstream.windows.reconstruct import Reconstruction, TrainingData, reconstruct
@@ -182,6 +183,7 @@ class ExpertInputs:
         if undersampled:
             config = replace(config, rounding="nearest")
         settings = replace(self.settings, reconstruction=config)
+        trim_heap()  # see `add_experts`
         block = self._read(number)
         self._start(block, tokens, settings, rounding, sampled=undersampled)
         data = self._data(block, tokens, gates, firsts, config)

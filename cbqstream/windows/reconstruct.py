@@ -211,7 +211,7 @@ def hard_loss(blocks: Sequence[ResidentBlock], data: TrainingData[_Batch], segme
     for batch in data.read(blocks, batches):
         total += data.loss(blocks, batch, Phase.HARD, 0).double() * data.size(batch)
         count += data.size(batch)
-    return total.item() / count
+    return total.item() / max(count, 1)
 
 
 def _training_order(

@@ -18,6 +18,7 @@ from cbqstream.checkpoint.tensors import WeightSource
 from cbqstream.models.block import build_expert
 from cbqstream.models.experts import Experts
 from cbqstream.records import BlockSpec, Compute
+from cbqstream.runtime.memory import trim_heap
 
 TOKENS_AT_ONCE = 8192
 """Number of tokens that an expert computes at once."""
@@ -138,6 +139,7 @@ def add_experts(
     for number, (tokens, weights) in enumerate(parts[: len(experts)]):
         if not len(tokens):
             continue
+        trim_heap()  # experts have varying numbers of tokens, which fragments the heap
         dtypes = dict.fromkeys(experts.layers(number), compute.dtype)
         expert = experts.read(number, source, compute.device, dtypes)
         for some, gates in in_parts(tokens, weights):

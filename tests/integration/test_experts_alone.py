@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from cbqstream import quantize
 from cbqstream.activations.memory_store import MemoryStore
@@ -258,3 +259,21 @@ def test_experts_that_get_sorted_inputs_are_refused(alone, tmp_path):
     folder = save_model(tmp_path / "m", "llama4_text", like="mixtral", moe_layers=[0, 1, 2, 3], head_dim=16)
     with pytest.raises(UsageError, match=r"its experts cannot be computed one at a time\. Use --experts window\."):
         quantize(alone(model=folder))
+
+
+def test_an_expert_that_no_token_chooses_is_rounded_to_nearest(alone, tiny_models, tmp_path, reconstructed):
+    """The router of one block never chooses its first expert, whose scales are found from a sample of all tokens."""
+    folder = Path(shutil.copytree(tiny_models["deepseek_v3"], tmp_path / "model"))
+    name = "model.layers.2.mlp.gate.e_score_correction_bias"
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        if name in tensors:
+            tensors[name][0] = -1e4
+            save_file(tensors, path, metadata={"format": "pt"})
+    events = []
+    out = quantize(alone(model=folder), events.append)
+    report = [event for event in events if isinstance(event, WindowReport)][2]
+    assert report.experts["model.layers.2.mlp.experts"][0] == 0
+    assert {f"model.layers.2.mlp.experts.0.{layer}_proj" for layer in ("gate", "up", "down")} <= {*report.undersampled}
+    assert min(value for name, value in report.sqnr_db.items() if ".experts.0." in name) > 15
+    assert check(out, read_data=True).problems == []
