@@ -8,6 +8,7 @@ from cbqstream.disk import is_occupied
 from cbqstream.records import EpochReport, WindowReport
 from cbqstream.report.progress import duration
 from cbqstream.rundir.chain import Chain
+from cbqstream.rundir.partial import facts_inside
 
 
 def status_lines(chain: Chain, *, has_result: bool = False, obstacles: Sequence[str] = ()) -> list[str]:
@@ -40,7 +41,10 @@ def status_lines(chain: Chain, *, has_result: bool = False, obstacles: Sequence[
         lines.append(f"time left: {_left(windows, run.windows)}")
         if run.epochs:
             lines[-1] += f", and for the epochs {_left(epochs, run.epochs)}"
-        lines.append(f"a window that was interrupted is repeated. {resume}")
+        inside = facts_inside(chain.path, chain.last)
+        experts = sum(len(facts) for name, facts in inside.items() if name.startswith("experts-"))
+        kept = f", except for {experts:,} experts that are finished" if experts else ""
+        lines.append(f"a window that was interrupted is repeated{kept}. {resume}")
     elif has_result:
         lines.append("finished")
     else:

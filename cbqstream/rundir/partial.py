@@ -28,6 +28,30 @@ class PartialResult(NamedTuple):
     """Plain values beside the tensors."""
 
 
+def facts_inside(run: Path, prev: str) -> dict[str, dict[str, Any]]:
+    """Facts of the results inside the next window of a run, by name. The files of the tensors are not looked at.
+
+    Args:
+        run: the run directory.
+        prev: digest of the newest record of the run.
+    """
+    found = {}
+    for record in sorted((run / PARTIAL).glob("*.json")):
+        values = _read(record)
+        if values is not None and values.get("prev") == prev:
+            found[record.stem] = values["facts"]
+    return found
+
+
+def _read(record: Path) -> dict[str, Any] | None:
+    """Values of a record of a result; None if it is missing or damaged."""
+    try:
+        values = json.loads(record.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return values if isinstance(values, dict) and isinstance(values.get("facts"), dict) and is_sealed(values) else None
+
+
 class PartialResults:
     """The results inside the next window of a run.
 
@@ -46,15 +70,12 @@ class PartialResults:
     def find(self, name: str) -> PartialResult | None:
         """A finished and undamaged result; None if there is none."""
         record, file = self._folder / f"{name}.json", self._folder / f"{name}.safetensors"
-        try:
-            values = json.loads(record.read_bytes())
-            if not is_sealed(values) or any(values[key] != value for key, value in self._belongs.items()):
-                return None
-            found = digest_of_file(file)
-            whole = (found.size, found.sha256) == (values["size"], values["sha256"])
-            return PartialResult(file, values["facts"]) if whole else None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        values = _read(record)
+        if values is None or any(values.get(key) != value for key, value in self._belongs.items()):
             return None
+        if not file.is_file() or digest_of_file(file) != FileDigest(values.get("size", 0), values.get("sha256", "")):
+            return None
+        return PartialResult(file, values["facts"])
 
     def add(self, name: str, write: Callable[[Path], FileDigest], facts: Mapping[str, Any]) -> PartialResult:
         """Make a result durable.

@@ -21,6 +21,7 @@ from cbqstream.models.block import run_block
 from cbqstream.models.embedding_and_head import load_embedding_and_head
 from cbqstream.planning.plan import plan
 from cbqstream.records import MemoryMode, RunNotice, RunWarning, WindowReport
+from cbqstream.report.status import status_lines
 from cbqstream.run import experts_alone, inputs
 from cbqstream.run.experts_alone import route_and_sum
 from cbqstream.run.finished import computing_block
@@ -162,6 +163,8 @@ def test_a_run_killed_between_experts_loses_none(alone, reconstructed):
     assert sorted(path.name for path in Path(f"{config.out}.run", PARTIAL).iterdir()) == [
         f"{name}.{kind}" for name in ("dense", "experts-00000", "experts-00001") for kind in ("json", "safetensors")
     ]
+    chain = Chain.read(Path(f"{config.out}.run"))
+    assert "repeated, except for 2 experts that are finished. To resume:" in status_lines(chain)[-1]
     assert files_of(quantize(config)) == plain
     assert reconstructed == whole
     assert not Path(f"{config.out}.run", PARTIAL).exists()
