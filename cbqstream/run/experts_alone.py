@@ -44,9 +44,7 @@ def route_and_sum(
     stream: ActivationStore,
     source: WeightSource,
     file: ScratchFile | None,
-    *,
-    phase: Phase = Phase.ORIGINAL,
-) -> Routed | None:
+) -> None:
     """Compute the sums of the routed experts of a block for a stream, with which the block can then run on the stream.
 
     Args:
@@ -55,17 +53,11 @@ def route_and_sum(
         stream: the stream at the input of the block; it gets the sums beside it.
         source: source of the weights of the experts.
         file: file of the values of all tokens; None keeps them in memory.
-        phase: which weights the other layers of the block compute with.
-
-    Returns:
-        Inputs of the experts.
     """
-    if block.experts is None:
-        return None
-    inputs_NSD = TokenStore(_shape(inputs, block.experts), file)
-    routed = route(block, stream, inputs_NSD, inputs.compute, phase=phase)
-    give_sums(inputs, block.experts, routed, stream, source, file)
-    return routed
+    if block.experts is not None:
+        store = TokenStore(_shape(inputs, block.experts), file)
+        routed = route(block, stream, store, inputs.compute, phase=Phase.ORIGINAL)
+        give_sums(inputs, block.experts, routed, stream, source, file)
 
 
 def give_sums(
@@ -147,15 +139,12 @@ class ExpertsAlone:
         doing: Callable[[str], None],
     ) -> None:
         self._inputs, self._settings, self._results, self._file, self._doing = inputs, settings, results, file, doing
-        self._reference: dict[int, TokenStore] = {}
         self._routed: dict[int, Routed] = {}
 
     def add_sums(self, blocks: Sequence[ResidentBlock], stream: ActivationStore) -> None:
-        """Compute the sums of the original experts of blocks for a stream, and put them beside it; first for the reference stream."""
+        """Compute the sums of the original experts of blocks for a stream, and put them beside it."""
         for block in blocks:
-            routed = route_and_sum(self._inputs, block, stream, self._inputs.source, self._file)
-            if routed is not None:
-                self._reference.setdefault(block.index, routed.x)
+            route_and_sum(self._inputs, block, stream, self._inputs.source, self._file)
 
     def drop_sums(self, blocks: Sequence[ResidentBlock], stream: ActivationStore) -> None:
         """Free the memory of the sums beside a stream."""
@@ -183,20 +172,29 @@ class ExpertsAlone:
         return result
 
     def reconstruct(
-        self, blocks: Sequence[ResidentBlock], stream: ActivationStore, targets: ActivationStore
+        self,
+        blocks: Sequence[ResidentBlock],
+        reference: ActivationStore,
+        quantized: ActivationStore,
+        targets: ActivationStore,
     ) -> dict[int, FinishedExperts]:
         """Reconstruct the experts of blocks whose other layers are final.
 
         Args:
             blocks: the blocks.
-            stream: quantized stream at the input of the blocks.
+            reference: reference stream at the input of the blocks.
+            quantized: quantized stream at the input of the blocks.
             targets: targets for their output.
 
         Returns:
             The finished experts, by the number of the block.
         """
-        self.drop_sums(blocks, stream)
-        return {block.index: self._of_block(block, stream, targets) for block in blocks if block.experts is not None}
+        self.drop_sums(blocks, quantized)
+        return {
+            block.index: self._of_block(block, block.experts, (reference, quantized), targets)
+            for block in blocks
+            if block.experts is not None
+        }
 
     def add_finished_sums(self, blocks: Sequence[ResidentBlock], stream: ActivationStore, shards: Path) -> None:
         """Compute the sums of the finished experts of blocks, and put them beside a stream.
@@ -211,14 +209,20 @@ class ExpertsAlone:
                 source = finished_source(self._inputs, block.index, shards / shard_name(block.index))
                 give_sums(self._inputs, block.experts, self._routed[block.index], stream, source, self._file)
 
-    def _of_block(self, block: ResidentBlock, stream: ActivationStore, targets: ActivationStore) -> FinishedExperts:
-        inputs, experts = self._inputs, block.experts
-        if experts is None:
-            raise ValueError("the block has no routed experts")
-        inputs_NSD = TokenStore(_shape(inputs, experts), self._file)
-        routed = route(block, stream, inputs_NSD, inputs.compute, phase=Phase.HARD)
+    def _of_block(
+        self,
+        block: ResidentBlock,
+        experts: RoutedExperts,
+        streams: tuple[ActivationStore, ActivationStore],
+        targets: ActivationStore,
+    ) -> FinishedExperts:
+        inputs, schemes = self._inputs, self._inputs.layers(block.index)
+        # the inputs on the reference stream are recorded again, so that only two values of a token are in memory at once
+        reference, routed = (
+            route(block, stream, TokenStore(_shape(inputs, experts), self._file), inputs.compute, phase=phase)
+            for stream, phase in zip(streams, (Phase.ORIGINAL, Phase.HARD), strict=True)
+        )
         self._routed[block.index] = routed
-        reference, schemes = self._reference.pop(block.index), inputs.layers(block.index)
         if not any(name.startswith(f"{experts.name}.") for name in schemes):
             return NO_EXPERTS
         given = ExpertInputs(
@@ -226,7 +230,7 @@ class ExpertsAlone:
             inputs.source,
             schemes,
             routed,
-            reference,
+            reference.x,
             LossWeights.of(targets, inputs.config.reconstruction, experts.hidden_size),
             self._settings,
             inputs.compute,

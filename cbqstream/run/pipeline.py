@@ -277,7 +277,7 @@ class _Windows:
             result = experts.saved(blocks, lambda: reconstruct(blocks, data, order, starting_state))
 
         # 5. Reconstruct the experts that are not in the window, one after the other.
-        finished = experts.reconstruct(leaving, quantized, targets)
+        finished = experts.reconstruct(leaving, reference, quantized, targets)
 
         # 6. Harden the blocks that leave, and save the state of the blocks that stay.
         self._doing(window, "writing")
