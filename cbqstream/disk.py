@@ -249,6 +249,36 @@ class ScratchFile:
                     raise OSError(errno.EIO, os.strerror(errno.EIO))
                 start, left = start + read, left[read:]
 
+    def sync(self) -> None:
+        """Wait until everything that was written is on the disk."""
+        with self._step("sync_file"):
+            os.fsync(self._handle)
+
+    def drop_cache(self) -> None:
+        """Have the next reads come from the disk and not from the page cache. What was written must be synced.
+
+        Raises:
+            StorageError: the system has no call for that.
+        """
+        with self._step("read"):
+            drop_cache(self._handle)
+
+
+def drop_cache(handle: int, start: int = 0, length: int = 0) -> None:
+    """Drop a part of an open file from the page cache, so that it is read from the disk the next time.
+
+    Args:
+        handle: file descriptor.
+        start: offset of the first byte.
+        length: number of bytes; 0 means all up to the end.
+
+    Raises:
+        OSError: the system has no call for that.
+    """
+    if not hasattr(os, "posix_fadvise"):
+        raise OSError(errno.ENOTSUP, "the page cache cannot be dropped on this system")
+    os.posix_fadvise(handle, start, length, os.POSIX_FADV_DONTNEED)
+
 
 def _remedy(number: int | None) -> str:
     """A sentence about what to do after an error of the operating system."""

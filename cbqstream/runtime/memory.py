@@ -18,6 +18,11 @@ def resident_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+def available_bytes() -> int:
+    """Memory of the machine that processes and the page cache can take, in bytes."""
+    return int(psutil.virtual_memory().available)
+
+
 def peak_resident_bytes() -> int:
     """Highest resident set size of this process so far, in bytes."""
     status = Path("/proc/self/status")

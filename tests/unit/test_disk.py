@@ -165,3 +165,22 @@ def test_operations_are_reported_with_their_number_before_they_happen(tmp_path):
         (4, "sync_folder", True),
         (5, "remove_tree", True),
     ]
+
+
+def test_a_scratch_file_is_read_after_it_was_synced_and_dropped_from_the_page_cache(tmp_path, monkeypatch):
+    dropped = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda handle, *rest: dropped.append(rest))
+    with Disk().scratch(tmp_path / "f") as file:
+        start = file.append(b"abc")
+        file.sync()
+        file.drop_cache()
+        found = bytearray(3)
+        file.read(start, found)
+    assert found == b"abc"
+    assert dropped == [(0, 0, os.POSIX_FADV_DONTNEED)]
+
+
+def test_a_system_that_cannot_drop_its_page_cache_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "posix_fadvise")
+    with Disk().scratch(tmp_path / "f") as file, pytest.raises(StorageError, match="the page cache cannot be dropped"):
+        file.drop_cache()
