@@ -73,6 +73,8 @@ class MemoryMode:
     """Keep the activations of one block in training, and compute those of the others again."""
     offload: bool = False
     """Keep one layer of a window in memory, and the others on disk."""
+    expert_inputs_on_disk: bool = False
+    """Keep the inputs and the residuals of the experts that are trained alone in a file."""
 
 
 @dataclass(frozen=True, slots=True)

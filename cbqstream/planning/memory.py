@@ -1,10 +1,8 @@
 """Memory and disk space that a run will need, from the costs that rounding methods and transforms declare and the sizes of the model."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import reduce
 from operator import add
-from typing import Self
 
 from cbqstream.activations.read_ahead import READ_DEPTH
 from cbqstream.activations.write_behind import WRITE_DEPTH
@@ -13,7 +11,6 @@ from cbqstream.numerics.input_statistics import Statistic
 from cbqstream.numerics.losses import HEAD_TOKENS
 from cbqstream.numerics.slabs import SLAB_WEIGHTS
 from cbqstream.planning.sizes import ModelSizes
-from cbqstream.planning.work import Work
 from cbqstream.records import MemoryMode
 from cbqstream.rounding.cost import RoundingCost
 from cbqstream.rounding.registry import method_of
@@ -29,7 +26,7 @@ CONTEXT = 700 << 20
 """Device memory of a CUDA context and its workspaces; an estimate."""
 TILES = 320 << 20
 """Device memory for a tile of weights (`affine.row_tiles`): ten float32 values for each weight."""
-_HEAP = 1.25
+HEAP = 1.25
 """Ratio of the memory that glibc holds for activations to their size, fitted to runs (benchmarks/plan_check.py)."""
 STREAM_BYTES = 2
 """Size of a value of a stream."""
@@ -40,7 +37,9 @@ _LOGIT_COPIES = 6
 def rounding_cost(config: QuantizeConfig, sizes: ModelSizes) -> RoundingCost:
     """Cost of learning the rounding of all layers of a block."""
     method, settings = method_of(config.reconstruction), config.reconstruction
-    return reduce(add, (method.cost(settings, rows, columns) for rows, columns in sizes.layers.values()))
+    return reduce(
+        add, (method.cost(settings, rows, columns) for rows, columns in sizes.layers.values()), RoundingCost()
+    )
 
 
 def transform_cost(config: QuantizeConfig) -> TransformCost:
@@ -84,7 +83,7 @@ def host_bytes(config: QuantizeConfig, sizes: ModelSizes, device: str) -> dict[s
     if sizes.decoded:
         host["decoding"] = sizes.decoded + _DECODING
     if device == "cuda":  # the packed block and one slab of a layer, or the embeddings while they are read
-        packing = packed_bytes(config, sizes) + 9 * min(sizes.largest, SLAB_WEIGHTS)
+        packing = packed_bytes(config, sizes.in_windows(config)) + 9 * min(sizes.largest, SLAB_WEIGHTS)
         host["packing"] = max(packing, sizes.stored * sizes.vocabulary * sizes.hidden)
     if config.reconstruction.end_to_end_epochs:
         host["step sizes before an epoch"] = sizes.num_blocks * scale_bytes(config, sizes, 4)
@@ -95,7 +94,12 @@ def host_bytes(config: QuantizeConfig, sizes: ModelSizes, device: str) -> dict[s
 
 
 def device_bytes(
-    config: QuantizeConfig, sizes: ModelSizes, memory_mode: MemoryMode, blocks: int, width: int
+    config: QuantizeConfig,
+    sizes: ModelSizes,
+    memory_mode: MemoryMode,
+    blocks: int,
+    width: int,
+    experts: Mapping[str, int],
 ) -> dict[str, int]:
     """Peak memory of the computation, in bytes by purpose.
 
@@ -105,8 +109,10 @@ def device_bytes(
         memory_mode: memory mode of the run.
         blocks: number of blocks in a window.
         width: bytes of a value of the compute dtype.
+        experts: memory of experts that are trained alone, by purpose, while the rest of their window is in memory.
     """
-    window = _window_bytes(config, sizes, memory_mode, blocks, width)
+    held = sizes.in_windows(config)
+    window = _window_bytes(config, held, memory_mode, blocks, width) | dict(experts)
     learns, settings = method_of(config.reconstruction).learns, config.reconstruction
     head = _head_bytes(sizes, width)
     moments = [window | (head if settings.head_weight and learns else {})]
@@ -115,9 +121,9 @@ def device_bytes(
         moments.append(_end_to_end_bytes(config, sizes, width))
     search = transform_cost(config).search_bytes
     if memory_mode.offload and search:  # the layers of a smoothing pair are in memory together
-        moments.append({"step sizes": window["step sizes"], "rescaling": search * sizes.largest})
+        moments.append({"step sizes": window["step sizes"], "rescaling": search * held.largest})
     if Statistic.GRAM in method_of(settings).statistics:
-        grams = blocks * sum(4 * columns * columns for _, columns in sizes.layers.values())
+        grams = blocks * sum(4 * columns * columns for _, columns in held.layers.values())
         moments.append({"weights": window["weights"], "activations": window["activations"], "Gram matrices": grams})
     return max(moments, key=lambda parts: sum(parts.values()))
 
@@ -142,7 +148,7 @@ def _window_bytes(
         "rounding": blocks * (cost.resident_bytes - cost.offloaded_bytes) + offloaded,
         "step sizes": blocks * scale_bytes(config, sizes, 24),
         "scratch": 2 * width * min(sizes.largest, SLAB_WEIGHTS),
-        "activations": int(_HEAP * width * batch * ((kept + 1) * _saved(config, sizes) + (8 + blocks) * sizes.states))
+        "activations": int(HEAP * width * batch * ((kept + 1) * _saved(config, sizes) + (8 + blocks) * sizes.states))
         + (kept + 1) * attention,
     }
 
@@ -170,64 +176,6 @@ def _end_to_end_bytes(config: QuantizeConfig, sizes: ModelSizes, width: int) -> 
     return {
         "weights": rest + width * 2 * sizes.weights + 8 * sizes.largest,
         "step sizes": sizes.num_blocks * scale_bytes(config, sizes, 20),  # s0, theta, gradient, two moments
-        "activations": int(_HEAP * width * together * of_block) + attention,
+        "activations": int(HEAP * width * together * of_block) + attention,
         "embedding, head and logits": width * (sizes.ends_bytes // sizes.stored) + logits,
-    }
-
-
-@dataclass(frozen=True, slots=True)
-class OffloadFile:
-    """The file to which the layers of a window are offloaded, in bytes. The file never shrinks during a window."""
-
-    size: int = 0
-    """Largest size of the file."""
-    read: int = 0
-    """Number of bytes read during the run."""
-    written: int = 0
-    """Number of bytes written during the run."""
-
-    @classmethod
-    def of(cls, config: QuantizeConfig, sizes: ModelSizes, in_window: int, work: Work) -> Self:
-        """The file of a run.
-
-        A training step reads every layer three times, because activations are computed again, and writes the values of the rounding.
-        Other passes read every layer once per batch.
-
-        Args:
-            config: settings of the run.
-            sizes: sizes of the model.
-            in_window: number of blocks in a window.
-            work: work of the run.
-        """
-        values = rounding_cost(config, sizes).offloaded_bytes
-        each = sizes.weights * sizes.stored * (1 + transform_cost(config).copies) + values
-        finished = sizes.weights + packed_bytes(config, sizes)  # the codes, and the packed tensors
-        read = (3 * work.steps + work.hard_batches + work.stream_batches) * each
-        written = work.steps * values + work.windows * in_window * each + work.blocks * finished
-        return cls(in_window * (each + finished), int(read), int(written))
-
-
-def disk_bytes(
-    config: QuantizeConfig, sizes: ModelSizes, quantized: int, staying: int, offloaded: OffloadFile
-) -> Mapping[str, int]:
-    """Peak disk space without the source, in bytes by purpose.
-
-    Args:
-        config: settings of the run.
-        sizes: sizes of the model.
-        quantized: number of blocks that are quantized.
-        staying: number of blocks that stay for the next window.
-        offloaded: file of offloaded layers.
-    """
-    tokens = config.calibration.num_samples * config.calibration.seq_len
-    learns = method_of(config.reconstruction).learns
-    # the last epoch rewrites the shards of all blocks
-    rewritten = 2 if learns and config.reconstruction.end_to_end_epochs else 1
-    return {
-        "streams": tokens * (5 * sizes.states * STREAM_BYTES + sizes.beside)
-        + 4 * config.calibration.num_samples * sizes.handed(config.calibration.seq_len),  # not beside the targets
-        "blocks": quantized * packed_bytes(config, sizes) * rewritten,
-        "window states": 2 * state_bytes(config, sizes, staying),
-        "rest of the model": sizes.outer_bytes + (sizes.num_blocks - quantized) * sizes.block_bytes,
-        "layers of a window": offloaded.size,
     }

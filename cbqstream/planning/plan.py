@@ -2,31 +2,24 @@
 
 A plan is computed from headers, config.json and settings, and no weight is read. Sizes are those of the largest block, and the counts
 follow the steps of a window (`run/pipeline.py`). `benchmarks/plan_check.py` compares plans with real runs. The time is computed from rates
-that are measured on this machine, on layers with the shapes of the model.
+that are measured on this machine, on layers with the shapes of the model and on files of bounded size.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Literal
 
 from cbqstream.config import QuantizeConfig
-from cbqstream.errors import DeviceMemoryError, UsageError
+from cbqstream.errors import DeviceMemoryError, InputError, StorageError, UsageError
 from cbqstream.hub import is_name
+from cbqstream.planning.advice import advice
 from cbqstream.planning.alternatives import smaller_settings
+from cbqstream.planning.disk_rates import measure_disks
 from cbqstream.planning.engines import engine_warnings
+from cbqstream.planning.experts import expert_host_memory, expert_memory, expert_work
 from cbqstream.planning.layer_schemes import quantized_share
-from cbqstream.planning.memory import (
-    CONTEXT,
-    STREAM_BYTES,
-    TILES,
-    OffloadFile,
-    device_bytes,
-    disk_bytes,
-    host_bytes,
-    packed_bytes,
-    rounding_cost,
-    state_bytes,
-)
+from cbqstream.planning.memory import CONTEXT, TILES, device_bytes, host_bytes, rounding_cost
+from cbqstream.planning.planned import Plan, name_of_mode
 from cbqstream.planning.rates import Rates, measure_rates
 from cbqstream.planning.requirements import (
     checked_model,
@@ -36,80 +29,31 @@ from cbqstream.planning.requirements import (
     source_warnings,
 )
 from cbqstream.planning.sizes import ModelSizes
-from cbqstream.planning.work import Work, attention_weights, seconds_of
+from cbqstream.planning.traffic import OffloadFile, Traffic, disk_bytes
+from cbqstream.planning.work import START, Extent, Work, attention_weights, seconds_of
 from cbqstream.records import MemoryMode
-from cbqstream.rounding.registry import method_of
 from cbqstream.runtime.device import choose_device, compute_dtype, fixed_numerics
 from cbqstream.runtime.memory import GIB
-from cbqstream.windows.schedule import schedule, split_held_out
 
 _MODES = (
     MemoryMode(),
     MemoryMode(activation_checkpointing=True),
     MemoryMode(activation_checkpointing=True, offload=True),
 )
-"""Memory modes in the order in which they are tried."""
+"""Memory modes in the order in which they are tried. None takes less time than the one before it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """Requirements of a run, in bytes, seconds and floating-point operations."""
+def memory_modes(config: QuantizeConfig, sizes: ModelSizes) -> Sequence[MemoryMode]:
+    """Memory modes of a run in the order in which they are tried.
 
-    windows: int
-    """Number of windows."""
-    ram: Mapping[str, int]
-    """Parts of the peak resident memory, by purpose; the peak is their sum."""
-    vram: Mapping[str, int]
-    """Parts of the peak memory of a CUDA device, by purpose; empty on the CPU."""
-    disk: Mapping[str, int]
-    """Parts of the peak disk space, without the source, by purpose."""
-    source: int
-    """Size of the source."""
-    bytes_read: int
-    """Number of bytes read from disk."""
-    bytes_written: int
-    """Number of bytes written to disk."""
-    flop: float
-    """Floating-point operations of matrix products and of the rounding."""
-    rounding_bytes: int
-    """Number of bytes that the rounding reads and writes in memory during training."""
-    seconds: Mapping[str, float]
-    """Parts of the time, by kind of work; empty if the plan was made without rates."""
-    memory_mode: MemoryMode
-    """Memory mode that keeps the run within the limits."""
-    quantized: float | None = None
-    """Share of the weights of all blocks that the run quantizes, from 0 to 1; None if the model was not opened."""
-    smaller: "Mapping[str, Plan]" = field(default_factory=dict)
-    """Plans with smaller settings, by the flags that select them."""
-    warnings: Sequence[str] = ()
-    """Sentences about programs that do not load the result."""
-
-    def largest(self, name: Literal["ram", "vram"]) -> int:
-        """Peak resident memory (`ram`) or device memory (`vram`), the sum of all parts."""
-        return sum((self.ram if name == "ram" else self.vram).values())
-
-    @property
-    def disk_total(self) -> int:
-        """Peak disk space, the sum of all parts."""
-        return sum(self.disk.values())
-
-    @property
-    def seconds_total(self) -> float:
-        """Time in seconds, the sum of all parts; 0 if the plan was made without rates."""
-        return sum(self.seconds.values())
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values with totals, for JSON."""
-        totals = {
-            "ram_total": self.largest("ram"),
-            "vram_total": self.largest("vram"),
-            "disk_total": self.disk_total,
-            "seconds_total": self.seconds_total,
-        }
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
-        values["smaller"] = {flags: other.to_dict() for flags, other in self.smaller.items()}
-        plain = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
-        return plain | totals | {"memory_mode": asdict(self.memory_mode)}
+    Args:
+        config: settings of the run.
+        sizes: sizes of the model.
+    """
+    if sizes.experts_alone(config) is None:
+        return _MODES
+    on_disk = [replace(mode, expert_inputs_on_disk=True) for mode in _MODES]
+    return [*_MODES[:-1], *on_disk[:-1], _MODES[-1], on_disk[-1]]
 
 
 def make_plan(
@@ -135,42 +79,46 @@ def make_plan(
         raise UsageError(
             f"keep_first and keep_last leave none of the {sizes.num_blocks} blocks to quantize. Use smaller values."
         )
-    settings, calibration, learns = config.reconstruction, config.calibration, method_of(config.reconstruction).learns
-    windows = schedule(config.keep_first, sizes.num_blocks - config.keep_last, config.window)
-    in_window = max(window.stop - window.start for window in windows)
-    staying = max(window.stop - window.next_start for window in windows)
-    quantized = windows[-1].stop - windows[0].start
-    on_device = device_bytes(config, sizes, memory_mode, in_window, 2 if device == "cuda" else 4)
-    host, cost, packed = host_bytes(config, sizes, device), rounding_cost(config, sizes), packed_bytes(config, sizes)
-    checkpointing = memory_mode.activation_checkpointing
-    work = Work.of(config, sizes, len(windows), in_window, activation_checkpointing=checkpointing)
-    offloaded = OffloadFile.of(config, sizes, in_window, work) if memory_mode.offload else OffloadFile()
-    stream = calibration.num_samples * calibration.seq_len * sizes.states * STREAM_BYTES
-    stream += calibration.num_samples * sizes.handed(calibration.seq_len)
-    training, held_out = (len(part) for part in split_held_out(calibration.num_samples))
-    epochs, whole_model = (settings.epochs, settings.end_to_end_epochs) if learns else (0, 0)
-    stream_reads = (3 + 2 * (epochs * training + 2 * held_out) / calibration.num_samples) * len(windows)
-    products = 2 * calibration.seq_len * work.passes * (sizes.active + attention_weights(config, sizes))
-    return Plan(
-        windows=len(windows),
-        ram=host | ({} if device == "cuda" else on_device),
-        vram={"context": CONTEXT, "tiles": TILES} | on_device if device == "cuda" else {},
-        disk=disk_bytes(config, sizes, quantized, staying, offloaded),
+    held, extent = sizes.in_windows(config), Extent.of(config, sizes.num_blocks)
+    computing = device_bytes(
+        config, sizes, memory_mode, extent.in_window, 2 if device == "cuda" else 4, expert_memory(config, sizes, device)
+    )
+    host = host_bytes(config, sizes, device) | expert_host_memory(config, sizes, device, memory_mode)
+    work = Work.of(config, held, extent, activation_checkpointing=memory_mode.activation_checkpointing)
+    offloaded = OffloadFile.of(config, held, extent, work) if memory_mode.offload else OffloadFile()
+    traffic = Traffic.of(config, sizes, extent, work, memory_mode, offloaded, device)
+    parts = [(held, work, attention_weights(config, sizes))]
+    routed = sizes.experts_alone(config)
+    if routed is not None:
+        parts.append((routed, expert_work(config, sizes, extent), 0))
+    costs = [rounding_cost(config, part) for part, _, _ in parts]
+    seq_len = config.calibration.seq_len
+    products = sum(2 * seq_len * done.passes * (part.active + attention) for part, done, attention in parts)
+    made = Plan(
+        windows=extent.windows,
+        ram=host | ({} if device == "cuda" else computing),
+        vram={"context": CONTEXT, "tiles": TILES} | computing if device == "cuda" else {},
+        disk=disk_bytes(config, sizes, extent, memory_mode, offloaded, device),
         source=sizes.source_bytes,
-        bytes_read=int(len(windows) * in_window * sizes.block_read + stream_reads * stream)
-        + sizes.ends_bytes
-        + sizes.outer_read
-        + whole_model * sizes.num_blocks * 4 * packed
-        + offloaded.read,
-        bytes_written=len(windows) * (3 * stream + state_bytes(config, sizes, staying))
-        + quantized * packed
-        + sizes.outer_bytes
-        + offloaded.written,
-        flop=products + work.steps * cost.step_flop,
-        rounding_bytes=int(work.steps * cost.step_bytes),
-        seconds={} if rates is None else seconds_of(config, sizes, work, rates),
+        read=traffic.read,
+        written=traffic.written,
+        bus=traffic.bus,
+        flop=products + sum(done.steps * cost.step_flop for (_, done, _), cost in zip(parts, costs, strict=True)),
+        rounding_bytes=int(sum(done.steps * cost.step_bytes for (_, done, _), cost in zip(parts, costs, strict=True))),
+        seconds={},
         memory_mode=memory_mode,
     )
+    over = _over(config, made)
+    made = replace(made, exceeded=None if over is None else f"--max-{over[0]} {over[1] / GIB:.2f} GiB")
+    if rates is None:
+        return made
+    times = [seconds_of(config, part, done, rates, attention) for part, done, attention in parts]
+    seconds = {name: sum(each[name] for each in times) for name in times[0]} | {"starting": START}
+    if rates.disks is None:
+        return replace(made, seconds=seconds)
+    memory = min(rates.disks.memory, config.max_ram or rates.disks.memory)
+    moved = traffic.seconds(rates.disks, sum(seconds.values()), spare=memory - made.largest("ram"))
+    return replace(made, seconds=seconds | dict(moved), disks=rates.disks)
 
 
 def fitting_plan(config: QuantizeConfig, sizes: ModelSizes, device: str, rates: Rates | None = None) -> Plan:
@@ -185,11 +133,7 @@ def fitting_plan(config: QuantizeConfig, sizes: ModelSizes, device: str, rates: 
     Raises:
         DeviceMemoryError: no memory mode stays within the limits; the message names smaller settings that do.
     """
-    for mode in _MODES[:-1]:
-        made = make_plan(config, sizes, device, rates, mode)
-        if _over(config, made) is None:
-            return made
-    made = make_plan(config, sizes, device, rates, _MODES[-1])
+    made = _fitting_or_smallest(config, sizes, device, rates)
     over = _over(config, made)
     if over is None:
         return made
@@ -197,13 +141,21 @@ def fitting_plan(config: QuantizeConfig, sizes: ModelSizes, device: str, rates: 
     needs = [f"{part} {size / GIB:.2f}" for part, size in getattr(made, name).items() if size > GIB / 100]
     fits = [
         f"{flags} ({smaller.largest(name) / GIB:.2f})"
-        for flags, other in smaller_settings(config).items()
-        if _over(config, smaller := make_plan(other, sizes, device, memory_mode=_MODES[-1])) is None
+        for flags, other in smaller_settings(config, sizes).items()
+        if (smaller := _fitting_or_smallest(other, sizes, device, None)).exceeded is None
     ]
     remedy = f"These settings fit: {', '.join(fits)}" if fits else "No smaller setting fits; use a higher limit"
     raise DeviceMemoryError(
         f"--max-{name} {limit / GIB:.2f} GiB: this run needs {made.largest(name) / GIB:.2f} ({', '.join(needs)}). {remedy}."
     )
+
+
+def _fitting_or_smallest(config: QuantizeConfig, sizes: ModelSizes, device: str, rates: Rates | None) -> Plan:
+    """The plan of the first memory mode that stays within the limits, or of the last mode if none does."""
+    *others, last = memory_modes(config, sizes)
+    plans = (make_plan(config, sizes, device, rates, mode) for mode in others)
+    fitting = next((made for made in plans if made.exceeded is None), None)
+    return fitting or make_plan(config, sizes, device, rates, last)
 
 
 def _over(config: QuantizeConfig, made: Plan) -> tuple[Literal["ram", "vram"], int] | None:
@@ -229,7 +181,7 @@ def plan(
 
     Args:
         config: settings of the run. If the model is a name on the Hub, only headers are fetched, and the dataset is not read.
-        with_time: measure the speed of this machine, which takes five seconds.
+        with_time: measure the speed of this machine and of its disks, which takes five seconds.
         revision: branch, tag or commit of a model on the Hub.
         check_out: check OUT and the run directory of the settings.
         check_dataset: read the dataset of the settings.
@@ -237,7 +189,7 @@ def plan(
         allow_links: read shards that are links to files outside the model folder.
 
     Returns:
-        The plan, with plans of smaller settings and warnings.
+        The plan, with plans of all memory modes and of smaller settings, and with warnings.
 
     Raises:
         InputError: the model or the dataset cannot be used.
@@ -251,15 +203,62 @@ def plan(
     meta_model = checked_model(config, model, infos, device, allow_partial=allow_partial)
     if check_dataset and not is_name(config.model, revision):
         load_calibration(config, meta_model)
-    sizes = ModelSizes.of(meta_model)
+    sizes, warnings = ModelSizes.of(meta_model), list[str]()
     if with_time:
         with fixed_numerics(device, config.threads):
             rates = measure_rates(config, list(sizes.layers.values()), device, compute_dtype(device))
-    made = fitting_plan(config, sizes, device.type, rates)
-    others = {
-        flags: make_plan(other, sizes, device.type, rates, made.memory_mode)
-        for flags, other in smaller_settings(config).items()
-    }
-    warnings = [*source_warnings(config.model, meta_model), *engine_warnings(config, meta_model)]
-    quantized = quantized_share(config, meta_model)
-    return replace(made, smaller=others, quantized=quantized, warnings=warnings)
+        local = (
+            []
+            if is_name(config.model, revision)
+            else sorted({part.file for info in infos.values() for part in info.stored})
+        )
+        try:
+            rates = replace(rates, disks=measure_disks(config.run_path, local, device))
+        except (StorageError, InputError) as error:
+            warnings.append(f"the time of the disk is not counted. {error}")
+    made = compared(config, sizes, device.type, fitting_plan(config, sizes, device.type, rates), rates)
+    warnings += [*source_warnings(config.model, meta_model), *engine_warnings(config, meta_model)]
+    return replace(
+        made, quantized=quantized_share(config, meta_model), warnings=[*warnings, *advice(made, made.smaller)]
+    )
+
+
+def compared(config: QuantizeConfig, sizes: ModelSizes, device: str, made: Plan, rates: Rates | None) -> Plan:
+    """The plan of a run, with the plans of all ways to run it.
+
+    Args:
+        config: settings of the run.
+        sizes: sizes of the model.
+        device: `cpu` or `cuda`.
+        made: the plan, from `fitting_plan`.
+        rates: rates of the machine; None leaves out the time.
+    """
+    modes = {name_of_mode(mode): make_plan(config, sizes, device, rates, mode) for mode in memory_modes(config, sizes)}
+    smaller = smaller_plans(config, sizes, device, rates)
+    return replace(made, modes=modes, smaller=smaller, reason=_reason(config, modes, made))
+
+
+def smaller_plans(
+    config: QuantizeConfig, sizes: ModelSizes, device: str, rates: Rates | None = None
+) -> dict[str, Plan]:
+    """Plans of runs with smaller settings, by the flags that select them, each in the memory mode that such a run takes.
+
+    Args:
+        config: settings of the run.
+        sizes: sizes of the model.
+        device: `cpu` or `cuda`.
+        rates: rates of the machine; None leaves out the time.
+    """
+    others = smaller_settings(config, sizes)
+    return {flags: _fitting_or_smallest(other, sizes, device, rates) for flags, other in others.items()}
+
+
+def _reason(config: QuantizeConfig, modes: Mapping[str, Plan], made: Plan) -> str:
+    """The reason for the memory mode of a plan."""
+    if config.max_ram is None and config.max_vram is None:
+        return "the fastest, and no limit is set"
+    before = [*modes][: [*modes].index(made.way)]
+    failed = [f"{name} does not stay within {modes[name].exceeded}" for name in before]
+    return (
+        "the fastest, and it stays within the limits" if not failed else f"the fastest that fits: {'; '.join(failed)}"
+    )

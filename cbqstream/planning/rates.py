@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional
 
 from cbqstream.config import QuantizeConfig
+from cbqstream.planning.disk_rates import DiskRates
 from cbqstream.rounding.registry import method_of
 from cbqstream.rounding.rounding import RoundingStart, TrainingStep
 from cbqstream.runtime.scratch import Scratch
@@ -27,6 +28,8 @@ class Rates:
     """Time for one weight and training step that does not depend on the number of tokens: its rounding, twice forward and once backward."""
     value: float
     """Time to read or write one value of the activations."""
+    disks: DiskRates | None = None
+    """Speed of the disks; None leaves their time out."""
 
 
 def measure_rates(
@@ -83,7 +86,7 @@ def measure_rates(
     )
 
 
-def _timed(work: Callable[[], object], device: torch.device, seconds: float = 1.2) -> float:
+def _timed(work: Callable[[], object], device: torch.device, seconds: float = 1.0) -> float:
     """Median time of a call in seconds, from the calls that fit into `seconds`, at least one.
 
     On the CPU it is the process time per core, which does not include the time of other programs.

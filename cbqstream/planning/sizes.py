@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from cbqstream.checkpoint.tensors import DerivedTensor, computed_bytes, stored_bytes
+from cbqstream.config import QuantizeConfig
 from cbqstream.models.families import EXPERT
 from cbqstream.models.meta_model import MetaModel
 
@@ -48,6 +49,10 @@ class ModelSizes:
     """Size of the arguments of all blocks that depend on the tokens, in bytes per token."""
     handed: Callable[[int], int] = lambda tokens: 0
     """Gives the size of the values that a block hands on besides hidden states, from the number of tokens of a segment."""
+    dense: "ModelSizes | None" = None
+    """Sizes of the model without the layers of routed experts; None if it has none."""
+    routed: "ModelSizes | None" = None
+    """Sizes of the layers of routed experts alone, of the blocks that have some; None if there are none."""
 
     @property
     def states(self) -> int:
@@ -67,7 +72,7 @@ class ModelSizes:
     @property
     def largest_layer(self) -> tuple[int, int]:
         """[O, I] of the largest layer."""
-        return max(self.layers.values(), key=math.prod)
+        return max(self.layers.values(), key=math.prod, default=(0, 0))
 
     @property
     def outputs(self) -> int:
@@ -79,18 +84,53 @@ class ModelSizes:
         """Number of weights in the layers of a block that compute a token."""
         return int(sum(self._share(name) * rows * columns for name, (rows, columns) in self.layers.items()))
 
+    @property
+    def num_experts(self) -> int:
+        """Number of routed experts in a block; 0 if there are none."""
+        return len({match[1] for name in self.layers if (match := EXPERT.search(name))})
+
     def _share(self, name: str) -> float:
         return self.experts if EXPERT.search(name) else 1
+
+    def in_windows(self, config: QuantizeConfig) -> "ModelSizes":
+        """Sizes of what the windows of a run hold: without routed experts if these are trained alone."""
+        return self if self.experts_alone(config) is None else self.dense or self
+
+    def experts_alone(self, config: QuantizeConfig) -> "ModelSizes | None":
+        """Sizes of the routed experts that are trained alone; None if there are none, or if they are trained in windows."""
+        return self.routed if config.reconstruction.experts == "alone" else None
 
     @classmethod
     def of(cls, meta_model: MetaModel) -> Self:
         """Sizes of a model."""
+        whole = cls._of(meta_model, lambda name: True)
+        if not any(EXPERT.search(name) for spec in meta_model.blocks for name in spec.linears):
+            return whole
+        dense, routed = (
+            replace(part, outer_bytes=whole.outer_bytes, outer_read=whole.outer_read)
+            for part in (
+                cls._of(meta_model, lambda name: not EXPERT.search(name)),
+                cls._of(meta_model, lambda name: bool(EXPERT.search(name))),
+            )
+        )
+        return replace(whole, dense=dense, routed=routed)
+
+    @classmethod
+    def _of(cls, meta_model: MetaModel, counts: Callable[[str], bool]) -> Self:
+        """Sizes of a model with some tensors of its blocks.
+
+        Args:
+            meta_model: the model.
+            counts: whether a tensor or a layer of a block is one of them, from its name in the block.
+        """
         infos = meta_model.infos
-        sizes = [computed_bytes(infos[name] for name in spec.tensors.values()) for spec in meta_model.blocks]
-        read = [stored_bytes(infos[name] for name in spec.tensors.values()) for spec in meta_model.blocks]
+        held = [{key: infos[name] for key, name in spec.tensors.items() if counts(key)} for spec in meta_model.blocks]
+        sizes, read = ([count(each.values()) for each in held if each] for count in (computed_bytes, stored_bytes))
         block_bytes = max(sizes)
-        largest = meta_model.blocks[sizes.index(block_bytes)]
-        layers = {name: infos[name] for name in (largest.tensors[f"{layer}.weight"] for layer in largest.linears)}
+        specs = [spec for spec, each in zip(meta_model.blocks, held, strict=True) if each]
+        largest = specs[sizes.index(block_bytes)]
+        stored = (largest.tensors[f"{layer}.weight"] for layer in largest.linears if counts(f"{layer}.weight"))
+        layers = {name: infos[name] for name in stored}
         source_bytes = stored_bytes(infos.values())
         return cls(
             num_blocks=len(sizes),
@@ -101,7 +141,7 @@ class ModelSizes:
             vocabulary=meta_model.vocab_size,
             layers={name: (info.shape[0], info.shape[1]) for name, info in layers.items()},
             experts=_share_of_experts(meta_model.text_config, list(layers)),
-            stored=max(info.dtype.itemsize for info in layers.values()),
+            stored=max((info.dtype.itemsize for info in layers.values()), default=2),
             block_bytes=block_bytes,
             block_read=read[sizes.index(block_bytes)],
             source_bytes=source_bytes,

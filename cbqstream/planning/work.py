@@ -9,9 +9,9 @@ from cbqstream.config import QuantizeConfig
 from cbqstream.planning.rates import Rates
 from cbqstream.planning.sizes import ModelSizes
 from cbqstream.rounding.registry import method_of
-from cbqstream.windows.schedule import split_held_out
+from cbqstream.windows.schedule import schedule, split_held_out
 
-_START = 4.0
+START = 4.0
 """Seconds to import everything and to open the model."""
 _LOGIT_PASSES = 6
 """Number of reads and writes of each logit in training."""
@@ -19,6 +19,36 @@ _GRID_SEARCH = {True: 22, False: 120}
 """Cost of the grid search of a weight, in training steps of its rounding, by whether the scheme is symmetric."""
 _ELEMENTWISE = {None: 14, 8: 21, 4: 21}
 """Number of elementwise reads and writes of activations in training, for each output value of the layers, by `activation_bits`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """Numbers of windows and of blocks in a run."""
+
+    windows: int
+    """Number of windows."""
+    in_window: int
+    """Largest number of blocks in a window."""
+    staying: int
+    """Largest number of blocks that stay for the next window."""
+    quantized: int
+    """Number of blocks that are quantized."""
+
+    @classmethod
+    def of(cls, config: QuantizeConfig, num_blocks: int) -> Self:
+        """The windows of a run.
+
+        Args:
+            config: settings of the run.
+            num_blocks: number of blocks of the model.
+        """
+        windows = schedule(config.keep_first, num_blocks - config.keep_last, config.window)
+        return cls(
+            windows=len(windows),
+            in_window=max(window.stop - window.start for window in windows),
+            staying=max(window.stop - window.next_start for window in windows),
+            quantized=windows[-1].stop - windows[0].start,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,19 +78,17 @@ class Work:
         return self.forward + 3 * self.trained
 
     @classmethod
-    def of(
-        cls, config: QuantizeConfig, sizes: ModelSizes, windows: int, in_window: int, *, activation_checkpointing: bool
-    ) -> Self:
-        """The work of a run.
+    def of(cls, config: QuantizeConfig, sizes: ModelSizes, extent: Extent, *, activation_checkpointing: bool) -> Self:
+        """The work of the windows and of the end-to-end stage.
 
         Args:
             config: settings of the run.
             sizes: sizes of the model.
-            windows: number of windows.
-            in_window: number of blocks in a window.
+            extent: windows of the run.
             activation_checkpointing: whether the memory mode computes activations again in the backward pass.
         """
         settings, samples = config.reconstruction, config.calibration.num_samples
+        windows, in_window = extent.windows, extent.in_window
         training, held_out = (len(part) for part in split_held_out(samples))
         learns = method_of(settings).learns
         epochs = settings.epochs if learns else 0
@@ -90,18 +118,21 @@ def attention_weights(config: QuantizeConfig, sizes: ModelSizes) -> int:
     return config.calibration.seq_len * sizes.hidden
 
 
-def seconds_of(config: QuantizeConfig, sizes: ModelSizes, work: Work, rates: Rates) -> Mapping[str, float]:
-    """Time of a run in seconds, by kind of work.
+def seconds_of(
+    config: QuantizeConfig, sizes: ModelSizes, work: Work, rates: Rates, attention: int
+) -> Mapping[str, float]:
+    """Time of computing in seconds, by kind of work.
 
     Args:
         config: settings of the run.
-        sizes: sizes of the model.
+        sizes: sizes of the layers that compute.
         work: work of the run.
         rates: rates of the machine.
+        attention: number of multiplications of attention for each token.
     """
     seq_len = config.calibration.seq_len
     passes = work.trained + work.forward / 3
-    products = passes * seq_len * (sizes.active + 2 * attention_weights(config, sizes))
+    products = passes * seq_len * (sizes.active + 2 * attention)
     grids = _GRID_SEARCH[config.scheme.symmetric] if config.reconstruction.init == "search" else 1
     weights = (work.steps + work.hard_batches + grids * work.blocks) * sizes.weights
     values = passes * seq_len * _ELEMENTWISE[config.scheme.activation_bits] * sizes.outputs
@@ -112,5 +143,4 @@ def seconds_of(config: QuantizeConfig, sizes: ModelSizes, work: Work, rates: Rat
         "matrix products": products * rates.product,
         "rounding": weights * rates.weight,
         "other elementwise work": values * rates.value,
-        "starting": _START,
     }

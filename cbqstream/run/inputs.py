@@ -15,8 +15,9 @@ from cbqstream.config import QuantizeConfig
 from cbqstream.disk import Measure, unmeasured
 from cbqstream.models.meta_model import MetaModel
 from cbqstream.packed.layouts import newer_formats
+from cbqstream.planning.advice import advice, is_absurd
 from cbqstream.planning.layer_schemes import layer_schemes
-from cbqstream.planning.plan import fitting_plan
+from cbqstream.planning.plan import fitting_plan, smaller_plans
 from cbqstream.planning.requirements import checked_model, load_calibration, require_paths
 from cbqstream.planning.sizes import ModelSizes
 from cbqstream.records import Compute, Window
@@ -43,6 +44,8 @@ class RunInputs:
     windows: tuple[Window, ...]
     compute: Compute
     identity: Identity
+    advice: tuple[str, ...] = ()
+    """Sentences about the disk traffic of the run."""
 
     @property
     def stream_shape(self) -> tuple[int, int, int]:
@@ -111,6 +114,10 @@ def open_inputs(
         formats=newer_formats(config.schemes),
     )
     windows = tuple(schedule(config.keep_first, len(meta_model.blocks) - config.keep_last, config.window))
-    plan = fitting_plan(config, ModelSizes.of(meta_model), device.type)
+    sizes = ModelSizes.of(meta_model)
+    plan = fitting_plan(config, sizes, device.type)
+    smaller = smaller_plans(config, sizes, device.type) if is_absurd(plan) else {}
     compute = Compute(device, compute_dtype(device), config.reconstruction.batch_size, plan.memory_mode)
-    return RunInputs(config, model, source, meta_model, tokens_NS, windows, compute, identity)
+    return RunInputs(
+        config, model, source, meta_model, tokens_NS, windows, compute, identity, tuple(advice(plan, smaller))
+    )

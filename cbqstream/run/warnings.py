@@ -54,6 +54,7 @@ def model_warnings(inputs: RunInputs) -> Iterator[RunWarning]:
         )
     yield from map(RunWarning, source_warnings(inputs.config.model, inputs.meta_model))
     yield from (RunWarning(text) for text in engine_warnings(inputs.config, inputs.meta_model))
+    yield from map(RunWarning, inputs.advice)
     settings, (training, held_out) = inputs.config.reconstruction, split_held_out(len(inputs.tokens))
     method = method_of(settings)
     if training == held_out and method.learns:

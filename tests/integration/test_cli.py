@@ -118,12 +118,15 @@ def test_plan_takes_the_flags_of_quantize_and_writes_nothing(cbqstream, tiny_mod
     code, text, err = cbqstream("plan", tiny_models["llama"], "--without-time", *flags)
     assert (code, err) == (0, "")
     assert text.splitlines()[0] == "windows: 3"
-    assert "with --window-size 1 --overlap 0: " in text
+    assert "the run takes: all layers in memory (the fastest, and no limit is set)" in text.splitlines()
+    assert sum(line.startswith("  --window-size 1 --overlap 0  ") for line in text.splitlines()) == 1
     code, text, _ = cbqstream("plan", tiny_models["llama"], "--json", *flags, "--threads", 1)
     plan = json.loads(text)
     assert (code, plan["windows"]) == (0, 3)
     assert plan["seconds_total"] == pytest.approx(sum(plan["seconds"].values()))
+    assert {"reading", "writing"} < plan["seconds"].keys()
     assert plan["smaller"]["--epochs 3"]["seconds_total"] < plan["seconds_total"]
+    assert plan["modes"]["all layers in memory"]["seconds_total"] == plan["seconds_total"]
     assert sorted(tmp_path.rglob("*")) == before
     code, other, _ = cbqstream("plan", *flags, "--without-time", "--json", tiny_models["llama"], tmp_path / "out")
     assert code == 0

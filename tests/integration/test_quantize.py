@@ -18,6 +18,7 @@ from cbqstream.calibration.segments import load_segments
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.config import TransformConfig, WindowConfig
 from cbqstream.evaluation.model import open_model
+from cbqstream.planning import advice
 from cbqstream.planning.plan import fitting_plan
 from cbqstream.profiles import PROFILES
 from cbqstream.records import RunWarning, WindowReport
@@ -242,6 +243,17 @@ def test_every_window_that_uses_more_memory_than_max_ram_gives_a_warning(make_co
     warnings = [event.text for event in events if isinstance(event, RunWarning)]
     assert len(warnings) == 3
     assert re.fullmatch(r"memory: \d\.\d\d GiB were used, but --max-ram is 0\.10; the plan was too low\.", warnings[0])
+
+
+def test_absurd_disk_traffic_gives_a_warning_with_a_setting_that_cuts_it(make_config, monkeypatch):
+    """Every setting counts as one that helps, so the first is named."""
+    monkeypatch.setattr(advice, "_ABSURD", 0)
+    monkeypatch.setattr(advice, "_CUT", 0)
+    events = []
+    quantize(make_config(), events.append)
+    (warning,) = (event.text for event in events if isinstance(event, RunWarning) and "times its source" in event.text)
+    assert warning.startswith("this run reads 0.00 TB from disk, ")
+    assert "With --batch-size " in warning
 
 
 ACTIVATION_SCHEMES = {

@@ -12,10 +12,12 @@ import torch
 
 from cbqstream import quantize
 from cbqstream.config import CalibrationConfig, QuantizeConfig, ReconstructionConfig, RoundingName, parse_bytes
-from cbqstream.errors import DeviceMemoryError, InputError, UsageError
+from cbqstream.errors import DeviceMemoryError, InputError, StorageError, UsageError
 from cbqstream.models.meta_model import MetaModel
+from cbqstream.planning.advice import ENDURANCE, advice
 from cbqstream.planning.alternatives import smaller_settings
-from cbqstream.planning.plan import fitting_plan, make_plan
+from cbqstream.planning.disk_rates import DiskRates, measure_disks
+from cbqstream.planning.plan import compared, fitting_plan, make_plan, memory_modes
 from cbqstream.planning.plan import plan as plan_of
 from cbqstream.planning.plan_lines import plan_lines
 from cbqstream.planning.rates import Rates, measure_rates
@@ -27,6 +29,8 @@ from tiny import SEQ_LEN, save_model, save_tokens
 
 PACKAGE = Path(__file__).parent.parent.parent / "cbqstream"
 RATES = Rates(product=1e-11, weight=1e-8, value=1e-9)
+GIB = 1 << 30
+DISKS = DiskRates("FOLDER", read=2e9, write=1e9, source=4e9, cached=8e9, bus=16e9, memory=1 << 40)
 
 
 def settings(model="MODEL", scheme=None, **sizes):
@@ -160,13 +164,14 @@ def test_every_suggested_setting_needs_less_of_something(sizes_405b):
     sizes, _ = sizes_405b
     config = settings(num_samples=128)
     plan = make_plan(config, sizes, "cuda", RATES)
-    others = {flags: make_plan(other, sizes, "cuda", RATES) for flags, other in smaller_settings(config).items()}
+    others = {flags: make_plan(other, sizes, "cuda", RATES) for flags, other in smaller_settings(config, sizes).items()}
     assert list(others) == [
         "--batch-size 2",
         "--rounding lora_rounding",
+        "--window-size 1 --overlap 0",
+        "--window-size 1 --overlap 0 --batch-size 1",
         "--seq-len 1024",
         "--num-samples 64",
-        "--window-size 1 --overlap 0",
         "--epochs 3",
     ]
     for other in others.values():
@@ -178,7 +183,8 @@ def test_every_suggested_setting_needs_less_of_something(sizes_405b):
     lines = plan_lines(replace(plan, smaller=others))
     assert lines[0] == "windows: 125"
     assert any(line.startswith("device memory: ") for line in lines)
-    assert any(line.startswith("with --batch-size 2: device memory -") for line in lines)
+    (row,) = (line.split() for line in lines if line.startswith("  --batch-size 2 "))
+    assert float(row[2]) == pytest.approx(others["--batch-size 2"].largest("vram") / GIB, abs=0.005)
 
 
 def test_measured_rates_are_plausible():
@@ -328,3 +334,199 @@ def test_a_plan_warns_of_a_result_that_programs_do_not_load(tiny_models):
     assert not plan_of(settings(tiny_models["llama"], replace(scheme, group_size=None)), **parts).warnings
     (warning,) = plan_of(settings(tiny_models["qwen3_moe"], replace(scheme, group_size=None)), **parts).warnings
     assert warning.startswith("the experts are stored as int-quantized, which transformers 5.24 does not load.")
+
+
+OFFLOADED = MemoryMode(activation_checkpointing=True, offload=True)
+
+
+def test_reading_and_writing_take_the_time_that_computing_does_not_hide(sizes_405b):
+    """Source and streams are read ahead and written behind. The computation waits for offloaded layers and for finished blocks."""
+    sizes, _ = sizes_405b
+    config, streams = settings(num_samples=128), ("source", "streams")
+    idle, busy = (Rates(product, 0, 0, DISKS) for product in (0, 1))
+    hidden = make_plan(config, sizes, "cpu", busy)
+    assert hidden.seconds["reading"] == 0
+    waited = sum(size for part, size in hidden.written.items() if part not in streams)
+    assert hidden.seconds["writing"] == pytest.approx(waited / 1e9)
+    assert hidden.seconds_total == sum(hidden.seconds.values())
+    shown = make_plan(config, sizes, "cpu", idle)
+    ahead = {
+        "reading": shown.read["source"] / 4e9 + shown.read["streams"] / 2e9,
+        "writing": shown.written["streams"] / 1e9,
+    }
+    left = 1 - shown.seconds["starting"] / sum(ahead.values())
+    assert shown.seconds["reading"] == pytest.approx(ahead["reading"] * left)
+    assert shown.seconds["writing"] == pytest.approx(ahead["writing"] * left + waited / 1e9)
+    assert "reading" not in make_plan(config, sizes, "cpu", RATES).seconds
+
+
+def test_offloaded_layers_are_read_from_the_page_cache_only_if_their_file_fits(sizes_405b):
+    sizes, _ = sizes_405b
+    config, offloaded = settings(num_samples=128), "offloaded layers"
+    needed = make_plan(config, sizes, "cuda", memory_mode=OFFLOADED)
+    fits = needed.disk["layers of a window"] + needed.largest("ram")
+    for memory, rate in ((fits, 8e9), (fits - 1, 2e9)):
+        rates = Rates(1, 0, 0, replace(DISKS, memory=memory))
+        made = make_plan(config, sizes, "cuda", rates, OFFLOADED)
+        assert made.seconds["reading"] == pytest.approx(made.read[offloaded] / rate)
+    assert made.bus[offloaded] == made.read[offloaded] + made.written[offloaded]
+    assert made.seconds["copying to the device"] == pytest.approx(made.bus[offloaded] / 16e9)
+    limited = make_plan(replace(config, max_ram=fits - 1), sizes, "cuda", Rates(1, 0, 0, DISKS), OFFLOADED)
+    assert limited.seconds["reading"] == made.seconds["reading"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_no_memory_mode_takes_less_time_than_the_one_before(sizes_405b, device):
+    """The first mode that fits, which a run takes without measuring anything, is therefore the fastest."""
+    sizes, _ = sizes_405b
+    rates = replace(RATES, disks=DISKS)
+    config = settings(num_samples=128)
+    times = [make_plan(config, sizes, device, rates, mode).seconds_total for mode in memory_modes(config, sizes)]
+    assert times == sorted(set(times))
+
+
+def test_a_plan_compares_the_ways_and_says_which_one_the_run_takes(sizes_405b):
+    sizes, _ = sizes_405b
+    config = replace(settings(num_samples=128), max_vram=30 << 30)
+    rates = replace(RATES, disks=DISKS)
+    made = compared(config, sizes, "cuda", fitting_plan(config, sizes, "cuda", rates), rates)
+    assert list(made.modes) == ["all layers in memory", "activation checkpointing", "layers on disk"]
+    assert [plan.exceeded for plan in made.modes.values()] == ["--max-vram 30.00 GiB"] * 2 + [None]
+    assert made.way == "layers on disk"
+    lines = plan_lines(made)
+    assert (
+        "the run takes: layers on disk (the fastest that fits: all layers in memory does not stay within --max-vram 30.00 GiB;"
+        " activation checkpointing does not stay within --max-vram 30.00 GiB)" in lines
+    )
+    (header,) = (line for line in lines if line.startswith("  way "))
+    for column in ("device memory", "memory", "copied to device", "disk", "read", "written", "time", "fits"):
+        assert column in header
+    rows = {name: line for line in lines for name in (*made.modes, *made.smaller) if line.startswith(f"  {name}  ")}
+    assert list(rows) == [*made.modes, *made.smaller]
+    assert rows["all layers in memory"].endswith("no: --max-vram 30.00 GiB")
+    assert f"{made.modes['all layers in memory'].largest('vram') / GIB:,.2f}" in rows["all layers in memory"]
+    assert rows["layers on disk"].endswith("yes")
+    values = json.loads(json.dumps(made.to_dict()))
+    assert values["way"] == "layers on disk"
+    assert values["modes"]["all layers in memory"]["exceeded"] == "--max-vram 30.00 GiB"
+    assert values["bytes_read"] == sum(values["read"].values()) == values["modes"]["layers on disk"]["bytes_read"]
+    assert values["smaller"]["--batch-size 2"]["memory_mode"]["offload"]
+    unlimited = compared(settings(), sizes, "cuda", fitting_plan(settings(), sizes, "cuda"), None)
+    assert "the run takes: all layers in memory (the fastest, and no limit is set)" in plan_lines(unlimited)
+
+
+def test_a_run_that_reads_its_source_many_times_is_advised_of_a_setting_that_cuts_it(sizes_405b):
+    """The first setting that cuts the bytes read by 5 times and fits is advised, with both figures. The wear of the disk is a warning."""
+    sizes, _ = sizes_405b
+    made = make_plan(settings(num_samples=128), sizes, "cuda", memory_mode=OFFLOADED)
+    small = make_plan(settings(num_samples=128), sizes, "cuda")
+    smaller = {"--a": made, "--b": replace(small, exceeded="--max-ram 1.00 GiB"), "--c": small, "--d": small}
+    cut, worn = advice(made, smaller)
+    assert cut == (
+        f"this run reads {made.bytes_read / 1e12:,.0f} TB from disk, {made.bytes_read / made.source:,.0f} times its source."
+        f" With --c it would read {small.bytes_read / 1e12:,.0f} TB; the result changes."
+    )
+    assert worn == (
+        f"this run writes {made.bytes_written / 1e12:,.0f} TB to disk, {made.bytes_written / 600e12:.0%} of the endurance of a"
+        " common SSD of 1 TB (600 TB)."
+    )
+    assert list(advice(made, {"--a": made})) == [worn]
+    few = replace(small, read={"source": 20 * small.source})
+    assert not list(advice(few, {"--d": replace(small, read={})}))
+    for written, count in ((ENDURANCE // 10, 0), (ENDURANCE // 10 + 1, 1)):
+        assert len(list(advice(replace(small, written={"streams": written}), {}))) == count
+
+
+def test_bytes_of_experts_that_are_trained_alone_are_those_counted_by_hand(sizes_with_experts):
+    """Two blocks of 8 experts of 3 x 64 x 128 weights, 2 for each token; one window of both; 16 segments of 32 tokens, 14 to train on."""
+    sizes, expert, tokens = sizes_with_experts, 3 * 64 * 128, 16 * 32
+    config = settings(num_samples=16, seq_len=32)
+    config = replace(config, reconstruction=replace(config.reconstruction, experts="alone", batch_size=2, epochs=3))
+    packed = 8 * (expert // 2 + expert // 32 * 2)  # codes of 4 bits, scales of 2 bytes for 32 weights
+    attention = 4 * 64 * 64
+    stream, plain = tokens * 64 * 2, make_plan(settings(num_samples=16, seq_len=32), sizes, "cpu")
+    made = make_plan(config, sizes, "cpu")
+    rest = sizes.block_bytes - 2 * sizes.weights
+    dense = 2 * attention + rest
+    ends = sizes.ends_bytes + sizes.outer_read
+    assert made.read["source"] == 2 * dense + 2 * (3 + 2) * 2 * 8 * expert + ends
+    assert plain.read["source"] == 2 * (dense + 2 * 8 * expert) + ends
+    assert made.read["finished experts"] == 2 * packed
+    assert made.read["outputs of experts"] == stream * 4 * (3 * 14 + 2 * 2) / 16 + stream * 2
+    assert made.written["finished experts"] == 2 * packed
+    assert made.written["blocks"] == plain.written["blocks"]
+    assert made.written["outputs of experts"] == stream * (4 + 2)
+    assert made.written["streams"] == plain.written["streams"]
+    assert made.disk["outputs of experts"] == 3 * stream
+    assert made.ram["inputs of experts"] == tokens * 64 * (4 + 4)
+    assert made.ram["weights"] == 2 * dense
+    assert made.ram["weights of experts"] == 8 * expert * (2 + 4)
+    assert made.ram["finished experts"] == packed
+    on_disk = make_plan(config, sizes, "cpu", memory_mode=MemoryMode(expert_inputs_on_disk=True))
+    gathered = 2 * 6 * tokens * 2 * 64  # blocks, passes, tokens, experts of a token, width
+    assert "inputs of experts" not in on_disk.ram
+    assert on_disk.read["inputs of experts"] == gathered * 8
+    assert on_disk.written["inputs of experts"] == gathered * 4 + 2 * tokens * 64 * 8
+    assert on_disk.disk["inputs of experts"] == tokens * 64 * 8
+    # each token passes 6 times through its experts, and 3 times in training by 14 of the 16 segments
+    passes = 6 + 3 * 3 * 14 / 16
+    alone = (
+        2 * 2 * tokens * 2 * expert * passes + 2 * 3 * 7 * 8 * expert * 30
+    )  # signround takes 30 for each weight and step
+    assert made.flop - alone == pytest.approx(make_plan(config, replace(sizes.dense, routed=None), "cpu").flop)
+
+
+def test_a_405b_model_on_a_small_gpu_is_advised_of_a_window_that_stays_in_memory(sizes_405b):
+    """Offloaded, a window of two blocks reads its source thousands of times; one block at batch size 1 stays in 24 GB."""
+    sizes, _ = sizes_405b
+    config = settings(scheme=Scheme(num_bits=4, group_size=128), num_samples=128)
+    config = replace(config, max_vram=24 * 10**9, reconstruction=replace(config.reconstruction, batch_size=2))
+    made = compared(config, sizes, "cuda", fitting_plan(config, sizes, "cuda"), None)
+    assert made.way == "layers on disk"
+    assert made.smaller["--window-size 1 --overlap 0 --batch-size 1"].way == "all layers in memory"
+    cut, _ = advice(made, made.smaller)
+    assert "With --window-size 1 --overlap 0 --batch-size 1 it would read 16 TB" in cut
+
+
+def test_experts_alone_is_a_way_for_mixtures_only(sizes_with_experts, sizes_405b):
+    assert "--experts alone" not in smaller_settings(settings(), sizes_405b[0])
+    alone = smaller_settings(settings(), sizes_with_experts)["--experts alone"]
+    assert alone.reconstruction.experts == "alone"
+    assert "--experts alone" not in smaller_settings(alone, sizes_with_experts)
+    names = [
+        make_plan(alone, sizes_with_experts, "cuda", memory_mode=mode).way
+        for mode in memory_modes(alone, sizes_with_experts)
+    ]
+    assert names == [
+        "all layers in memory",
+        "activation checkpointing",
+        "all layers in memory, inputs of experts on disk",
+        "activation checkpointing, inputs of experts on disk",
+        "layers on disk",
+        "layers on disk, inputs of experts on disk",
+    ]
+
+
+def test_measuring_the_disks_leaves_nothing_behind(tmp_path):
+    shard = tmp_path / "shard.safetensors"
+    shard.write_bytes(bytes(9 << 20))
+    before = sorted(tmp_path.rglob("*"))
+    found = measure_disks(tmp_path / "a" / "b" / "OUT.run", [shard], torch.device("cpu"))
+    assert sorted(tmp_path.rglob("*")) == before
+    assert found.folder == str(tmp_path)
+    assert min(found.read, found.write, found.source, found.cached, found.memory) > 1 << 20
+    assert found.bus is None
+    assert measure_disks(tmp_path, [], torch.device("cpu")).source > 0
+    with pytest.raises(StorageError, match=r"^/proc/.*scratch failed: "):
+        measure_disks(Path("/proc/OUT.run"), [shard], torch.device("cpu"))
+
+
+def test_a_plan_says_if_the_disk_could_not_be_measured(tiny_models):
+    config = replace(settings(tiny_models["llama"], num_samples=8, seq_len=SEQ_LEN), run_dir="/proc/OUT.run")
+    made = plan_of(config, check_out=False, check_dataset=False)
+    assert made.disks is None
+    assert {"reading", "writing"}.isdisjoint(made.seconds)
+    assert made.warnings[0].startswith("the time of the disk is not counted. /proc/")
+    measured = plan_of(replace(config, run_dir=None), check_out=False, check_dataset=False)
+    assert {"reading", "writing"} < set(measured.seconds)
+    assert any(line.startswith("speed of disks: ") for line in plan_lines(measured))
