@@ -77,14 +77,15 @@ def plan(
     revision: Revision = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as one JSON object.")] = False,
     without_time: Annotated[
-        bool, typer.Option("--without-time", help="Do not measure this machine, which takes five seconds.")
+        bool,
+        typer.Option("--without-time", help="Do not measure this machine and its disks, which takes five seconds."),
     ] = False,
     allow_partial: AllowPartial = False,
     allow_links: AllowLinks = False,
 ) -> None:
-    """Show the memory, disk space and time that `quantize` would need with the same flags, or why it would refuse. Writes nothing.
+    """Show the memory, disk space and time that `quantize` would need with the same flags, or why it would refuse.
 
-    MODEL is a folder or a name on the Hub, of which only headers are read. OUT and --dataset may be left out.
+    Leaves nothing behind. MODEL is a folder or a name on the Hub, of which only headers are read. OUT and --dataset may be left out.
     """
     from cbqstream.planning.plan import plan as make_plan
     from cbqstream.planning.plan_lines import plan_lines

@@ -188,6 +188,18 @@ def expert_writes(
     return found
 
 
+def expert_copies(config: QuantizeConfig, sizes: ModelSizes, extent: Extent) -> int:
+    """Bytes of inputs and residuals of experts that are copied to a CUDA device, and residuals that are copied back.
+
+    Args:
+        config: settings of the run.
+        sizes: sizes of the model.
+        extent: windows of the run.
+    """
+    values = expert_blocks(config, sizes, extent) * _gathered(config, sizes, extent)
+    return values * (_width("cuda") + 2 * _RESIDUAL)
+
+
 def _gathered(config: QuantizeConfig, sizes: ModelSizes, extent: Extent) -> int:
     """Number of values that the passes over the experts of a block gather: the row of a token once for each of its experts."""
     routed = sizes.experts_alone(config)

@@ -9,7 +9,14 @@ from typing import Self
 
 from cbqstream.config import QuantizeConfig
 from cbqstream.planning.disk_rates import DiskRates
-from cbqstream.planning.experts import expert_blocks, expert_disk, expert_reads, expert_writes, packed_experts
+from cbqstream.planning.experts import (
+    expert_blocks,
+    expert_copies,
+    expert_disk,
+    expert_reads,
+    expert_writes,
+    packed_experts,
+)
 from cbqstream.planning.memory import STREAM_BYTES, packed_bytes, rounding_cost, state_bytes, transform_cost
 from cbqstream.planning.sizes import ModelSizes
 from cbqstream.planning.work import Extent, Work
@@ -20,6 +27,8 @@ from cbqstream.windows.schedule import split_held_out
 _AHEAD = ("source", "streams", "outputs of experts")
 """Parts that are read ahead and written behind on threads, while the machine computes."""
 _OFFLOADED = "offloaded layers"
+_WAITED = (_OFFLOADED, "inputs of experts")
+"""Parts whose copies to and from a CUDA device the computation waits for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,18 +158,17 @@ class Traffic:
         written = {
             "streams": extent.windows * 3 * stream,
             "window states": extent.windows * state_bytes(config, held, extent.staying),
-            "blocks": _finished_bytes(config, sizes, extent),
+            "blocks": _finished_bytes(config, sizes, extent) * (2 if whole_model else 1),
             "rest of the model": sizes.outer_bytes,
             _OFFLOADED: offloaded.written,
         }
-        moved = {"weights": source, "streams": read["streams"] + written["streams"]}
-        moved[_OFFLOADED] = offloaded.read + offloaded.written
-        return cls(
-            read=_merged(read, experts_read),
-            written=_merged(written, experts_written),
-            bus=_merged(moved, {}) if device == "cuda" else {},
-            offload_file=offloaded.size,
-        )
+        read, written = _merged(read, experts_read), _merged(written, experts_written)
+        bus = {"inputs of experts": expert_copies(config, sizes, extent)}
+        bus |= {
+            part: read.get(part, 0) + written.get(part, 0) for part in ("streams", "outputs of experts", _OFFLOADED)
+        }
+        bus = _merged({"weights": source}, bus) if device == "cuda" else {}
+        return cls(read, written, bus, offloaded.size)
 
     def seconds(self, rates: DiskRates, computing: float, spare: int) -> Mapping[str, float]:
         """Time in seconds that the traffic adds to the time of computing, by activity.
@@ -184,7 +192,7 @@ class Traffic:
             sum(times.values()) - hidden + shown * hidden
             for times, hidden in ((reading, ahead[0]), (writing, ahead[1]))
         )
-        copied = self.bus.get(_OFFLOADED, 0) / rates.bus if rates.bus else 0.0
+        copied = sum(self.bus.get(part, 0) for part in _WAITED) / rates.bus if rates.bus else 0.0
         return {"reading": read, "writing": written} | ({"copying to the device": copied} if copied else {})
 
 

@@ -24,6 +24,7 @@ from cbqstream.planning.rates import Rates, measure_rates
 from cbqstream.planning.requirements import read_headers
 from cbqstream.planning.sizes import ModelSizes
 from cbqstream.records import MemoryMode
+from cbqstream.rounding.registry import METHODS
 from cbqstream.scheme import Scheme
 from tiny import SEQ_LEN, save_model, save_tokens
 
@@ -167,7 +168,7 @@ def test_every_suggested_setting_needs_less_of_something(sizes_405b):
     others = {flags: make_plan(other, sizes, "cuda", RATES) for flags, other in smaller_settings(config, sizes).items()}
     assert list(others) == [
         "--batch-size 2",
-        "--rounding lora_rounding",
+        *(f"--rounding {name}" for name in METHODS if name not in ("signround", "nearest")),
         "--window-size 1 --overlap 0",
         "--window-size 1 --overlap 0 --batch-size 1",
         "--seq-len 1024",
@@ -468,6 +469,10 @@ def test_bytes_of_experts_that_are_trained_alone_are_those_counted_by_hand(sizes
     assert on_disk.read["inputs of experts"] == gathered * 8
     assert on_disk.written["inputs of experts"] == gathered * 4 + 2 * tokens * 64 * 8
     assert on_disk.disk["inputs of experts"] == tokens * 64 * 8
+    on_device = make_plan(config, sizes, "cuda")
+    assert on_device.bus["inputs of experts"] == gathered * (2 + 4 + 4)
+    outputs = "outputs of experts"
+    assert on_device.bus[outputs] == made.read[outputs] + made.written[outputs]
     # each token passes 6 times through its experts, and 3 times in training by 14 of the 16 segments
     passes = 6 + 3 * 3 * 14 / 16
     alone = (
