@@ -52,6 +52,7 @@ def memory_modes(config: QuantizeConfig, sizes: ModelSizes) -> Sequence[MemoryMo
     """
     if sizes.experts_alone(config) is None:
         return _MODES
+    # offloading comes last, because it usually moves more than the inputs of experts
     on_disk = [replace(mode, expert_inputs_on_disk=True) for mode in _MODES]
     return [*_MODES[:-1], *on_disk[:-1], _MODES[-1], on_disk[-1]]
 
@@ -259,6 +260,4 @@ def _reason(config: QuantizeConfig, modes: Mapping[str, Plan], made: Plan) -> st
         return "the fastest, and no limit is set"
     before = [*modes][: [*modes].index(made.way)]
     failed = [f"{name} does not stay within {modes[name].exceeded}" for name in before]
-    return (
-        "the fastest, and it stays within the limits" if not failed else f"the fastest that fits: {'; '.join(failed)}"
-    )
+    return "the fastest, and it stays within the limits" if not failed else f"the first that fits: {'; '.join(failed)}"

@@ -396,7 +396,7 @@ def test_a_plan_compares_the_ways_and_says_which_one_the_run_takes(sizes_405b):
     assert made.way == "layers on disk"
     lines = plan_lines(made)
     assert (
-        "the run takes: layers on disk (the fastest that fits: all layers in memory does not stay within --max-vram 30.00 GiB;"
+        "the run takes: layers on disk (the first that fits: all layers in memory does not stay within --max-vram 30.00 GiB;"
         " activation checkpointing does not stay within --max-vram 30.00 GiB)" in lines
     )
     (header,) = (line for line in lines if line.startswith("  way "))
