@@ -181,10 +181,10 @@ def ways(sizes: ModelSizes) -> dict[str, dict[str, Any]]:
     if "gptq" in METHODS:
         found["--rounding gptq"] = {"rounding": "gptq"}
     if sizes.routed is not None:
-        found["--experts alone"] = {"experts": "alone"}
         found["--experts alone --window-size 1 --overlap 0"] = {"experts": "alone", "window": one}
         if "gptq" in METHODS:
-            found["--experts alone --rounding gptq"] = {"experts": "alone", "rounding": "gptq"}
+            flags = "--experts alone --rounding gptq --window-size 1 --overlap 0"
+            found[flags] = {"experts": "alone", "rounding": "gptq", "window": one}
     return found
 
 
@@ -230,7 +230,7 @@ def planned(machine: Machine, sizes: ModelSizes, way: dict[str, Any]) -> tuple[P
 def row_of(made: Plan, batch_size: int) -> dict[str, Any]:
     """The figures of a plan that are compared."""
     result = made.disk["blocks"] + made.disk["rest of the model"]
-    streams = sum(made.written.get(part, 0) for part in ("streams", "outputs of experts"))
+    streams = made.written.get("streams", 0)
     return {
         "batch_size": batch_size,
         "mode": made.way,

@@ -23,7 +23,8 @@ def smaller_settings(config: QuantizeConfig, sizes: ModelSizes) -> dict[str, Qua
         half = settings.batch_size // 2
         others[f"--batch-size {half}"] = replace(config, reconstruction=replace(settings, batch_size=half))
     if sizes.routed is not None and settings.experts == "window":
-        others["--experts alone"] = replace(config, reconstruction=replace(settings, experts="alone"))
+        alone = replace(settings, experts="alone", kl_weight=0.0, end_to_end_epochs=0)
+        others[_alone(config)] = replace(config, reconstruction=alone, window=replace(config.window, size=1, overlap=0))
     for name, other in METHODS.items():
         less = other.cost(settings, *_SHAPE).resident_bytes < method.cost(settings, *_SHAPE).resident_bytes
         if method.learns and (other.learns or other.statistics) and less:
@@ -41,6 +42,14 @@ def smaller_settings(config: QuantizeConfig, sizes: ModelSizes) -> dict[str, Qua
         half = settings.epochs // 2
         others[f"--epochs {half}"] = replace(config, reconstruction=replace(settings, epochs=half))
     return others
+
+
+def _alone(config: QuantizeConfig) -> str:
+    """Flags that reconstruct experts alone."""
+    settings, flags = config.reconstruction, ["--experts alone"]
+    flags += ["--window-size 1 --overlap 0"] if config.window.size > 1 else []
+    flags += ["--kl-weight 0"] if settings.kl_weight else []
+    return " ".join(flags + (["--end-to-end-epochs 0"] if settings.end_to_end_epochs else []))
 
 
 def _windows_of_one(config: QuantizeConfig) -> dict[str, QuantizeConfig]:

@@ -84,7 +84,7 @@ def make_plan(
     computing = device_bytes(
         config, sizes, memory_mode, extent.in_window, 2 if device == "cuda" else 4, expert_memory(config, sizes, device)
     )
-    host = host_bytes(config, sizes, device) | expert_host_memory(config, sizes, device, memory_mode)
+    host = host_bytes(config, sizes, device) | expert_host_memory(config, sizes, memory_mode)
     work = Work.of(config, held, extent, activation_checkpointing=memory_mode.activation_checkpointing)
     offloaded = OffloadFile.of(config, held, extent, work) if memory_mode.offload else OffloadFile()
     traffic = Traffic.of(config, sizes, extent, work, memory_mode, offloaded, device)

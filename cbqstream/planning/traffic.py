@@ -24,7 +24,7 @@ from cbqstream.records import MemoryMode
 from cbqstream.rounding.registry import method_of
 from cbqstream.windows.schedule import split_held_out
 
-_AHEAD = ("source", "streams", "outputs of experts")
+_AHEAD = ("source", "streams")
 """Parts that are read ahead and written behind on threads, while the machine computes."""
 _OFFLOADED = "offloaded layers"
 _WAITED = (_OFFLOADED, "inputs of experts")
@@ -93,7 +93,7 @@ def disk_bytes(
         "window states": 2 * state_bytes(config, held, extent.staying),
         "rest of the model": sizes.outer_bytes + kept,
         "layers of a window": offloaded.size,
-    } | expert_disk(config, sizes, extent, memory_mode, device)
+    } | expert_disk(config, sizes, extent, memory_mode)
 
 
 def _finished_bytes(config: QuantizeConfig, sizes: ModelSizes, extent: Extent) -> int:
@@ -145,8 +145,8 @@ class Traffic:
         passes = (epochs * training + 2 * held_out) / calibration.num_samples
         blocks = extent.windows * extent.in_window
         experts_read, experts_written = (
-            expert_reads(config, sizes, extent, memory_mode, device, passes),
-            expert_writes(config, sizes, extent, memory_mode, device),
+            expert_reads(config, sizes, extent, memory_mode, passes),
+            expert_writes(config, sizes, extent, memory_mode),
         )
         source = blocks * held.block_read + sizes.ends_bytes + sizes.outer_read + experts_read.pop("source", 0)
         read = {
@@ -164,9 +164,7 @@ class Traffic:
         }
         read, written = _merged(read, experts_read), _merged(written, experts_written)
         bus = {"inputs of experts": expert_copies(config, sizes, extent)}
-        bus |= {
-            part: read.get(part, 0) + written.get(part, 0) for part in ("streams", "outputs of experts", _OFFLOADED)
-        }
+        bus |= {part: read.get(part, 0) + written.get(part, 0) for part in ("streams", _OFFLOADED)}
         bus = _merged({"weights": source}, bus) if device == "cuda" else {}
         return cls(read, written, bus, offloaded.size)
 

@@ -236,10 +236,14 @@ class _Windows:
     def quantize(self, window: Window) -> WindowReport:
         """Quantize one window and commit it."""
         self._journal.empty_tmp()
-        with self._streams.scratch("layers") as file:
-            return self._quantize(window, file)
+        mode, file_of = self._inputs.compute.memory_mode, self._streams.file_of
+        with (
+            file_of("layers", on_disk=mode.offload) as layers,
+            file_of("tokens", on_disk=mode.expert_inputs_on_disk) as tokens,
+        ):
+            return self._quantize(window, layers, tokens)
 
-    def _quantize(self, window: Window, file: ScratchFile | None) -> WindowReport:
+    def _quantize(self, window: Window, file: ScratchFile | None, tokens: ScratchFile | None) -> WindowReport:
         inputs, settings, compute = self._inputs, self._inputs.config.reconstruction, self._inputs.compute
         began, is_last = self._run.timings.now(), window.index + 1 == len(inputs.windows)
         self._journal.new_folder("parts")
@@ -257,7 +261,7 @@ class _Windows:
 
         # 2. Compute the targets, and gather statistics of the inputs of the new blocks.
         self._doing(window, "targets")
-        experts = self._experts(window, file)
+        experts = self._experts(window, tokens)
         experts.add_sums(new, reference)
         propagate(new, reference, reference_out, compute, phase=Phase.ORIGINAL)
         experts.drop_sums(new, reference)

@@ -95,12 +95,17 @@ class Streams:
         return store
 
     @contextmanager
-    def scratch(self, name: str) -> Iterator[ScratchFile | None]:
-        """A temporary file in tmp/ inside a `with`, if the memory mode is to offload; otherwise None."""
-        if not self._inputs.compute.memory_mode.offload:
+    def file_of(self, what: str, *, on_disk: bool) -> Iterator[ScratchFile | None]:
+        """A temporary file in tmp/ inside a `with`; None if its values are kept in memory.
+
+        Args:
+            what: name of the file.
+            on_disk: whether the values are kept in the file.
+        """
+        if not on_disk:
             yield None
             return
-        with self._journal.disk.scratch(self._journal.building / name) as file:
+        with self._journal.disk.scratch(self._journal.building / what) as file:
             yield file
 
     def original(self, index: int) -> WeightSource:
@@ -135,7 +140,7 @@ class Streams:
             last = position == len(steps)
             reached = self.new(name if last else f"{name}-{position}", durable=durable and last)
             blocks = [self.block(index, source_of(index)) for index in step]
-            with self.scratch("tokens") as file:
+            with self.file_of("tokens", on_disk=self._inputs.compute.memory_mode.expert_inputs_on_disk) as file:
                 for block in blocks:
                     route_and_sum(self._inputs, block, stream, source_of(block.index), file)
                 propagate(blocks, stream, reached, self._inputs.compute, phase=Phase.ORIGINAL)

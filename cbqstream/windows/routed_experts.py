@@ -20,7 +20,7 @@ from cbqstream.models.experts import Experts
 from cbqstream.records import BlockSpec, Compute
 from cbqstream.runtime.memory import trim_heap
 
-TOKENS_AT_ONCE = 8192
+TOKENS_AT_ONCE = 2048
 """Number of tokens that an expert computes at once."""
 
 

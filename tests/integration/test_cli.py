@@ -639,6 +639,7 @@ FLAGS_OF_SETTINGS = [
     "--end-to-end-epochs",
     "--end-to-end-lr",
     "--epochs",
+    "--experts",
     "--group-size",
     "--head-stride",
     "--head-weight",

@@ -11,7 +11,14 @@ import pytest
 import torch
 
 from cbqstream import quantize
-from cbqstream.config import CalibrationConfig, QuantizeConfig, ReconstructionConfig, RoundingName, parse_bytes
+from cbqstream.config import (
+    CalibrationConfig,
+    QuantizeConfig,
+    ReconstructionConfig,
+    RoundingName,
+    WindowConfig,
+    parse_bytes,
+)
 from cbqstream.errors import DeviceMemoryError, InputError, StorageError, UsageError
 from cbqstream.models.meta_model import MetaModel
 from cbqstream.planning.advice import ENDURANCE, advice
@@ -438,47 +445,41 @@ def test_a_run_that_reads_its_source_many_times_is_advised_of_a_setting_that_cut
         assert len(list(advice(replace(small, written={"streams": written}), {}))) == count
 
 
-def test_bytes_of_experts_that_are_trained_alone_are_those_counted_by_hand(sizes_with_experts):
-    """Two blocks of 8 experts of 3 x 64 x 128 weights, 2 for each token; one window of both; 16 segments of 32 tokens, 14 to train on."""
+def test_bytes_of_experts_that_are_reconstructed_alone_are_those_counted_by_hand(sizes_with_experts):
+    """Two blocks of 8 experts of 3 x 64 x 128 weights, 2 for each token; windows of one; 16 segments of 32 tokens, 14 to train on."""
     sizes, expert, tokens = sizes_with_experts, 3 * 64 * 128, 16 * 32
-    config = settings(num_samples=16, seq_len=32)
-    config = replace(config, reconstruction=replace(config.reconstruction, experts="alone", batch_size=2, epochs=3))
+    window = replace(settings(num_samples=16, seq_len=32), window=WindowConfig(size=1, overlap=0))
+    config = replace(window, reconstruction=replace(window.reconstruction, experts="alone", batch_size=2, epochs=3))
     packed = 8 * (expert // 2 + expert // 32 * 2)  # codes of 4 bits, scales of 2 bytes for 32 weights
-    attention = 4 * 64 * 64
-    stream, plain = tokens * 64 * 2, make_plan(settings(num_samples=16, seq_len=32), sizes, "cpu")
-    made = make_plan(config, sizes, "cpu")
-    rest = sizes.block_bytes - 2 * sizes.weights
-    dense = 2 * attention + rest
+    attention, store = 4 * 64 * 64, tokens * 64 * 2
+    plain, made = make_plan(window, sizes, "cpu"), make_plan(config, sizes, "cpu")
+    dense = 2 * attention + sizes.block_bytes - 2 * sizes.weights
     ends = sizes.ends_bytes + sizes.outer_read
-    assert made.read["source"] == 2 * dense + 2 * (3 + 2) * 2 * 8 * expert + ends
+    assert made.read["source"] == 2 * dense + 2 * 3 * 2 * 8 * expert + ends
     assert plain.read["source"] == 2 * (dense + 2 * 8 * expert) + ends
-    assert made.read["finished experts"] == 2 * packed
-    assert made.read["outputs of experts"] == stream * 4 * (3 * 14 + 2 * 2) / 16 + stream * 2
+    assert made.read["finished experts"] == 2 * 2 * packed
     assert made.written["finished experts"] == 2 * packed
     assert made.written["blocks"] == plain.written["blocks"]
-    assert made.written["outputs of experts"] == stream * (4 + 2)
     assert made.written["streams"] == plain.written["streams"]
-    assert made.disk["outputs of experts"] == 3 * stream
-    assert made.ram["inputs of experts"] == tokens * 64 * (4 + 4)
-    assert made.ram["weights"] == 2 * dense
-    assert made.ram["weights of experts"] == 8 * expert * (2 + 4)
-    assert made.ram["finished experts"] == packed
+    assert made.ram["inputs of experts"] == 2 * store
+    assert made.ram["weights"] == dense
+    assert made.ram["weights of an expert"] == expert * (2 + 4)
+    assert made.ram["finished experts"] == 8 * expert + packed
     on_disk = make_plan(config, sizes, "cpu", memory_mode=MemoryMode(expert_inputs_on_disk=True))
-    gathered = 2 * 6 * tokens * 2 * 64  # blocks, passes, tokens, experts of a token, width
     assert "inputs of experts" not in on_disk.ram
-    assert on_disk.read["inputs of experts"] == gathered * 8
-    assert on_disk.written["inputs of experts"] == gathered * 4 + 2 * tokens * 64 * 8
-    assert on_disk.disk["inputs of experts"] == tokens * 64 * 8
+    passes = (3 * 14 + 2 * 2) / 16
+    assert on_disk.read["inputs of experts"] == int(2 * store * (9 * 2 + 3 + passes))
+    assert on_disk.written["inputs of experts"] == 2 * store * (3 * 2 + 4)
+    assert on_disk.disk["inputs of experts"] == 7 * store
     on_device = make_plan(config, sizes, "cuda")
-    assert on_device.bus["inputs of experts"] == gathered * (2 + 4 + 4)
-    outputs = "outputs of experts"
-    assert on_device.bus[outputs] == made.read[outputs] + made.written[outputs]
-    # each token passes 6 times through its experts, and 3 times in training by 14 of the 16 segments
-    passes = 6 + 3 * 3 * 14 / 16
+    assert on_device.bus["inputs of experts"] == 2 * tokens * 2 * 64 * (6 * 2 + 5 * 4 + 3 * 6)
+    # each token passes 6 times through its experts, twice an eighth for the loss, and 3 times in training by 14 of the 16 segments
+    passes = 6 + 2 * 2 / 16 + 3 * 3 * 14 / 16
     alone = (
         2 * 2 * tokens * 2 * expert * passes + 2 * 3 * 7 * 8 * expert * 30
     )  # signround takes 30 for each weight and step
-    assert made.flop - alone == pytest.approx(make_plan(config, replace(sizes.dense, routed=None), "cpu").flop)
+    rest = replace(config, reconstruction=replace(config.reconstruction, experts="window"))
+    assert made.flop - alone == pytest.approx(make_plan(rest, replace(sizes.dense, routed=None), "cpu").flop)
 
 
 def test_a_405b_model_on_a_small_gpu_is_advised_of_a_window_that_stays_in_memory(sizes_405b):
@@ -494,10 +495,11 @@ def test_a_405b_model_on_a_small_gpu_is_advised_of_a_window_that_stays_in_memory
 
 
 def test_experts_alone_is_a_way_for_mixtures_only(sizes_with_experts, sizes_405b):
-    assert "--experts alone" not in smaller_settings(settings(), sizes_405b[0])
-    alone = smaller_settings(settings(), sizes_with_experts)["--experts alone"]
-    assert alone.reconstruction.experts == "alone"
-    assert "--experts alone" not in smaller_settings(alone, sizes_with_experts)
+    flags = "--experts alone --window-size 1 --overlap 0"
+    assert flags not in smaller_settings(settings(), sizes_405b[0])
+    alone = smaller_settings(settings(), sizes_with_experts)[flags]
+    assert (alone.reconstruction.experts, alone.window.size) == ("alone", 1)
+    assert not any("alone" in other for other in smaller_settings(alone, sizes_with_experts))
     names = [
         make_plan(alone, sizes_with_experts, "cuda", memory_mode=mode).way
         for mode in memory_modes(alone, sizes_with_experts)
