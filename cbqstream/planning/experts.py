@@ -58,8 +58,21 @@ def _chosen(routed: ModelSizes) -> float:
     return routed.experts * routed.num_experts
 
 
-def expert_host_memory(config: QuantizeConfig, sizes: ModelSizes, memory_mode: MemoryMode) -> dict[str, int]:
-    """Resident memory besides that of the computation, in bytes by purpose.
+def inputs_beside_window(config: QuantizeConfig, sizes: ModelSizes, memory_mode: MemoryMode) -> dict[str, int]:
+    """Memory for the sums of experts while the other layers of their block are trained, in bytes by purpose.
+
+    Args:
+        config: settings of the run.
+        sizes: sizes of the model.
+        memory_mode: memory mode of the run.
+    """
+    if sizes.experts_alone(config) is None or memory_mode.expert_inputs_on_disk:
+        return {}
+    return {"inputs of experts": _store(config, sizes)}
+
+
+def inputs_beside_experts(config: QuantizeConfig, sizes: ModelSizes, memory_mode: MemoryMode) -> dict[str, int]:
+    """Memory for the inputs of all experts and for the tokens of one while it is reconstructed, in bytes by purpose.
 
     Args:
         config: settings of the run.

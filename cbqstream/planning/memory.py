@@ -99,6 +99,7 @@ def device_bytes(
     memory_mode: MemoryMode,
     blocks: int,
     width: int,
+    beside: Mapping[str, int],
     experts: Mapping[str, int],
 ) -> dict[str, int]:
     """Peak memory of the computation, in bytes by purpose.
@@ -109,13 +110,16 @@ def device_bytes(
         memory_mode: memory mode of the run.
         blocks: number of blocks in a window.
         width: bytes of a value of the compute dtype.
-        experts: memory of experts that are trained alone, by purpose, while the rest of their window is in memory.
+        beside: further memory while a window is trained, by purpose.
+        experts: memory while experts are reconstructed alone, by purpose; their window stays in memory. Empty if no experts are.
     """
     held = sizes.in_windows(config)
-    window = _window_bytes(config, held, memory_mode, blocks, width) | dict(experts)
+    window = _window_bytes(config, held, memory_mode, blocks, width) | dict(beside)
     learns, settings = method_of(config.reconstruction).learns, config.reconstruction
     head = _head_bytes(sizes, width)
     moments = [window | (head if settings.head_weight and learns else {})]
+    if experts:
+        moments.append({part: size for part, size in window.items() if part != "activations"} | dict(experts))
     moments.append({"embeddings": (width + sizes.stored) * sizes.vocabulary * sizes.hidden})
     if settings.end_to_end_epochs and learns:
         moments.append(_end_to_end_bytes(config, sizes, width))

@@ -16,7 +16,7 @@ from cbqstream.planning.advice import advice
 from cbqstream.planning.alternatives import smaller_settings
 from cbqstream.planning.disk_rates import measure_disks
 from cbqstream.planning.engines import engine_warnings
-from cbqstream.planning.experts import expert_host_memory, expert_memory, expert_work
+from cbqstream.planning.experts import expert_memory, expert_work, inputs_beside_experts, inputs_beside_window
 from cbqstream.planning.layer_schemes import quantized_share
 from cbqstream.planning.memory import CONTEXT, TILES, device_bytes, host_bytes, rounding_cost
 from cbqstream.planning.planned import Plan, name_of_mode
@@ -81,10 +81,13 @@ def make_plan(
             f"keep_first and keep_last leave none of the {sizes.num_blocks} blocks to quantize. Use smaller values."
         )
     held, extent = sizes.in_windows(config), Extent.of(config, sizes.num_blocks)
-    computing = device_bytes(
-        config, sizes, memory_mode, extent.in_window, 2 if device == "cuda" else 4, expert_memory(config, sizes, device)
-    )
-    host = host_bytes(config, sizes, device) | expert_host_memory(config, sizes, memory_mode)
+    host, experts = host_bytes(config, sizes, device), expert_memory(config, sizes, device)
+    of_window = inputs_beside_window(config, sizes, memory_mode)
+    of_experts = inputs_beside_experts(config, sizes, memory_mode)
+    if device == "cuda":
+        host, of_window, of_experts = host | of_experts, {}, {}
+    width = 2 if device == "cuda" else 4
+    computing = device_bytes(config, sizes, memory_mode, extent.in_window, width, of_window, experts | of_experts)
     work = Work.of(config, held, extent, activation_checkpointing=memory_mode.activation_checkpointing)
     offloaded = OffloadFile.of(config, held, extent, work) if memory_mode.offload else OffloadFile()
     traffic = Traffic.of(config, sizes, extent, work, memory_mode, offloaded, device)
