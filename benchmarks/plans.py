@@ -179,7 +179,7 @@ def ways(sizes: ModelSizes) -> dict[str, dict[str, Any]]:
         "--window-size 1 --overlap 0": {"window": one},
     }
     if "gptq" in METHODS:
-        found["--rounding gptq"] = {"rounding": "gptq"}
+        found["--rounding gptq --window-size 1 --overlap 0"] = {"rounding": "gptq", "window": one}
     if sizes.routed is not None:
         found["--experts alone --window-size 1 --overlap 0"] = {"experts": "alone", "window": one}
         if "gptq" in METHODS:

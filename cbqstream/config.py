@@ -13,7 +13,7 @@ from cbqstream.errors import UsageError
 from cbqstream.scheme import LayerSchemes, Scheme, path_pattern
 from cbqstream.setting import require, require_at_least, require_choice, require_device, setting, suggestion
 
-RoundingName = Literal["signround", "lora_rounding", "nearest"]
+RoundingName = Literal["signround", "lora_rounding", "gptq", "nearest"]
 ScaleInit = Literal["minmax", "search"]
 Schedule = Literal["linear", "cosine"]
 SmoothWhen = Literal["never", "quantized", "always"]
@@ -93,7 +93,8 @@ class ReconstructionConfig:
 
     rounding: RoundingName = setting(
         "signround",
-        help="Rounding method: signround (one value per weight), lora_rounding (low-rank AdaRound) or nearest (no training)",
+        help="Rounding method: signround (one value per weight), lora_rounding (low-rank AdaRound), gptq (closed form, no training)"
+        " or nearest",
     )
     init: ScaleInit = setting(
         "search", help="Starting scales: minmax, or search for the least error weighted by the inputs' second moment"
@@ -125,6 +126,9 @@ class ReconstructionConfig:
     end_to_end_lr: float = setting(2e-3, help="Learning rate of the logarithm of the scales in these passes (Adam)")
     penalty_weight: float = setting(
         0.1, help="weight of the penalty that drives rounding up or down", method="lora_rounding"
+    )
+    damping: float = setting(
+        0.1, help="share of the mean input power that is added to the power of every input column", method="gptq"
     )
     kernels: Kernels = setting("auto", help="auto (Triton on CUDA) or plain (torch alone)", method="signround")
     token_balance: float = setting(
@@ -161,6 +165,7 @@ class ReconstructionConfig:
             "kl_weight",
             "head_weight",
             "penalty_weight",
+            "damping",
         ):
             require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}. It must not be negative.")
 
@@ -236,6 +241,11 @@ class QuantizeConfig:
         require(
             not self.quantize_lm_head or self.scheme.activation_bits is None,
             "--quantize-lm-head quantizes no inputs. Use a scheme with A16.",
+        )
+        require(
+            self.reconstruction.rounding != "gptq" or self.window.size == 1,
+            f"rounding gptq quantizes one block at a time, and the window size is {self.window.size}."
+            " Use --profile quick, or --window-size 1 --overlap 0.",
         )
         require(self.threads is None or self.threads >= 1, f"threads is {self.threads}. It must be at least 1.")
 

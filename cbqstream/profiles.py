@@ -35,6 +35,10 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
                 channel_balance=0.0,
             ),
         ),
+        "quick": Profile(
+            window=WindowConfig(size=1, overlap=0),
+            reconstruction=ReconstructionConfig(rounding="gptq"),
+        ),
         "fast": Profile(reconstruction=ReconstructionConfig(epochs=3)),
         "default": Profile(),
         "accurate": Profile(reconstruction=ReconstructionConfig(end_to_end_epochs=2)),

@@ -27,8 +27,10 @@ def smaller_settings(config: QuantizeConfig, sizes: ModelSizes) -> dict[str, Qua
         others[_alone(config)] = replace(config, reconstruction=alone, window=replace(config.window, size=1, overlap=0))
     for name, other in METHODS.items():
         less = other.cost(settings, *_SHAPE).resident_bytes < method.cost(settings, *_SHAPE).resident_bytes
-        if method.learns and (other.learns or other.statistics) and less:
-            others[f"--rounding {name}"] = replace(config, reconstruction=replace(settings, rounding=other.name))
+        if method.learns and (other.learns or other.closed_form) and less:
+            one = replace(config.window, size=1, overlap=0) if other.closed_form else config.window
+            flags = f"--rounding {name}" + (" --window-size 1 --overlap 0" if one != config.window else "")
+            others[flags] = replace(config, reconstruction=replace(settings, rounding=other.name), window=one)
     others |= _windows_of_one(config)
     if calibration.seq_len > 512:
         half = calibration.seq_len // 2

@@ -5,10 +5,20 @@ in three passes: the reference stream, the targets, and the reconstruction. The 
 stream. `benchmarks/mixture_block.py` compares this with runs.
 """
 
+from dataclasses import replace
+
 from cbqstream.config import QuantizeConfig
-from cbqstream.numerics.input_statistics import Statistic
+from cbqstream.models.families import EXPERT
 from cbqstream.numerics.slabs import SLAB_WEIGHTS
-from cbqstream.planning.memory import HEAP, STREAM_BYTES, packed_bytes, rounding_cost, scale_bytes, state_bytes
+from cbqstream.planning.memory import (
+    HEAP,
+    STREAM_BYTES,
+    closed_form_bytes,
+    packed_bytes,
+    rounding_cost,
+    scale_bytes,
+    state_bytes,
+)
 from cbqstream.planning.sizes import ModelSizes
 from cbqstream.planning.work import Extent, Work
 from cbqstream.records import MemoryMode
@@ -92,6 +102,12 @@ def inputs_beside_experts(config: QuantizeConfig, sizes: ModelSizes, memory_mode
     return found
 
 
+def one_expert(routed: ModelSizes) -> ModelSizes:
+    """Sizes of a model whose blocks have one of the routed experts alone."""
+    names = [name for name in routed.layers if (match := EXPERT.search(name)) is not None and match[1] == "0"]
+    return replace(routed, layers={name: routed.layers[name] for name in names})
+
+
 def expert_memory(config: QuantizeConfig, sizes: ModelSizes, device: str) -> dict[str, int]:
     """Memory of the computation for one expert, and for the finished experts of its group, in bytes by purpose.
 
@@ -110,12 +126,11 @@ def expert_memory(config: QuantizeConfig, sizes: ModelSizes, device: str) -> dic
     share, width = together / routed.num_experts, _width(device)
     copy = 4 if device == "cpu" else 0
     learned = rounding_cost(config, routed).resident_bytes + scale_bytes(config, routed, 24)
-    if Statistic.GRAM in method_of(config.reconstruction).statistics:
-        learned += sum(4 * columns * columns for _, columns in routed.layers.values())
     step = config.reconstruction.batch_size * config.calibration.seq_len
     tokens = max(TOKENS_AT_ONCE, int(step * min(1.0, _SKEW * routed.experts)))
     outputs = sum(rows for rows, _ in routed.layers.values()) // routed.num_experts
-    return {
+    found = {} if not method_of(config.reconstruction).closed_form else closed_form_bytes(config, one_expert(routed))
+    return found | {
         "weights of an expert": int(one * (routed.stored + copy)),
         "rounding of an expert": learned // routed.num_experts,
         "finished experts": int(together * one + share * packed_bytes(config, routed)),  # codes of a byte, and packed

@@ -1,5 +1,6 @@
 """Memory and disk space that a run will need, from the costs that rounding methods and transforms declare and the sizes of the model."""
 
+from collections import Counter
 from collections.abc import Mapping
 from functools import reduce
 from operator import add
@@ -7,6 +8,7 @@ from operator import add
 from cbqstream.activations.read_ahead import READ_DEPTH
 from cbqstream.activations.write_behind import WRITE_DEPTH
 from cbqstream.config import QuantizeConfig
+from cbqstream.models.families import EXPERT
 from cbqstream.numerics.input_statistics import Statistic
 from cbqstream.numerics.losses import HEAD_TOKENS
 from cbqstream.numerics.slabs import SLAB_WEIGHTS
@@ -129,7 +131,31 @@ def device_bytes(
     if Statistic.GRAM in method_of(settings).statistics:
         grams = blocks * sum(4 * columns * columns for _, columns in held.layers.values())
         moments.append({"weights": window["weights"], "activations": window["activations"], "Gram matrices": grams})
+    if method_of(settings).closed_form:
+        moments.append(window | closed_form_bytes(config, held))
     return max(moments, key=lambda parts: sum(parts.values()))
+
+
+def closed_form_bytes(config: QuantizeConfig, sizes: ModelSizes) -> dict[str, int]:
+    """Memory while the codes of a layer are computed in closed form, in bytes by purpose.
+
+    A layer has a Gram and a cross matrix for the training segments, and both for the held-out segments. All experts of a block have theirs
+    at the same time; of the layers of an expert, those with the same number of columns share them.
+    """
+    squares = {name: 4 * columns * columns for name, (_, columns) in sizes.layers.items()}
+    experts = {(match[1], size) for name, size in squares.items() if (match := EXPERT.search(name))}
+    of_experts = Counter[int]()
+    for _, size in experts:
+        of_experts[size] += size
+    largest, columns = max(squares.values()), max(columns for _, columns in sizes.layers.values())
+    tokens = config.reconstruction.batch_size * config.calibration.seq_len
+    return {
+        # of both streams, as they are and in float32, and their difference
+        "inputs of a layer": 6 * 4 * tokens * columns,
+        "Gram matrices": 4 * max([largest, *of_experts.values()]),
+        "factors": 4 * largest,
+        "weights in float32": 5 * 4 * sizes.largest,
+    }
 
 
 def _window_bytes(

@@ -15,6 +15,8 @@ START = 4.0
 """Seconds to import everything and to open the model."""
 _LOGIT_PASSES = 6
 """Number of reads and writes of each logit in training."""
+_STAGE_PASSES = 2.4
+"""Number of passes of both streams through a block for the inputs of its stages, of a block of Llama; each ends at the inputs."""
 _GRID_SEARCH = {True: 22, False: 120}
 """Cost of the grid search of a weight, in training steps of its rounding, by whether the scheme is symmetric."""
 _ELEMENTWISE = {None: 14, 8: 21, 4: 21}
@@ -93,11 +95,13 @@ class Work:
         learns = method_of(settings).learns
         epochs = settings.epochs if learns else 0
         stride = config.window.size - config.window.overlap
-        forward = windows * (samples * (stride + in_window + stride) + 2 * held_out * in_window)
+        forward: float = windows * (samples * (stride + in_window + stride) + 2 * held_out * in_window)
         trained = windows * epochs * training * in_window
         steps = windows * epochs * math.ceil(training / settings.batch_size)
         if activation_checkpointing:
             forward += trained
+        if method_of(settings).closed_form:
+            forward += windows * samples * _STAGE_PASSES
         if settings.end_to_end_epochs and learns:
             forward += settings.end_to_end_epochs * sizes.num_blocks * (training + 2 * held_out)
             trained += settings.end_to_end_epochs * sizes.num_blocks * training

@@ -1,9 +1,12 @@
 """Rounding to nearest: the baseline, and the method of experts that saw too few tokens to learn from."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 from typing_extensions import override
 
+from cbqstream.config import RoundingName
 from cbqstream.numerics.affine import grouped, nearest_levels, row_tiles
 from cbqstream.rounding.rounding import Rounding
 
@@ -11,17 +14,16 @@ from cbqstream.rounding.rounding import Rounding
 class Nearest(Rounding):
     """A weight whose codes are the nearest ones for the starting scale. No window is trained."""
 
-    name = "nearest"
+    name: ClassVar[RoundingName] = "nearest"
     learns = False
 
     @override
     def soft_rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        w_OI, scale0_OG, zero_point_OG = self.weight[rows], self.scale0[rows], self.zero_point_of(rows)
-        scale_OG1 = self.scale_of(rows).unsqueeze(-1)
+        w_OI, scale_OG1 = self.weight[rows], self.scale_of(rows).unsqueeze(-1)
         w_hat = self.scratch.take("weight", w_OI.shape, dtype, w_OI.device)
         for tile in row_tiles(w_OI):
-            zero_point = None if zero_point_OG is None else zero_point_OG[tile]
-            levels = nearest_levels(w_OI[tile], scale0_OG[tile], zero_point, self.scheme)
+            of_weight = slice(rows.start + tile.start, rows.start + tile.stop)
+            levels = self.levels(of_weight, self.scale0[of_weight])
             torch.mul(levels, scale_OG1[tile], out=grouped(w_hat[tile], scale_OG1.shape[1]))
         return w_hat
 

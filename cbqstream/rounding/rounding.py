@@ -77,6 +77,8 @@ class Rounding(Offloadable, ABC):
     """Value of `ReconstructionConfig.rounding` that selects the method."""
     learns: ClassVar[bool] = True
     """Whether windows are trained at all."""
+    closed_form: ClassVar[bool] = False
+    """Whether codes are computed layer by layer from the inputs of the layers; then windows have one block."""
     statistics: ClassVar[frozenset[Statistic]] = frozenset()
     """Statistics of the layer's inputs that `observe` needs, besides those that are always gathered."""
     learned: ClassVar[Mapping[str, bool]] = MappingProxyType({"theta": True})

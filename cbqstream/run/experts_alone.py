@@ -22,7 +22,8 @@ from cbqstream.numerics.slabs import SLAB_WEIGHTS
 from cbqstream.packed.block_shard import shard_name
 from cbqstream.packed.layouts import encode
 from cbqstream.packed.shard import write_tensors
-from cbqstream.records import RunNotice
+from cbqstream.records import RunNotice, RunWarning
+from cbqstream.rounding.registry import method_of
 from cbqstream.run.finished import finished_source
 from cbqstream.run.inputs import RunInputs
 from cbqstream.rundir.partial import PartialResult, PartialResults
@@ -128,6 +129,7 @@ class ExpertsAlone:
         results: results inside the window.
         file: file of the values of all tokens; None keeps them in memory.
         doing: called with the name of each step.
+        warn: called with warnings.
     """
 
     def __init__(
@@ -137,7 +139,9 @@ class ExpertsAlone:
         results: PartialResults,
         file: ScratchFile | None,
         doing: Callable[[str], None],
+        warn: Callable[[RunWarning], None],
     ) -> None:
+        self._warn = warn
         self._inputs, self._settings, self._results, self._file, self._doing = inputs, settings, results, file, doing
         self._routed: dict[int, Routed] = {}
 
@@ -147,7 +151,11 @@ class ExpertsAlone:
             route_and_sum(self._inputs, block, stream, self._inputs.source, self._file)
 
     def drop_sums(self, blocks: Sequence[ResidentBlock], stream: ActivationStore) -> None:
-        """Free the memory of the sums beside a stream."""
+        """Free the memory of the sums beside a stream, unless codes in closed form need the stream again."""
+        if not method_of(self._settings.reconstruction).closed_form:
+            self._drop_sums(blocks, stream)
+
+    def _drop_sums(self, blocks: Sequence[ResidentBlock], stream: ActivationStore) -> None:
         keys = {block.experts.key for block in blocks if block.experts is not None}
         stream.beside = {key: value for key, value in stream.beside.items() if key not in keys}
 
@@ -189,7 +197,8 @@ class ExpertsAlone:
         Returns:
             The finished experts, by the number of the block.
         """
-        self.drop_sums(blocks, quantized)
+        for stream in (reference, quantized):
+            self._drop_sums(blocks, stream)
         return {
             block.index: self._of_block(block, block.experts, (reference, quantized), targets)
             for block in blocks
@@ -234,6 +243,7 @@ class ExpertsAlone:
             LossWeights.of(targets, inputs.config.reconstruction, experts.hidden_size),
             self._settings,
             inputs.compute,
+            self._warn,
             inputs.config.calibration.all_experts,
         )
         layers, facts = dict[str, Checkpoint](), dict[str, Mapping[str, Any]]()

@@ -1,5 +1,6 @@
 """The inputs of a run, opened and checked before anything is written."""
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,16 @@ class RunInputs:
         """Names in the checkpoint of the weights of the experts of block `index` that are reconstructed alone."""
         experts, spec = self.experts_alone(index), self.meta_model.blocks[index]
         return [] if experts is None else [spec.tensors[f"{name}.weight"] for name in expert_layers(spec, experts)]
+
+    def reading_ahead(self, position: int) -> AbstractContextManager[None]:
+        """Read the new blocks of window `position` into the page cache in the background, while the window before it is quantized."""
+        coming = self.windows[position : position + 1]
+        blocks = [block for window in coming for block in self.meta_model.blocks[window.frontier : window.stop]]
+        alone = {
+            name for block in blocks for name in self.weights_alone(block.index)
+        }  # read when each expert needs them
+        names = [name for block in blocks for name in block.tensors.values() if name not in alone]
+        return self.source.reading_ahead(names)
 
     @property
     def num_epochs(self) -> int:

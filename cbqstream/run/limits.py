@@ -11,6 +11,7 @@ from cbqstream.errors import DeviceMemoryError, StorageError, shown
 from cbqstream.planning.memory import CONTEXT
 from cbqstream.records import BlockSpec, EpochReport, RunWarning, WindowReport
 from cbqstream.run.inputs import RunInputs
+from cbqstream.rundir.chain import Chain
 from cbqstream.runtime.memory import GIB, is_out_of_memory
 
 _BYTES_PER_VALUE = 2
@@ -99,3 +100,11 @@ def over_limit(config: QuantizeConfig, report: WindowReport | EpochReport) -> li
         )
         if limit is not None and used > limit
     ]
+
+
+def missing_streams(chain: Chain) -> int:
+    """Number of streams for which recomputing those of the next window needs space; 0 if they exist or are not needed.
+
+    Each of the two streams is read from one store and written to another.
+    """
+    return 0 if chain.is_complete or chain.acts(chain.next_window).exists() else 4

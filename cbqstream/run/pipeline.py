@@ -9,7 +9,8 @@ the finished quantized blocks compute. Each window of transformer blocks is quan
        gathered with T2.
     3. Find the transforms of the new blocks, and give each of their layers a quantization grid and a `Rounding`. The other blocks continue
        from the state that the window before saved.
-    4. Reconstruct: train scales and roundings so that the output of the window is close to the target.
+    4. Reconstruct: train scales and roundings so that the output of the window is close to the target. With the rounding `gptq`, compute
+       the codes of one layer after the other in closed form instead.
     5. With `--experts alone`, reconstruct each routed expert of the blocks that leave, alone on its tokens (`experts_alone.py`).
     6. Harden the blocks that leave the window (fix every weight to its final level) and pack them. Save the state of the blocks that stay.
     7. Move the quantized stream through the blocks that leave, unless the window is the last.
@@ -42,7 +43,7 @@ from cbqstream.run.end_to_end_stage import train_end_to_end
 from cbqstream.run.experts_alone import NO_EXPERTS, ExpertsAlone, FinishedExperts
 from cbqstream.run.finished import read_window_state
 from cbqstream.run.inputs import RunInputs, open_inputs
-from cbqstream.run.limits import disk_bytes, over_limit, room_for
+from cbqstream.run.limits import disk_bytes, missing_streams, over_limit, room_for
 from cbqstream.run.result import write_result
 from cbqstream.run.streams import Streams
 from cbqstream.run.warnings import model_warnings, require_finite_windows, undersampled_experts, vanished_rows
@@ -55,11 +56,13 @@ from cbqstream.runtime.device import choose_device, fixed_numerics, installed_ve
 from cbqstream.runtime.memory import is_out_of_device_memory, release_free_memory, return_large_blocks
 from cbqstream.runtime.seeds import generator_for
 from cbqstream.runtime.timings import Timings
+from cbqstream.windows.closed_form import round_in_closed_form
 from cbqstream.windows.propagate import mix_targets, propagate
 from cbqstream.windows.quantized_linear import Phase
 from cbqstream.windows.read_block import read_block
 from cbqstream.windows.reconstruct import Predictions, WindowData, reconstruct
 from cbqstream.windows.resident_block import BlockSettings, ResidentBlock
+from cbqstream.windows.stage_inputs import StageInputs
 
 Event = str | WindowReport | EpochReport | RunWarning | RunNotice
 Listener = Callable[[Event], None]
@@ -138,7 +141,7 @@ def _quantize_model(run: "_Run", stop_after_window: int | None) -> None:
     """
     inputs, journal, config, folder = run.inputs, run.journal, run.inputs.config, run.inputs.config.run_path
     inputs.source.remember(journal.chain.source_digests)
-    needed = disk_bytes(inputs, streams=_missing_streams(journal.chain), beside=not journal.chain.is_complete)
+    needed = disk_bytes(inputs, streams=missing_streams(journal.chain), beside=not journal.chain.is_complete)
     with room_for("making the streams", needed, folder):
         run.listener("embedding the calibration segments")
         with _loaded(inputs, "embedding") as embedding:
@@ -149,7 +152,7 @@ def _quantize_model(run: "_Run", stop_after_window: int | None) -> None:
         blocks = inputs.meta_model.blocks[window.start : window.stop]
         # the window writes three stores: both streams behind it, and the targets
         needed = disk_bytes(inputs, streams=3, blocks=blocks, in_a_window=True)
-        with room_for(f"window {window.index + 1}", needed, folder), _reading_ahead(inputs, window.index + 1):
+        with room_for(f"window {window.index + 1}", needed, folder), inputs.reading_ahead(window.index + 1):
             report = _quantize_with_retry(windows, window)
         run.tell(report, *inputs.source.take_warnings(), *over_limit(config, report))
         release_free_memory()
@@ -175,23 +178,6 @@ class _Run:
         """Call the listener with each event."""
         for event in events:
             self.listener(event)
-
-
-def _missing_streams(chain: Chain) -> int:
-    """Number of streams for which recomputing those of the next window needs space; 0 if they exist or are not needed.
-
-    Each of the two streams is read from one store and written to another.
-    """
-    return 0 if chain.is_complete or chain.acts(chain.next_window).exists() else 4
-
-
-def _reading_ahead(inputs: RunInputs, position: int) -> AbstractContextManager[None]:
-    """Read the new blocks of window `position` into the page cache in the background, while the window before it is quantized."""
-    coming = inputs.windows[position : position + 1]
-    blocks = [block for window in coming for block in inputs.meta_model.blocks[window.frontier : window.stop]]
-    alone = {name for block in blocks for name in inputs.weights_alone(block.index)}  # read when each expert needs them
-    names = [name for block in blocks for name in block.tensors.values() if name not in alone]
-    return inputs.source.reading_ahead(names)
 
 
 def _quantize_with_retry(windows: "_Windows", window: Window) -> WindowReport:
@@ -236,6 +222,8 @@ class _Windows:
     def quantize(self, window: Window) -> WindowReport:
         """Quantize one window and commit it."""
         self._journal.empty_tmp()
+        for name in ("parts", "acts"):
+            self._journal.new_folder(name)
         mode, file_of = self._inputs.compute.memory_mode, self._streams.file_of
         with (
             file_of("layers", on_disk=mode.offload) as layers,
@@ -246,8 +234,6 @@ class _Windows:
     def _quantize(self, window: Window, file: ScratchFile | None, tokens: ScratchFile | None) -> WindowReport:
         inputs, settings, compute = self._inputs, self._inputs.config.reconstruction, self._inputs.compute
         began, is_last = self._run.timings.now(), window.index + 1 == len(inputs.windows)
-        self._journal.new_folder("parts")
-        self._journal.new_folder("acts")
         reference, quantized = self._streams.open(REFERENCE), self._streams.open(QUANTIZED)
         keeps_reference = bool(not is_last or inputs.num_epochs)  # read by the next window or the end-to-end stage
         reference_out = self._streams.new(f"acts/{REFERENCE}", durable=keeps_reference)
@@ -275,10 +261,11 @@ class _Windows:
 
         # 4. Reconstruct.
         self._doing(window, "reconstruction")
-        order = generator_for(inputs.config.seed, window.index, "order")
         with self._predictions(window, reference_out) as predictions:
             data = WindowData(quantized, targets, compute, settings, predictions)
-            result = experts.saved(blocks, lambda: reconstruct(blocks, data, order, starting_state))
+            order = generator_for(inputs.config.seed, window.index, "order")
+            codes = self._closed_form(blocks, reference, quantized)
+            result = experts.saved(blocks, lambda: reconstruct(blocks, data, order, starting_state, codes))
 
         # 5. Reconstruct the experts that are not in the window, one after the other.
         finished = experts.reconstruct(leaving, reference, quantized, targets)
@@ -307,7 +294,20 @@ class _Windows:
 
     def _experts(self, window: Window, file: ScratchFile | None) -> ExpertsAlone:
         results = self._journal.partial_results(self._inputs.identity.numerics)
-        return ExpertsAlone(self._inputs, self._settings, results, file, partial(self._doing, window))
+        return ExpertsAlone(
+            self._inputs, self._settings, results, file, partial(self._doing, window), self._run.listener
+        )
+
+    def _closed_form(
+        self, blocks: list[ResidentBlock], reference: ZarrStore, quantized: ZarrStore
+    ) -> Callable[[], None] | None:
+        """Function that gives a block its codes in closed form; None if the rounding method is trained."""
+        settings = self._inputs.config.reconstruction
+        if not method_of(settings).closed_form:
+            return None
+        (block,) = blocks
+        inputs = StageInputs(block, reference, quantized, self._inputs.compute)
+        return partial(round_in_closed_form, inputs, settings, self._run.listener)
 
     def _read_block(self, index: int, file: ScratchFile | None) -> ResidentBlock:
         inputs = self._inputs
@@ -343,14 +343,15 @@ class _Windows:
             Function that gives the state to which a block returns if training increases the loss on the held-out segments.
         """
         saved = read_window_state(self._journal.chain) if window.frontier > window.start else Checkpoint({})
-        initial = {}
+        initial, closed_form = {}, method_of(self._settings.reconstruction).closed_form
         for block in blocks:
             generator = generator_for(self._inputs.config.seed, block.index, "rounding")
             if block.index >= window.frontier:
                 block.start(self._settings, generator)
                 initial[block.index] = block.state()
                 if block.undersampled:
-                    self._run.tell(undersampled_experts(self._inputs.meta_model.blocks[block.index].prefix, block))
+                    prefix = self._inputs.meta_model.blocks[block.index].prefix
+                    self._run.tell(undersampled_experts(prefix, block, closed_form=closed_form))
             else:
                 block.resume(self._settings, generator, self._state(saved, block))
         return lambda block: initial.get(block.index) or self._state(saved, block)
@@ -378,7 +379,9 @@ class _Windows:
             if experts.facts:
                 experts.tell(block)
                 self._run.tell(experts.notice(spec.prefix))
-                self._run.tell(*([undersampled_experts(spec.prefix, block)] if block.undersampled else []))
+                closed_form = method_of(self._settings.reconstruction).closed_form
+                if block.undersampled:
+                    self._run.tell(undersampled_experts(spec.prefix, block, closed_form=closed_form))
             self._run.tell(*vanished_rows(spec.prefix, block))
         if staying:
             state = {

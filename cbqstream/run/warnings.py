@@ -84,17 +84,19 @@ def _stores_another_head(inputs: RunInputs) -> bool:
     return any(one != other for one, other in zip_longest(*pieces))
 
 
-def undersampled_experts(prefix: str, block: ResidentBlock) -> RunWarning:
+def undersampled_experts(prefix: str, block: ResidentBlock, *, closed_form: bool) -> RunWarning:
     """Warning that names the undersampled experts of a block.
 
     Args:
         prefix: module path of the block.
         block: the block, with at least one undersampled expert.
+        closed_form: whether the codes are computed in closed form.
     """
     counts = [count for path in tokens_by_expert(block.tokens).values() for count in path]
     names = sorted({name.rpartition(".")[0] for name in block.undersampled})
     return RunWarning(
-        f"{prefix}: its {len(counts)} experts saw {min(counts):,} to {max(counts):,} tokens; rounded to nearest:"
+        f"{prefix}: its {len(counts)} experts saw {min(counts):,} to {max(counts):,} tokens;"
+        f" {'rounded with the inputs of all experts' if closed_form else 'rounded to nearest'}:"
         f" {some_shown(names, _NAMED)}. A larger --num-samples gives them more tokens."
     )
 

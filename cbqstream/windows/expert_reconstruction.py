@@ -7,8 +7,9 @@ from the outputs for the inputs of both streams: `g (a E(x_ref) + (1 - a) E(x))`
 Shapes: N segments, S tokens in a segment, T tokens of the expert, D hidden dimension.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -21,9 +22,12 @@ from cbqstream.checkpoint.tensors import WeightSource
 from cbqstream.config import ReconstructionConfig
 from cbqstream.models.block import BlockArguments
 from cbqstream.numerics.losses import channel_weights, expert_loss, mixed_target, token_weights
-from cbqstream.records import Compute, QuantizedWeight
+from cbqstream.records import Compute, QuantizedWeight, RunWarning
+from cbqstream.rounding.registry import method_of
 from cbqstream.runtime.memory import trim_heap
 from cbqstream.scheme import Scheme
+from cbqstream.windows.closed_form import round_in_closed_form
+from cbqstream.windows.expert_stages import ExpertStages
 from cbqstream.windows.quantized_linear import Phase, replace_linears
 from cbqstream.windows.reconstruct import Reconstruction, TrainingData, reconstruct
 from cbqstream.windows.resident_block import BlockSettings, ResidentBlock, run_blocks
@@ -159,6 +163,8 @@ class ExpertInputs:
     weights: LossWeights
     settings: BlockSettings
     compute: Compute
+    warn: Callable[[RunWarning], None]
+    """Called with warnings."""
     all_tokens: bool = False
     """Whether the starting scales are found from all tokens of the block."""
 
@@ -180,15 +186,21 @@ class ExpertInputs:
         firsts, config = self._firsts(tokens), self.settings.reconstruction
         training, _ = split_held_out(len(firsts) - 1)
         undersampled = sum(firsts[segment + 1] - firsts[segment] for segment in training) < FEWEST_TOKENS
-        if undersampled:
+        closed_form = method_of(config).closed_form
+        if undersampled and not closed_form:
             config = replace(config, rounding="nearest")
         settings = replace(self.settings, reconstruction=config)
         trim_heap()  # see `add_experts`
         block = self._read(number)
         self._start(block, tokens, settings, rounding, sampled=undersampled)
         data = self._data(block, tokens, gates, firsts, config)
-        state = block.state()
-        result = reconstruct([block], data, order, lambda block: state)
+        state, codes = block.state(), None
+        if closed_form:
+            stages = ExpertStages(
+                block, self.reference, self.routed.x, tokens, gates, firsts, self._sample(), self.compute
+            )
+            codes = partial(round_in_closed_form, stages, config, self.warn)
+        result = reconstruct([block], data, order, lambda block: state, codes)
         weights = dict(block.harden())
         return ExpertResult(weights, len(tokens), undersampled, result, block.sqnr_db, block.vanished)
 
@@ -200,21 +212,25 @@ class ExpertInputs:
         expert = experts.read(number, self.source, compute.device, dtypes)
         layers, norm = replace_linears(expert, chosen, self.settings.scratch), experts.module.norm
         module = expert if norm is None else nn.Sequential(expert, norm)
-        return ResidentBlock(number, module, BlockArguments({}), layers)
+        return ResidentBlock(number, module, BlockArguments({}), layers, label=f"{experts.prefix}.{number}")
 
     def _start(
         self, block: ResidentBlock, tokens: Tensor, settings: BlockSettings, rounding: torch.Generator, *, sampled: bool
     ) -> None:
         """Find grids and roundings from the expert's own tokens, from a sample of all tokens, or from all tokens."""
-        total = len(self.weights.tokens)
         if self.all_tokens:
-            tokens = torch.arange(total)
+            tokens = torch.arange(len(self.weights.tokens))
         elif sampled:
-            tokens = torch.arange(0, total, max(1, total // _SAMPLED_TOKENS))
+            tokens = self._sample()
         block.watch_inputs(len(tokens), settings)
         for (some,) in in_parts(tokens):
             self._output(block, self.routed.x, some, Phase.ORIGINAL)
         block.start(settings, rounding)
+
+    def _sample(self) -> Tensor:
+        """Numbers of about 1,024 tokens of the block, evenly spaced, int64."""
+        total = len(self.weights.tokens)
+        return torch.arange(0, total, max(1, total // _SAMPLED_TOKENS))
 
     @torch.no_grad()
     def _output(self, block: ResidentBlock, inputs: TokenStore, tokens: Tensor, phase: Phase) -> Tensor:

@@ -62,7 +62,7 @@ class QuantizedLinear(Offloadable):
         if self._watching:
             self._watch(x)
         if self.phase is not Phase.ORIGINAL:
-            x = self._quantized_input(x)
+            x = self.quantized_input(x)
         if self.phase is Phase.SOFT and self.rounding is not None:
             return self.rounding.product(x, self.bias)
         with self._rows() as make:
@@ -137,7 +137,8 @@ class QuantizedLinear(Offloadable):
         self.rounding, self._finished = None, replace(weight, codes=weight.codes.to("meta"))
         self.put("weight", weight.codes)
 
-    def _quantized_input(self, x: Tensor) -> Tensor:
+    def quantized_input(self, x: Tensor) -> Tensor:
+        """Inputs as the weight of the soft and the hard phase multiplies them; unchanged if the scheme does not quantize inputs."""
         if self.input_step is not None:
             return self.input_step.soft(x) if self.phase is Phase.SOFT else self.input_step.hard(x)
         return x if self.scheme.activation_bits is None else quantize_per_token(x, self.scheme.activation_bits)

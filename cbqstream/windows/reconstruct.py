@@ -159,6 +159,7 @@ def reconstruct(
     data: TrainingData[_Batch],
     generator: torch.Generator,
     starting_state: Callable[[ResidentBlock], Mapping[str, Tensor]],
+    compute_codes: Callable[[], None] | None = None,
 ) -> Reconstruction:
     """Train the roundings and scales of a window in place. Training that increases the loss on the held-out segments is reverted.
 
@@ -167,6 +168,7 @@ def reconstruct(
         data: inputs, targets and settings.
         generator: gives the order of the segments.
         starting_state: the state of a block before training, as `ResidentBlock.load` takes it; only called if training is reverted.
+        compute_codes: gives the window its codes in place of training, for a rounding method with codes in closed form.
 
     Raises:
         InputError: the window gives values that are not finite before training.
@@ -183,8 +185,11 @@ def reconstruct(
         )
     after, reverted = before, None
     order = [batch for batch in _training_order(training, data.config, generator) if data.covers(batch)]
-    if order and roundings:
-        _train(blocks, roundings, input_steps, data, order)
+    if roundings and (order or compute_codes is not None):
+        if compute_codes is None:
+            _train(blocks, roundings, input_steps, data, order)
+        else:
+            compute_codes()
         after = hard_loss(blocks, data, held_out)
         if not after <= before:
             reverted = WORSE if math.isfinite(after) else NOT_FINITE

@@ -67,6 +67,7 @@ class ResidentBlock:
         layers: the quantized layers, by their name in the block.
         pairs: smoothing pairs of the block.
         experts: the routed experts of the block, if they are not in memory; their layers are not in `layers`.
+        label: name of the block in messages; its number by default.
     """
 
     def __init__(
@@ -77,8 +78,11 @@ class ResidentBlock:
         layers: Mapping[str, QuantizedLinear] | None = None,
         pairs: tuple[SmoothingPair, ...] = (),
         experts: RoutedExperts | None = None,
+        label: str | None = None,
     ) -> None:
         self.experts = experts
+        self.label = label or f"block {index}"
+        """Name of the block in messages."""
         self.index = index
         self.module = module
         self.arguments = arguments
@@ -173,7 +177,7 @@ class ResidentBlock:
             seen[name] = pooled[alike]
         for name, found in seen.items():
             if not found.tokens:
-                raise InputError(f"block {self.index}", f"{name} is never called as a layer. Use --ignore {name}.")
+                raise InputError(self.label, f"{name} is never called as a layer. Use --ignore {name}.")
         return seen
 
     def _give_rounding(
@@ -186,7 +190,8 @@ class ResidentBlock:
     ) -> None:
         """Give a layer the rounding of the settings, or `Nearest` if it is undersampled. The weight of the layer is in memory."""
         layer = self.layers[name]
-        method = Nearest if name in self.undersampled else method_of(settings.reconstruction)
+        method = method_of(settings.reconstruction)
+        method = Nearest if method.learns and name in self.undersampled else method
         start = RoundingStart(weight, *grid, layer.scheme, settings.reconstruction, generator, settings.scratch)
         rounding = method(start).requires_grad_(requires_grad=name not in self.undersampled)
         layer.rounding = rounding

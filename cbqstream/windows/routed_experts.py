@@ -62,6 +62,8 @@ class RoutedExperts:
 
     def __init__(self, spec: BlockSpec, name: str, module: Experts) -> None:
         self.name, self.module = name, module
+        self.prefix = f"{spec.prefix}.{name}"
+        """Module path of the experts."""
         self.key = f"experts.{spec.index}"
         """Key of the sums of their outputs among the values beside a stream."""
         self._names = {layer: spec.tensors[f"{layer}.weight"] for layer in expert_layers(spec, name)}

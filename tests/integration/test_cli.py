@@ -395,7 +395,7 @@ BAD_ARGUMENTS = {
         2,
         "scheme 'W1A16' is not supported. Use W2 to W8 with A16, A8 or A4, such as W4A16.",
     ),
-    "profile": (("--profile", "best"), 2, "profile 'best' is not paper, fast, default, accurate."),
+    "profile": (("--profile", "best"), 2, "profile 'best' is not paper, quick, fast, default, accurate."),
     "smoothing rule": (("--smoothing-rule", "mine"), 2, "smoothing_rule 'mine' is not paper, huawei or search."),
     "smoothing": (("--smoothing", "yes"), 2, "smoothing 'yes' is not never, quantized or always."),
     "schedule": (("--schedule", "step"), 2, "schedule 'step' is not linear or cosine."),
@@ -410,7 +410,7 @@ BAD_ARGUMENTS = {
         "group_size is 7. It must be a multiple of 8, or -1 for one scale per channel.",
     ),
     "overlap": (("--overlap", 2), 2, "window overlap is 2. It must be 0 to 1 for a window of 2 blocks."),
-    "rounding": (("--rounding", "up"), 2, "rounding 'up' is not signround, lora_rounding or nearest."),
+    "rounding": (("--rounding", "up"), 2, "rounding 'up' is not signround, lora_rounding, gptq or nearest."),
     "too little text": (
         ("--num-samples", 17),
         65,

@@ -106,6 +106,13 @@ OFFLOADED = {
         "scheme": Scheme(num_bits=4, group_size=32, activation_bits=8, activation_strategy="tensor")
     },
     "experts, some of which are undersampled": {"family": "qwen2_moe", "scheme": Scheme(num_bits=4, group_size=32)},
+    "gptq": {"window": WindowConfig(size=1, overlap=0), "reconstruction": {"rounding": "gptq"}},
+    "gptq with experts and quantized inputs": {
+        "family": "qwen2_moe",
+        "window": WindowConfig(size=1, overlap=0),
+        "reconstruction": {"rounding": "gptq"},
+        "scheme": Scheme(num_bits=4, group_size=32, activation_bits=8),
+    },
     "windows of three": {"window": WindowConfig(size=3, overlap=2)},
     "windows without overlap": {"window": WindowConfig(size=3, overlap=0)},
 }

@@ -280,3 +280,14 @@ def test_an_expert_that_no_token_chooses_is_rounded_to_nearest(alone, tiny_model
     assert {f"model.layers.2.mlp.experts.0.{layer}_proj" for layer in ("gate", "up", "down")} <= {*report.undersampled}
     assert min(value for name, value in report.sqnr_db.items() if ".experts.0." in name) > 15
     assert check(out, read_data=True).problems == []
+
+
+def test_codes_of_experts_in_closed_form(alone, reconstructed):
+    """With gptq, the codes of experts are computed from the tokens of each, and their loss is lower than that of the nearest ones."""
+    texts = []
+    config = alone(reconstruction={"rounding": "gptq"}, scheme=Scheme(num_bits=3, group_size=32))
+    out = quantize(config, lambda event: texts.append(event.text) if isinstance(event, RunNotice) else None)
+    losses = [text.partition("mean loss ")[2].partition(",")[0].split(" -> ") for text in texts if "mean loss" in text]
+    assert sum(float(after) for _, after in losses) < 0.9 * sum(float(before) for before, _ in losses), texts
+    assert len(reconstructed) == 16
+    assert check(out, read_data=True).problems == []

@@ -72,7 +72,7 @@ def test_an_unknown_option_is_refused_with_the_nearest_name():
 
 
 def test_an_unknown_profile_is_refused():
-    with pytest.raises(UsageError, match="profile 'best' is not paper, fast, default, accurate"):
+    with pytest.raises(UsageError, match="profile 'best' is not paper, quick, fast, default, accurate"):
         config_from_options(REQUIRED, "best")
 
 
@@ -87,6 +87,7 @@ def test_methods_declare_their_settings():
     assert settings == {
         "signround": ("max_shift", "kernels"),
         "lora_rounding": ("rounding_lr", "rounding_rank", "penalty_weight"),
+        "gptq": ("damping",),
         "nearest": (),
     }
 

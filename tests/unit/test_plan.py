@@ -24,6 +24,7 @@ from cbqstream.models.meta_model import MetaModel
 from cbqstream.planning.advice import ENDURANCE, advice
 from cbqstream.planning.alternatives import smaller_settings
 from cbqstream.planning.disk_rates import DiskRates, measure_disks
+from cbqstream.planning.memory import closed_form_bytes
 from cbqstream.planning.plan import compared, fitting_plan, make_plan, memory_modes
 from cbqstream.planning.plan import plan as plan_of
 from cbqstream.planning.plan_lines import plan_lines
@@ -31,7 +32,6 @@ from cbqstream.planning.rates import Rates, measure_rates
 from cbqstream.planning.requirements import read_headers
 from cbqstream.planning.sizes import ModelSizes
 from cbqstream.records import MemoryMode
-from cbqstream.rounding.registry import METHODS
 from cbqstream.scheme import Scheme
 from tiny import SEQ_LEN, save_model, save_tokens
 
@@ -175,7 +175,8 @@ def test_every_suggested_setting_needs_less_of_something(sizes_405b):
     others = {flags: make_plan(other, sizes, "cuda", RATES) for flags, other in smaller_settings(config, sizes).items()}
     assert list(others) == [
         "--batch-size 2",
-        *(f"--rounding {name}" for name in METHODS if name not in ("signround", "nearest")),
+        "--rounding lora_rounding",
+        "--rounding gptq --window-size 1 --overlap 0",
         "--window-size 1 --overlap 0",
         "--window-size 1 --overlap 0 --batch-size 1",
         "--seq-len 1024",
@@ -291,6 +292,17 @@ def test_all_experts_count_as_weights_and_those_of_a_token_as_active(sizes_with_
     assert sizes_with_experts.weights == dense + 8 * expert
     assert sizes_with_experts.active == dense + 2 * expert
     assert sizes_with_experts.outputs == 4 * 64 + 2 * (128 + 128 + 64)
+
+
+def test_closed_form_needs_the_gram_matrices_of_all_experts(sizes_with_experts, sizes_405b):
+    """The largest stages: down_proj of eight experts with 128 columns, and down_proj of the dense model with 53,248 columns."""
+    config = replace(
+        settings(), window=WindowConfig(size=1, overlap=0), reconstruction=ReconstructionConfig(rounding="gptq")
+    )
+    for sizes, square in ((sizes_with_experts, 8 * 128**2), (sizes_405b[0], 53248**2)):
+        parts = closed_form_bytes(config, sizes)
+        assert parts["Gram matrices"] == 4 * 4 * square
+        assert make_plan(config, sizes, "cpu").largest("ram") >= sum(parts.values())
 
 
 def test_layers_with_more_bits_and_in_full_precision_take_more_disk_space(sizes_with_experts):
