@@ -63,6 +63,7 @@ PEERS = {
 """Name and flags of the peer script of each method."""
 OWN = {
     "round-to-nearest": "--rounding nearest --init minmax --smoothing never --num-samples 1 --seq-len 64",
+    "cbqstream quick": "--profile quick",
     "cbqstream fast": "--profile fast",
     "cbqstream": "--profile default",
     "cbqstream, seed 1": "--profile default --seed 1",
