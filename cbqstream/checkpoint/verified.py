@@ -1,7 +1,7 @@
 """The source checkpoint of a run: every tensor must stay what it was when the run first read it, and must be finite."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -45,6 +45,26 @@ class VerifiedCheckpoint(Checkpoint):
         new = {name: sha256 for name, sha256 in sorted(self._seen.items()) if name not in self._committed}
         self.remember(new)
         return new
+
+    def digests_of(self, names: Iterable[str]) -> dict[str, str]:
+        """Digests, by name, of the stored parts of some tensors that this process has read."""
+        parts = [part.name for name in names for part in self.infos[name].stored]
+        return {part: self._seen[part] for part in parts if part in self._seen}
+
+    def expect(self, names: Iterable[str], digests: Mapping[str, str]) -> None:
+        """Add the digests that `digests_of` gave in an interrupted process.
+
+        Args:
+            names: names of the tensors.
+            digests: digests of their stored parts, by name.
+
+        Raises:
+            IdentityError: this process has read something else.
+        """
+        for part in (part for name in names for part in self.infos[name].stored):
+            if part.name in digests:
+                self._require_same(part, digests[part.name])
+                self._seen[part.name] = digests[part.name]
 
     def take_warnings(self) -> list[RunWarning]:
         """Warnings since the last call."""

@@ -206,7 +206,8 @@ def build_block(
         owner, _, leaf = buffer_name.rpartition(".")
         setattr(block.get_submodule(owner), leaf, buffer.to(device))
     for name in spec.linears:
-        _finish_linear(block, name, source.input_quantizer(spec.tensors[f"{name}.weight"]))
+        if name not in without:
+            _finish_linear(block, name, source.input_quantizer(spec.tensors[f"{name}.weight"]))
     return block.requires_grad_(requires_grad=False).eval()
 
 

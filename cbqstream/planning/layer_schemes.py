@@ -109,7 +109,8 @@ def _require_experts_alone(config: QuantizeConfig, meta_model: MetaModel) -> Non
         UsageError: they cannot.
     """
     settings = config.reconstruction
-    if not any(routed_experts_of(meta_model, spec.index) for spec in meta_model.blocks):
+    modules = {routed_experts_of(meta_model, spec.index) for spec in meta_model.blocks}
+    if modules == {None}:
         raise UsageError(f"{meta_model.folder}: has no routed experts. Leave out --experts alone.")
     for possible, what, remedy in (
         (config.window.size == 1, "windows of one block", "--window-size 1 --overlap 0"),

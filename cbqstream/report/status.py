@@ -42,7 +42,7 @@ def status_lines(chain: Chain, *, has_result: bool = False, obstacles: Sequence[
         if run.epochs:
             lines[-1] += f", and for the epochs {_left(epochs, run.epochs)}"
         inside = facts_inside(chain.path, chain.last)
-        experts = sum(len(facts) for name, facts in inside.items() if name.startswith("experts-"))
+        experts = sum(len(facts.get("experts", ())) for facts in inside.values())
         kept = f", except for {experts:,} experts that are finished" if experts else ""
         lines.append(f"a window that was interrupted is repeated{kept}. {resume}")
     elif has_result:

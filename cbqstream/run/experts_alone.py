@@ -18,6 +18,7 @@ from cbqstream.checkpoint.header import read_header
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.checkpoint.tensors import WeightSource
 from cbqstream.disk import ScratchFile
+from cbqstream.errors import InputError
 from cbqstream.numerics.slabs import SLAB_WEIGHTS
 from cbqstream.packed.block_shard import shard_name
 from cbqstream.packed.layouts import encode
@@ -31,10 +32,12 @@ from cbqstream.runtime.seeds import generator_for
 from cbqstream.windows.expert_reconstruction import ExpertInputs, ExpertResult, LossWeights
 from cbqstream.windows.propagate import route
 from cbqstream.windows.quantized_linear import Phase
-from cbqstream.windows.reconstruct import Reconstruction
+from cbqstream.windows.reconstruct import NOT_FINITE, Reconstruction
 from cbqstream.windows.resident_block import BlockSettings, ResidentBlock
 from cbqstream.windows.routed_experts import Routed, RoutedExperts, add_experts
 
+_MOST_REVERTED = 0.1
+"""Largest accepted share of experts of a block whose loss was not finite."""
 _DENSE = "dense"
 """Name of the result of the layers outside the experts."""
 
@@ -251,18 +254,22 @@ class ExpertsAlone:
         for group in _groups(inputs, experts):
             found = self._group(given, block.index, group, parts)
             held = Checkpoint(read_header(found.file))
-            for number, told in found.facts.items():
+            for number in group:
+                told = found.facts["experts"][str(number)]
                 facts[f"{experts.name}.{number}"] = told
                 layers |= {f"{experts.name}.{number}.{layer}": held for layer in told["sqnr_db"]}
+        _require_finite(experts, facts)
         return FinishedExperts(layers, facts)
 
     def _group(
         self, given: ExpertInputs, index: int, group: range, parts: Sequence[tuple[Tensor, Tensor]]
     ) -> PartialResult:
         """The result of a group of experts; computed only if no interrupted process finished it."""
-        name = f"experts-{group.start:05d}"
+        name, source = f"experts-{group.start:05d}", self._inputs.source
+        weights = [weight for number in group for weight in given.experts.layers(number).values()]
         found = self._results.find(name)
         if found is not None:
+            source.expect(weights, found.facts["source"])
             return found
         self._doing(f"experts {group.start}-{group.stop - 1} of {len(given.experts)}")
         seed, made = self._inputs.config.seed, dict[int, ExpertResult]()
@@ -271,7 +278,23 @@ class ExpertsAlone:
             made[number] = given.reconstruct(number, *parts[number], *generators)
         tensors = dict(_encoded(self._inputs, given.experts, made))
         write = partial(write_tensors, self._results.disk, tensors=tensors)
-        return self._results.add(name, write, {str(number): _facts(result) for number, result in made.items()})
+        facts = {"experts": {str(number): _facts(result) for number, result in made.items()}}
+        return self._results.add(name, write, facts | {"source": source.digests_of(weights)})
+
+
+def _require_finite(experts: RoutedExperts, facts: Mapping[str, Mapping[str, Any]]) -> None:
+    """Check that training did not fail for many experts of a block. Otherwise most of them would be rounded to nearest.
+
+    Raises:
+        InputError: the loss was NaN or infinite for more than one expert and for more than a tenth of them.
+    """
+    failed = [path for path, found in facts.items() if found["reverted"] == NOT_FINITE]
+    if len(failed) > max(1, _MOST_REVERTED * len(facts)):
+        raise InputError(
+            experts.prefix,
+            f"the loss of {len(failed)} of {len(facts)} experts was not finite, first of {failed[0]}."
+            " Use a smaller --max-shift or --scale-lr in a new run.",
+        )
 
 
 def _groups(inputs: RunInputs, experts: RoutedExperts) -> Iterator[range]:

@@ -12,6 +12,7 @@ from cbqstream.planning.memory import CONTEXT
 from cbqstream.records import BlockSpec, EpochReport, RunWarning, WindowReport
 from cbqstream.run.inputs import RunInputs
 from cbqstream.rundir.chain import Chain
+from cbqstream.rundir.partial import PARTIAL
 from cbqstream.runtime.memory import GIB, is_out_of_memory
 
 _BYTES_PER_VALUE = 2
@@ -53,7 +54,9 @@ def disk_bytes(
     values = inputs.tokens.numel() * inputs.meta_model.handover.token_bytes if beside else 0
     handed = len(inputs.tokens) * inputs.meta_model.handover.bytes_of_segment(inputs.tokens.shape[1])
     stream = _BYTES_PER_VALUE * math.prod(inputs.stream_shape) + handed
-    return int(_MARGIN * (streams * stream + weights + values))
+    partial = inputs.config.run_path / PARTIAL
+    there = sum(path.stat().st_size for path in partial.iterdir()) if in_a_window and partial.exists() else 0
+    return max(0, int(_MARGIN * (streams * stream + weights + values)) - there)
 
 
 @contextmanager

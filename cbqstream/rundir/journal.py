@@ -22,7 +22,7 @@ from cbqstream.errors import IdentityError, InputError, StoppedError, StorageErr
 from cbqstream.records import EpochReport, Numerics, WindowReport
 from cbqstream.rundir.chain import BESIDE, RESTORE, STATES_KEPT, WINDOW_STATE, Chain, is_run, numbered, require_run
 from cbqstream.rundir.identity import canonical
-from cbqstream.rundir.partial import PARTIAL, PartialResults
+from cbqstream.rundir.partial import PARTIAL, PartialResults, facts_inside
 from cbqstream.rundir.records import Checksums, Commit, RunRecord
 
 _FOLDERS = ("commits", "parts", "acts", "tmp")
@@ -72,6 +72,10 @@ class Journal:
         """
         self.empty_tmp()
         self.drop_beside()
+        if not facts_inside(
+            self.chain.path, self.chain.last
+        ):  # they belong to a window that is committed or rolled back
+            self._drop_partial_results()
         keep = {
             "parts": {numbered(index) for index in range(self.chain.next_window)},
             "acts": self.chain.acts_to_keep(),

@@ -193,7 +193,8 @@ class ExpertInputs:
         trim_heap()  # see `add_experts`
         block = self._read(number)
         self._start(block, tokens, settings, rounding, sampled=undersampled)
-        data = self._data(block, tokens, gates, firsts, config)
+        counted = self.weights.tokens[tokens] > 0  # the loss leaves out robust tokens
+        data = self._data(block, tokens[counted], gates[counted], config)
         state, codes = block.state(), None
         if closed_form:
             stages = ExpertStages(
@@ -237,9 +238,7 @@ class ExpertInputs:
         x_TD = inputs.take(tokens).to(self.compute.device, self.compute.dtype)
         return run_blocks([block], x_TD, phase).float().cpu()
 
-    def _data(
-        self, block: ResidentBlock, tokens: Tensor, gates: Tensor, firsts: Sequence[int], config: ReconstructionConfig
-    ) -> ExpertData:
+    def _data(self, block: ResidentBlock, tokens: Tensor, gates: Tensor, config: ReconstructionConfig) -> ExpertData:
         targets = []
         for some, gate in in_parts(tokens, gates):
             own, reference = (
@@ -248,7 +247,7 @@ class ExpertInputs:
             targets.append(mixed_target(reference, own, config.target_mix) * gate.unsqueeze(1))
         x_TD, target_TD = self.routed.x.take(tokens), torch.cat(targets)
         chosen = _Tokens(x_TD, target_TD, gates.unsqueeze(1), self.weights.tokens[tokens], self.weights.power[tokens])
-        return ExpertData(chosen, firsts, self.weights.channels, self.compute, config)
+        return ExpertData(chosen, self._firsts(tokens), self.weights.channels, self.compute, config)
 
     def _firsts(self, tokens: Tensor) -> list[int]:
         """Position in `tokens` of the first token of each segment, and the number of tokens."""

@@ -179,10 +179,8 @@ def reconstruct(
     input_steps = [layer.input_step for layer in all_layers(blocks) if layer.input_step is not None]
     before = hard_loss(blocks, data, held_out)
     if not math.isfinite(before):
-        first, last = blocks[0].index, blocks[-1].index
-        raise InputError(
-            f"blocks {first}-{last}", "their activations are not finite. Look for NaN or Inf in the weights."
-        )
+        where = blocks[0].label if len(blocks) == 1 else f"blocks {blocks[0].index}-{blocks[-1].index}"
+        raise InputError(where, "the activations are not finite. Look for NaN or Inf in the weights.")
     after, reverted = before, None
     order = [batch for batch in _training_order(training, data.config, generator) if data.covers(batch)]
     if roundings and (order or compute_codes is not None):

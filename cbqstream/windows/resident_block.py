@@ -164,7 +164,7 @@ class ResidentBlock:
             InputError: a layer never ran.
         """
         seen = {name: layer.take_statistics() for name, layer in self.layers.items()}
-        enough = min(_FEWEST_TOKENS, max(found.tokens for found in seen.values()))
+        enough = min(_FEWEST_TOKENS, max((found.tokens for found in seen.values()), default=0))
         self.tokens.update({name: found.tokens for name, found in seen.items()})
         self.undersampled.update(name for name, found in seen.items() if found.tokens < enough and EXPERT.search(name))
         pooled: dict[str, InputStatistics] = {}

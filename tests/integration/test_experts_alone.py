@@ -16,7 +16,7 @@ from cbqstream.checkpoint.folder import find_tensors
 from cbqstream.checkpoint.header import read_header
 from cbqstream.commands.check import check
 from cbqstream.config import WindowConfig
-from cbqstream.errors import StoppedError, UsageError
+from cbqstream.errors import IdentityError, StoppedError, UsageError
 from cbqstream.models.block import run_block
 from cbqstream.models.embedding_and_head import load_embedding_and_head
 from cbqstream.planning.plan import plan
@@ -199,9 +199,12 @@ def test_damaged_results_inside_a_window_are_computed_again(alone, reconstructed
     assert first == ([0, 1, 2, 3] if damage == "other commit" else [1, 2, 3])
 
 
-def test_lost_streams_are_recomputed_with_experts_alone(alone):
-    plain = files_of(quantize(alone(name="plain")))
-    config = alone()
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_lost_streams_are_recomputed_with_experts_alone(alone, bits):
+    """The inputs of experts are quantized once, as in the run, which compares the streams with the committed ones."""
+    scheme = Scheme(num_bits=4, group_size=32, activation_bits=bits)
+    plain = files_of(quantize(alone(name="plain", scheme=scheme)))
+    config = alone(scheme=scheme)
     with pytest.raises(StoppedError):
         quantize(config, stop_after_window=2)
     run = Path(f"{config.out}.run")
@@ -291,3 +294,48 @@ def test_codes_of_experts_in_closed_form(alone, reconstructed):
     assert sum(float(after) for _, after in losses) < 0.9 * sum(float(before) for before, _ in losses), texts
     assert len(reconstructed) == 16
     assert check(out, read_data=True).problems == []
+
+
+def test_a_resumed_run_reports_the_tokens_of_each_expert(make_config, alone, tmp_path):
+    """A group of more than ten experts is finished by a process that is stopped behind it."""
+    folder = save_model(tmp_path / "m", "qwen3_moe", num_experts=12, num_experts_per_tok=2)
+    plain = files_of(quantize(alone(model=folder, name="plain")))
+    config = alone(model=folder)
+    with pytest.raises(KilledError):
+        quantize(config, killed_at("window 1/4 blocks 0-0: writing"))
+    assert files_of(quantize(config)) == plain
+    assert "metrics.jsonl" in plain
+
+
+def test_only_the_experts_may_be_quantized(alone, reconstructed):
+    out = quantize(alone("qwen3_moe", ignore=("self_attn.*",)))
+    assert reconstructed
+    assert check(out, read_data=True).problems == []
+
+
+def test_an_expert_may_get_only_tokens_that_the_loss_leaves_out(alone):
+    """With --robust-tokens of almost all tokens, many experts learn from no token of a batch."""
+    events = []
+    quantize(alone("qwen2_moe", reconstruction={"robust_tokens": 15}), events.append)
+    reports = [event for event in events if isinstance(event, WindowReport)]
+    assert len(reports) == 4
+    texts = [event.text for event in events if isinstance(event, RunNotice)]
+    assert not any("nan" in text for text in texts)
+
+
+@pytest.mark.usefixtures("small_groups")
+def test_a_source_that_changed_behind_a_finished_expert_is_refused(alone, tiny_models, tmp_path):
+    """The weights of an expert that an interrupted process finished must be what it read."""
+    folder = Path(shutil.copytree(tiny_models["qwen3_moe"], tmp_path / "model"))
+    config = alone(model=folder)
+    with pytest.raises(KilledError):
+        quantize(config, killed_at("window 1/4 blocks 0-0: experts 2-2"))
+    record = Path(f"{config.out}.run", PARTIAL, "experts-00000.json")
+    assert "model.layers.0.mlp.experts.0.up_proj.weight" in json.loads(record.read_text())["facts"]["source"]
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        for name in [name for name in tensors if "layers.0.mlp.experts.0.up_proj" in name]:
+            tensors[name].view(torch.int16)[3, 5] ^= 1
+        save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(IdentityError):
+        quantize(config)
