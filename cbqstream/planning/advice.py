@@ -14,11 +14,13 @@ _ABSURD = 20
 _CUT = 5
 """Factor by which advised settings cut the bytes read, at least."""
 _TB = 10**12
+_LEAST = _TB
+"""Bytes that a run may read before other settings are advised."""
 
 
 def is_absurd(made: Plan) -> bool:
-    """Whether a run reads many times its source."""
-    return made.bytes_read > _ABSURD * made.source
+    """Whether a run reads many times its source, and more than the page cache of a machine holds."""
+    return made.bytes_read > max(_ABSURD * made.source, _LEAST)
 
 
 def advice(made: Plan, smaller: Mapping[str, Plan]) -> Iterator[str]:

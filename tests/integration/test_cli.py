@@ -634,6 +634,7 @@ FLAGS_OF_SETTINGS = [
     "--blocks-path",
     "--calibrate-all-experts",
     "--channel-balance",
+    "--damping",
     "--dataset",
     "--device",
     "--end-to-end-epochs",
