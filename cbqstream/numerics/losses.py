@@ -32,7 +32,8 @@ from torch import Tensor
 from torch.nn import functional
 
 _SMALLEST_SHARE = 1e-6
-_SMALLEST_POWER = 1e-20
+SMALLEST_POWER = 1e-20
+"""Smallest power of a token that a loss divides by."""
 HEAD_TOKENS = 128
 """Number of tokens whose logits are in memory at once."""
 
@@ -88,7 +89,7 @@ def reconstruction_loss(h_BSD: Tensor, target_BSD: Tensor, shape: LossShape) -> 
     """Reconstruction loss E(h, T), a float32 scalar that is differentiable in `h_BSD`."""
     h_BSD, target_BSD = h_BSD.float(), target_BSD.float()
     weights_BS = token_weights(target_BSD, shape.robust_tokens)
-    power_BS = target_BSD.square().sum(-1).clamp(min=_SMALLEST_POWER)
+    power_BS = target_BSD.square().sum(-1).clamp(min=SMALLEST_POWER)
     unscaled_BS = weights_BS * power_BS.pow(-shape.token_balance)
     weights_BS1 = (unscaled_BS / (unscaled_BS * power_BS).sum()).unsqueeze(-1)
     squared_D = ((h_BSD - target_BSD).square() * weights_BS1).sum((0, 1))

@@ -15,14 +15,11 @@ from cbqstream.errors import InputError
 from cbqstream.numerics.gptq import InverseFactor, NotPositiveDefiniteError, correction, correction_share, gptq_levels
 from cbqstream.records import RunWarning
 from cbqstream.rounding.gptq import Gptq
-from cbqstream.windows.expert_stages import ExpertStages
+from cbqstream.windows.expert_stages import PRIOR_TOKENS, ExpertStages
 from cbqstream.windows.quantized_linear import QuantizedLinear
 from cbqstream.windows.resident_block import ResidentBlock
 from cbqstream.windows.schedule import split_held_out
 from cbqstream.windows.stage_inputs import SharedInput, StageInputs
-
-_PRIOR_TOKENS = 32
-"""Number of tokens as which the mean Gram matrix of all experts counts in the Gram matrix of each expert."""
 
 
 @dataclass(slots=True)
@@ -120,7 +117,7 @@ def _moments(
 def _add_prior(experts: Sequence[_Moments]) -> None:
     """Add the mean Gram matrix of all experts to that of each expert, because an expert may see few tokens."""
     tokens = sum(each.tokens for each in experts)
-    mean_II = sum((each.gram for each in experts[1:]), start=experts[0].gram) * (_PRIOR_TOKENS / max(tokens, 1))
+    mean_II = sum((each.gram for each in experts[1:]), start=experts[0].gram) * (PRIOR_TOKENS / max(tokens, 1))
     for each in experts:
         each.gram += mean_II
 

@@ -21,7 +21,7 @@ from cbqstream.activations.token_store import TokenStore
 from cbqstream.checkpoint.tensors import WeightSource
 from cbqstream.config import ReconstructionConfig
 from cbqstream.models.block import BlockArguments
-from cbqstream.numerics.losses import channel_weights, expert_loss, mixed_target, token_weights
+from cbqstream.numerics.losses import SMALLEST_POWER, channel_weights, expert_loss, mixed_target, token_weights
 from cbqstream.records import Compute, QuantizedWeight, RunWarning
 from cbqstream.rounding.registry import method_of
 from cbqstream.runtime.memory import trim_heap
@@ -30,14 +30,9 @@ from cbqstream.windows.closed_form import round_in_closed_form
 from cbqstream.windows.expert_stages import ExpertStages
 from cbqstream.windows.quantized_linear import Phase, replace_linears
 from cbqstream.windows.reconstruct import Reconstruction, TrainingData, reconstruct
-from cbqstream.windows.resident_block import BlockSettings, ResidentBlock, run_blocks
+from cbqstream.windows.resident_block import FEWEST_TOKENS, SAMPLED_TOKENS, BlockSettings, ResidentBlock, run_blocks
 from cbqstream.windows.routed_experts import Routed, RoutedExperts, in_parts
 from cbqstream.windows.schedule import split_held_out
-
-FEWEST_TOKENS = 32
-"""Number of training tokens below which an expert is undersampled."""
-_SAMPLED_TOKENS = 1024
-_SMALLEST_POWER = 1e-20
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +58,7 @@ class LossWeights:
         tokens, powers, share_D = [], [], torch.zeros(targets.shape.hidden_size, dtype=torch.float64)
         for segment in range(targets.shape.num_segments):
             target_SD = targets.read(segment).float()
-            power_S = target_SD.square().sum(-1).clamp(min=_SMALLEST_POWER)
+            power_S = target_SD.square().sum(-1).clamp(min=SMALLEST_POWER)
             kept_S = token_weights(target_SD.unsqueeze(0), config.robust_tokens)[0]
             weights_S = kept_S * power_S.pow(-config.token_balance)
             share_D += (target_SD.square() * weights_S.unsqueeze(1)).sum(0, dtype=torch.float64)
@@ -231,7 +226,7 @@ class ExpertInputs:
     def _sample(self) -> Tensor:
         """Numbers of about 1,024 tokens of the block, evenly spaced, int64."""
         total = len(self.weights.tokens)
-        return torch.arange(0, total, max(1, total // _SAMPLED_TOKENS))
+        return torch.arange(0, total, max(1, total // SAMPLED_TOKENS))
 
     @torch.no_grad()
     def _output(self, block: ResidentBlock, inputs: TokenStore, tokens: Tensor, phase: Phase) -> Tensor:

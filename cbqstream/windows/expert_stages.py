@@ -16,7 +16,7 @@ from cbqstream.windows.stage_inputs import SharedInput
 
 _LAST = "down_proj"
 PRIOR_TOKENS = 32
-"""Number of tokens as which a sample of all tokens of the block counts, because an expert may see few."""
+"""Number of tokens as which the tokens of all experts of the block count in the sums of each, because an expert may see few."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,9 +35,10 @@ from cbqstream.windows.input_step import InputStep
 from cbqstream.windows.quantized_linear import Phase, QuantizedLinear
 from cbqstream.windows.routed_experts import RoutedExperts
 
-_SAMPLED_TOKENS = 1024
+SAMPLED_TOKENS = 1024
+"""Number of tokens in a sample of the inputs of a layer."""
 _SAMPLED_OF_EXPERT, _DENSER = 256, 16  # a router sends an expert one token in 8 to 32
-_FEWEST_TOKENS = 32
+FEWEST_TOKENS = 32
 """Number of tokens below which an expert is undersampled."""
 _INPUT, _UNDERSAMPLED = "input.", "undersampled"
 
@@ -114,7 +115,7 @@ class ResidentBlock:
             all_experts: send every token to every expert.
         """
         self._send_all_tokens(all_experts)
-        stride = max(1, num_tokens // _SAMPLED_TOKENS)
+        stride = max(1, num_tokens // SAMPLED_TOKENS)
         sampled = {name for each in settings.active_transforms() for name in each.sampled_layers(self.parts)}
         gram = Statistic.GRAM in method_of(settings.reconstruction).statistics
         for name, layer in self.layers.items():
@@ -164,7 +165,7 @@ class ResidentBlock:
             InputError: a layer never ran.
         """
         seen = {name: layer.take_statistics() for name, layer in self.layers.items()}
-        enough = min(_FEWEST_TOKENS, max((found.tokens for found in seen.values()), default=0))
+        enough = min(FEWEST_TOKENS, max((found.tokens for found in seen.values()), default=0))
         self.tokens.update({name: found.tokens for name, found in seen.items()})
         self.undersampled.update(name for name, found in seen.items() if found.tokens < enough and EXPERT.search(name))
         pooled: dict[str, InputStatistics] = {}
@@ -172,7 +173,7 @@ class ResidentBlock:
             alike = EXPERT.sub(".*.", name)
             if alike not in pooled:
                 whole = sum_of([found for other, found in seen.items() if EXPERT.sub(".*.", other) == alike])
-                stride = max(1, len(whole.sample) // _SAMPLED_TOKENS)
+                stride = max(1, len(whole.sample) // SAMPLED_TOKENS)
                 pooled[alike] = replace(whole, sample=whole.sample[::stride].clone())
             seen[name] = pooled[alike]
         for name, found in seen.items():
