@@ -75,6 +75,8 @@ class MemoryMode:
     """Keep one layer of a window in memory, and the others on disk."""
     expert_inputs_on_disk: bool = False
     """Keep the inputs and the residuals of the experts that are trained alone in a file."""
+    streams_on_disk: bool = False
+    """Read the streams from disk, where they always are, in every pass over them. Otherwise they stay in memory too."""
 
 
 @dataclass(frozen=True, slots=True)

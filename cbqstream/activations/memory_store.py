@@ -1,4 +1,4 @@
-"""Activations in memory, for tests and small jobs."""
+"""Activations in memory."""
 
 from collections.abc import Sequence
 
@@ -20,6 +20,10 @@ class MemoryStore(ActivationStore):
         """Store a copy of one segment. See `ActivationStore.write`."""
         self._check(segment, x_SD)
         self._segments[segment] = x_SD.detach().to("cpu", self.shape.dtype, copy=True)
+
+    def holds(self, segment: int) -> bool:
+        """Whether a segment was written."""
+        return segment in self._segments
 
     def read(self, segment: int) -> Tensor:
         """Return a copy of one segment. See `ActivationStore.read`."""

@@ -19,8 +19,10 @@ from torch import Tensor
 from zarr.abc.buffer import Buffer
 from zarr.abc.store import Store
 from zarr.codecs import BytesCodec, Crc32cCodec
-from zarr.storage import LocalStore, MemoryStore, WrapperStore
+from zarr.storage import LocalStore, WrapperStore
+from zarr.storage import MemoryStore as MemoryOfZarr
 
+from cbqstream.activations.memory_store import MemoryStore
 from cbqstream.activations.store import ActivationStore, StoredValue, StreamShape, as_matrix
 from cbqstream.disk import Disk, Measure, unmeasured
 from cbqstream.errors import InputError
@@ -58,7 +60,7 @@ class _DiskStore(WrapperStore[LocalStore]):
 
 
 class ZarrStore(ActivationStore):
-    """A stream in a folder; created by `create` or `open`."""
+    """A stream in a folder; created by `create` or `open`. Its segments can stay in memory after they were written or read."""
 
     def __init__(
         self,
@@ -67,14 +69,24 @@ class ZarrStore(ActivationStore):
         array: "zarr.Array[Any]",
         measure: Measure = unmeasured,
         make: Callable[[Path, StreamShape], "ZarrStore"] | None = None,
+        resident: MemoryStore | None = None,
     ) -> None:
         super().__init__(shape, measure)
         self.path = path
         self._array = array
         self._make = make
+        self._resident = resident
 
     @classmethod
-    def create(cls, path: Path, shape: StreamShape, disk: Disk, *, durable: bool) -> "ZarrStore":
+    def create(
+        cls,
+        path: Path,
+        shape: StreamShape,
+        disk: Disk,
+        *,
+        durable: bool,
+        resident: MemoryStore | None = None,
+    ) -> "ZarrStore":
         """Create a new, empty store.
 
         Args:
@@ -83,13 +95,21 @@ class ZarrStore(ActivationStore):
             disk: writes the files and measures the time.
             durable: whether segments are synced. Each segment of a durable store can be written only once; segments of other stores can be
                 overwritten.
+            resident: gets every segment that is written or read, and serves later reads; None keeps none in memory.
         """
         disk.make_folder(path)
         array = _new_array(_DiskStore(LocalStore(path), disk, durable=durable), shape)
-        return cls(path, shape, array, disk.measure, partial(cls.create, disk=disk, durable=durable))
+        make = partial(cls.create, disk=disk, durable=durable)
+        return cls(path, shape, array, disk.measure, make, resident)
 
     @classmethod
-    def open(cls, path: Path, shape: StreamShape, measure: Measure = unmeasured) -> "ZarrStore":
+    def open(
+        cls,
+        path: Path,
+        shape: StreamShape,
+        measure: Measure = unmeasured,
+        resident: MemoryStore | None = None,
+    ) -> "ZarrStore":
         """Open an existing store for reading.
 
         Its metadata is compared with the metadata of a new store of this shape before Zarr reads it.
@@ -98,6 +118,7 @@ class ZarrStore(ActivationStore):
             path: folder of the store.
             shape: expected shape and dtype of the stream.
             measure: counts the time that is spent waiting for segments.
+            resident: see `create`; it may have segments already.
 
         Raises:
             InputError: the store is missing, or has another shape or dtype.
@@ -113,7 +134,7 @@ class ZarrStore(ActivationStore):
             array = zarr.open_array(str(path), mode="r")
         except FileNotFoundError as error:  # another process deleted the store after the comparison
             raise InputError(path, "missing.") from error
-        store = cls(path, shape, array, measure)
+        store = cls(path, shape, array, measure, resident=resident)
         for place in sorted(path.parent.glob(f"{glob.escape(path.name)}{_HANDED}*")):
             key, value_shape, _ = _parsed(place.name)
             opened = cls.open(place, shape_beside(place.name, shape.num_segments), measure)
@@ -125,10 +146,19 @@ class ZarrStore(ActivationStore):
         self._check(segment, x_SD)
         stored = x_SD.detach().to("cpu", self.shape.dtype).contiguous().view(_stored_dtype(self.shape))
         self._array[segment] = stored.numpy()
+        if self._resident is not None:
+            self._resident.write(segment, x_SD)
 
     def read(self, segment: int) -> Tensor:
-        """Read the chunk of one segment. See `ActivationStore.read`."""
+        """Read one segment, from memory if it is there. See `ActivationStore.read`."""
         self._check(segment)
+        if self._resident is None:
+            return self._read_chunk(segment)
+        if not self._resident.holds(segment):
+            self._resident.write(segment, self._read_chunk(segment))
+        return self._resident.read(segment)
+
+    def _read_chunk(self, segment: int) -> Tensor:
         if not self._chunk(segment).is_file():
             raise InputError(self._chunk(segment), f"segment {segment} is missing.")
         try:
@@ -205,7 +235,7 @@ class ZarrStore(ActivationStore):
             InputError: the store has changed, or is damaged.
         """
         for segment in range(self.shape.num_segments) if read else ():
-            self.read(segment)
+            self._read_chunk(segment)
         if self.checksums() != checksums:
             raise InputError(self.path, "is not what was committed (its checksums do not match).")
 
@@ -262,5 +292,5 @@ def _new_array(store: Store, shape: StreamShape) -> "zarr.Array[Any]":
 
 def _expected_metadata(shape: StreamShape) -> bytes:
     files: dict[str, Buffer] = {}
-    _new_array(MemoryStore(files), shape)
+    _new_array(MemoryOfZarr(files), shape)
     return files[METADATA].to_bytes()

@@ -32,6 +32,8 @@ HEAP = 1.25
 """Ratio of the memory that glibc holds for activations to their size, fitted to runs (benchmarks/plan_check.py)."""
 STREAM_BYTES = 2
 """Size of a value of a stream."""
+STREAMS_OF_WINDOW = 5
+"""Number of streams of a window at its end: both at its input, both at its output, and the targets."""
 _LOGIT_COPIES = 6
 """Number of float32 copies of the logits that are in memory together."""
 
@@ -68,20 +70,28 @@ def packed_bytes(config: QuantizeConfig, sizes: ModelSizes) -> int:
     return codes + scale_bytes(config, sizes, sizes.stored) + zero_points + rest
 
 
+def stream_bytes(config: QuantizeConfig, sizes: ModelSizes) -> int:
+    """Size in bytes of the hidden states of a stream."""
+    return config.calibration.num_samples * config.calibration.seq_len * sizes.states * STREAM_BYTES
+
+
 def state_bytes(config: QuantizeConfig, sizes: ModelSizes, staying: int) -> int:
     """Size in bytes of the window state of `staying` blocks."""
     return staying * (rounding_cost(config, sizes).state_bytes + scale_bytes(config, sizes, 8))
 
 
-def host_bytes(config: QuantizeConfig, sizes: ModelSizes, device: str) -> dict[str, int]:
+def host_bytes(config: QuantizeConfig, sizes: ModelSizes, memory_mode: MemoryMode, device: str) -> dict[str, int]:
     """Resident memory in addition to that of the computation, in bytes by purpose.
 
     Args:
         config: settings of the run.
         sizes: sizes of the model.
+        memory_mode: memory mode of the run.
         device: `cpu` or `cuda`.
     """
     host = {"process": PROCESS[device]}
+    if not memory_mode.streams_on_disk:
+        host["streams"] = STREAMS_OF_WINDOW * stream_bytes(config, sizes)
     if sizes.decoded:
         host["decoding"] = sizes.decoded + _DECODING
     if device == "cuda":  # the packed block and one slab of a layer, or the embeddings while they are read

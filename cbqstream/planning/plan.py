@@ -33,7 +33,7 @@ from cbqstream.planning.traffic import OffloadFile, Traffic, disk_bytes
 from cbqstream.planning.work import START, Extent, Work, attention_weights, seconds_of
 from cbqstream.records import MemoryMode
 from cbqstream.runtime.device import choose_device, compute_dtype, fixed_numerics
-from cbqstream.runtime.memory import GIB
+from cbqstream.runtime.memory import GIB, available_bytes
 
 _MODES = (
     MemoryMode(),
@@ -50,11 +50,12 @@ def memory_modes(config: QuantizeConfig, sizes: ModelSizes) -> Sequence[MemoryMo
         config: settings of the run.
         sizes: sizes of the model.
     """
-    if sizes.experts_alone(config) is None:
-        return _MODES
-    # offloading comes last, because it usually moves more than the inputs of experts
-    on_disk = [replace(mode, expert_inputs_on_disk=True) for mode in _MODES]
-    return [*_MODES[:-1], *on_disk[:-1], _MODES[-1], on_disk[-1]]
+    modes: Sequence[MemoryMode] = _MODES
+    if sizes.experts_alone(config) is not None:
+        # offloading comes last, because it usually moves more than the inputs of experts
+        on_disk = [replace(mode, expert_inputs_on_disk=True) for mode in _MODES]
+        modes = (*_MODES[:-1], *on_disk[:-1], _MODES[-1], on_disk[-1])
+    return [each for mode in modes for each in (mode, replace(mode, streams_on_disk=True))]
 
 
 def make_plan(
@@ -81,7 +82,7 @@ def make_plan(
             f"keep_first and keep_last leave none of the {sizes.num_blocks} blocks to quantize. Use smaller values."
         )
     held, extent = sizes.in_windows(config), Extent.of(config, sizes.num_blocks)
-    host, experts = host_bytes(config, sizes, device), expert_memory(config, sizes, device)
+    host, experts = host_bytes(config, sizes, memory_mode, device), expert_memory(config, sizes, device)
     of_window = inputs_beside_window(config, sizes, memory_mode)
     of_experts = inputs_beside_experts(config, sizes, memory_mode)
     if device == "cuda":
@@ -112,8 +113,7 @@ def make_plan(
         seconds={},
         memory_mode=memory_mode,
     )
-    over = _over(config, made)
-    made = replace(made, exceeded=None if over is None else f"--max-{over[0]} {over[1] / GIB:.2f} GiB")
+    made = replace(made, exceeded=_exceeded(config, made))
     if rates is None:
         return made
     times = [seconds_of(config, part, done, rates, attention) for part, done, attention in parts]
@@ -160,6 +160,19 @@ def _fitting_or_smallest(config: QuantizeConfig, sizes: ModelSizes, device: str,
     plans = (make_plan(config, sizes, device, rates, mode) for mode in others)
     fitting = next((made for made in plans if made.exceeded is None), None)
     return fitting or make_plan(config, sizes, device, rates, last)
+
+
+def _exceeded(config: QuantizeConfig, made: Plan) -> str | None:
+    """The limit that a plan exceeds, as text; None if there is none.
+
+    Without --max-ram, a run with streams in memory may take half of the memory that is free.
+    """
+    over, free = _over(config, made), available_bytes() // 2
+    if over is not None:
+        return f"--max-{over[0]} {over[1] / GIB:.2f} GiB"
+    if config.max_ram is None and not made.memory_mode.streams_on_disk and made.largest("ram") > free:
+        return f"half of the free memory, {free / GIB:.2f} GiB"
+    return None
 
 
 def _over(config: QuantizeConfig, made: Plan) -> tuple[Literal["ram", "vram"], int] | None:
@@ -259,8 +272,12 @@ def smaller_plans(
 
 def _reason(config: QuantizeConfig, modes: Mapping[str, Plan], made: Plan) -> str:
     """The reason for the memory mode of a plan."""
-    if config.max_ram is None and config.max_vram is None:
-        return "the fastest, and no limit is set"
     before = [*modes][: [*modes].index(made.way)]
-    failed = [f"{name} does not stay within {modes[name].exceeded}" for name in before]
-    return "the fastest, and it stays within the limits" if not failed else f"the first that fits: {'; '.join(failed)}"
+    failed = dict[str | None, list[str]]()
+    for name in before:
+        failed.setdefault(modes[name].exceeded, []).append(f'"{name}"')
+    if failed:
+        reasons = (f"{', '.join(names)} would exceed {limit}" for limit, names in failed.items())
+        return f"the first that fits: {'; '.join(reasons)}"
+    limited = config.max_ram is not None or config.max_vram is not None
+    return f"the fastest, and {'it stays within the limits' if limited else 'no limit is set'}"

@@ -104,4 +104,6 @@ def name_of_mode(memory_mode: MemoryMode) -> str:
     found = "all layers in memory"
     if memory_mode.activation_checkpointing:
         found = "layers on disk" if memory_mode.offload else "activation checkpointing"
-    return f"{found}, inputs of experts on disk" if memory_mode.expert_inputs_on_disk else found
+    on_disk = {"inputs of experts": memory_mode.expert_inputs_on_disk, "streams": memory_mode.streams_on_disk}
+    named = " and ".join(name for name, there in on_disk.items() if there)
+    return f"{found}, {named} on disk" if named else found

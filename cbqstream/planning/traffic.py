@@ -17,7 +17,14 @@ from cbqstream.planning.experts import (
     expert_writes,
     packed_experts,
 )
-from cbqstream.planning.memory import STREAM_BYTES, packed_bytes, rounding_cost, state_bytes, transform_cost
+from cbqstream.planning.memory import (
+    STREAMS_OF_WINDOW,
+    packed_bytes,
+    rounding_cost,
+    state_bytes,
+    stream_bytes,
+    transform_cost,
+)
 from cbqstream.planning.sizes import ModelSizes
 from cbqstream.planning.work import Extent, Work
 from cbqstream.records import MemoryMode
@@ -81,14 +88,15 @@ def disk_bytes(
         offloaded: file of offloaded layers.
         device: `cpu` or `cuda`.
     """
-    tokens = config.calibration.num_samples * config.calibration.seq_len
+    calibration, streams = config.calibration, STREAMS_OF_WINDOW - (0 if memory_mode.streams_on_disk else 1)
     learns, held = method_of(config.reconstruction).learns, sizes.in_windows(config)
     # the last epoch rewrites the shards of all blocks
     rewritten = 2 if learns and config.reconstruction.end_to_end_epochs else 1
     kept = (sizes.num_blocks - extent.quantized) * sizes.block_bytes
     return {
-        "streams": tokens * (5 * sizes.states * STREAM_BYTES + sizes.beside)
-        + 4 * config.calibration.num_samples * sizes.handed(config.calibration.seq_len),  # not beside the targets
+        "streams": streams * stream_bytes(config, sizes)
+        + calibration.num_samples * calibration.seq_len * sizes.beside
+        + 4 * calibration.num_samples * sizes.handed(calibration.seq_len),  # not beside the targets
         "blocks": _finished_bytes(config, sizes, extent) * rewritten,
         "window states": 2 * state_bytes(config, held, extent.staying),
         "rest of the model": sizes.outer_bytes + kept,
@@ -138,11 +146,12 @@ class Traffic:
             device: `cpu` or `cuda`.
         """
         settings, calibration, held = config.reconstruction, config.calibration, sizes.in_windows(config)
-        stream = calibration.num_samples * calibration.seq_len * sizes.states * STREAM_BYTES
-        stream += calibration.num_samples * sizes.handed(calibration.seq_len)
+        stream, handed = stream_bytes(config, sizes), calibration.num_samples * sizes.handed(calibration.seq_len)
         training, held_out = (len(part) for part in split_held_out(calibration.num_samples))
         epochs, whole_model = (settings.epochs, settings.end_to_end_epochs) if method_of(settings).learns else (0, 0)
         passes = (epochs * training + 2 * held_out) / calibration.num_samples
+        computed_with, computed = (3 + 2 * passes) * extent.windows, 3 * extent.windows  # passes over streams
+        on_disk = handed + (stream if memory_mode.streams_on_disk else 0)
         blocks = extent.windows * extent.in_window
         experts_read, experts_written = (
             expert_reads(config, sizes, extent, memory_mode, passes),
@@ -151,12 +160,13 @@ class Traffic:
         source = blocks * held.block_read + sizes.ends_bytes + sizes.outer_read + experts_read.pop("source", 0)
         read = {
             "source": source,
-            "streams": int((3 + 2 * passes) * extent.windows * stream),
+            # those that stay in memory are read by the first window alone
+            "streams": int(computed_with * on_disk) + (0 if memory_mode.streams_on_disk else 2 * stream),
             "finished blocks": whole_model * sizes.num_blocks * 4 * packed_bytes(config, sizes),
             _OFFLOADED: offloaded.read,
         }
         written = {
-            "streams": extent.windows * 3 * stream,
+            "streams": extent.windows * ((3 if memory_mode.streams_on_disk else 2) * stream + 3 * handed),
             "window states": extent.windows * state_bytes(config, held, extent.staying),
             "blocks": _finished_bytes(config, sizes, extent) * (2 if whole_model else 1),
             "rest of the model": sizes.outer_bytes,
@@ -164,7 +174,8 @@ class Traffic:
         }
         read, written = _merged(read, experts_read), _merged(written, experts_written)
         bus = {"inputs of experts": expert_copies(config, sizes, extent)}
-        bus |= {part: read.get(part, 0) + written.get(part, 0) for part in ("streams", _OFFLOADED)}
+        bus |= {"streams": int((computed_with + computed) * (stream + handed))}
+        bus |= {_OFFLOADED: offloaded.read + offloaded.written}
         bus = _merged({"weights": source}, bus) if device == "cuda" else {}
         return cls(read, written, bus, offloaded.size)
 

@@ -150,8 +150,9 @@ def _quantize_model(run: "_Run", stop_after_window: int | None) -> None:
     for window in inputs.windows[journal.chain.next_window : stop_after_window]:
         require_finite_windows(journal.chain)
         blocks = inputs.meta_model.blocks[window.start : window.stop]
-        # the window writes three stores: both streams behind it, and the targets
-        needed = disk_bytes(inputs, streams=3, blocks=blocks, in_a_window=True)
+        # the window writes both streams behind it, and the targets unless they are in memory
+        written = 3 if inputs.compute.memory_mode.streams_on_disk else 2
+        needed = disk_bytes(inputs, streams=written, blocks=blocks, in_a_window=True)
         with room_for(f"window {window.index + 1}", needed, folder), inputs.reading_ahead(window.index + 1):
             report = _quantize_with_retry(windows, window)
         run.tell(report, *inputs.source.take_warnings(), *over_limit(config, report))
@@ -236,8 +237,8 @@ class _Windows:
         began, is_last = self._run.timings.now(), window.index + 1 == len(inputs.windows)
         reference, quantized = self._streams.open(REFERENCE), self._streams.open(QUANTIZED)
         keeps_reference = bool(not is_last or inputs.num_epochs)  # read by the next window or the end-to-end stage
-        reference_out = self._streams.new(f"acts/{REFERENCE}", durable=keeps_reference)
-        targets = self._streams.new("targets", durable=False)
+        reference_out = self._streams.behind(REFERENCE, durable=keeps_reference)
+        targets = self._streams.targets()
 
         # 1. Read the blocks.
         self._doing(window, "reading")
@@ -277,7 +278,7 @@ class _Windows:
         # 7. Move the quantized stream.
         acts = reference_out.tables() if keeps_reference else None
         if not is_last:
-            quantized_out = self._streams.new(f"acts/{QUANTIZED}")
+            quantized_out = self._streams.behind(QUANTIZED)
             experts.add_finished_sums(leaving, quantized, self._journal.building / "parts")
             propagate(leaving, quantized, quantized_out, compute, phase=Phase.HARD)
             acts = reference_out.tables() | quantized_out.tables()

@@ -1,14 +1,16 @@
 """The two streams of hidden states on disk, and their recomputation when a run resumes.
 
-A window reads the streams that the window before it wrote. If they are missing or damaged, they are recomputed from the embeddings through
-the finished blocks, and must then have the checksums that were committed.
+A window reads the streams that the window before it wrote. They also stay in memory, unless the memory mode keeps them on disk alone. If
+they are missing or damaged, they are recomputed from the embeddings through the finished blocks, and must then have the checksums that were
+committed.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from cbqstream.activations.store import StoredValue, StreamShape
+from cbqstream.activations.memory_store import MemoryStore
+from cbqstream.activations.store import ActivationStore, StoredValue, StreamShape
 from cbqstream.activations.zarr_store import ZarrStore
 from cbqstream.checkpoint.tensors import WeightSource
 from cbqstream.disk import ScratchFile
@@ -47,6 +49,8 @@ class Streams:
         self.arguments = arguments
         """Keyword arguments of every block."""
         self._shape = StreamShape(*inputs.stream_shape)
+        self._resident = dict[Path, MemoryStore]()
+        """Streams that stay in memory and are committed, or will be, by the folder that each has then."""
 
     @classmethod
     def enter(cls, inputs: RunInputs, journal: Journal, outer: EmbeddingAndHead) -> "Streams":
@@ -73,24 +77,51 @@ class Streams:
         return streams
 
     @property
+    def _on_disk(self) -> bool:
+        """Whether streams are on disk alone."""
+        return self._inputs.compute.memory_mode.streams_on_disk
+
+    @property
     def _folder(self) -> Path:
         """Folder of the streams that the next window or epoch reads."""
         return self._journal.chain.acts(self._journal.chain.next_window)
 
     def open(self, name: str) -> ZarrStore:
         """Open a stream at the input of the next window for reading."""
-        store = ZarrStore.open(self._folder / name, self._shape, self._journal.disk.measure)
+        path = self._folder / name
+        self._resident = {place: held for place, held in self._resident.items() if place.parent == self._folder}
+        resident = None if self._on_disk else self._resident.setdefault(path, MemoryStore(self._shape))
+        store = ZarrStore.open(path, self._shape, self._journal.disk.measure, resident)
         store.beside = self._beside
         return store
 
-    def new(self, name: str, *, durable: bool = True) -> ZarrStore:
+    def behind(self, name: str, *, durable: bool = True) -> ZarrStore:
+        """Create an empty stream at the output of the next window, which the window after it reads.
+
+        Args:
+            name: name of the stream.
+            durable: whether the stream will be committed.
+        """
+        chain = self._journal.chain
+        resident = None if self._on_disk else MemoryStore(self._shape)
+        if resident is not None:
+            self._resident[chain.acts(chain.next_window + 1) / name] = resident
+        return self.new(f"acts/{name}", durable=durable, resident=resident)
+
+    def targets(self) -> ActivationStore:
+        """Create an empty store for the targets of a window: in memory, or in tmp/ if streams are on disk alone."""
+        return self.new("targets", durable=False) if self._on_disk else MemoryStore(self._shape)
+
+    def new(self, name: str, *, durable: bool = True, resident: MemoryStore | None = None) -> ZarrStore:
         """Create an empty stream in tmp/.
 
         Args:
             name: path of the stream in tmp/.
             durable: whether the stream will be committed.
+            resident: gets the segments that stay in memory, see `ZarrStore.create`.
         """
-        store = ZarrStore.create(self._journal.building / name, self._shape, self._journal.disk, durable=durable)
+        path, disk = self._journal.building / name, self._journal.disk
+        store = ZarrStore.create(path, self._shape, disk, durable=durable, resident=resident)
         store.beside = self._beside
         return store
 

@@ -4,12 +4,19 @@ import ctypes
 import gc
 import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 
 GIB = 1 << 30
 _M_MMAP_THRESHOLD = -3  # of malloc.h
+_CONTROL_GROUPS = Path("/sys/fs/cgroup")
+_MEMORY_FILES = {
+    "1": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    "2": ("", "memory.max", "memory.current", "inactive_file"),
+}
+"""Folder of a version of control groups, and its names of the limit, the usage, and the files in the page cache, in bytes."""
 _TOO_LITTLE = ("out of memory", "_ALLOC_FAILED")
 
 
@@ -19,8 +26,34 @@ def resident_bytes() -> int:
 
 
 def available_bytes() -> int:
-    """Memory of the machine that processes and the page cache can take, in bytes."""
-    return int(psutil.virtual_memory().available)
+    """Memory that this process and the page cache can still take, in bytes: what the machine has, and what its control groups allow."""
+    machine = int(psutil.virtual_memory().available)
+    return max(0, min([machine, *_left_in_control_groups(_CONTROL_GROUPS, Path("/proc/self/cgroup"))]))
+
+
+def _left_in_control_groups(mounted: Path, listed: Path) -> Iterator[int]:
+    """Memory in bytes that each control group of this process with a limit has left, versions 1 and 2. Cached files count as free.
+
+    Args:
+        mounted: folder in which the file systems of control groups are mounted.
+        listed: file that lists the groups of this process, as `number:controllers:path`.
+    """
+    if not listed.is_file():
+        return
+    for line in listed.read_text().splitlines():
+        number, controllers, path = line.split(":", 2)
+        kind = "2" if number == "0" else "1" if "memory" in controllers.split(",") else None
+        if kind is None:
+            continue
+        root, limit, usage, cached = _MEMORY_FILES[kind]
+        top = mounted / root
+        group = top / path.lstrip("/")
+        for folder in (group, *group.parents):  # inside a container, only the top may exist
+            if folder.is_relative_to(top) and (folder / limit).is_file():
+                allowed, statistics = (folder / limit).read_text().strip(), (folder / "memory.stat").read_text().split()
+                held = dict(zip(statistics[::2], statistics[1::2], strict=True))
+                if allowed != "max":
+                    yield int(allowed) - int((folder / usage).read_text()) + int(held[cached])
 
 
 def peak_resident_bytes() -> int:

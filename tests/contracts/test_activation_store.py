@@ -151,9 +151,12 @@ class TestMemoryStore(ActivationStoreContract):
 
 
 class TestZarrStore(ActivationStoreContract):
+    in_memory: type[MemoryStore] | None = None
+
     def make(self, tmp_path, shape):
         tmp_path.mkdir(exist_ok=True)
-        return ZarrStore.create(tmp_path / "stream", shape, Disk(), durable=False)
+        resident = None if self.in_memory is None else self.in_memory(shape)
+        return ZarrStore.create(tmp_path / "stream", shape, Disk(), durable=False, resident=resident)
 
     def filled(self, tmp_path):
         store = self.make(tmp_path, SHAPE)
@@ -252,3 +255,20 @@ class TestZarrStore(ActivationStoreContract):
         monkeypatch.setattr(Path, "is_file", lambda path: True)  # deleted after this question
         with pytest.raises(InputError, match="segment 1 is missing"):
             store.checksums()
+
+
+class TestZarrStoreWithSegmentsInMemory(TestZarrStore):
+    in_memory = MemoryStore
+
+    def test_segments_are_read_from_disk_once_and_checked_there(self, tmp_path):
+        store, resident = self.filled(tmp_path), MemoryStore(SHAPE)
+        tables = {"stream": store.checksums()}
+        opened = ZarrStore.open(store.path, SHAPE, resident=resident)
+        assert (opened.read(3) == 3).all()
+        assert [segment for segment in range(5) if resident.holds(segment)] == [3]
+        chunk = store.path / "c.3.0.0"
+        chunk.write_bytes(bytes(chunk.stat().st_size))
+        for written in (store, opened):
+            assert (written.read(3) == 3).all()
+            with pytest.raises(InputError, match=r"c\.3\.0\.0: damaged"):
+                written.require_all(tables)

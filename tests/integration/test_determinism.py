@@ -11,6 +11,7 @@ import torch
 
 from cbqstream import quantize
 from cbqstream.activations import read_ahead
+from cbqstream.activations.zarr_store import ZarrStore
 from cbqstream.config import TransformConfig, WindowConfig
 from cbqstream.errors import StoppedError, UsageError
 from cbqstream.records import MemoryMode
@@ -94,6 +95,40 @@ def test_results_do_not_depend_on_activation_checkpointing(make_config, monkeypa
         config = make_config(name=f"out-{activation_checkpointing}", reconstruction={"rounding": mode}, **SETTINGS)
         outs.append(files_of(quantize(config)))
         assert bool(calls) == activation_checkpointing
+    assert outs[0] == outs[1]
+
+
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
+def test_results_do_not_depend_on_streams_in_memory(make_config, monkeypatch, family):
+    """A run with streams on disk alone, which is stopped and resumed, gives the bytes of a run that keeps them in memory.
+
+    In memory, no chunk is read after the first window, which reads the two streams at its input.
+    """
+    real_plan, real_read, outs, reads = inputs.fitting_plan, ZarrStore._read_chunk, [], []
+
+    def read(store, segment):
+        reads.append(store.path.name)
+        return real_read(store, segment)
+
+    monkeypatch.setattr(ZarrStore, "_read_chunk", read)
+    for streams_on_disk in (False, True):
+        monkeypatch.setattr(
+            inputs,
+            "fitting_plan",
+            lambda *given, on=streams_on_disk: replace(real_plan(*given), memory_mode=MemoryMode(streams_on_disk=on)),
+        )
+        reads.clear()
+        config = make_config(family, name=f"out-{streams_on_disk}", **SETTINGS)
+        if streams_on_disk:
+            with pytest.raises(StoppedError):
+                quantize(config, stop_after_window=1)
+        outs.append(files_of(quantize(config)))
+        counts = {name: reads.count(name) for name in ("reference", "quantized", "targets")}
+        segments = config.calibration.num_samples
+        if streams_on_disk:
+            assert min(counts.values()) > 3 * segments
+        else:
+            assert counts == {"reference": segments, "quantized": segments, "targets": 0}
     assert outs[0] == outs[1]
 
 

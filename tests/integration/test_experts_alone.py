@@ -135,7 +135,7 @@ def test_results_do_not_depend_on_where_tokens_are_kept(alone, monkeypatch):
     """A run with the inputs and sums of the experts in a file, stopped and resumed, gives the bytes of a run that has them in memory."""
     plain = files_of(quantize(alone(name="plain")))
     real_plan = inputs.fitting_plan
-    mode = MemoryMode(activation_checkpointing=True, offload=True, expert_inputs_on_disk=True)
+    mode = MemoryMode(activation_checkpointing=True, offload=True, expert_inputs_on_disk=True, streams_on_disk=True)
     monkeypatch.setattr(inputs, "fitting_plan", lambda *given: replace(real_plan(*given), memory_mode=mode))
     config = alone(name="offloaded")
     with pytest.raises(StoppedError):

@@ -9,10 +9,48 @@ import torch
 
 from cbqstream.disk import Disk
 from cbqstream.errors import UsageError
+from cbqstream.runtime import memory
 from cbqstream.runtime.device import choose_device, compute_dtype, fixed_numerics, numerics_of
 from cbqstream.runtime.timings import Timings
 
 CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("listed", "folder", "names", "limit", "left"),
+    [
+        ("0::/a/b", "a", ("memory.max", "memory.current", "inactive_file"), "1000", 1000 - 300 + 200),
+        ("0::/a/b", "a", ("memory.max", "memory.current", "inactive_file"), "max", None),
+        ("0::/", "", ("memory.max", "memory.current", "inactive_file"), "1000", 1000 - 300 + 200),
+        (
+            "5:cpu,memory:/a/b",
+            "memory/a/b",
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+            "400",
+            400 - 300 + 200,
+        ),
+        ("5:cpu:/a", "cpu/a", ("memory.max", "memory.current", "inactive_file"), "1000", None),
+        (
+            "5:memory:/docker/x",  # as seen from inside a container, where only the top exists
+            "memory",
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+            "200",
+            100,
+        ),
+    ],
+)
+def test_available_memory_is_limited_by_control_groups(tmp_path, monkeypatch, listed, folder, names, limit, left):
+    groups, group = tmp_path / "cgroups", tmp_path / "mounted" / folder
+    groups.write_text(f"9:name=systemd:/\n{listed}\n")
+    group.mkdir(parents=True)
+    for name, content in zip(names, (limit, "300", None), strict=True):
+        path = group / (name if content else "memory.stat")
+        path.write_text(content or f"anon 1\n{name} 200\n")
+    found = [*memory._left_in_control_groups(tmp_path / "mounted", groups)]
+    assert found == ([] if left is None else [left])
+    assert not [*memory._left_in_control_groups(tmp_path, tmp_path / "missing")]
+    monkeypatch.setattr(memory, "_left_in_control_groups", lambda *places: iter(found))
+    assert memory.available_bytes() == left or left is None
 
 
 def test_timings_count_the_thread_that_made_them():
