@@ -10,10 +10,10 @@ from dataclasses import replace
 from cbqstream.config import QuantizeConfig
 from cbqstream.models.families import EXPERT
 from cbqstream.numerics.slabs import SLAB_WEIGHTS
+from cbqstream.planning.closed_form import closed_form_bytes
 from cbqstream.planning.memory import (
     HEAP,
     STREAM_BYTES,
-    closed_form_bytes,
     packed_bytes,
     rounding_cost,
     scale_bytes,
@@ -26,6 +26,8 @@ from cbqstream.rounding.registry import method_of
 from cbqstream.windows.routed_experts import TOKENS_AT_ONCE
 from cbqstream.windows.schedule import split_held_out
 
+STREAM_PASSES = 5
+"""Number of times that a run reads a stream for the inputs of the experts of a block, and for the weights of their loss."""
 EXPERT_PASSES = 3
 """Number of times that a run reads each original expert."""
 _STORES_IN_MEMORY, _STORES_IN_FILE = 2, 7

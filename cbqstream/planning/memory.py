@@ -1,6 +1,5 @@
 """Memory and disk space that a run will need, from the costs that rounding methods and transforms declare and the sizes of the model."""
 
-from collections import Counter
 from collections.abc import Mapping
 from functools import reduce
 from operator import add
@@ -8,10 +7,10 @@ from operator import add
 from cbqstream.activations.read_ahead import READ_DEPTH
 from cbqstream.activations.write_behind import WRITE_DEPTH
 from cbqstream.config import QuantizeConfig
-from cbqstream.models.families import EXPERT
 from cbqstream.numerics.input_statistics import Statistic
 from cbqstream.numerics.losses import HEAD_TOKENS
 from cbqstream.numerics.slabs import SLAB_WEIGHTS
+from cbqstream.planning.closed_form import closed_form_bytes
 from cbqstream.planning.sizes import ModelSizes
 from cbqstream.records import MemoryMode
 from cbqstream.rounding.cost import RoundingCost
@@ -146,35 +145,14 @@ def device_bytes(
     return max(moments, key=lambda parts: sum(parts.values()))
 
 
-def closed_form_bytes(config: QuantizeConfig, sizes: ModelSizes) -> dict[str, int]:
-    """Memory while the codes of a layer are computed in closed form, in bytes by purpose.
-
-    A layer has a Gram and a cross matrix for the training segments, and both for the held-out segments. All experts of a block have theirs
-    at the same time; of the layers of an expert, those with the same number of columns share them.
-    """
-    squares = {name: 4 * columns * columns for name, (_, columns) in sizes.layers.items()}
-    experts = {(match[1], size) for name, size in squares.items() if (match := EXPERT.search(name))}
-    of_experts = Counter[int]()
-    for _, size in experts:
-        of_experts[size] += size
-    largest, columns = max(squares.values()), max(columns for _, columns in sizes.layers.values())
-    tokens = config.reconstruction.batch_size * config.calibration.seq_len
-    return {
-        # of both streams, as they are and in float32, and their difference
-        "inputs of a layer": 6 * 4 * tokens * columns,
-        "Gram matrices": 4 * max([largest, *of_experts.values()]),
-        "factors": 4 * largest,
-        "weights in float32": 5 * 4 * sizes.largest,
-    }
-
-
 def _window_bytes(
     config: QuantizeConfig, sizes: ModelSizes, memory_mode: MemoryMode, blocks: int, width: int
 ) -> dict[str, int]:
     """Memory of a window while it is trained, in bytes by purpose."""
     settings, seq_len = config.reconstruction, config.calibration.seq_len
     batch = settings.batch_size * seq_len
-    kept = 1 if memory_mode.activation_checkpointing else blocks
+    learns = method_of(settings).learns
+    kept = blocks if learns and not memory_mode.activation_checkpointing else 1
     attention = 8 * sizes.eager_heads * batch * seq_len  # scores and their softmax for all heads
     layers = sizes.largest if memory_mode.offload else blocks * sizes.weights
     rest = sizes.block_bytes - sizes.weights * sizes.stored

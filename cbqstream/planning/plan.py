@@ -14,13 +14,14 @@ from cbqstream.errors import DeviceMemoryError, InputError, StorageError, UsageE
 from cbqstream.hub import is_name
 from cbqstream.planning.advice import advice
 from cbqstream.planning.alternatives import smaller_settings
+from cbqstream.planning.closed_form import closed_form_flop
 from cbqstream.planning.disk_rates import measure_disks
 from cbqstream.planning.engines import engine_warnings
 from cbqstream.planning.experts import expert_memory, expert_work, inputs_beside_experts, inputs_beside_window
 from cbqstream.planning.layer_schemes import quantized_share
 from cbqstream.planning.memory import CONTEXT, TILES, device_bytes, host_bytes, rounding_cost
 from cbqstream.planning.planned import Plan, name_of_mode
-from cbqstream.planning.rates import Rates, measure_rates
+from cbqstream.planning.rates import STEP_FLOP, Rates, measure_rates
 from cbqstream.planning.requirements import (
     checked_model,
     load_calibration,
@@ -32,6 +33,7 @@ from cbqstream.planning.sizes import ModelSizes
 from cbqstream.planning.traffic import OffloadFile, Traffic, disk_bytes
 from cbqstream.planning.work import START, Extent, Work, attention_weights, seconds_of
 from cbqstream.records import MemoryMode
+from cbqstream.rounding.registry import method_of
 from cbqstream.runtime.device import choose_device, compute_dtype, fixed_numerics
 from cbqstream.runtime.memory import GIB, available_bytes
 
@@ -50,11 +52,11 @@ def memory_modes(config: QuantizeConfig, sizes: ModelSizes) -> Sequence[MemoryMo
         config: settings of the run.
         sizes: sizes of the model.
     """
-    modes: Sequence[MemoryMode] = _MODES
+    modes: Sequence[MemoryMode] = _MODES if method_of(config.reconstruction).learns else (_MODES[0], _MODES[-1])
     if sizes.experts_alone(config) is not None:
         # offloading comes last, because it usually moves more than the inputs of experts
-        on_disk = [replace(mode, expert_inputs_on_disk=True) for mode in _MODES]
-        modes = (*_MODES[:-1], *on_disk[:-1], _MODES[-1], on_disk[-1])
+        on_disk = [replace(mode, expert_inputs_on_disk=True) for mode in modes]
+        modes = (*modes[:-1], *on_disk[:-1], modes[-1], on_disk[-1])
     return [each for mode in modes for each in (mode, replace(mode, streams_on_disk=True))]
 
 
@@ -97,6 +99,10 @@ def make_plan(
     if routed is not None:
         parts.append((routed, expert_work(config, sizes, extent), 0))
     costs = [rounding_cost(config, part) for part, _, _ in parts]
+    closed_form = [
+        done.blocks * closed_form_flop(config, part) if method_of(config.reconstruction).closed_form else 0.0
+        for part, done, _ in parts
+    ]
     seq_len = config.calibration.seq_len
     products = sum(2 * seq_len * done.passes * (part.active + attention) for part, done, attention in parts)
     made = Plan(
@@ -108,7 +114,9 @@ def make_plan(
         read=traffic.read,
         written=traffic.written,
         bus=traffic.bus,
-        flop=products + sum(done.steps * cost.step_flop for (_, done, _), cost in zip(parts, costs, strict=True)),
+        flop=products
+        + sum(done.steps * cost.step_flop for (_, done, _), cost in zip(parts, costs, strict=True))
+        + sum(closed_form),
         rounding_bytes=int(sum(done.steps * cost.step_bytes for (_, done, _), cost in zip(parts, costs, strict=True))),
         seconds={},
         memory_mode=memory_mode,
@@ -118,6 +126,8 @@ def make_plan(
         return made
     times = [seconds_of(config, part, done, rates, attention) for part, done, attention in parts]
     seconds = {name: sum(each[name] for each in times) for name in times[0]} | {"starting": START}
+    if any(closed_form):
+        seconds["codes in closed form"] = sum(closed_form) * rates.product / STEP_FLOP
     if rates.disks is None:
         return replace(made, seconds=seconds)
     memory = min(rates.disks.memory, config.max_ram or rates.disks.memory)

@@ -14,6 +14,8 @@ from cbqstream.rounding.registry import method_of
 from cbqstream.rounding.rounding import RoundingStart, TrainingStep
 from cbqstream.runtime.scratch import Scratch
 
+STEP_FLOP = 6
+"""Floating-point operations of a training step for a weight and a token: three matrix products."""
 _MEASURED = {"cpu": (4 << 20, 1024), "cuda": (64 << 20, 8192)}
 """Largest numbers of weights and of tokens of a measured product. On CUDA, kernel launches would dominate the time of smaller products."""
 

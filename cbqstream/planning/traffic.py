@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import Self
 
 from cbqstream.config import QuantizeConfig
+from cbqstream.planning.closed_form import closed_form_passes
 from cbqstream.planning.disk_rates import DiskRates
 from cbqstream.planning.experts import (
+    STREAM_PASSES,
     expert_blocks,
     expert_copies,
     expert_disk,
@@ -150,7 +152,8 @@ class Traffic:
         training, held_out = (len(part) for part in split_held_out(calibration.num_samples))
         epochs, whole_model = (settings.epochs, settings.end_to_end_epochs) if method_of(settings).learns else (0, 0)
         passes = (epochs * training + 2 * held_out) / calibration.num_samples
-        computed_with, computed = (3 + 2 * passes) * extent.windows, 3 * extent.windows  # passes over streams
+        # passes over streams
+        computed_with, computed = _passes(config, sizes, extent, passes), 3 * extent.windows
         on_disk = handed + (stream if memory_mode.streams_on_disk else 0)
         blocks = extent.windows * extent.in_window
         experts_read, experts_written = (
@@ -203,6 +206,20 @@ class Traffic:
         )
         copied = sum(self.bus.get(part, 0) for part in _WAITED) / rates.bus if rates.bus else 0.0
         return {"reading": read, "writing": written} | ({"copying to the device": copied} if copied else {})
+
+
+def _passes(config: QuantizeConfig, sizes: ModelSizes, extent: Extent, passes: float) -> float:
+    """Number of times that a run reads a stream.
+
+    Args:
+        config: settings of the run.
+        sizes: sizes of the model.
+        extent: windows of the run.
+        passes: number of times that the steps of a window read a stream.
+    """
+    closed_form = method_of(config.reconstruction).closed_form
+    of_window = 3 + 2 * passes + (closed_form_passes(sizes.in_windows(config)) if closed_form else 0)
+    return of_window * extent.windows + STREAM_PASSES * expert_blocks(config, sizes, extent)
 
 
 def _merged(first: Mapping[str, int], second: Mapping[str, int]) -> dict[str, int]:

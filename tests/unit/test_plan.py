@@ -23,8 +23,8 @@ from cbqstream.errors import DeviceMemoryError, InputError, StorageError, UsageE
 from cbqstream.models.meta_model import MetaModel
 from cbqstream.planning.advice import ENDURANCE, advice
 from cbqstream.planning.alternatives import smaller_settings
+from cbqstream.planning.closed_form import closed_form_bytes, closed_form_flop, closed_form_passes
 from cbqstream.planning.disk_rates import DiskRates, measure_disks
-from cbqstream.planning.memory import closed_form_bytes
 from cbqstream.planning.plan import compared, fitting_plan, make_plan, memory_modes
 from cbqstream.planning.plan import plan as plan_of
 from cbqstream.planning.plan_lines import plan_lines
@@ -335,6 +335,36 @@ def test_closed_form_needs_the_gram_matrices_of_all_experts(sizes_with_experts, 
         parts = closed_form_bytes(config, sizes)
         assert parts["Gram matrices"] == 4 * 4 * square
         assert make_plan(config, sizes, "cpu").largest("ram") >= sum(parts.values())
+
+
+def test_work_of_codes_in_closed_form_is_that_counted_by_hand(sizes_with_experts):
+    """Attention reads inputs of 64 columns: one for q, k and v, one for o. An expert of 64 x 128 reads inputs of 64 and of 128 columns.
+
+    Two of eight experts compute a token. Experts in a window have no cross matrix, unless their inputs are quantized.
+    """
+    sizes, tokens, rounding = sizes_with_experts, 16 * 32, ReconstructionConfig(rounding="gptq")
+    config = replace(
+        settings(num_samples=16, seq_len=32), window=WindowConfig(size=1, overlap=0), reconstruction=rounding
+    )
+
+    def cost(tokens, rows, columns, grams):
+        return 2 * grams * tokens * columns**2 + 5 * columns**3 + (6 if grams == 1 else 14) * rows * columns**2
+
+    attention = cost(tokens, 3 * 64, 64, 2) + cost(tokens, 64, 64, 2)
+    experts = {grams: 8 * (cost(tokens / 4, 2 * 128, 64, grams) + cost(tokens / 4, 64, 128, grams)) for grams in (1, 2)}
+    assert closed_form_flop(config, sizes) == attention + experts[1]
+    quantized = replace(config, scheme=Scheme(num_bits=4, group_size=32, activation_bits=8))
+    assert closed_form_flop(quantized, sizes) == attention + experts[2]
+    alone = replace(config, reconstruction=replace(rounding, experts="alone"))
+    assert closed_form_flop(alone, sizes.dense) == attention
+    assert closed_form_flop(alone, sizes.routed) == experts[2]
+    assert (closed_form_passes(sizes), closed_form_passes(sizes.dense)) == (2 * 2 + 2, 2 * 2)
+    plain = replace(config, reconstruction=replace(rounding, rounding="nearest"))
+    found, basis = (make_plan(one, sizes, "cpu", RATES) for one in (config, plain))
+    assert found.seconds["codes in closed form"] == pytest.approx(2 * (attention + experts[1]) * RATES.product / 6)
+    assert "codes in closed form" not in basis.seconds
+    assert found.flop - basis.flop > 2 * (attention + experts[1])
+    assert [mode.activation_checkpointing for mode in memory_modes(config, sizes)] == [False, False, True, True]
 
 
 def test_layers_with_more_bits_and_in_full_precision_take_more_disk_space(sizes_with_experts):
