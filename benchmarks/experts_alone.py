@@ -30,11 +30,14 @@ GRIDS = {
     "W3A16 group 64, asymmetric": Grid("W3A16", 64, False),
     "W2A16 group 64, asymmetric": Grid("W2A16", 64, False),
 }
-GPTQ = "--rounding gptq --window-size 1 --overlap 0"
+ONE = "--window-size 1 --overlap 0"
+GPTQ = f"--rounding gptq {ONE}"
 METHODS = {
     "mixture | experts with their window": "--experts window",
-    "mixture | experts alone": "--experts alone",
+    "mixture | experts in windows of one block": f"--experts window {ONE}",
+    "mixture | experts alone": f"--experts alone {ONE}",
     "mixture | GPTQ": GPTQ,
+    "mixture | GPTQ, experts alone": f"--experts alone {GPTQ}",
     "mixture | round-to-nearest": "--rounding nearest",
     "dense | trained": "",
     "dense | GPTQ": GPTQ,

@@ -5,19 +5,11 @@ Shapes: B batch, S sequence, T tokens, I input columns.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from enum import Enum, auto
 from functools import reduce
 from operator import add
 
 import torch
 from torch import Tensor
-
-
-class Statistic(Enum):
-    """Statistics that are gathered only if a rounding method needs them."""
-
-    GRAM = auto()
-    """X^T X of all inputs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +26,9 @@ class InputStatistics:
     """Sampled tokens, float32 [T, I]."""
     tokens: int
     """Number of all tokens."""
-    gram: Tensor | None = None
-    """X^T X, float32 [I, I]; None if it was not computed."""
 
     @classmethod
-    def of(cls, x: Tensor, stride: int | None, before: int = 0, *, gram: bool = False) -> "InputStatistics":
+    def of(cls, x: Tensor, stride: int | None, before: int = 0) -> "InputStatistics":
         """Statistics of a batch [B, S, I] or [T, I].
 
         Args:
@@ -47,13 +37,12 @@ class InputStatistics:
                 special in many models.
             before: number of tokens in earlier batches. If a batch has at most half a stride of tokens, as a batch of an expert may have,
                 sampling continues the positions of the earlier batches.
-            gram: whether to compute X^T X.
         """
         rows = x.detach().flatten(0, -2).float()
         first = 0 if stride is None else stride // 2 if len(rows) > stride // 2 else (stride // 2 - before) % stride
         sample = rows.new_empty(0, rows.shape[1]) if stride is None else rows[first::stride].clone()
         squares = rows.square().sum(0, dtype=torch.float64)
-        return cls(squares, rows.amin(0), rows.amax(0), sample, len(rows), rows.T @ rows if gram else None)
+        return cls(squares, rows.amin(0), rows.amax(0), sample, len(rows))
 
     @classmethod
     def none(cls, columns: int, device: torch.device) -> "InputStatistics":
@@ -62,23 +51,18 @@ class InputStatistics:
         return cls(zeros.double(), zeros, zeros, zeros.new_empty(0, columns), 0)
 
     def __add__(self, other: "InputStatistics") -> "InputStatistics":
-        grams = [gram for gram in (self.gram, other.gram) if gram is not None]
         return InputStatistics(
             self.squares + other.squares,
             torch.minimum(self.low, other.low),
             torch.maximum(self.high, other.high),
             torch.cat([self.sample, other.sample]),
             self.tokens + other.tokens,
-            sum(grams[1:], start=grams[0]) if grams else None,
         )
 
     def divided(self, scale_I: Tensor) -> "InputStatistics":
         """Statistics of these inputs divided by a scale per column."""
         squares = self.squares / scale_I.double().square()
-        gram = None if self.gram is None else self.gram / scale_I / scale_I.unsqueeze(1)
-        return InputStatistics(
-            squares, self.low / scale_I, self.high / scale_I, self.sample / scale_I, self.tokens, gram
-        )
+        return InputStatistics(squares, self.low / scale_I, self.high / scale_I, self.sample / scale_I, self.tokens)
 
     @property
     def second_moment(self) -> Tensor:

@@ -7,7 +7,6 @@ from operator import add
 from cbqstream.activations.read_ahead import READ_DEPTH
 from cbqstream.activations.write_behind import WRITE_DEPTH
 from cbqstream.config import QuantizeConfig
-from cbqstream.numerics.input_statistics import Statistic
 from cbqstream.numerics.losses import HEAD_TOKENS
 from cbqstream.numerics.slabs import SLAB_WEIGHTS
 from cbqstream.planning.closed_form import closed_form_bytes
@@ -137,9 +136,6 @@ def device_bytes(
     search = transform_cost(config).search_bytes
     if memory_mode.offload and search:  # the layers of a smoothing pair are in memory together
         moments.append({"step sizes": window["step sizes"], "rescaling": search * held.largest})
-    if Statistic.GRAM in method_of(settings).statistics:
-        grams = blocks * sum(4 * columns * columns for _, columns in held.layers.values())
-        moments.append({"weights": window["weights"], "activations": window["activations"], "Gram matrices": grams})
     if method_of(settings).closed_form:
         moments.append(window | closed_form_bytes(config, held))
     return max(moments, key=lambda parts: sum(parts.values()))

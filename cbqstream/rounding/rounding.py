@@ -25,7 +25,6 @@ from cbqstream.numerics.affine import (
     rows_of,
     storable_scale,
 )
-from cbqstream.numerics.input_statistics import InputStatistics, Statistic
 from cbqstream.records import QuantizedWeight
 from cbqstream.rounding.cost import RoundingCost
 from cbqstream.rounding.product import rounded_linear
@@ -79,8 +78,6 @@ class Rounding(Offloadable, ABC):
     """Whether windows are trained at all."""
     closed_form: ClassVar[bool] = False
     """Whether codes are computed layer by layer from the inputs of the layers; then windows have one block."""
-    statistics: ClassVar[frozenset[Statistic]] = frozenset()
-    """Statistics of the layer's inputs that `observe` needs, besides those that are always gathered."""
     learned: ClassVar[Mapping[str, bool]] = MappingProxyType({"theta": True})
     """Names of the parameters for Adam, and whether each has a row for every row of the weight."""
 
@@ -135,9 +132,6 @@ class Rounding(Offloadable, ABC):
             rows: of the weight.
             gradient_OI: gradient of the loss for w_hat of these rows.
         """
-
-    def observe(self, statistics: InputStatistics) -> None:
-        """Use the statistics of the layer's inputs; called once, when the layer enters its first window."""
 
     def begin_step(self, step: TrainingStep) -> None:
         """Prepare for a training step; called before every one."""

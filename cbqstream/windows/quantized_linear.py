@@ -54,7 +54,6 @@ class QuantizedLinear(Offloadable):
         self._watching = False
         self._sample_stride: int | None = None
         self._most_sampled: int | None = None
-        self._gram = False
         self._watched: InputStatistics | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -74,7 +73,7 @@ class QuantizedLinear(Offloadable):
         if before is not None and len(before.sample) == self._most_sampled:
             self._sample_stride = None
         tokens_before = 0 if before is None else before.tokens
-        seen = InputStatistics.of(x, self._sample_stride, tokens_before, gram=self._gram)
+        seen = InputStatistics.of(x, self._sample_stride, tokens_before)
         seen = seen if before is None else before + seen
         self._watched = replace(seen, sample=seen.sample[: self._most_sampled])
 
@@ -107,16 +106,15 @@ class QuantizedLinear(Offloadable):
 
         return linear_in_slabs(x, self.weight.shape, rows_of, self.bias)
 
-    def watch_inputs(self, stride: int | None, most: int | None = None, *, gram: bool = False) -> None:
+    def watch_inputs(self, stride: int | None, most: int | None = None) -> None:
         """Start to gather statistics of the inputs.
 
         Args:
             stride: sample every `stride`-th token; None samples no token.
             most: largest number of sampled tokens; None is no limit.
-            gram: whether to gather the Gram matrix too.
         """
         self._watching, self._watched = True, None
-        self._sample_stride, self._most_sampled, self._gram = stride, most, gram
+        self._sample_stride, self._most_sampled = stride, most
 
     def take_statistics(self) -> InputStatistics:
         """Stop gathering, and return the statistics since `watch_inputs`. They are empty if the layer never ran, as happens to experts."""

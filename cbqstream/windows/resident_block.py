@@ -20,7 +20,7 @@ from cbqstream.models.block import NOTHING, BlockArguments, advance
 from cbqstream.models.experts import Experts
 from cbqstream.models.families import EXPERT, SmoothingPair
 from cbqstream.numerics.affine import sqnr_db, vanished_rows
-from cbqstream.numerics.input_statistics import InputStatistics, Statistic, sum_of
+from cbqstream.numerics.input_statistics import InputStatistics, sum_of
 from cbqstream.numerics.scale_search import minmax_grid, search_grid
 from cbqstream.records import QuantizedWeight
 from cbqstream.rounding.nearest import Nearest
@@ -117,14 +117,13 @@ class ResidentBlock:
         self._send_all_tokens(all_experts)
         stride = max(1, num_tokens // SAMPLED_TOKENS)
         sampled = {name for each in settings.active_transforms() for name in each.sampled_layers(self.parts)}
-        gram = Statistic.GRAM in method_of(settings.reconstruction).statistics
         for name, layer in self.layers.items():
             if name not in sampled:
-                layer.watch_inputs(None, gram=gram)
+                layer.watch_inputs(None)
             elif EXPERT.search(name) and not all_experts:
-                layer.watch_inputs(max(1, stride // _DENSER), _SAMPLED_OF_EXPERT, gram=gram)
+                layer.watch_inputs(max(1, stride // _DENSER), _SAMPLED_OF_EXPERT)
             else:
-                layer.watch_inputs(stride, gram=gram)
+                layer.watch_inputs(stride)
 
     def _send_all_tokens(self, send: bool) -> None:  # noqa: FBT001
         for module in self.module.modules():
@@ -155,8 +154,6 @@ class ResidentBlock:
                 else:
                     grid = minmax_grid(weight, layer.scheme)
                 self._give_rounding(name, weight, grid, settings, generator)
-                if layer.rounding is not None:
-                    layer.rounding.observe(statistics[name])
 
     def _take_statistics(self) -> dict[str, InputStatistics]:
         """Statistics of the inputs of each layer; a layer of an undersampled expert gets the combined statistics of all experts.
