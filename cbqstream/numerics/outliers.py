@@ -62,7 +62,8 @@ class OutlierRule:
 def largest_reserved(magnitudes: Tensor, rule: OutlierRule) -> float | None:
     """The largest magnitude that is not an outlier, or None if there are no outliers.
 
-    Quantiles are interpolated linearly. For more than 2^20 magnitudes, they are the quantiles of an evenly spaced sample.
+    Quantiles are interpolated linearly. For more than 2^20 magnitudes, they are the quantiles of an evenly spaced sample. Candidates are
+    split on the CPU, because sums of prefixes of floating-point numbers have no deterministic order on CUDA, and torch refuses them there.
 
     Args:
         magnitudes: any shape, not negative.
@@ -72,11 +73,11 @@ def largest_reserved(magnitudes: Tensor, rule: OutlierRule) -> float | None:
     sample = flat[:: -(-flat.numel() // _SAMPLE)]
     q1, q3 = torch.quantile(sample, torch.tensor([rule.quantile, 1 - rule.quantile], device=flat.device)).tolist()
     threshold = q3 + rule.lambda1 * (q3 - q1)
-    candidates = flat[flat > threshold].sort().values.double()
+    candidates = flat[flat > threshold].cpu().sort().values.double()
     if not len(candidates):
         return None
     # magnitudes are not negative, so 0 is also the right floor if all of them are candidates
-    floor = flat.masked_fill(flat > threshold, 0).max().double().view(1)
+    floor = flat.masked_fill(flat > threshold, 0).max().cpu().double().view(1)
     reserved_max = torch.cat([floor, candidates[:-1]])
     gaps = (candidates - reserved_max) ** rule.gap_power
     split = int((gaps - rule.lambda2 * _variances_of_prefixes(candidates)).argmax())
