@@ -1,6 +1,7 @@
 """Products with a weight that is computed one slab at a time, so that its memory does not grow with the layer.
 
-A slab is a slice of the rows of a weight.
+A slab is a slice of the rows of a weight. The slabs of a weight are about equally large and have multiples of 256 rows, because matrix
+products on CUDA are several times slower where the number of rows is not a multiple of 8.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,9 +13,16 @@ SLAB_WEIGHTS = 1 << 26
 """Largest number of weights in a slab; in most models up to 7B, each layer is a single slab."""
 
 
+_ALIGNED = 256
+"""Number of rows of which every slab but the last has a multiple, unless a slab has fewer rows."""
+
+
 def slabs(shape: Sequence[int]) -> Iterator[slice]:
     """Slices of the rows of a weight with shape [O, I], one per slab."""
-    rows = max(1, SLAB_WEIGHTS // shape[1])
+    most = max(1, SLAB_WEIGHTS // shape[1])
+    step = _ALIGNED if most >= _ALIGNED else 1
+    number = -(-shape[0] // (most // step * step)) if shape[0] > most else 1
+    rows = shape[0] if number == 1 else -(-shape[0] // (number * step)) * step
     for start in range(0, shape[0], rows):
         yield slice(start, min(start + rows, shape[0]))
 

@@ -283,6 +283,23 @@ def test_product_and_its_gradients_equal_those_of_a_linear_layer_with_the_soft_w
         assert torch.equal(rounding.v, other.v)
 
 
+@pytest.mark.parametrize(
+    ("shape", "sizes"),
+    [
+        ((4096, 4096), [4096]),
+        ((8192, 28672), [2048] * 4),  # down_proj of Llama 70B
+        ((16384, 53248), [1024] * 16),  # down_proj of Llama 405B
+        ((22016, 8192), [7424, 7424, 7168]),
+        ((4, 1 << 25), [2, 2]),
+        ((3, 1 << 27), [1, 1, 1]),
+    ],
+)
+def test_slabs_are_equal_and_have_multiples_of_256_rows(shape, sizes):
+    found = list(slabs.slabs(shape))
+    assert [rows.stop - rows.start for rows in found] == sizes
+    assert [rows.start for rows in found] == [sum(sizes[:index]) for index in range(len(sizes))]
+
+
 @pytest.mark.parametrize("method", ["lora_rounding", "signround"])
 @pytest.mark.parametrize("phase", list(Phase))
 def test_a_weight_in_slabs_of_rows_gives_the_output_and_gradients_of_the_whole_weight(monkeypatch, method, phase):
