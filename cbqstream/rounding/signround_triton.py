@@ -5,6 +5,8 @@ A kernel reads each weight once and stores no intermediate result of the size of
 
 The results are identical bit for bit to those of `PlainKernels`, except for the gradient of theta: its sum over a group has another order.
 That order is always the same, because there are no atomic operations. Divisions round to nearest, as in `PlainKernels`.
+
+Programs that run one after the other work on the same rows, so that they read memory in order.
 """
 
 import torch
@@ -15,6 +17,8 @@ from torch import Tensor
 from cbqstream.numerics.affine import Bound
 
 _ROWS, _COLUMNS = 16, 128
+_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+"""Options of every launch. Without fused multiplications and additions, results are those of `PlainKernels`."""
 # 1.5 * 2^23: adding and subtracting it rounds to the nearest integer, ties to even
 _MAGIC = tl.constexpr(12582912.0)
 
@@ -39,8 +43,8 @@ def _forward_kernel(
 
     K columns share a scale. With BOUNDS, each group has its own smallest and largest level.
     """
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
     mask = (row < rows) & (column < columns)
     at = row.to(tl.int64) * columns + column
     group = row * groups + column // K
@@ -67,8 +71,8 @@ def _backward_update_kernel(
 
     The group is processed COLUMNS columns at a time, so the gradient of theta is always summed in the same order.
     """
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    group = row * groups + tl.program_id(1)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    group = row * groups + tl.program_id(0)
     in_rows = row < rows
     scale = tl.load(scale_ptr + group, mask=in_rows, other=1.0)
     if BOUNDS:
@@ -80,7 +84,7 @@ def _backward_update_kernel(
     for start in range(0, K, COLUMNS):
         offset = start + tl.arange(0, COLUMNS)
         mask = in_rows[:, None] & (offset < K)[None, :]
-        at = row[:, None].to(tl.int64) * columns + tl.program_id(1) * K + offset[None, :]
+        at = row[:, None].to(tl.int64) * columns + tl.program_id(0) * K + offset[None, :]
         w = tl.load(w_ptr + at, mask=mask, other=0.0).to(tl.float32)
         v = tl.load(v_ptr + at, mask=mask, other=0.0).to(tl.float32)
         gradient = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)
@@ -97,11 +101,11 @@ def forward(w_OI: Tensor, scale_OG: Tensor, v_OI: Tensor, low: Bound, high: Boun
     rows, columns = w_OI.shape
     groups = scale_OG.shape[1]
     bounds = isinstance(low, Tensor)
-    grid = (triton.cdiv(rows, _ROWS), triton.cdiv(columns, _COLUMNS))
+    grid = (triton.cdiv(columns, _COLUMNS), triton.cdiv(rows, _ROWS))
     _forward_kernel[grid](
         w_OI, v_OI, scale_OG, low if bounds else scale_OG, high if bounds else scale_OG, out_OI, rows, columns, groups,
         columns // groups, 0.0 if bounds else low, 0.0 if bounds else high,
-        BOUNDS=bounds, ROWS=_ROWS, COLUMNS=_COLUMNS,
+        BOUNDS=bounds, ROWS=_ROWS, COLUMNS=_COLUMNS, **_OPTIONS,
     )  # fmt: skip
 
 
@@ -120,11 +124,13 @@ def backward_update(
     bounds = isinstance(low, Tensor)
     gradient_OG = torch.empty_like(scale_OG)
     size = columns // groups
-    grid = (triton.cdiv(rows, _ROWS), groups)
+    tile = min(_COLUMNS, triton.next_power_of_2(size))
+    in_tile = _ROWS * _COLUMNS // tile  # tiles of one size, so that a thread reads 16 bytes at once in small groups too
+    grid = (groups, triton.cdiv(rows, in_tile))
     _backward_update_kernel[grid](
         w_OI, v_OI, scale_OG, low if bounds else scale_OG, high if bounds else scale_OG, gradient_OI, gradient_OG, rows,
         columns, groups, size, 0.0 if bounds else low, 0.0 if bounds else high, step,
-        BOUNDS=bounds, ROWS=_ROWS, COLUMNS=min(_COLUMNS, triton.next_power_of_2(size)),
+        BOUNDS=bounds, ROWS=in_tile, COLUMNS=tile, **_OPTIONS,
     )  # fmt: skip
     torch.autograd.graph.increment_version(v_OI)
     return gradient_OG

@@ -4,7 +4,11 @@ They run on a GPU, or without one in the interpreter of Triton, which computes o
 """
 
 import importlib
+import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +20,7 @@ from cbqstream.rounding.signround_kernels import PlainKernels, kernels_for, requ
 from cbqstream.scheme import Scheme
 
 pytest.importorskip("triton")
+HERE = Path(__file__).parent
 MODULE = "cbqstream.rounding.signround_triton"
 kernels = importlib.import_module(MODULE)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -99,3 +104,32 @@ def test_kernels_for_gives_triton_on_cuda_and_plain_kernels_otherwise(monkeypatc
     monkeypatch.delitem(sys.modules, MODULE, raising=False)
     with pytest.raises(UsageError, match=r"triton cannot be loaded .*\. Install it, or use --kernels plain\."):
         kernels_for("auto", cuda)
+
+
+@pytest.mark.parametrize("sm", [80, 86, 89, 90, 100, 120])
+def test_kernels_compile_for_gpus_without_spills_and_with_wide_loads(sm, tmp_path):
+    """Every variant that is launched is compiled ahead of time: no GPU is needed.
+
+    No thread keeps values outside its registers, nothing is multiplied and added in one instruction, and weights are read and written 16
+    bytes at a time where their rows begin at a multiple of 16 bytes.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = [sys.executable, HERE / "compile_kernels.py", str(sm), *(["--all"] if sm == 90 else [])]
+    made = subprocess.run(
+        script,
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=500,
+    )
+    assert made.returncode == 0, made.stderr
+    found = json.loads(made.stdout)
+    assert len(found) == (3 * 7 * 2 if sm == 90 else 4 * 2)
+    for variant, kernels_of_it in found.items():
+        assert len(kernels_of_it) == 2, variant
+        for facts in kernels_of_it:
+            assert (facts["stack"], facts["local"], facts["fused"]) == (0, 0, 0), variant
+            assert 0 < facts["reg"] <= 255, variant
+            wide = facts["wide loads"] > 0, facts["wide stores"] > 0
+            assert wide == ((False, False) if "unaligned" in variant else (True, True)), variant

@@ -1,0 +1,98 @@
+"""Compile the Triton kernels for a GPU that is not there, and print a JSON object with facts about each variant.
+
+Usage: compile_kernels.py SM [--all]
+
+With --all, weights in fp16 and float32 and more group sizes are compiled too.
+
+The functions of `signround_triton.py` are called with tensors on the CPU, and every launch is replaced by a compilation, so that exactly
+the variants that would be launched are compiled.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from cbqstream.rounding import signround_triton as kernels
+
+ROWS = 64
+SHAPES = {"16": (16, 8), "128": (128, 8), "channel": (4096, 1), "unaligned": (1001, 1)}
+"""Columns of a group and number of groups. The rows of an unaligned weight do not begin at a multiple of 16 bytes."""
+MORE_SHAPES = {"32": (32, 8), "64": (64, 8), "256": (256, 8)}
+DTYPES, MORE_DTYPES = (torch.bfloat16,), (torch.float16, torch.float32)
+
+
+class PretendDriver:
+    """What Triton asks the driver of a device for before it compiles a kernel.
+
+    Args:
+        sm: compute capability, such as 90.
+    """
+
+    def __init__(self, sm: int) -> None:
+        self.target = GPUTarget("cuda", sm, 32)
+
+    def get_current_device(self) -> int:
+        """Number of the device."""
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        """Handle of the stream."""
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        """Architecture of the device."""
+        return self.target
+
+
+def variants(*, everything: bool) -> Iterator[tuple[str, list[object]]]:
+    """Name of each variant and the compiled kernels of a forward and a backward pass."""
+    compiled: list[object] = []
+    run = JITFunction.run
+
+    def compile_only(self, *arguments, grid, warmup, **options):
+        compiled.append(run(self, *arguments, grid=grid, warmup=True, **options))
+
+    JITFunction.run = compile_only
+    dtypes, shapes = (DTYPES + MORE_DTYPES, SHAPES | MORE_SHAPES) if everything else (DTYPES, SHAPES)
+    for dtype, (name, (size, number)), symmetric in product(dtypes, shapes.items(), (True, False)):
+        w = torch.zeros(ROWS, size * number, dtype=dtype)
+        scale, v, gradient = torch.ones(ROWS, number), w.half(), torch.zeros_like(w)
+        bound = (-8.0, 7.0) if symmetric else (-scale, scale)
+        compiled.clear()
+        kernels.forward(w, scale, v, *bound, gradient)
+        kernels.backward_update(w, scale, v, *bound, gradient, 0.01)
+        yield f"{dtype}, {name}, {'symmetric' if symmetric else 'asymmetric'}", list(compiled)
+
+
+def facts(kernel: object) -> dict[str, int]:
+    """Registers of a thread, bytes of its stack and local memory, and numbers of instructions of a compiled kernel."""
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = {name.lower(): int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    ptx = kernel.asm["ptx"]
+    patterns = {
+        "wide loads": r"ld\.global\S*\.v4\.b32",
+        "wide stores": r"st\.global\S*\.v4\.b32",
+        "fused": r"fma\.rn\.f32",
+    }
+    return found | {name: len(re.findall(pattern, ptx)) for name, pattern in patterns.items()}
+
+
+if __name__ == "__main__":
+    driver.set_active(PretendDriver(int(sys.argv[1])))
+    found = variants(everything="--all" in sys.argv)
+    print(json.dumps({name: [facts(kernel) for kernel in both] for name, both in found}))
