@@ -84,7 +84,7 @@ def inputs_beside_window(config: QuantizeConfig, sizes: ModelSizes, memory_mode:
 
 
 def inputs_beside_experts(config: QuantizeConfig, sizes: ModelSizes, memory_mode: MemoryMode) -> dict[str, int]:
-    """Memory for the inputs of all experts and for the tokens of one while it is reconstructed, in bytes by purpose.
+    """Memory for the inputs of all experts and the choices of the router while experts are reconstructed, in bytes by purpose.
 
     Args:
         config: settings of the run.
@@ -94,11 +94,7 @@ def inputs_beside_experts(config: QuantizeConfig, sizes: ModelSizes, memory_mode
     routed = sizes.experts_alone(config)
     if routed is None:
         return {}
-    tokens, chosen = _tokens(config), _chosen(routed)
-    of_expert = min(tokens, _SKEW * tokens * chosen / routed.num_experts)  # inputs, targets, and targets in parts
-    found = {
-        "tokens of an expert": int(tokens * chosen * _ROUTED_BYTES + of_expert * sizes.hidden * (STREAM_BYTES + 8))
-    }
+    found = {"choices of the router": int(_tokens(config) * _chosen(routed) * _ROUTED_BYTES)}
     if not memory_mode.expert_inputs_on_disk:
         found["inputs of experts"] = _STORES_IN_MEMORY * _store(config, sizes)
     return found
@@ -111,7 +107,7 @@ def one_expert(routed: ModelSizes) -> ModelSizes:
 
 
 def expert_memory(config: QuantizeConfig, sizes: ModelSizes, device: str) -> dict[str, int]:
-    """Memory of the computation for one expert, and for the finished experts of its group, in bytes by purpose.
+    """Memory of the computation for one expert with its tokens, and for the finished experts of its group, in bytes by purpose.
 
     A group has at most 2^26 weights, or one expert. On the CPU, a float32 copy of the weights is counted too.
 
@@ -130,9 +126,11 @@ def expert_memory(config: QuantizeConfig, sizes: ModelSizes, device: str) -> dic
     learned = rounding_cost(config, routed).resident_bytes + scale_bytes(config, routed, 24)
     step = config.reconstruction.batch_size * config.calibration.seq_len
     tokens = max(TOKENS_AT_ONCE, int(step * min(1.0, _SKEW * routed.experts)))
+    own = min(_tokens(config), _SKEW * _tokens(config) * routed.experts)
     outputs = sum(rows for rows, _ in routed.layers.values()) // routed.num_experts
     found = {} if not method_of(config.reconstruction).closed_form else closed_form_bytes(config, one_expert(routed))
     return found | {
+        "tokens of an expert": int(own * sizes.hidden * (STREAM_BYTES + 8)),  # inputs, targets, and targets in parts
         "weights of an expert": int(one * (routed.stored + copy)),
         "rounding of an expert": learned // routed.num_experts,
         "finished experts": int(together * one + share * packed_bytes(config, routed)),  # codes of a byte, and packed
@@ -209,19 +207,18 @@ def expert_writes(config: QuantizeConfig, sizes: ModelSizes, extent: Extent, mem
 
 
 def expert_copies(config: QuantizeConfig, sizes: ModelSizes, extent: Extent) -> int:
-    """Bytes of inputs, sums and targets of experts that are copied to and from a CUDA device.
+    """Bytes of inputs and outputs of experts that are copied to and from a CUDA device.
 
     Args:
         config: settings of the run.
         sizes: sizes of the model.
         extent: windows of the run.
     """
-    routed, settings = sizes.experts_alone(config), config.reconstruction
+    routed = sizes.experts_alone(config)
     if routed is None:
         return 0
-    epochs = settings.epochs if method_of(settings).learns else 0
-    # inputs in six passes, outputs of five in float32, and inputs and float32 targets in training
-    each = 6 * STREAM_BYTES + 5 * 4 + epochs * (STREAM_BYTES + 4)
+    # inputs in six passes and for training, and outputs for three sums in float32
+    each = 7 * STREAM_BYTES + 3 * 4
     return int(expert_blocks(config, sizes, extent) * _tokens(config) * _chosen(routed) * sizes.hidden * each)
 
 

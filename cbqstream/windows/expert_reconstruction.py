@@ -90,7 +90,7 @@ class ExpertData(TrainingData[_Tokens]):
     """Inputs and targets of an expert, in the order of its tokens."""
 
     tokens: _Tokens
-    """All tokens, on the CPU."""
+    """All tokens."""
     firsts: Sequence[int]
     """Position of the first token of each segment, and the number of all tokens."""
     channels: Tensor
@@ -111,8 +111,7 @@ class ExpertData(TrainingData[_Tokens]):
     def read(self, blocks: Sequence[ResidentBlock], batches: Sequence[Sequence[int]]) -> Iterator[_Tokens]:
         for batch in batches:
             parts = [slice(self.firsts[segment], self.firsts[segment + 1]) for segment in batch]
-            chosen = (torch.cat([value[part] for part in parts]).to(self.compute.device) for value in self.tokens)
-            x_TD, *others = chosen
+            x_TD, *others = (torch.cat([value[part] for part in parts]) for value in self.tokens)
             yield _Tokens(x_TD.to(self.compute.dtype), *others)
 
     @override
@@ -122,8 +121,7 @@ class ExpertData(TrainingData[_Tokens]):
     @override
     def loss(self, blocks: Sequence[ResidentBlock], batch: _Tokens, phase: Phase, step: int) -> Tensor:
         h_TD = run_blocks(blocks, batch.x, phase).float() * batch.gate
-        channels = self.channels.to(h_TD.device)
-        return expert_loss(h_TD, batch.target, batch.weight, batch.power, channels)
+        return expert_loss(h_TD, batch.target, batch.weight, batch.power, self.channels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,18 +229,20 @@ class ExpertInputs:
     @torch.no_grad()
     def _output(self, block: ResidentBlock, inputs: TokenStore, tokens: Tensor, phase: Phase) -> Tensor:
         x_TD = inputs.take(tokens).to(self.compute.device, self.compute.dtype)
-        return run_blocks([block], x_TD, phase).float().cpu()
+        return run_blocks([block], x_TD, phase).float()
 
     def _data(self, block: ResidentBlock, tokens: Tensor, gates: Tensor, config: ReconstructionConfig) -> ExpertData:
-        targets = []
+        """Inputs and targets of the expert for its tokens. They are copied to the device once, so no training step waits for them."""
+        device, targets = self.compute.device, []
         for some, gate in in_parts(tokens, gates):
             own, reference = (
                 self._output(block, inputs, some, Phase.ORIGINAL) for inputs in (self.routed.x, self.reference)
             )
-            targets.append(mixed_target(reference, own, config.target_mix) * gate.unsqueeze(1))
-        x_TD, target_TD = self.routed.x.take(tokens), torch.cat(targets)
-        chosen = _Tokens(x_TD, target_TD, gates.unsqueeze(1), self.weights.tokens[tokens], self.weights.power[tokens])
-        return ExpertData(chosen, self._firsts(tokens), self.weights.channels, self.compute, config)
+            targets.append(mixed_target(reference, own, config.target_mix) * gate.unsqueeze(1).to(device))
+        weights, others = self.weights, (gates.unsqueeze(1), self.weights.tokens[tokens], self.weights.power[tokens])
+        x_TD = self.routed.x.take(tokens).to(device)
+        chosen = _Tokens(x_TD, torch.cat(targets), *(value.to(device) for value in others))
+        return ExpertData(chosen, self._firsts(tokens), weights.channels.to(device), self.compute, config)
 
     def _firsts(self, tokens: Tensor) -> list[int]:
         """Position in `tokens` of the first token of each segment, and the number of tokens."""

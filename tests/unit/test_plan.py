@@ -549,7 +549,7 @@ def test_bytes_of_experts_that_are_reconstructed_alone_are_those_counted_by_hand
     assert on_disk.written["inputs of experts"] == 2 * store * (3 * 2 + 4)
     assert on_disk.disk["inputs of experts"] == 7 * store
     on_device = make_plan(config, sizes, "cuda")
-    assert on_device.bus["inputs of experts"] == 2 * tokens * 2 * 64 * (6 * 2 + 5 * 4 + 3 * 6)
+    assert on_device.bus["inputs of experts"] == 2 * tokens * 2 * 64 * (7 * 2 + 3 * 4)
     # each token passes 6 times through its experts, twice an eighth for the loss, and 3 times in training by 14 of the 16 segments
     passes = 6 + 2 * 2 / 16 + 3 * 3 * 14 / 16
     alone = (
