@@ -5,6 +5,7 @@ import gc
 import resource
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -12,11 +13,13 @@ import psutil
 GIB = 1 << 30
 _M_MMAP_THRESHOLD = -3  # of malloc.h
 _CONTROL_GROUPS = Path("/sys/fs/cgroup")
-_MEMORY_FILES = {
-    "1": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-    "2": ("", "memory.max", "memory.current", "inactive_file"),
-}
-"""Folder of a version of control groups, and its names of the limit, the usage, and the files in the page cache, in bytes."""
+_MEMORY_FILES = (
+    ("memory", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ("", "0", "memory.max", "memory.current", "inactive_file"),
+    ("unified", "0", "memory.max", "memory.current", "inactive_file"),
+)
+"""Folder of control groups (version 1, version 2, and version 2 beside version 1), the number or controller of their lines in
+/proc/self/cgroup, and their names of the limit, the usage, and the files in the page cache, in bytes."""
 _TOO_LITTLE = ("out of memory", "_ALLOC_FAILED")
 
 
@@ -34,26 +37,29 @@ def available_bytes() -> int:
 def _left_in_control_groups(mounted: Path, listed: Path) -> Iterator[int]:
     """Memory in bytes that each control group of this process with a limit has left, versions 1 and 2. Cached files count as free.
 
+    A group whose files cannot be read sets no limit.
+
     Args:
         mounted: folder in which the file systems of control groups are mounted.
         listed: file that lists the groups of this process, as `number:controllers:path`.
     """
-    if not listed.is_file():
+    try:
+        groups = [line.split(":", 2) for line in listed.read_text().splitlines()]
+    except OSError:
         return
-    for line in listed.read_text().splitlines():
-        number, controllers, path = line.split(":", 2)
-        kind = "2" if number == "0" else "1" if "memory" in controllers.split(",") else None
-        if kind is None:
-            continue
-        root, limit, usage, cached = _MEMORY_FILES[kind]
+    for root, kind, limit, usage, cached in _MEMORY_FILES:
         top = mounted / root
-        group = top / path.lstrip("/")
-        for folder in (group, *group.parents):  # inside a container, only the top may exist
-            if folder.is_relative_to(top) and (folder / limit).is_file():
-                allowed, statistics = (folder / limit).read_text().strip(), (folder / "memory.stat").read_text().split()
-                held = dict(zip(statistics[::2], statistics[1::2], strict=True))
-                if allowed != "max":
-                    yield int(allowed) - int((folder / usage).read_text()) + int(held[cached])
+        for number, controllers, path in groups:
+            if kind not in (number, *controllers.split(",")):
+                continue
+            group = top / path.lstrip("/")
+            for folder in (group, *group.parents):  # inside a container, only the top may exist
+                with suppress(OSError, KeyError, ValueError):  # no such file, no such value, or "max"
+                    if folder.is_relative_to(top):
+                        statistics = (folder / "memory.stat").read_text().split()
+                        held = dict(zip(statistics[::2], statistics[1::2], strict=True))
+                        allowed, used = (int((folder / name).read_text()) for name in (limit, usage))
+                        yield allowed - used + int(held[cached])
 
 
 def peak_resident_bytes() -> int:
