@@ -28,11 +28,15 @@ class _Input:
 
 
 def _inputs(sizes: ModelSizes) -> Sequence[_Input]:
-    """The inputs of the layers of a block. Layers that inference engines join read the same one, and so do an expert's of one width."""
+    """The inputs of the layers of a block.
+
+    Layers that inference engines join read the same input. So do those of an expert, except for the last one, which writes its output.
+    """
     found: dict[object, _Input] = {}
+    last = {match[1]: name for name in sizes.layers if (match := EXPERT.search(name)) is not None}
     for name, (rows, columns) in sizes.layers.items():
         expert = EXPERT.search(name)
-        key = joined_with(name.removesuffix(".weight")) if expert is None else (expert[1], columns)
+        key = joined_with(name.removesuffix(".weight")) if expert is None else (expert[1], last[expert[1]] == name)
         others = found[key].rows if key in found else 0
         found[key] = _Input(others + rows, columns, expert is not None)
     return list(found.values())
@@ -66,7 +70,7 @@ def closed_form_passes(sizes: ModelSizes) -> int:
     inputs = _inputs(sizes)
     dense = sum(not each.expert for each in inputs)
     # experts get other tokens in the reference stream, which is not read for them
-    return 2 * dense + len({each.columns for each in inputs if each.expert})
+    return 2 * dense + (2 if dense < len(inputs) else 0)
 
 
 def closed_form_bytes(config: QuantizeConfig, sizes: ModelSizes) -> dict[str, int]:

@@ -23,6 +23,7 @@ from cbqstream.planning.sizes import ModelSizes
 from cbqstream.planning.work import Extent, Work
 from cbqstream.records import MemoryMode
 from cbqstream.rounding.registry import method_of
+from cbqstream.windows.expert_reconstruction import SKEW
 from cbqstream.windows.routed_experts import TOKENS_AT_ONCE
 from cbqstream.windows.schedule import split_held_out
 
@@ -34,8 +35,6 @@ _STORES_IN_MEMORY, _STORES_IN_FILE = 2, 7
 """Stores of a value of all tokens that are in memory at once, and in the file of a window, which never shrinks."""
 _ROUTED_BYTES = 32
 """Memory for one choice of a router: its number, its weight, and their sorted copies."""
-_SKEW = 2
-"""Ratio of the tokens of the most frequent expert to those of a mean one; an estimate."""
 
 
 def expert_blocks(config: QuantizeConfig, sizes: ModelSizes, extent: Extent) -> int:
@@ -125,8 +124,8 @@ def expert_memory(config: QuantizeConfig, sizes: ModelSizes, device: str) -> dic
     copy = 4 if device == "cpu" else 0
     learned = rounding_cost(config, routed).resident_bytes + scale_bytes(config, routed, 24)
     step = config.reconstruction.batch_size * config.calibration.seq_len
-    tokens = max(TOKENS_AT_ONCE, int(step * min(1.0, _SKEW * routed.experts)))
-    own = min(_tokens(config), _SKEW * _tokens(config) * routed.experts)
+    tokens = max(TOKENS_AT_ONCE, int(step * min(1.0, SKEW * routed.experts)))
+    own = min(_tokens(config), SKEW * _tokens(config) * routed.experts)
     outputs = sum(rows for rows, _ in routed.layers.values()) // routed.num_experts
     found = {} if not method_of(config.reconstruction).closed_form else closed_form_bytes(config, one_expert(routed))
     return found | {
@@ -175,9 +174,18 @@ def expert_reads(
         "finished experts": blocks * 2 * packed_experts(config, sizes),  # for the shard, and for the stream
     }
     if memory_mode.expert_inputs_on_disk:
-        # inputs in six passes and sums in three, once for each expert of a token; sums in three passes over the streams
-        found["inputs of experts"] = int(blocks * _store(config, sizes) * (9 * _chosen(routed) + 3 + passes))
+        # inputs and sums in three passes, once for each expert of a token; sums in three passes over the streams
+        each = (_input_passes(config) + 3) * _chosen(routed) + 3 + passes
+        found["inputs of experts"] = int(blocks * _store(config, sizes) * each)
     return found
+
+
+def _input_passes(config: QuantizeConfig) -> int:
+    """Number of times that a token is read for each of its experts.
+
+    For the sums of three passes, statistics, and outputs for both streams; in closed form, for both streams in two stages.
+    """
+    return 6 + (4 if method_of(config.reconstruction).closed_form else 0)
 
 
 def expert_writes(config: QuantizeConfig, sizes: ModelSizes, extent: Extent, memory_mode: MemoryMode) -> dict[str, int]:
@@ -217,8 +225,8 @@ def expert_copies(config: QuantizeConfig, sizes: ModelSizes, extent: Extent) -> 
     routed = sizes.experts_alone(config)
     if routed is None:
         return 0
-    # inputs in six passes and for training, and outputs for three sums in float32
-    each = 7 * STREAM_BYTES + 3 * 4
+    # inputs, once more for training, and outputs for three sums in float32
+    each = (_input_passes(config) + 1) * STREAM_BYTES + 3 * 4
     return int(expert_blocks(config, sizes, extent) * _tokens(config) * _chosen(routed) * sizes.hidden * each)
 
 
@@ -236,9 +244,11 @@ def expert_work(config: QuantizeConfig, sizes: ModelSizes, extent: Extent) -> Wo
     samples = config.calibration.num_samples
     training, held_out = (len(part) for part in split_held_out(samples))
     epochs = settings.epochs if method_of(settings).learns else 0
+    runs = 6 + (2 if method_of(settings).closed_form else 0)
     return Work(
-        # the sums of three passes, statistics of the inputs, outputs for both streams, and the loss on held-out segments
-        forward=blocks * (6 * samples + 2 * held_out),
+        # the sums of three passes, statistics of the inputs, outputs for both streams, and the loss on held-out segments; in closed form,
+        # inner inputs for both streams
+        forward=blocks * (runs * samples + 2 * held_out),
         trained=blocks * epochs * training,
         steps=blocks * epochs * -(-training // settings.batch_size),
         hard_batches=0,

@@ -18,8 +18,8 @@ from cbqstream.transforms.registry import active
 from cbqstream.transforms.transform import TransformCost
 from cbqstream.windows.step_sizes import SEGMENTS_PER_STEP
 
-PROCESS = {"cpu": 385 << 20, "cuda": 2 << 30}
-"""Resident memory of a process after all imports and some computation; an estimate on CUDA."""
+PROCESS = {"cpu": 480 << 20, "cuda": 2 << 30}
+"""Resident memory of a process after all imports and some computation, with torch 2.13 and transformers 5.24; an estimate on CUDA."""
 _DECODING = 64 << 20
 """Memory for the rows of a quantized weight that are decoded at once (`checkpoint/decoders`), measured."""
 CONTEXT = 700 << 20

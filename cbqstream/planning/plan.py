@@ -177,12 +177,11 @@ def _exceeded(config: QuantizeConfig, made: Plan) -> str | None:
 
     Without --max-ram, a run with streams in memory may take half of the memory that is free.
     """
-    over, free = _over(config, made), available_bytes() // 2
+    over = _over(config, made)
     if over is not None:
         return f"--max-{over[0]} {over[1] / GIB:.2f} GiB"
-    if config.max_ram is None and not made.memory_mode.streams_on_disk and made.largest("ram") > free:
-        return f"half of the free memory, {free / GIB:.2f} GiB"
-    return None
+    unlimited = config.max_ram is None and not made.memory_mode.streams_on_disk
+    return "half of the free memory" if unlimited and 2 * made.largest("ram") > available_bytes() else None
 
 
 def _over(config: QuantizeConfig, made: Plan) -> tuple[Literal["ram", "vram"], int] | None:
@@ -283,9 +282,9 @@ def smaller_plans(
 def _reason(config: QuantizeConfig, modes: Mapping[str, Plan], made: Plan) -> str:
     """The reason for the memory mode of a plan."""
     before = [*modes][: [*modes].index(made.way)]
-    failed = dict[str | None, list[str]]()
-    for name in before:
-        failed.setdefault(modes[name].exceeded, []).append(f'"{name}"')
+    failed = dict[str, list[str]]()
+    for name in before:  # without a limit, memory may have become free since
+        failed.setdefault(modes[name].exceeded or "half of the free memory", []).append(f'"{name}"')
     if failed:
         reasons = (f"{', '.join(names)} would exceed {limit}" for limit, names in failed.items())
         return f"the first that fits: {'; '.join(reasons)}"

@@ -94,14 +94,14 @@ class Work:
         training, held_out = (len(part) for part in split_held_out(samples))
         learns = method_of(settings).learns
         epochs = settings.epochs if learns else 0
+        stages = _STAGE_PASSES if method_of(settings).closed_form else 0
         stride = config.window.size - config.window.overlap
         forward: float = windows * (samples * (stride + in_window + stride) + 2 * held_out * in_window)
         trained = windows * epochs * training * in_window
         steps = windows * epochs * math.ceil(training / settings.batch_size)
         if activation_checkpointing:
             forward += trained
-        if method_of(settings).closed_form:
-            forward += windows * samples * _STAGE_PASSES
+        forward += windows * samples * stages
         if settings.end_to_end_epochs and learns:
             forward += settings.end_to_end_epochs * sizes.num_blocks * (training + 2 * held_out)
             trained += settings.end_to_end_epochs * sizes.num_blocks * training
@@ -110,7 +110,7 @@ class Work:
             trained=trained,
             steps=steps * in_window,
             hard_batches=2 * windows * in_window * math.ceil(held_out / settings.batch_size),
-            stream_batches=windows * (2 * stride + in_window) * math.ceil(samples / settings.batch_size),
+            stream_batches=windows * (2 * stride + in_window + stages) * math.ceil(samples / settings.batch_size),
             windows=windows,
             blocks=windows * stride,
             head_segments=epochs * training + 2 * held_out if settings.head_weight else 0,

@@ -34,6 +34,9 @@ from cbqstream.windows.resident_block import FEWEST_TOKENS, SAMPLED_TOKENS, Bloc
 from cbqstream.windows.routed_experts import Routed, RoutedExperts, in_parts
 from cbqstream.windows.schedule import split_held_out
 
+SKEW = 2
+"""Ratio of the tokens of an expert to those of a mean one up to which they are on the device together."""
+
 
 @dataclass(frozen=True, slots=True)
 class LossWeights:
@@ -111,7 +114,8 @@ class ExpertData(TrainingData[_Tokens]):
     def read(self, blocks: Sequence[ResidentBlock], batches: Sequence[Sequence[int]]) -> Iterator[_Tokens]:
         for batch in batches:
             parts = [slice(self.firsts[segment], self.firsts[segment + 1]) for segment in batch]
-            x_TD, *others = (torch.cat([value[part] for part in parts]) for value in self.tokens)
+            chosen = (torch.cat([value[part] for part in parts]).to(self.compute.device) for value in self.tokens)
+            x_TD, *others = chosen
             yield _Tokens(x_TD.to(self.compute.dtype), *others)
 
     @override
@@ -232,17 +236,23 @@ class ExpertInputs:
         return run_blocks([block], x_TD, phase).float()
 
     def _data(self, block: ResidentBlock, tokens: Tensor, gates: Tensor, config: ReconstructionConfig) -> ExpertData:
-        """Inputs and targets of the expert for its tokens. They are copied to the device once, so no training step waits for them."""
-        device, targets = self.compute.device, []
+        """Inputs and targets of the expert for its tokens.
+
+        They are copied to the device once, so that no training step waits for them. Those of an expert with very many stay on the CPU.
+        """
+        few = len(tokens) * len(self.experts) <= SKEW * self.routed.choices
+        place, targets = self.compute.device if few else torch.device("cpu"), []
         for some, gate in in_parts(tokens, gates):
             own, reference = (
                 self._output(block, inputs, some, Phase.ORIGINAL) for inputs in (self.routed.x, self.reference)
             )
-            targets.append(mixed_target(reference, own, config.target_mix) * gate.unsqueeze(1).to(device))
+            targets.append(mixed_target(reference, own, config.target_mix) * gate.unsqueeze(1).to(reference.device))
+            targets[-1] = targets[-1].to(place)
         weights, others = self.weights, (gates.unsqueeze(1), self.weights.tokens[tokens], self.weights.power[tokens])
-        x_TD = self.routed.x.take(tokens).to(device)
-        chosen = _Tokens(x_TD, torch.cat(targets), *(value.to(device) for value in others))
-        return ExpertData(chosen, self._firsts(tokens), weights.channels.to(device), self.compute, config)
+        x_TD = self.routed.x.take(tokens).to(place)
+        chosen = _Tokens(x_TD, torch.cat(targets), *(value.to(place) for value in others))
+        channels = weights.channels.to(self.compute.device)
+        return ExpertData(chosen, self._firsts(tokens), channels, self.compute, config)
 
     def _firsts(self, tokens: Tensor) -> list[int]:
         """Position in `tokens` of the first token of each segment, and the number of tokens."""

@@ -35,6 +35,11 @@ class Routed:
     weights: list[Tensor] = field(default_factory=list)
     """Weights of their outputs, float32 [B S, K] on the CPU."""
 
+    @property
+    def choices(self) -> int:
+        """Number of choices of the router, T K."""
+        return sum(chosen_TK.numel() for chosen_TK in self.chosen)
+
     def by_expert(self, number: int) -> list[tuple[Tensor, Tensor]]:
         """For each of `number` experts, and for choices behind the last one: its tokens, ascending int64, and the weights, float32.
 
