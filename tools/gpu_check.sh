@@ -3,12 +3,8 @@
 # compared with PlainKernels. `windows`: training steps of windows of the shapes of 65B and 405B models with limits of device memory, compared
 # with their matrix products alone.
 # Usage: tools/gpu_check.sh [OUT] [tests|windows]      (OUT: folder for results, default benchmarks/results; both parts by default)
-# PYTHON is an interpreter with torch for CUDA. If it lacks packages and there is no network, WHEELS is a folder that was filled with
-#   pip download --dest WHEELS --no-deps --python-version 3.12 --only-binary :all: zarr numcodecs google-crc32c donfig typing-extensions \
-#       compressed-tensors pydantic pydantic-core annotated-types typing-inspection loguru safetensors accelerate transformers tokenizers \
-#       huggingface-hub psutil filelock typer annotated-doc shellingham rich markdown-it-py mdurl pygments hypothesis sortedcontainers \
-#       pytest iniconfig pluggy packaging gguf numpy pyyaml regex tqdm click requests httpx2 hf-xet
-# for the version of PYTHON. An import error names any other package that is missing.
+# PYTHON is an interpreter with torch for CUDA and transformers. If it lacks packages and there is no network, WHEELS is a folder that
+# tools/gpu_wheels.sh filled; what PYTHON has is not replaced. An import error names any other package that is missing.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -18,7 +14,8 @@ mkdir -p "$out"
 results=$out/window-gpu.json
 if [ -n "${WHEELS:-}" ]; then
     site=$(mktemp -d)
-    "$python" -m pip install --quiet --no-index --no-deps --target "$site" "$WHEELS"/*.whl || exit 69
+    for wheel in "$WHEELS"/*.whl; do "$python" -m zipfile --extract "$wheel" "$site/packages" || exit 69; done
+    echo "import sys; sys.path.append('$site/packages')" > "$site/sitecustomize.py"  # behind the packages of PYTHON
     export PYTHONPATH=$site
 fi
 export PYTHONPATH=$PWD:${PYTHONPATH:-}
