@@ -425,7 +425,7 @@ BAD_ARGUMENTS = {
     "memory": (
         ("--max-ram", "300MiB"),
         69,
-        "--max-ram 0.29 GiB: this run needs 0.38 (process 0.38). No smaller setting fits; use a higher limit.",
+        "--max-ram 0.29 GiB: this run needs 0.47 (process 0.47). No smaller setting fits; use a higher limit.",
     ),
     "no size": (("--max-ram", "16"), 2, "'16' is not a size. Write it as 16GiB or 800MB."),
     "device": (("--device", "cuda:7"), 2, "device cuda:7 is not available. Use --device cpu."),
