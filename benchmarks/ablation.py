@@ -17,11 +17,11 @@ import statistics
 import sys
 from pathlib import Path
 
-from measure import CALIBRATION, cbqstream, cut_tokens, load, perplexity, save, window_reports
+from measure import CALIBRATION, Measured, cbqstream, cut_tokens, load, perplexity, save, window_reports
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "ablation.json"
-KEEP_FIRST, KEEP_LAST = 10, 16
+KEEP_FIRST, KEEP_LAST, HELD_OUT = 10, 16, 24
 
 GRIDS = {
     "W2A16 group 64, asymmetric": "--scheme W2A16 --group-size 64 --no-symmetric",
@@ -63,26 +63,42 @@ NOT_FOR = {
 """Switches that are the default of the schemes whose name contains the given text. They are left out there."""
 
 
-def measure(model: Path, work: Path, held_out: Path, name: str, flags: list[str], threads: int) -> dict:
+def quantized_blocks(
+    model: Path, work: Path, held_out: Path, name: str, flags: list[str], threads: int
+) -> tuple[Measured, float, list[dict]]:
     """Quantize four blocks, and evaluate the result.
 
     Args:
         model: folder of the original model.
         work: folder for the quantized model.
-        held_out: token ids for the perplexity.
+        held_out: 24 segments of token ids for the perplexity.
         name: name of the row.
         flags: flags of `quantize`.
         threads: CPU threads.
+
+    Returns:
+        The process of `quantize`, the perplexity, and the reports of the windows.
     """
     out = work / re.sub(r"\W+", "-", name)
     log = out.with_suffix(".jsonl")
-    common = ["--num-samples", "32", "--seq-len", "512", "--keep-first", str(KEEP_FIRST), "--keep-last", str(KEEP_LAST)]
+    common = ["--seq-len", "512", "--keep-first", str(KEEP_FIRST), "--keep-last", str(KEEP_LAST)]
     source = ["--dataset", str(CALIBRATION), "--log-json", str(log), "--threads", str(threads)]
     made = cbqstream("quantize", str(model), str(out), *common, *source, *flags)
-    evaluated = cbqstream("eval", str(out), "--text", str(held_out), "--num-samples", "24", "--threads", str(threads))
-    windows = window_reports(log)
+    return made, held_out_perplexity(out, held_out, threads), window_reports(log)
+
+
+def held_out_perplexity(model: Path, held_out: Path, threads: int) -> float:
+    """Perplexity of a model over 24 segments of token ids."""
+    options = ["--text", str(held_out), "--num-samples", str(HELD_OUT), "--threads", str(threads)]
+    return perplexity(cbqstream("eval", str(model), *options))
+
+
+def measure(model: Path, work: Path, held_out: Path, name: str, flags: list[str], threads: int) -> dict:
+    """The figures of a row. See `quantized_blocks`."""
+    flags = ["--num-samples", "32", *flags]
+    made, found, windows = quantized_blocks(model, work, held_out, name, flags, threads)
     return {
-        "perplexity": perplexity(evaluated),
+        "perplexity": found,
         "seconds": made.seconds,
         "cpu_seconds": made.cpu_seconds,
         "changed": statistics.mean(window["changed"] for window in windows),

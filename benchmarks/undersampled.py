@@ -12,16 +12,15 @@ Rows that the result file contains are not measured again. --only takes parts of
 """
 
 import argparse
-import re
 import sys
 from pathlib import Path
 
-from ablation import KEEP_FIRST, KEEP_LAST
-from measure import CALIBRATION, cbqstream, cut_tokens, load, perplexity, run, save, window_reports
+from ablation import HELD_OUT, held_out_perplexity, quantized_blocks
+from measure import cut_tokens, load, run, save
 
 HERE = Path(__file__).resolve().parent
 GRID = "--scheme W3A16 --group-size 64 --no-symmetric --experts alone --window-size 1 --overlap 0"
-SEGMENTS, SEEDS, HELD_OUT = (2, 8, 32), (0, 1), 24
+SEGMENTS, SEEDS = (2, 8, 32), (0, 1)
 METHODS = {
     "trained": "",
     "trained, all experts": "--calibrate-all-experts",
@@ -33,27 +32,11 @@ METHODS = {
 
 
 def measure(mixture: Path, work: Path, held_out: Path, name: str, flags: list[str], threads: int) -> dict:
-    """Quantize four blocks, and evaluate the result.
-
-    Args:
-        mixture: folder of the mixture.
-        work: folder for the quantized model.
-        held_out: token ids for the perplexity.
-        name: name of the row.
-        flags: flags of `quantize`.
-        threads: CPU threads.
-    """
-    out = work / re.sub(r"\W+", "-", name)
-    log, same = out.with_suffix(".jsonl"), ["--threads", str(threads)]
-    kept = ["--keep-first", str(KEEP_FIRST), "--keep-last", str(KEEP_LAST), "--seq-len", "512"]
-    made = cbqstream(
-        "quantize", str(mixture), str(out), "--dataset", str(CALIBRATION), "--log-json", str(log), *kept, *flags, *same
-    )
-    found = cbqstream("eval", str(out), "--text", str(held_out), "--num-samples", str(HELD_OUT), *same)
-    reports = window_reports(log)
+    """The figures of a row. See `quantized_blocks`."""
+    made, found, reports = quantized_blocks(mixture, work, held_out, name, flags, threads)
     tokens = [count for report in reports for counts in report["experts"].values() for count in counts]
     return {
-        "perplexity": perplexity(found),
+        "perplexity": found,
         "cpu_seconds": made.cpu_seconds,
         "undersampled": sum(len(report["undersampled"]) for report in reports),
         "experts": len(tokens),
@@ -80,7 +63,7 @@ def table(rows: dict[str, dict]) -> str:
             each = f" ({', '.join(f'{value:.2f}' for value in values)})" if len(values) > 1 else ""
             lines.append(
                 f"| {segments} | {method} | {mean:.2f}{each} | {mean / full - 1:+.1%} | {first['undersampled']}"
-                f" of {4 * 3 * first['experts'] // 4} | {first['fewest']} | {first['cpu_seconds']:.0f} |"
+                f" of {3 * first['experts']} | {first['fewest']} | {first['cpu_seconds']:.0f} |"
             )
     return "\n".join([*lines, "", f"full precision: {full}"])
 
@@ -113,8 +96,7 @@ def main() -> None:
             run(sys.executable, script, str(args.model), str(mixture), "--experts", str(args.experts))
         held_out = cut_tokens(args.model, args.work / "held-out.npy", 48, 48 + HELD_OUT)
         if "full precision" not in load(args.results):
-            options = ["--text", str(held_out), "--num-samples", str(HELD_OUT), "--threads", str(args.threads)]
-            save(args.results, "full precision", {"perplexity": perplexity(cbqstream("eval", str(mixture), *options))})
+            save(args.results, "full precision", {"perplexity": held_out_perplexity(mixture, held_out, args.threads)})
         for name in missing:
             print(name, file=sys.stderr, flush=True)
             save(args.results, name, measure(mixture, args.work, held_out, name, names[name], args.threads))

@@ -326,10 +326,9 @@ def running(monkeypatch) -> Iterator[PretendDevice]:
         "max_memory_allocated": 1,
         **dict.fromkeys(("_lazy_init", "set_device", "empty_cache", "synchronize", "reset_peak_memory_stats")),
     }
-    pin = torch.Tensor.contiguous
 
     def pin_memory(x: torch.Tensor, *_: Any) -> torch.Tensor:
-        made = pin(x).clone()
+        made = x.clone(memory_format=torch.contiguous_format)
         device.pinned.add(made.data_ptr())
         return made
 

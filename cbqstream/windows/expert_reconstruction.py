@@ -93,7 +93,7 @@ class ExpertData(TrainingData[_Tokens]):
     """Inputs and targets of an expert, in the order of its tokens."""
 
     tokens: _Tokens
-    """All tokens."""
+    """All tokens, on the device or, if they are very many, on the CPU."""
     firsts: Sequence[int]
     """Position of the first token of each segment, and the number of all tokens."""
     channels: Tensor
@@ -246,12 +246,11 @@ class ExpertInputs:
             own, reference = (
                 self._output(block, inputs, some, Phase.ORIGINAL) for inputs in (self.routed.x, self.reference)
             )
-            targets.append(mixed_target(reference, own, config.target_mix) * gate.unsqueeze(1).to(reference.device))
-            targets[-1] = targets[-1].to(place)
-        weights, others = self.weights, (gates.unsqueeze(1), self.weights.tokens[tokens], self.weights.power[tokens])
-        x_TD = self.routed.x.take(tokens).to(place)
-        chosen = _Tokens(x_TD, torch.cat(targets), *(value.to(place) for value in others))
-        channels = weights.channels.to(self.compute.device)
+            target_TD = mixed_target(reference, own, config.target_mix) * gate.unsqueeze(1).to(reference.device)
+            targets.append(target_TD.to(place))
+        weights, x_TD = self.weights, self.routed.x.take(tokens)
+        values = x_TD, torch.cat(targets), gates.unsqueeze(1), weights.tokens[tokens], weights.power[tokens]
+        chosen, channels = _Tokens(*(value.to(place) for value in values)), weights.channels.to(self.compute.device)
         return ExpertData(chosen, self._firsts(tokens), channels, self.compute, config)
 
     def _firsts(self, tokens: Tensor) -> list[int]:
