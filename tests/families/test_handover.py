@@ -64,13 +64,14 @@ def test_streams_that_are_lost_are_recomputed_with_the_values_beside_them(tool, 
 def test_the_plan_counts_the_values_beside_the_streams(tool, tmp_path, make_config):
     """Gemma 4 has 4 blocks with 32 values in float32 for each token; the hidden states are 128 wide.
 
-    With shared keys, it hands on keys and values of two heads, 32 wide and 512 wide, in four streams.
+    The disk holds four streams; the targets stay in memory. With shared keys, the model hands on keys and values of two heads,
+    32 wide and 512 wide, in four streams.
     """
     shared = 4 * 2 * 2 * (32 + 512) * 4
     for name, beside in (("gemma4 dense", 0), ("gemma4_text", 4 * 32 * 4), ("gemma4 shared keys", 4 * 32 * 4 + shared)):
         tool.make_model(name, tmp_path / name)
         found = plan(make_config(model=tmp_path / name / "source", num_samples=8), with_time=False)
-        assert found.disk["streams"] == 8 * 16 * (5 * 128 * 2 + beside)
+        assert found.disk["streams"] == 8 * 16 * (4 * 128 * 2 + beside)
 
 
 def test_the_end_to_end_stage_reads_the_values_beside_the_hidden_states(tool, tmp_path, make_config):

@@ -257,7 +257,7 @@ def test_further_processes_do_not_touch_a_run_that_is_locked(toy, tally):
             out = toy.new_out()
             slow = toy.quantize(out, "--epochs", 3000)
             first = toy.start(slow)
-            sleep_until(lambda out=out: (Path(f"{out}.run") / "tmp" / "targets").exists())
+            sleep_until(lambda out=out: (Path(f"{out}.run") / "tmp" / "parts").exists())
             before = sorted(str(path) for path in Path(f"{out}.run").rglob("*") if "tmp" not in path.parts)
             for _ in range(others):
                 ended = toy.run(slow)
