@@ -60,13 +60,22 @@ class TokenStore(ActivationStore):
             tokens: numbers of the tokens, int64 [T], ascending and different from each other.
             values_TD: what is added.
         """
-        sums = (self.take(tokens).float() + values_TD.detach().float().cpu()).to(self.shape.dtype)
+        self.replace(tokens, self.take(tokens).float() + values_TD.detach().float().cpu())
+
+    def replace(self, tokens: Tensor, values_TD: Tensor) -> None:
+        """Replace the values [T, D] of tokens.
+
+        Args:
+            tokens: numbers of the tokens, int64 [T], ascending and different from each other.
+            values_TD: the new values.
+        """
+        values = values_TD.detach().to("cpu", self.shape.dtype)
         if self._file is None:
-            self._rows[tokens] = sums
+            self._rows[tokens] = values
             return
         position = 0
         for first, stop in _ranges(tokens):
-            self._put(first, sums[position : position + stop - first])
+            self._put(first, values[position : position + stop - first])
             position += stop - first
 
     def _get(self, first: int, stop: int) -> Tensor:

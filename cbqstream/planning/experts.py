@@ -1,8 +1,8 @@
 """Cost of routed experts that are reconstructed alone, on the tokens that the router sends to them (`run/experts_alone.py`).
 
 The experts of a block are never in memory together. A window holds its block without them. Every original expert is read from the source
-in three passes: the reference stream, the targets, and the reconstruction. The finished experts are read once, to move the quantized
-stream. `benchmarks/mixture_block.py` compares this with runs.
+in four passes: the reference stream, the targets, the residuals, and the reconstruction. The finished experts are read once, to move the
+quantized stream. `benchmarks/mixture_block.py` compares this with runs.
 """
 
 from dataclasses import replace
@@ -27,12 +27,12 @@ from cbqstream.windows.expert_reconstruction import SKEW
 from cbqstream.windows.routed_experts import TOKENS_AT_ONCE
 from cbqstream.windows.schedule import split_held_out
 
-STREAM_PASSES = 5
-"""Number of times that a run reads a stream for the inputs of the experts of a block, and for the weights of their loss."""
-EXPERT_PASSES = 3
+STREAM_PASSES = 6
+"""Number of times that a run reads a stream for the inputs, the residuals and the loss weights of the experts of a block."""
+EXPERT_PASSES = 4
 """Number of times that a run reads each original expert."""
 _STORES_IN_MEMORY, _STORES_IN_FILE = 2, 7
-"""Stores of a value of all tokens that are in memory at once, and in the file of a window, which never shrinks."""
+"""Stores of a value of all tokens that are in memory at once, and in the file of a window, which never shrinks; one more in closed form."""
 _ROUTED_BYTES = 32
 """Memory for one choice of a router: its number, its weight, and their sorted copies."""
 
@@ -95,8 +95,13 @@ def inputs_beside_experts(config: QuantizeConfig, sizes: ModelSizes, memory_mode
         return {}
     found = {"choices of the router": int(_tokens(config) * _chosen(routed) * _ROUTED_BYTES)}
     if not memory_mode.expert_inputs_on_disk:
-        found["inputs of experts"] = _STORES_IN_MEMORY * _store(config, sizes)
+        found["inputs of experts"] = _stores(config, _STORES_IN_MEMORY) * _store(config, sizes)
     return found
+
+
+def _stores(config: QuantizeConfig, trained: int) -> int:
+    """Number of stores, from the number for a rounding method that is trained: codes in closed form need the inputs of both streams."""
+    return trained + method_of(config.reconstruction).closed_form
 
 
 def one_expert(routed: ModelSizes) -> ModelSizes:
@@ -150,7 +155,7 @@ def expert_disk(config: QuantizeConfig, sizes: ModelSizes, extent: Extent, memor
         return {}
     found = {"finished experts": packed_experts(config, sizes)}
     if memory_mode.expert_inputs_on_disk:
-        found["inputs of experts"] = _STORES_IN_FILE * _store(config, sizes)
+        found["inputs of experts"] = _stores(config, _STORES_IN_FILE) * _store(config, sizes)
     return found
 
 
@@ -174,8 +179,8 @@ def expert_reads(
         "finished experts": blocks * 2 * packed_experts(config, sizes),  # for the shard, and for the stream
     }
     if memory_mode.expert_inputs_on_disk:
-        # inputs and sums in three passes, once for each expert of a token; sums in three passes over the streams
-        each = (_input_passes(config) + 3) * _chosen(routed) + 3 + passes
+        # sums of four passes and residuals, once for each expert of a token; sums in four passes over the streams
+        each = (_input_passes(config) + 5) * _chosen(routed) + 4 + passes
         found["inputs of experts"] = int(blocks * _store(config, sizes) * each)
     return found
 
@@ -183,9 +188,9 @@ def expert_reads(
 def _input_passes(config: QuantizeConfig) -> int:
     """Number of times that a token is read for each of its experts.
 
-    For the sums of three passes, statistics, and outputs for both streams; in closed form, for both streams in two stages.
+    For the sums of four passes, targets, training, and the residuals; in closed form, for both streams in two stages.
     """
-    return 6 + (4 if method_of(config.reconstruction).closed_form else 0)
+    return 7 + (4 if method_of(config.reconstruction).closed_form else 0)
 
 
 def expert_writes(config: QuantizeConfig, sizes: ModelSizes, extent: Extent, memory_mode: MemoryMode) -> dict[str, int]:
@@ -207,10 +212,10 @@ def expert_writes(config: QuantizeConfig, sizes: ModelSizes, extent: Extent, mem
         "finished experts": blocks * packed_experts(config, sizes),
         "window states": blocks * state_bytes(config, sizes.in_windows(config), 1),
     }
-    if (
-        memory_mode.expert_inputs_on_disk
-    ):  # the inputs of both streams, and of the quantized stream twice; sums in three passes
-        found["inputs of experts"] = int(blocks * _store(config, sizes) * (3 * _chosen(routed) + 4))
+    if memory_mode.expert_inputs_on_disk:
+        # inputs, sums of four passes, residuals as a whole and once for each expert of a token
+        each = 5 * _chosen(routed) + 1 + _stores(config, 3)
+        found["inputs of experts"] = int(blocks * _store(config, sizes) * each)
     return found
 
 
@@ -225,8 +230,8 @@ def expert_copies(config: QuantizeConfig, sizes: ModelSizes, extent: Extent) -> 
     routed = sizes.experts_alone(config)
     if routed is None:
         return 0
-    # inputs, once more for training, and outputs for three sums in float32
-    each = (_input_passes(config) + 1) * STREAM_BYTES + 3 * 4
+    # inputs and residuals, and outputs in float32 for four sums and the residuals
+    each = (_input_passes(config) + 1) * STREAM_BYTES + 5 * 4
     return int(expert_blocks(config, sizes, extent) * _tokens(config) * _chosen(routed) * sizes.hidden * each)
 
 
@@ -246,8 +251,8 @@ def expert_work(config: QuantizeConfig, sizes: ModelSizes, extent: Extent) -> Wo
     epochs = settings.epochs if method_of(settings).learns else 0
     runs = 6 + (2 if method_of(settings).closed_form else 0)
     return Work(
-        # the sums of three passes, statistics of the inputs, outputs for both streams, and the loss on held-out segments; in closed form,
-        # inner inputs for both streams
+        # the sums of four passes, targets, outputs of the finished experts, and the loss on held-out segments; in closed form, inner inputs
+        # for both streams
         forward=blocks * (runs * samples + 2 * held_out),
         trained=blocks * epochs * training,
         steps=blocks * epochs * -(-training // settings.batch_size),

@@ -3,41 +3,31 @@
 A group of experts is a durable result inside the window (`rundir/partial.py`), so a process that is killed loses one group at most.
 """
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor
-
-from cbqstream.activations.store import ActivationStore, StoredValue, StreamShape
+from cbqstream.activations.store import ActivationStore, StoredValue
 from cbqstream.activations.token_store import TokenStore
 from cbqstream.checkpoint.header import read_header
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.checkpoint.tensors import WeightSource
 from cbqstream.disk import ScratchFile
-from cbqstream.errors import InputError
-from cbqstream.numerics.slabs import SLAB_WEIGHTS
 from cbqstream.packed.block_shard import shard_name
-from cbqstream.packed.layouts import encode
 from cbqstream.packed.shard import write_tensors
-from cbqstream.records import RunNotice, RunWarning
+from cbqstream.records import RunWarning
 from cbqstream.rounding.registry import method_of
+from cbqstream.run.expert_groups import NO_EXPERTS, ExpertGroups, FinishedExperts, token_shape
 from cbqstream.run.finished import finished_source
 from cbqstream.run.inputs import RunInputs
-from cbqstream.rundir.partial import PartialResult, PartialResults
-from cbqstream.runtime.seeds import generator_for
-from cbqstream.windows.expert_reconstruction import ExpertInputs, ExpertResult, LossWeights
+from cbqstream.rundir.partial import PartialResults
 from cbqstream.windows.propagate import route
 from cbqstream.windows.quantized_linear import Phase
-from cbqstream.windows.reconstruct import NOT_FINITE, Reconstruction
+from cbqstream.windows.reconstruct import Reconstruction
 from cbqstream.windows.resident_block import BlockSettings, ResidentBlock
 from cbqstream.windows.routed_experts import Routed, RoutedExperts, add_experts
 
-_MOST_REVERTED = 0.1
-"""Largest accepted share of experts of a block whose loss was not finite."""
 _DENSE = "dense"
 """Name of the result of the layers outside the experts."""
 
@@ -59,7 +49,7 @@ def route_and_sum(
         file: file of the values of all tokens; None keeps them in memory.
     """
     if block.experts is not None:
-        store = TokenStore(_shape(inputs, block.experts), file)
+        store = TokenStore(token_shape(inputs, block.experts), file)
         routed = route(block, stream, store, inputs.compute, phase=Phase.ORIGINAL)
         give_sums(inputs, block.experts, routed, stream, source, file)
 
@@ -73,54 +63,10 @@ def give_sums(
     file: ScratchFile | None,
 ) -> None:
     """Compute the sums of routed experts from their inputs, and put them beside a stream. See `route_and_sum`."""
-    shape = _shape(inputs, experts)
+    shape = token_shape(inputs, experts)
     sums = TokenStore(shape, file, zeros=True)
     add_experts(experts, routed, source, inputs.compute, sums)
     stream.beside = {**stream.beside, experts.key: StoredValue(sums, (shape.seq_len, shape.hidden_size))}
-
-
-def _shape(inputs: RunInputs, experts: RoutedExperts) -> StreamShape:
-    return StreamShape(len(inputs.tokens), inputs.tokens.shape[1], experts.hidden_size)
-
-
-@dataclass(frozen=True, slots=True)
-class FinishedExperts:
-    """The finished experts of a block."""
-
-    layers: Mapping[str, Checkpoint]
-    """File that holds each quantized layer, encoded, by the name of the layer in the block."""
-    facts: Mapping[str, Mapping[str, Any]]
-    """Facts about each expert by its path in the block, see `_facts`."""
-
-    def tell(self, block: ResidentBlock) -> None:
-        """Record the facts in the block, from which the report of the window is made."""
-        for path, found in self.facts.items():
-            names = [name for name in self.layers if name.startswith(f"{path}.")]
-            block.tokens[f"{path}.up_proj"] = found["tokens"]
-            block.sqnr_db |= {f"{path}.{name}": value for name, value in found["sqnr_db"].items()}
-            block.vanished |= {f"{path}.{name}": value for name, value in found["vanished"].items()}
-            block.undersampled.update(names if found["undersampled"] else ())
-
-    @staticmethod
-    def added_to(result: Reconstruction, finished: "FinishedExperts") -> Reconstruction:
-        """The result of a window, with finished experts in the share of changed codes."""
-        codes = result.codes + sum(found["codes"] for found in finished.facts.values())
-        moved = result.changed * result.codes + sum(
-            found["changed"] * found["codes"] for found in finished.facts.values()
-        )
-        return replace(result, changed=moved / max(codes, 1), codes=codes)
-
-    def notice(self, prefix: str) -> RunNotice:
-        """Sentence about the losses of the experts of a block with a module path."""
-        number, reverted = len(self.facts), sum(found["reverted"] is not None for found in self.facts.values())
-        before, after = (sum(found[key] for found in self.facts.values()) / number for key in ("before", "after"))
-        return RunNotice(
-            f"{prefix}: {number} experts alone, mean loss {before:.3g} -> {after:.3g}, {reverted} reverted"
-        )
-
-
-NO_EXPERTS = FinishedExperts({}, {})
-"""The finished experts of a block that has none, or whose experts are in memory."""
 
 
 class ExpertsAlone:
@@ -189,7 +135,7 @@ class ExpertsAlone:
         quantized: ActivationStore,
         targets: ActivationStore,
     ) -> dict[int, FinishedExperts]:
-        """Reconstruct the experts of blocks whose other layers are final.
+        """Reconstruct the experts of blocks whose other layers are final, in order.
 
         Args:
             blocks: the blocks.
@@ -228,105 +174,12 @@ class ExpertsAlone:
         streams: tuple[ActivationStore, ActivationStore],
         targets: ActivationStore,
     ) -> FinishedExperts:
-        inputs, schemes = self._inputs, self._inputs.layers(block.index)
-        # the inputs on the reference stream are recorded again, so that only two values of a token are in memory at once
-        reference, routed = (
-            route(block, stream, TokenStore(_shape(inputs, experts), self._file), inputs.compute, phase=phase)
-            for stream, phase in zip(streams, (Phase.ORIGINAL, Phase.HARD), strict=True)
-        )
+        store = TokenStore(token_shape(self._inputs, experts), self._file)
+        routed = route(block, streams[1], store, self._inputs.compute, phase=Phase.HARD)
         self._routed[block.index] = routed
-        if not any(name.startswith(f"{experts.name}.") for name in schemes):
+        if not any(name.startswith(f"{experts.name}.") for name in self._inputs.layers(block.index)):
             return NO_EXPERTS
-        given = ExpertInputs(
-            experts,
-            inputs.source,
-            schemes,
-            routed,
-            reference.x,
-            LossWeights.of(targets, inputs.config.reconstruction, experts.hidden_size),
-            self._settings,
-            inputs.compute,
-            self._warn,
-            inputs.config.calibration.all_experts,
-        )
-        layers, facts = dict[str, Checkpoint](), dict[str, Mapping[str, Any]]()
-        parts = routed.by_expert(len(experts))
-        for group in _groups(inputs, experts):
-            found = self._group(given, block.index, group, parts)
-            held = Checkpoint(read_header(found.file))
-            for number in group:
-                told = found.facts["experts"][str(number)]
-                facts[f"{experts.name}.{number}"] = told
-                layers |= {f"{experts.name}.{number}.{layer}": held for layer in told["sqnr_db"]}
-        _require_finite(experts, facts)
-        return FinishedExperts(layers, facts)
-
-    def _group(
-        self, given: ExpertInputs, index: int, group: range, parts: Sequence[tuple[Tensor, Tensor]]
-    ) -> PartialResult:
-        """The result of a group of experts; computed only if no interrupted process finished it."""
-        name, source = f"experts-{group.start:05d}", self._inputs.source
-        weights = [weight for number in group for weight in given.experts.layers(number).values()]
-        found = self._results.find(name)
-        if found is not None:
-            source.expect(weights, found.facts["source"])
-            return found
-        self._doing(f"experts {group.start}-{group.stop - 1} of {len(given.experts)}")
-        seed, made = self._inputs.config.seed, dict[int, ExpertResult]()
-        for number in group:
-            generators = [generator_for(seed, index, f"expert {number}: {what}") for what in ("order", "rounding")]
-            made[number] = given.reconstruct(number, *parts[number], *generators)
-        tensors = dict(_encoded(self._inputs, given.experts, made))
-        write = partial(write_tensors, self._results.disk, tensors=tensors)
-        facts = {"experts": {str(number): _facts(result) for number, result in made.items()}}
-        return self._results.add(name, write, facts | {"source": source.digests_of(weights)})
-
-
-def _require_finite(experts: RoutedExperts, facts: Mapping[str, Mapping[str, Any]]) -> None:
-    """Check that training did not fail for many experts of a block. Otherwise most of them would be rounded to nearest.
-
-    Raises:
-        InputError: the loss was NaN or infinite for more than one expert and for more than a tenth of them.
-    """
-    failed = [path for path, found in facts.items() if found["reverted"] == NOT_FINITE]
-    if len(failed) > max(1, _MOST_REVERTED * len(facts)):
-        raise InputError(
-            experts.prefix,
-            f"the loss of {len(failed)} of {len(facts)} experts was not finite, first of {failed[0]}."
-            " Use a smaller --max-shift or --scale-lr in a new run.",
-        )
-
-
-def _groups(inputs: RunInputs, experts: RoutedExperts) -> Iterator[range]:
-    """Numbers of the experts of each group."""
-    weights = sum(math.prod(inputs.meta_model.infos[name].shape) for name in experts.layers(0).values())
-    number = max(1, SLAB_WEIGHTS // weights)
-    for first in range(0, len(experts), number):
-        yield range(first, min(first + number, len(experts)))
-
-
-def _encoded(
-    inputs: RunInputs, experts: RoutedExperts, made: Mapping[int, ExpertResult]
-) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of each tensor of the finished experts, as they are stored in the result."""
-    for number, result in made.items():
-        for layer, weight in result.weights.items():
-            stored = experts.layers(number)[layer]
-            for part, value in encode(weight, scale_dtype=inputs.source.infos[stored].dtype).items():
-                yield f"{stored.removesuffix('.weight')}.{part}", value
-
-
-def _facts(result: ExpertResult) -> dict[str, Any]:
-    """Plain values about a finished expert."""
-    learned = result.reconstruction
-    return {
-        "tokens": result.tokens,
-        "undersampled": result.undersampled,
-        "before": learned.loss_before,
-        "after": learned.loss_after,
-        "reverted": learned.reverted,
-        "changed": learned.changed,
-        "codes": learned.codes,
-        "sqnr_db": dict(result.sqnr_db),
-        "vanished": dict(result.vanished),
-    }
+        of_block = block, experts, routed, *streams, targets
+        return ExpertGroups(
+            self._inputs, self._settings, self._results, *of_block, self._file, self._doing, self._warn
+        ).finish()

@@ -1,5 +1,6 @@
 """Finished blocks, which are read to compute with them, and the newest window state."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
@@ -43,6 +44,18 @@ def finished_source(inputs: RunInputs, index: int, shard: Path) -> WeightSource:
     names = inputs.meta_model.blocks[index].tensors.values()
     others = {name: moved(tensors[name], packed.infos) for name in names if name not in packed.infos}
     return packed.viewed({**packed.infos, **others}) if others else packed
+
+
+def finished_weights(inputs: RunInputs, names: Sequence[str], file: Path) -> WeightSource:
+    """Source of weights of finished layers. Those that are not quantized are read from the source of the model.
+
+    Args:
+        inputs: inputs of the run.
+        names: names of the weights in the checkpoint.
+        file: file of the finished layers.
+    """
+    packed = PackedCheckpoint(Checkpoint(read_header(file)), inputs.config.schemes)
+    return packed.viewed({name: packed.infos.get(name, inputs.source.infos[name]) for name in names})
 
 
 def read_window_state(chain: Chain) -> Checkpoint:

@@ -40,7 +40,8 @@ from cbqstream.planning.layer_schemes import quantized_share
 from cbqstream.records import EpochReport, RunNotice, RunWarning, Window, WindowReport
 from cbqstream.rounding.registry import method_of
 from cbqstream.run.end_to_end_stage import train_end_to_end
-from cbqstream.run.experts_alone import NO_EXPERTS, ExpertsAlone, FinishedExperts
+from cbqstream.run.expert_groups import NO_EXPERTS, FinishedExperts
+from cbqstream.run.experts_alone import ExpertsAlone
 from cbqstream.run.finished import read_window_state
 from cbqstream.run.inputs import RunInputs, open_inputs
 from cbqstream.run.limits import disk_bytes, missing_streams, over_limit, room_for

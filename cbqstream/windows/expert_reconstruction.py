@@ -1,8 +1,13 @@
 """Reconstruction of one routed expert alone, on the tokens that the router sends to it.
 
-The target of expert e for a token with input x on the quantized stream is its own original output, mixed like the targets of a window
-from the outputs for the inputs of both streams: `g (a E(x_ref) + (1 - a) E(x))`, where g is the weight of the router and a is
-`target_mix`. The rounding is trained like that of a window, with the same batches of segments.
+The experts of a block are reconstructed in order. The target of expert e for a token with input x on the quantized stream is
+
+    T = g E(x) + r,    and afterwards    r <- T - g Q(x)
+
+where g is the weight of the router, E the original expert and Q the finished one. The residual r of a token is what the output of the
+block lacks to its target with the original experts, after its other layers are final (`residuals.py`), and then with those experts of the
+token replaced that are finished. So the squared error of T is that of the block with one more expert replaced: each expert corrects what
+the other layers and the experts before it lost. The rounding is trained like that of a window, with the same batches of segments.
 
 Shapes: N segments, S tokens in a segment, T tokens of the expert, D hidden dimension.
 """
@@ -21,7 +26,7 @@ from cbqstream.activations.token_store import TokenStore
 from cbqstream.checkpoint.tensors import WeightSource
 from cbqstream.config import ReconstructionConfig
 from cbqstream.models.block import BlockArguments
-from cbqstream.numerics.losses import SMALLEST_POWER, channel_weights, expert_loss, mixed_target, token_weights
+from cbqstream.numerics.losses import SMALLEST_POWER, channel_weights, expert_loss, token_weights
 from cbqstream.records import Compute, QuantizedWeight, RunWarning
 from cbqstream.rounding.registry import method_of
 from cbqstream.runtime.memory import trim_heap
@@ -155,8 +160,10 @@ class ExpertInputs:
     """Schemes of the quantized layers of the block, by name."""
     routed: Routed
     """Inputs on the quantized stream."""
-    reference: TokenStore
-    """Inputs of the same tokens on the reference stream."""
+    reference: TokenStore | None
+    """Inputs of the same tokens on the reference stream; needed for codes in closed form alone."""
+    residuals: TokenStore
+    """The residuals of all tokens, which change with each finished expert."""
     weights: LossWeights
     settings: BlockSettings
     compute: Compute
@@ -168,7 +175,7 @@ class ExpertInputs:
     def reconstruct(
         self, number: int, tokens: Tensor, gates: Tensor, order: torch.Generator, rounding: torch.Generator
     ) -> ExpertResult:
-        """Read an expert, reconstruct it, and let it go.
+        """Read an expert, reconstruct it, and let it go. The residuals are updated, so experts must come in order.
 
         Args:
             number: number of the expert.
@@ -189,18 +196,36 @@ class ExpertInputs:
         settings = replace(self.settings, reconstruction=config)
         trim_heap()  # see `add_experts`
         block = self._read(number)
-        self._start(block, tokens, settings, rounding, sampled=undersampled)
-        counted = self.weights.tokens[tokens] > 0  # the loss leaves out robust tokens
-        data = self._data(block, tokens[counted], gates[counted], config)
+        target_TD = self._watched_targets(block, tokens, gates, settings, sampled=undersampled)
+        block.start(settings, rounding)
+        data = self._data(tokens, gates, target_TD, config)
         state, codes = block.state(), None
         if closed_form:
+            if self.reference is None:
+                raise ValueError("codes in closed form need the inputs on the reference stream")
             stages = ExpertStages(
                 block, self.reference, self.routed.x, tokens, gates, firsts, self._sample(), self.compute
             )
             codes = partial(round_in_closed_form, stages, config, self.warn)
         result = reconstruct([block], data, order, lambda block: state, codes)
         weights = dict(block.harden())
+        self._take_off(tokens, gates, target_TD, partial(run_blocks, [block], phase=Phase.HARD))
         return ExpertResult(weights, len(tokens), undersampled, result, block.sqnr_db, block.vanished)
+
+    def pass_over(self, number: int, tokens: Tensor, gates: Tensor, finished: WeightSource) -> None:
+        """Update the residuals for an expert that an interrupted process finished, as `reconstruct` did.
+
+        Args:
+            number: number of the expert.
+            tokens: numbers of its tokens, int64 [T], ascending.
+            gates: weights of the router for them, float32 [T].
+            finished: source of its finished weights.
+        """
+        trim_heap()
+        dtypes = dict.fromkeys(self.experts.layers(number), self.compute.dtype)
+        target_TD = self._targets(self._read(number), tokens, gates)
+        expert = self.experts.read(number, finished, self.compute.device, dtypes)
+        self._take_off(tokens, gates, target_TD, partial(self.experts.module.output, expert))
 
     def _read(self, number: int) -> ResidentBlock:
         experts, compute = self.experts, self.compute
@@ -212,45 +237,64 @@ class ExpertInputs:
         module = expert if norm is None else nn.Sequential(expert, norm)
         return ResidentBlock(number, module, BlockArguments({}), layers, label=f"{experts.prefix}.{number}")
 
-    def _start(
-        self, block: ResidentBlock, tokens: Tensor, settings: BlockSettings, rounding: torch.Generator, *, sampled: bool
-    ) -> None:
-        """Find grids and roundings from the expert's own tokens, from a sample of all tokens, or from all tokens."""
-        if self.all_tokens:
-            tokens = torch.arange(len(self.weights.tokens))
-        elif sampled:
-            tokens = self._sample()
-        block.watch_inputs(len(tokens), settings)
-        for (some,) in in_parts(tokens):
-            self._output(block, self.routed.x, some, Phase.ORIGINAL)
-        block.start(settings, rounding)
+    def _watched_targets(
+        self, block: ResidentBlock, tokens: Tensor, gates: Tensor, settings: BlockSettings, *, sampled: bool
+    ) -> Tensor:
+        """Targets of the expert. Statistics are gathered from its own tokens, from a sample of all tokens, or from all tokens."""
+        if not (self.all_tokens or sampled):
+            block.watch_inputs(len(tokens), settings)
+            return self._targets(block, tokens, gates)
+        target_TD = self._targets(block, tokens, gates)
+        seen = torch.arange(len(self.weights.tokens)) if self.all_tokens else self._sample()
+        block.watch_inputs(len(seen), settings)
+        for (some,) in in_parts(seen):
+            run_blocks([block], self._inputs_of(some), Phase.ORIGINAL)
+        return target_TD
 
     def _sample(self) -> Tensor:
         """Numbers of about 1,024 tokens of the block, evenly spaced, int64."""
         total = len(self.weights.tokens)
         return torch.arange(0, total, max(1, total // SAMPLED_TOKENS))
 
-    @torch.no_grad()
-    def _output(self, block: ResidentBlock, inputs: TokenStore, tokens: Tensor, phase: Phase) -> Tensor:
-        x_TD = inputs.take(tokens).to(self.compute.device, self.compute.dtype)
-        return run_blocks([block], x_TD, phase).float()
+    def _inputs_of(self, tokens: Tensor) -> Tensor:
+        return self.routed.x.take(tokens).to(self.compute.device, self.compute.dtype)
 
-    def _data(self, block: ResidentBlock, tokens: Tensor, gates: Tensor, config: ReconstructionConfig) -> ExpertData:
-        """Inputs and targets of the expert for its tokens.
+    @torch.no_grad()
+    def _targets(self, block: ResidentBlock, tokens: Tensor, gates: Tensor) -> Tensor:
+        """Targets [T, D] of the weighted outputs of the expert, float32; on the CPU if it has very many tokens."""
+        few = len(tokens) * len(self.experts) <= SKEW * self.routed.choices
+        place = self.compute.device if few else torch.device("cpu")
+        target_TD = torch.empty(len(tokens), self.experts.hidden_size, device=place)
+        for part, some, gate in in_parts(target_TD, tokens, gates):
+            own_TD = run_blocks([block], self._inputs_of(some), Phase.ORIGINAL).float()
+            residual_TD = self.residuals.take(some).to(own_TD)
+            part.copy_(own_TD * gate.unsqueeze(1).to(own_TD) + residual_TD)
+        return target_TD
+
+    @torch.no_grad()
+    def _take_off(self, tokens: Tensor, gates: Tensor, target_TD: Tensor, output: Callable[[Tensor], Tensor]) -> None:
+        """Take the weighted outputs of the finished expert off its targets, which leaves the residuals of its tokens."""
+        for target, some, gate in in_parts(target_TD, tokens, gates):
+            hard_TD = output(self._inputs_of(some)).float()
+            self.residuals.replace(some, target.to(hard_TD) - hard_TD * gate.unsqueeze(1).to(hard_TD))
+
+    def _data(self, tokens: Tensor, gates: Tensor, target_TD: Tensor, config: ReconstructionConfig) -> ExpertData:
+        """Inputs and targets of the expert for its tokens, without those that the loss leaves out.
 
         They are copied to the device once, so that no training step waits for them. Those of an expert with very many stay on the CPU.
         """
-        few = len(tokens) * len(self.experts) <= SKEW * self.routed.choices
-        place, targets = self.compute.device if few else torch.device("cpu"), []
-        for some, gate in in_parts(tokens, gates):
-            own, reference = (
-                self._output(block, inputs, some, Phase.ORIGINAL) for inputs in (self.routed.x, self.reference)
-            )
-            target_TD = mixed_target(reference, own, config.target_mix) * gate.unsqueeze(1).to(reference.device)
-            targets.append(target_TD.to(place))
-        weights, x_TD = self.weights, self.routed.x.take(tokens)
-        values = x_TD, torch.cat(targets), gates.unsqueeze(1), weights.tokens[tokens], weights.power[tokens]
-        chosen, channels = _Tokens(*(value.to(place) for value in values)), weights.channels.to(self.compute.device)
+        weights, counted = self.weights, self.weights.tokens[tokens] > 0
+        if not counted.all():
+            tokens, gates, target_TD = tokens[counted], gates[counted], target_TD[counted.to(target_TD.device)]
+        values = (
+            self.routed.x.take(tokens),
+            target_TD,
+            gates.unsqueeze(1),
+            weights.tokens[tokens],
+            weights.power[tokens],
+        )
+        chosen = _Tokens(*(value.to(target_TD.device) for value in values))
+        channels = weights.channels.to(self.compute.device)
         return ExpertData(chosen, self._firsts(tokens), channels, self.compute, config)
 
     def _firsts(self, tokens: Tensor) -> list[int]:

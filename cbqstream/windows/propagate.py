@@ -13,7 +13,14 @@ from cbqstream.models.block import advance, handed_values
 from cbqstream.numerics.losses import mixed_target
 from cbqstream.records import Compute
 from cbqstream.windows.quantized_linear import Phase
-from cbqstream.windows.resident_block import ResidentBlock, advance_blocks, as_batch, run_blocks, values_beside
+from cbqstream.windows.resident_block import (
+    ResidentBlock,
+    advance_blocks,
+    as_batch,
+    run_blocks,
+    values_beside,
+    values_without_sums,
+)
 from cbqstream.windows.routed_experts import Routed
 
 
@@ -107,7 +114,7 @@ def route(
         raise ValueError("the block has no routed experts")
     for layer in block.layers.values():
         layer.phase = phase
-    beside = {value.key: stream.beside[value.key] for value in block.arguments.of_tokens.values()} | stream.handed
+    beside = values_without_sums(block, stream)
 
     def run(x_BSD: Tensor, *values: Tensor) -> Tensor:
         seen: list[Tensor] = []

@@ -311,6 +311,11 @@ def values_beside(blocks: Sequence[ResidentBlock], stream: ActivationStore) -> d
     return {key: stream.beside[key] for key in keys} | stream.handed
 
 
+def values_without_sums(block: ResidentBlock, stream: ActivationStore) -> dict[str, StoredValue]:
+    """Values beside a stream that a block reads or hands on, by key, without the sums of its experts."""
+    return {value.key: stream.beside[value.key] for value in block.arguments.of_tokens.values()} | stream.handed
+
+
 def as_batch(values: Mapping[str, StoredValue], read: Sequence[Tensor]) -> dict[str, Tensor]:
     """Values of a batch, [B, ...] by key, from the matrices [B, rows, columns] that were read from their stores."""
     return {key: x.view(len(x), *value.shape) for (key, value), x in zip(values.items(), read, strict=True)}

@@ -128,7 +128,12 @@ def expert_layers(spec: BlockSpec, name: str) -> list[str]:
 
 @torch.no_grad()
 def add_experts(
-    experts: RoutedExperts, routed: Routed, source: WeightSource, compute: Compute, sums: TokenStore
+    experts: RoutedExperts,
+    routed: Routed,
+    source: WeightSource,
+    compute: Compute,
+    sums: TokenStore,
+    share: float = 1.0,
 ) -> None:
     """Add the weighted outputs of all experts to `sums`, one expert after the other.
 
@@ -138,11 +143,12 @@ def add_experts(
         source: source of their weights, each of which is read once.
         compute: device and dtype.
         sums: the sums of all tokens.
+        share: factor of all outputs.
 
     Raises:
         InputError: a weight cannot be read.
     """
-    parts = routed.by_expert(len(experts))
+    parts = [(tokens, weights * share) for tokens, weights in routed.by_expert(len(experts))]
     for number, (tokens, weights) in enumerate(parts[: len(experts)]):
         if not len(tokens):
             continue

@@ -10,7 +10,7 @@ import weakref
 import torch
 from toy import STEPS
 
-from cbqstream.run import experts_alone, pipeline, result
+from cbqstream.run import expert_groups, pipeline, result
 from cbqstream.rundir import journal
 from cbqstream.windows import reconstruct
 
@@ -49,7 +49,7 @@ def out_of_memory_for_good() -> None:
 
 def groups_of_one_expert() -> None:
     """Make every expert that is reconstructed alone a durable result of its own."""
-    experts_alone.SLAB_WEIGHTS = 1
+    expert_groups.SLAB_WEIGHTS = 1
 
 
 def _nan_in(calls_with_grad: range) -> None:

@@ -22,7 +22,7 @@ from cbqstream.models.embedding_and_head import load_embedding_and_head
 from cbqstream.planning.plan import plan
 from cbqstream.records import MemoryMode, RunNotice, RunWarning, WindowReport
 from cbqstream.report.status import status_lines
-from cbqstream.run import experts_alone, inputs
+from cbqstream.run import expert_groups, inputs
 from cbqstream.run.experts_alone import route_and_sum
 from cbqstream.run.finished import computing_block
 from cbqstream.run.inputs import open_inputs
@@ -53,7 +53,7 @@ def alone(make_config):
 @pytest.fixture
 def small_groups(monkeypatch):
     """Every expert is a group of its own."""
-    monkeypatch.setattr(experts_alone, "SLAB_WEIGHTS", 1)
+    monkeypatch.setattr(expert_groups, "SLAB_WEIGHTS", 1)
 
 
 @pytest.fixture
@@ -122,13 +122,13 @@ def test_all_layers_of_experts_are_quantized_and_load(family, alone):
 
 
 def test_training_lowers_the_loss_of_the_experts(alone):
-    """On held-out tokens, the mean loss of the experts of each block is lower after training than before."""
+    """On held-out tokens, the loss of a block with one more expert replaced is lower if the expert was trained."""
     config = alone(scheme=Scheme(num_bits=2, group_size=32), reconstruction={"epochs": 12})
     texts = []
     quantize(config, lambda event: texts.append(event.text) if isinstance(event, RunNotice) else None)
     losses = [text.partition("mean loss ")[2].partition(",")[0].split(" -> ") for text in texts if "mean loss" in text]
     assert len(losses) == 4
-    assert sum(float(after) for _, after in losses) < 0.95 * sum(float(before) for before, _ in losses), texts
+    assert sum(float(after) for _, after in losses) < 0.99 * sum(float(before) for before, _ in losses), texts
 
 
 def test_results_do_not_depend_on_where_tokens_are_kept(alone, monkeypatch):
@@ -291,7 +291,7 @@ def test_codes_of_experts_in_closed_form(alone, reconstructed):
     config = alone(reconstruction={"rounding": "gptq"}, scheme=Scheme(num_bits=3, group_size=32))
     out = quantize(config, lambda event: texts.append(event.text) if isinstance(event, RunNotice) else None)
     losses = [text.partition("mean loss ")[2].partition(",")[0].split(" -> ") for text in texts if "mean loss" in text]
-    assert sum(float(after) for _, after in losses) < 0.9 * sum(float(before) for before, _ in losses), texts
+    assert sum(float(after) for _, after in losses) < 0.95 * sum(float(before) for before, _ in losses), texts
     assert len(reconstructed) == 16
     assert check(out, read_data=True).problems == []
 

@@ -532,7 +532,7 @@ def test_bytes_of_experts_that_are_reconstructed_alone_are_those_counted_by_hand
     plain, made = make_plan(window, sizes, "cpu"), make_plan(config, sizes, "cpu")
     dense = 2 * attention + sizes.block_bytes - 2 * sizes.weights
     ends = sizes.ends_bytes + sizes.outer_read
-    assert made.read["source"] == 2 * dense + 2 * 3 * 2 * 8 * expert + ends
+    assert made.read["source"] == 2 * dense + 2 * 4 * 2 * 8 * expert + ends
     assert plain.read["source"] == 2 * (dense + 2 * 8 * expert) + ends
     assert made.read["finished experts"] == 2 * 2 * packed
     assert made.written["finished experts"] == 2 * packed
@@ -545,11 +545,11 @@ def test_bytes_of_experts_that_are_reconstructed_alone_are_those_counted_by_hand
     on_disk = make_plan(config, sizes, "cpu", memory_mode=MemoryMode(expert_inputs_on_disk=True))
     assert "inputs of experts" not in on_disk.ram
     passes = (3 * 14 + 2 * 2) / 16
-    assert on_disk.read["inputs of experts"] == int(2 * store * (9 * 2 + 3 + passes))
-    assert on_disk.written["inputs of experts"] == 2 * store * (3 * 2 + 4)
+    assert on_disk.read["inputs of experts"] == int(2 * store * (12 * 2 + 4 + passes))
+    assert on_disk.written["inputs of experts"] == 2 * store * (5 * 2 + 4)
     assert on_disk.disk["inputs of experts"] == 7 * store
     on_device = make_plan(config, sizes, "cuda")
-    assert on_device.bus["inputs of experts"] == 2 * tokens * 2 * 64 * (7 * 2 + 3 * 4)
+    assert on_device.bus["inputs of experts"] == 2 * tokens * 2 * 64 * (8 * 2 + 5 * 4)
     # each token passes 6 times through its experts, twice an eighth for the loss, and 3 times in training by 14 of the 16 segments
     passes = 6 + 2 * 2 / 16 + 3 * 3 * 14 / 16
     alone = (
