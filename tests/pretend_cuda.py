@@ -189,7 +189,9 @@ class PretendDevice:
         elif name == "copy_":
             destination, source = args[:2]
             if isinstance(destination, PretendTensor) is not isinstance(source, PretendTensor):
-                self.waits["copy_", _place()] += 1
+                there = source if isinstance(destination, PretendTensor) else destination
+                if not (_is_asynchronous(args, kwargs) and there.data_ptr() in self.pinned):
+                    self.waits["copy_", _place()] += 1
         elif name == "_to_copy":
             source, leaves = args[0], self._leaving
             enters = not isinstance(source, PretendTensor) and not (
@@ -230,6 +232,10 @@ class _Functions(TorchFunctionMode):
             del kwargs["device"]
             self.pretend.waits["copy to the device", _place()] += 1
             return PretendTensor(torch.tensor(*args, **kwargs))
+        if function is torch.empty and kwargs.get("pin_memory"):
+            made = torch.empty(*args, **{**kwargs, "pin_memory": False})
+            self.pretend.pinned.add(made.data_ptr())
+            return made
         if function is functional.scaled_dot_product_attention and isinstance(args[0], PretendTensor):
             self.pretend.attention[_attention(*args, **kwargs)] += 1
             self.pretend.composing = True
@@ -274,6 +280,19 @@ class _CheckedKernels:
         return value.inner
 
 
+class _Event:
+    """An event of a stream, for which a thread waits."""
+
+    recorded = False
+
+    def record(self, *_: Any) -> None:
+        self.recorded = True
+
+    def synchronize(self) -> None:
+        if not self.recorded:
+            raise RuntimeError("an event is waited for that was not recorded")
+
+
 _devices: list[PretendDevice] = []
 
 
@@ -284,6 +303,11 @@ def _active() -> PretendDevice:
 def on_device(device: Any) -> bool:
     """Whether a value of the argument `device` of torch is the pretend device."""
     return torch.device(device).type == "cuda"
+
+
+def _is_asynchronous(args: Any, kwargs: Any) -> bool:
+    """Whether a call of `copy_` does not wait for the copy."""
+    return bool(args[2] if len(args) > 2 else kwargs.get("non_blocking"))
 
 
 def _inner(value: Any) -> Any:
@@ -336,6 +360,7 @@ def running(monkeypatch) -> Iterator[PretendDevice]:
         for name, answer in answers.items():
             patch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
         patch.setattr(torch.Tensor, "pin_memory", pin_memory)
+        patch.setattr(torch.cuda, "Event", _Event)
         checked = _CheckedKernels()
         patch.setattr(signround_triton, "forward", checked.forward)
         patch.setattr(signround_triton, "backward_update", checked.backward_update)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 from cbqstream.activations.store import ActivationStore
@@ -18,16 +19,17 @@ def write_behind(store: ActivationStore) -> Iterator[Callable[[int, Tensor], Non
 
     The function has the arguments of `store.write` and does not wait for the write unless more than four segments are waiting. Segments are
     written in the order of the calls, and all of them are written when the `with` ends. If a write fails, the error is raised by a later
-    call or at the end, and no further segments are written.
+    call or at the end, and no further segments are written. Segments on CUDA are copied to pinned memory, and only the thread waits for the
+    copy.
     """
     waiting: deque[Future[None]] = deque()
     failed = False
 
-    def write(segment: int, x_SD: Tensor) -> None:
+    def write(segment: int, copied: Callable[[], Tensor]) -> None:
         nonlocal failed
         if not failed:
             failed = True
-            store.write(segment, x_SD)
+            store.write(segment, copied())
             failed = False
 
     def wait() -> None:
@@ -36,7 +38,7 @@ def write_behind(store: ActivationStore) -> Iterator[Callable[[int, Tensor], Non
 
     def submit(segment: int, x_SD: Tensor) -> None:
         # converted before it waits, so that it takes little memory, and none on the device
-        waiting.append(pool.submit(write, segment, x_SD.detach().to("cpu", store.shape.dtype)))
+        waiting.append(pool.submit(write, segment, _copy_to_cpu(x_SD.detach().to(store.shape.dtype))))
         if len(waiting) > WRITE_DEPTH:
             wait()
 
@@ -47,3 +49,19 @@ def write_behind(store: ActivationStore) -> Iterator[Callable[[int, Tensor], Non
                 wait()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _copy_to_cpu(x_SD: Tensor) -> Callable[[], Tensor]:
+    """Begin to copy a tensor to the CPU, and return a function that waits for the copy and gives it."""
+    if x_SD.device.type != "cuda":
+        return lambda: x_SD
+    copy_SD = torch.empty(x_SD.shape, dtype=x_SD.dtype, pin_memory=True)
+    copy_SD.copy_(x_SD, non_blocking=True)
+    done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    done.record()
+
+    def wait() -> Tensor:
+        done.synchronize()
+        return copy_SD
+
+    return wait

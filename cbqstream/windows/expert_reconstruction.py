@@ -267,16 +267,16 @@ class ExpertInputs:
         target_TD = torch.empty(len(tokens), self.experts.hidden_size, device=place)
         for part, some, gate in in_parts(target_TD, tokens, gates):
             own_TD = run_blocks([block], self._inputs_of(some), Phase.ORIGINAL).float()
-            residual_TD = self.residuals.take(some).to(own_TD)
-            part.copy_(own_TD * gate.unsqueeze(1).to(own_TD) + residual_TD)
+            residual_TD, gate_T = (value.to(self.compute.device) for value in (self.residuals.take(some), gate))
+            part.copy_(own_TD * gate_T.unsqueeze(1) + residual_TD)
         return target_TD
 
     @torch.no_grad()
     def _take_off(self, tokens: Tensor, gates: Tensor, target_TD: Tensor, output: Callable[[Tensor], Tensor]) -> None:
         """Take the weighted outputs of the finished expert off its targets, which leaves the residuals of its tokens."""
         for target, some, gate in in_parts(target_TD, tokens, gates):
-            hard_TD = output(self._inputs_of(some)).float()
-            self.residuals.replace(some, target.to(hard_TD) - hard_TD * gate.unsqueeze(1).to(hard_TD))
+            hard_TD, gate_T = output(self._inputs_of(some)).float(), gate.to(self.compute.device)
+            self.residuals.replace(some, target.to(self.compute.device) - hard_TD * gate_T.unsqueeze(1))
 
     def _data(self, tokens: Tensor, gates: Tensor, target_TD: Tensor, config: ReconstructionConfig) -> ExpertData:
         """Inputs and targets of the expert for its tokens, without those that the loss leaves out.

@@ -109,6 +109,7 @@ def test_a_run_on_the_pretend_device(case, make_config, tokens, pretend, monkeyp
     found = evaluate(out, tokens, num_samples=4, seq_len=SEQ_LEN, batch_size=4, device="cuda", threads=1)
     assert device.operations > 1000
     waits = [(count.total() / steps, count) for with_head, steps, count in windows if not with_head and steps]
+    assert not [place for _, place in device.waits if place.startswith("activations/write_behind")]
     print(f"\n| {case} | {max((each for each, _ in waits), default=0):.1f} | {dict(device.attention)} |")
     assert not [count for each, count in waits if each > WAITS.get(case, 0)]
     assert bool(device.attention) == (family not in EAGER)
