@@ -9,6 +9,7 @@ from cbqstream.checkpoint.tensors import DerivedTensor, computed_bytes, stored_b
 from cbqstream.config import QuantizeConfig
 from cbqstream.models.families import EXPERT
 from cbqstream.models.meta_model import MetaModel
+from cbqstream.windows.read_block import can_be_alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ class ModelSizes:
     dense: "ModelSizes | None" = None
     """Sizes of the model without the layers of routed experts; None if it has none."""
     routed: "ModelSizes | None" = None
-    """Sizes of the layers of routed experts alone, of the blocks that have some; None if there are none."""
+    """Sizes of the layers of routed experts alone, of the blocks that have some; None if there are none that can be trained alone."""
 
     @property
     def states(self) -> int:
@@ -104,7 +105,8 @@ class ModelSizes:
     def of(cls, meta_model: MetaModel) -> Self:
         """Sizes of a model."""
         whole = cls._of(meta_model, lambda name: True)
-        if not any(EXPERT.search(name) for spec in meta_model.blocks for name in spec.linears):
+        mixture = any(EXPERT.search(name) for spec in meta_model.blocks for name in spec.linears)
+        if not (mixture and can_be_alone(meta_model)):
             return whole
         dense, routed = (
             replace(part, outer_bytes=whole.outer_bytes, outer_read=whole.outer_read)

@@ -68,12 +68,25 @@ def routed_experts_of(meta_model: MetaModel, index: int) -> str | None:
     Raises:
         UsageError: its experts cannot be computed one at a time.
     """
-    found = {name: each for name, each in meta_model.templates[index].named_modules() if isinstance(each, Experts)}
-    if len(found) > 1 or any(type(each) is not Experts for each in found.values()):
+    found = _experts_in(meta_model.templates[index])
+    if not _one_at_a_time(found):
         raise UsageError(
             f"{meta_model.blocks[index].prefix}: its experts cannot be computed one at a time. Use --experts window."
         )
     return next(iter(found), None)
+
+
+def can_be_alone(meta_model: MetaModel) -> bool:
+    """Whether the experts of all blocks can be computed one at a time."""
+    return all(_one_at_a_time(_experts_in(block)) for block in meta_model.templates)
+
+
+def _experts_in(block: nn.Module) -> dict[str, Experts]:
+    return {name: each for name, each in block.named_modules() if isinstance(each, Experts)}
+
+
+def _one_at_a_time(found: Mapping[str, Experts]) -> bool:
+    return len(found) <= 1 and all(type(each) is Experts for each in found.values())
 
 
 def with_experts(module: nn.Module, spec: BlockSpec, name: str | None) -> RoutedExperts | None:

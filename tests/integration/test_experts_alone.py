@@ -19,7 +19,9 @@ from cbqstream.config import WindowConfig
 from cbqstream.errors import IdentityError, StoppedError, UsageError
 from cbqstream.models.block import run_block
 from cbqstream.models.embedding_and_head import load_embedding_and_head
+from cbqstream.planning.alternatives import smaller_settings
 from cbqstream.planning.plan import plan
+from cbqstream.planning.sizes import ModelSizes
 from cbqstream.records import MemoryMode, RunNotice, RunWarning, WindowReport
 from cbqstream.report.status import status_lines
 from cbqstream.run import expert_groups, inputs
@@ -260,11 +262,17 @@ def test_settings_that_do_not_fit_are_refused(alone, options, text):
     assert not Path(f"{config.out}.run").exists()
 
 
-def test_experts_that_get_sorted_inputs_are_refused(alone, tmp_path):
-    """The experts of Llama 4 get their tokens scaled and sorted, which is not supported."""
+def test_experts_that_get_sorted_inputs_are_refused(alone, make_config, tmp_path):
+    """The experts of Llama 4 get their tokens scaled and sorted, which is not supported. A plan does not advise it."""
     folder = save_model(tmp_path / "m", "llama4_text", like="mixtral", moe_layers=[0, 1, 2, 3], head_dim=16)
     with pytest.raises(UsageError, match=r"its experts cannot be computed one at a time\. Use --experts window\."):
         quantize(alone(model=folder))
+    config = make_config(model=folder)
+    assert not [
+        flags
+        for flags in smaller_settings(config, ModelSizes.of(open_inputs(config, CPU, 1).meta_model))
+        if "alone" in flags
+    ]
 
 
 def test_an_expert_that_no_token_chooses_is_rounded_to_nearest(alone, tiny_models, tmp_path, reconstructed):
