@@ -18,8 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from cbqstream.rounding import signround_triton
-from cbqstream.rounding.signround_kernels import PlainKernels
+from cbqstream.rounding import lora_kernels, lora_triton, signround_kernels, signround_triton
 
 DEVICE = torch.device("cuda:0")
 _COPIES = {"_to_copy", "copy_"}
@@ -258,26 +257,33 @@ def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False
     return ", ".join(found) if found else "causal" if is_causal else "not causal"
 
 
-class _CheckedKernels:
-    """The functions of `signround_triton.py`: they check their arguments as Triton does, and compute with `PlainKernels`."""
+_KERNELS = (
+    (signround_triton, signround_kernels.PlainKernels(), ("forward", "backward_update")),
+    (lora_triton, lora_kernels.PlainKernels(), ("forward", "backward")),
+)
+"""Modules with Triton kernels, the plain kernels that compute instead of them, and the names of the functions."""
 
-    def forward(self, *given: Any) -> None:
-        PlainKernels().forward(*map(self._checked, given))
 
-    def backward_update(self, *given: Any) -> torch.Tensor:
-        made = PlainKernels().backward_update(*map(self._checked, given))
-        torch.autograd.graph.increment_version(given[2])
-        return PretendTensor(made)
+def _checked_kernel(operation: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of a module with Triton kernels: it checks its arguments as Triton does, and computes with plain kernels."""
 
-    @staticmethod
-    def _checked(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return value
-        if not isinstance(value, PretendTensor):
-            raise ValueError("Pointer argument cannot be accessed from Triton (cpu tensor?)")
-        if not value.is_contiguous():
-            raise ValueError(f"a kernel was given a tensor of shape {tuple(value.shape)} that is not contiguous")
-        return value.inner
+    def run(*given: Any) -> Any:
+        made = operation(*tree_map(_checked, given))
+        if operation.__name__ == "backward_update":
+            torch.autograd.graph.increment_version(given[2])
+        return tree_map(lambda value: PretendTensor(value) if isinstance(value, torch.Tensor) else value, made)
+
+    return run
+
+
+def _checked(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    if not isinstance(value, PretendTensor):
+        raise ValueError("Pointer argument cannot be accessed from Triton (cpu tensor?)")
+    if not value.is_contiguous():
+        raise ValueError(f"a kernel was given a tensor of shape {tuple(value.shape)} that is not contiguous")
+    return value.inner
 
 
 class _Event:
@@ -361,9 +367,9 @@ def running(monkeypatch) -> Iterator[PretendDevice]:
             patch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
         patch.setattr(torch.Tensor, "pin_memory", pin_memory)
         patch.setattr(torch.cuda, "Event", _Event)
-        checked = _CheckedKernels()
-        patch.setattr(signround_triton, "forward", checked.forward)
-        patch.setattr(signround_triton, "backward_update", checked.backward_update)
+        for module, plain, names in _KERNELS:
+            for name in names:
+                patch.setattr(module, name, _checked_kernel(getattr(plain, name)))
         modes.enter_context(_Functions(device))
         modes.enter_context(_Operations(device))
         _devices.append(device)

@@ -196,7 +196,7 @@ def test_what_never_appears(path):
 
 
 BROAD = {
-    *("signround_kernels.py", "embedding_and_head.py", "tokenizer.py"),
+    *("kernels.py", "embedding_and_head.py", "tokenizer.py"),
     *("configuration.py", "meta_model.py", "probe.py", "loaded.py"),
 }
 """Files that may catch every exception: of tokenizers, of the code of models, of transformers as it loads a model, and of a compiler."""

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from cbqstream.config import ReconstructionConfig
-from cbqstream.numerics.adaround import floor_and_sigmoid, logit_gradient, rectified
-from cbqstream.numerics.affine import clamp_levels, grouped, row_tiles, rows_of
+from cbqstream.numerics.adaround import floor_and_sigmoid, rectified
+from cbqstream.numerics.affine import clamp_levels
 from cbqstream.rounding.cost import RoundingCost
+from cbqstream.rounding.lora_kernels import KERNELS, LowRankWeight
 from cbqstream.rounding.rounding import Rounding, RoundingStart, TrainingStep
 
 _BETA_START, _BETA_END, _WARM_UP = 20.0, 2.0, 0.2
@@ -38,6 +39,7 @@ class LoraRounding(Rounding):
         """A1, float32 [O, R]."""
         self.a2 = nn.Parameter(torch.zeros(rank, columns, device=device))
         """A2, float32 [R, I]; zero at the start."""
+        self._kernels = KERNELS.chosen(start.config.kernels, start.weight.device)
         self._penalty_weight = start.config.penalty_weight
         self._beta, self._penalty_per_weight = _BETA_START, 0.0
 
@@ -53,6 +55,11 @@ class LoraRounding(Rounding):
             step_flop=rows * columns * (_STEP_FLOP + products),
         )
 
+    @classmethod
+    @override
+    def require_runnable(cls, config: ReconstructionConfig, device: torch.device) -> None:
+        KERNELS.require(config.kernels, device)
+
     @override
     def begin_step(self, step: TrainingStep) -> None:
         annealed = max(0.0, (step.progress - _WARM_UP) / (1 - _WARM_UP))
@@ -61,13 +68,8 @@ class LoraRounding(Rounding):
 
     @override
     def soft_rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        w_OI, scale0_OG, a1_OR, (low, high) = self.weight[rows], self.scale0[rows], self.a1[rows], self.bounds(rows)
-        scale_OG1 = self.scale_of(rows).unsqueeze(-1)
-        w_hat = self.scratch.take("weight", w_OI.shape, dtype, w_OI.device)
-        for tile in row_tiles(w_OI):
-            floor, sigmoid = floor_and_sigmoid(w_OI[tile], scale0_OG[tile], a1_OR[tile], self.a2)
-            levels = clamp_levels(floor.add_(rectified(sigmoid)), rows_of(low, tile), rows_of(high, tile))
-            torch.mul(levels, scale_OG1[tile], out=grouped(w_hat[tile], scale_OG1.shape[1]))
+        w_hat = self.scratch.take("weight", self.weight[rows].shape, dtype, self.weight.device)
+        self._kernels.forward(self._low_rank(rows), w_hat)
         return w_hat
 
     @override
@@ -79,22 +81,8 @@ class LoraRounding(Rounding):
     @override
     def gradients(self, rows: slice, gradient_OI: Tensor) -> tuple[Tensor, ...]:
         """Gradients of theta, A1 and A2. See `Rounding.gradients`."""
-        w_OI, scale0_OG, a1_OR, (low, high) = self.weight[rows], self.scale0[rows], self.a1[rows], self.bounds(rows)
-        scale_OG1 = self.scale_of(rows).unsqueeze(-1)
-        theta_gradient, a1_gradient, a2_gradient = (
-            torch.empty_like(self.theta[rows]),
-            torch.empty_like(a1_OR),
-            torch.zeros_like(self.a2),
-        )
-        for tile in row_tiles(w_OI):
-            gradient = grouped(gradient_OI[tile].float(), scale_OG1.shape[1]) * scale_OG1[tile]
-            floor, sigmoid = floor_and_sigmoid(w_OI[tile], scale0_OG[tile], a1_OR[tile], self.a2)
-            unclamped = floor.add_(rectified(sigmoid))
-            levels = unclamped.clamp(rows_of(low, tile), rows_of(high, tile))  # type: ignore[arg-type]
-            theta_gradient[tile] = (levels * gradient).sum(-1)
-            v_gradient = logit_gradient(
-                gradient, unclamped, levels, sigmoid, self._beta, self._penalty_per_weight
-            ).flatten(1)
-            torch.mm(v_gradient, self.a2.t(), out=a1_gradient[tile])
-            a2_gradient.addmm_(a1_OR[tile].t(), v_gradient)
-        return theta_gradient, a1_gradient, a2_gradient
+        return self._kernels.backward(self._low_rank(rows), gradient_OI, self._beta, self._penalty_per_weight)
+
+    def _low_rank(self, rows: slice) -> LowRankWeight:
+        scales = self.scale0[rows], self.scale_of(rows)
+        return LowRankWeight(self.weight[rows], *scales, self.a1[rows], self.a2, *self.bounds(rows))

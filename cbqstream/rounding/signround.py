@@ -13,7 +13,7 @@ from cbqstream.config import ReconstructionConfig
 from cbqstream.numerics.signround import rounded_levels
 from cbqstream.rounding.cost import RoundingCost
 from cbqstream.rounding.rounding import Rounding, RoundingStart, TrainingStep
-from cbqstream.rounding.signround_kernels import kernels_for, require_kernels
+from cbqstream.rounding.signround_kernels import KERNELS
 from cbqstream.runtime.offload import OffloadedTensor
 
 _VALUE_BYTES = 2  # float16
@@ -36,7 +36,7 @@ class SignRound(Rounding):
         super().__init__(start)
         self.register_buffer("v", torch.zeros_like(start.weight, dtype=torch.float16))
         self._max_shift = start.config.max_shift
-        self._kernels = kernels_for(start.config.kernels, start.weight.device)
+        self._kernels = KERNELS.chosen(start.config.kernels, start.weight.device)
         self._step = 0.0
 
     @classmethod
@@ -55,7 +55,7 @@ class SignRound(Rounding):
     @classmethod
     @override
     def require_runnable(cls, config: ReconstructionConfig, device: torch.device) -> None:
-        require_kernels(config.kernels, device)
+        KERNELS.require(config.kernels, device)
 
     @classmethod
     @override

@@ -3,16 +3,14 @@
 `PlainKernels` uses torch alone, in tiles of rows that fit in the cache. On CUDA, `signround_triton.py` has each operation as one kernel.
 """
 
-import importlib
-from typing import Protocol, cast
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from cbqstream.config import Kernels
-from cbqstream.errors import UsageError, shown
 from cbqstream.numerics.affine import Bound, grouped, row_tiles, rows_of
 from cbqstream.numerics.signround import rounded_levels, updated
+from cbqstream.rounding.kernels import KernelSet
 
 
 class SignRoundKernels(Protocol):
@@ -52,35 +50,11 @@ class PlainKernels:
         return gradient_OG
 
 
-def kernels_for(kernels: Kernels, device: torch.device) -> SignRoundKernels:
-    """The Triton kernels on CUDA; the plain ones on the CPU, and where `kernels` is "plain".
-
-    Raises:
-        UsageError: triton is not installed.
-    """
-    if kernels == "plain" or device.type == "cpu":
-        return PlainKernels()
-    try:
-        return cast("SignRoundKernels", importlib.import_module("cbqstream.rounding.signround_triton"))
-    except ImportError as error:
-        raise UsageError(f"triton cannot be loaded ({error}). Install it, or use --kernels plain.") from error
-
-
-def require_kernels(kernels: Kernels, device: torch.device) -> None:
-    """Launch the kernels of `kernels_for` once: Triton compiles at the first launch, which needs a C compiler.
-
-    Raises:
-        UsageError: they do not run.
-    """
-    chosen = kernels_for(kernels, device)
-    if isinstance(chosen, PlainKernels):
-        return
+def _launch_all(kernels: SignRoundKernels, device: torch.device) -> None:
     w_OI, scale_OG = torch.zeros(1, 16, device=device), torch.ones(1, 1, device=device)
-    try:
-        chosen.forward(w_OI, scale_OG, w_OI.half(), -8.0, 7.0, torch.empty_like(w_OI))
-        chosen.backward_update(w_OI, scale_OG, w_OI.half(), -8.0, 7.0, w_OI, 0.0)
-    except Exception as error:  # a compiler may raise anything
-        said = shown(str(error).partition("\n")[0])
-        raise UsageError(
-            f"the Triton kernels do not run ({said}). Install a C compiler and the Python headers, or use --kernels plain."
-        ) from error
+    kernels.forward(w_OI, scale_OG, w_OI.half(), -8.0, 7.0, torch.empty_like(w_OI))
+    kernels.backward_update(w_OI, scale_OG, w_OI.half(), -8.0, 7.0, w_OI, 0.0)
+
+
+KERNELS: KernelSet[SignRoundKernels] = KernelSet(PlainKernels(), "cbqstream.rounding.signround_triton", _launch_all)
+"""The kernels of signround."""

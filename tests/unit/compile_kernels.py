@@ -2,10 +2,10 @@
 
 Usage: compile_kernels.py SM [--all]
 
-With --all, weights in fp16 and float32 and more group sizes are compiled too.
+With --all, weights in fp16 and float32, more group sizes and more ranks are compiled too.
 
-The functions of `signround_triton.py` are called with tensors on the CPU, and every launch is replaced by a compilation, so that exactly
-the variants that would be launched are compiled.
+The functions of `signround_triton.py` and `lora_triton.py` are called with tensors on the CPU, and every launch is replaced by a
+compilation, so that exactly the variants that would be launched are compiled.
 """
 
 import json
@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
 
@@ -23,7 +23,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from cbqstream.rounding import signround_triton as kernels
+from cbqstream.numerics.affine import Bound
+from cbqstream.rounding import lora_triton, signround_triton
+from cbqstream.rounding.lora_kernels import LowRankWeight
 
 ROWS = 64
 SHAPES = {"16": (16, 8), "128": (128, 8), "channel": (4096, 1), "unaligned": (1001, 1)}
@@ -55,6 +57,20 @@ class PretendDriver:
         return self.target
 
 
+def signround(w: torch.Tensor, scale: torch.Tensor, bounds: tuple[Bound, Bound]) -> None:
+    """Launch the kernels of signround."""
+    v, gradient = w.half(), torch.zeros_like(w)
+    signround_triton.forward(w, scale, v, *bounds, gradient)
+    signround_triton.backward_update(w, scale, v, *bounds, gradient, 0.01)
+
+
+def lora_rounding(w: torch.Tensor, scale: torch.Tensor, bounds: tuple[Bound, Bound], rank: int = 5) -> None:
+    """Launch the kernels of lora_rounding."""
+    weight = LowRankWeight(w, scale, scale, torch.zeros(ROWS, rank), torch.zeros(rank, w.shape[1]), *bounds)
+    lora_triton.forward(weight, w)
+    lora_triton.backward(weight, w, 4.0, 0.01)
+
+
 def variants(*, everything: bool) -> Iterator[tuple[str, list[object]]]:
     """Name of each variant and the compiled kernels of a forward and a backward pass."""
     compiled: list[object] = []
@@ -63,20 +79,29 @@ def variants(*, everything: bool) -> Iterator[tuple[str, list[object]]]:
     def compile_only(self, *arguments, grid, warmup, **options):
         compiled.append(run(self, *arguments, grid=grid, warmup=True, **options))
 
+    def kernels_of(launch: Callable[..., None], size: int, number: int, dtype: torch.dtype, *, symmetric: bool, **more):
+        w, scale = torch.zeros(ROWS, size * number, dtype=dtype), torch.ones(ROWS, number)
+        compiled.clear()
+        launch(w, scale, (-8.0, 7.0) if symmetric else (-scale, scale), **more)
+        return list(compiled)
+
     JITFunction.run = compile_only
     dtypes, shapes = (DTYPES + MORE_DTYPES, SHAPES | MORE_SHAPES) if everything else (DTYPES, SHAPES)
-    for dtype, (name, (size, number)), symmetric in product(dtypes, shapes.items(), (True, False)):
-        w = torch.zeros(ROWS, size * number, dtype=dtype)
-        scale, v, gradient = torch.ones(ROWS, number), w.half(), torch.zeros_like(w)
-        bound = (-8.0, 7.0) if symmetric else (-scale, scale)
-        compiled.clear()
-        kernels.forward(w, scale, v, *bound, gradient)
-        kernels.backward_update(w, scale, v, *bound, gradient, 0.01)
-        yield f"{dtype}, {name}, {'symmetric' if symmetric else 'asymmetric'}", list(compiled)
+    for dtype, (name, shape), symmetric in product(dtypes, shapes.items(), (True, False)):
+        variant = f"{dtype}, {name}, {'symmetric' if symmetric else 'asymmetric'}"
+        yield f"signround, {variant}", kernels_of(signround, *shape, dtype, symmetric=symmetric)
+        if symmetric or (everything and dtype in DTYPES):
+            yield f"lora_rounding, {variant}", kernels_of(lora_rounding, *shape, dtype, symmetric=symmetric)
+    for rank in (1, 8, 64) if everything else ():
+        made = kernels_of(lora_rounding, *SHAPES["128"], torch.bfloat16, symmetric=True, rank=rank)
+        yield f"lora_rounding, rank {rank}", made
 
 
 def facts(kernel: object) -> dict[str, int]:
-    """Registers of a thread, bytes of its stack and local memory, and numbers of instructions of a compiled kernel."""
+    """Registers of a thread, bytes of its stack and local memory, and numbers of instructions of a compiled kernel.
+
+    `partial sums` is 1 if all that the kernel writes is sums, of which a thread has single values.
+    """
     cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -87,8 +112,11 @@ def facts(kernel: object) -> dict[str, int]:
     patterns = {
         "wide loads": r"ld\.global\S*\.v4\.b32",
         "wide stores": r"st\.global\S*\.v4\.b32",
+        "narrow": r"(?:ld|st)\.global\S*\.b16",
         "fused": r"fma\.rn\.f32",
+        "atomic": r"\s(?:atom|red)\.",
     }
+    found["partial sums"] = int(kernel.name == "_backward_kernel")
     return found | {name: len(re.findall(pattern, ptx)) for name, pattern in patterns.items()}
 
 

@@ -1,4 +1,4 @@
-"""Triton kernels of signround, compared with the kernels in plain torch and with float64.
+"""Triton kernels of signround, compared with the kernels in plain torch and with float64, and what all Triton kernels have in common.
 
 They run on a GPU, or without one in the interpreter of Triton, which computes on the CPU.
 """
@@ -16,13 +16,16 @@ import torch
 from cbqstream.errors import UsageError
 from cbqstream.numerics.affine import grouped, level_range
 from cbqstream.numerics.scale_search import minmax_grid
-from cbqstream.rounding.signround_kernels import PlainKernels, kernels_for, require_kernels
+from cbqstream.rounding import lora_kernels, signround_kernels
+from cbqstream.rounding.kernels import KernelSet
+from cbqstream.rounding.signround_kernels import PlainKernels
 from cbqstream.scheme import Scheme
 
 pytest.importorskip("triton")
 HERE = Path(__file__).parent
 MODULE = "cbqstream.rounding.signround_triton"
 kernels = importlib.import_module(MODULE)
+SETS = {"signround": signround_kernels.KERNELS, "lora_rounding": lora_kernels.KERNELS}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 CASES = [
@@ -81,37 +84,39 @@ def theta_gradient(w, scale, v, bounds, gradient, *, absolute=False):
     return (terms.abs() if absolute else terms).sum(-1)
 
 
-def test_require_kernels_refuses_kernels_that_do_not_run(monkeypatch):
+@pytest.mark.parametrize("method", SETS)
+def test_kernels_that_do_not_run_are_refused(method, monkeypatch):
     """The error is that of a machine without a C compiler."""
-    kernels = importlib.import_module(MODULE)
-    monkeypatch.setattr("cbqstream.rounding.signround_kernels.kernels_for", lambda *_: kernels)
-    require_kernels("auto", torch.device(DEVICE))
+    monkeypatch.setattr(KernelSet, "chosen", lambda self, *_: importlib.import_module(self.triton))
+    SETS[method].require("auto", torch.device(DEVICE))
 
     def fail(*_):
         raise RuntimeError("Failed to find C compiler.\nSet CC.")
 
-    monkeypatch.setattr(kernels, "backward_update", fail)
+    last = {"signround": "backward_update", "lora_rounding": "backward"}
+    monkeypatch.setattr(importlib.import_module(SETS[method].triton), last[method], fail)
     with pytest.raises(UsageError, match=r"do not run \(Failed to find C compiler\.\)\. .* use --kernels plain\."):
-        require_kernels("auto", torch.device(DEVICE))
+        SETS[method].require("auto", torch.device(DEVICE))
 
 
-def test_kernels_for_gives_triton_on_cuda_and_plain_kernels_otherwise(monkeypatch):
-    cuda = torch.device("cuda")
-    assert isinstance(kernels_for("auto", torch.device("cpu")), PlainKernels)
-    assert isinstance(kernels_for("plain", cuda), PlainKernels)
-    assert kernels_for("auto", cuda).__name__ == MODULE
+@pytest.mark.parametrize("method", SETS)
+def test_kernels_are_those_of_triton_on_cuda_and_plain_ones_otherwise(method, monkeypatch):
+    cuda, of_method = torch.device("cuda"), SETS[method]
+    assert of_method.chosen("auto", torch.device("cpu")) is of_method.plain
+    assert of_method.chosen("plain", cuda) is of_method.plain
+    assert of_method.chosen("auto", cuda).__name__ == of_method.triton
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, MODULE, raising=False)
+    monkeypatch.delitem(sys.modules, of_method.triton, raising=False)
     with pytest.raises(UsageError, match=r"triton cannot be loaded .*\. Install it, or use --kernels plain\."):
-        kernels_for("auto", cuda)
+        of_method.chosen("auto", cuda)
 
 
 @pytest.mark.parametrize("sm", [80, 86, 89, 90, 100, 120])
 def test_kernels_compile_for_gpus_without_spills_and_with_wide_loads(sm, tmp_path):
     """Every variant that is launched is compiled ahead of time: no GPU is needed.
 
-    No thread keeps values outside its registers, nothing is multiplied and added in one instruction, and weights are read and written 16
-    bytes at a time where their rows begin at a multiple of 16 bytes.
+    No thread keeps values outside its registers, nothing is multiplied and added in one instruction, no memory is changed by several
+    programs, and weights are read and written 16 bytes at a time where their rows begin at a multiple of 16 bytes.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     script = [sys.executable, HERE / "compile_kernels.py", str(sm), *(["--all"] if sm == 90 else [])]
@@ -125,11 +130,13 @@ def test_kernels_compile_for_gpus_without_spills_and_with_wide_loads(sm, tmp_pat
     )
     assert made.returncode == 0, made.stderr
     found = json.loads(made.stdout)
-    assert len(found) == (3 * 7 * 2 if sm == 90 else 4 * 2)
+    assert len(found) == (42 + 28 + 3 if sm == 90 else 8 + 4)
     for variant, kernels_of_it in found.items():
         assert len(kernels_of_it) == 2, variant
         for facts in kernels_of_it:
-            assert (facts["stack"], facts["local"], facts["fused"]) == (0, 0, 0), variant
+            assert (facts["stack"], facts["local"], facts["fused"], facts["atomic"]) == (0, 0, 0, 0), variant
             assert 0 < facts["reg"] <= 255, variant
-            wide = facts["wide loads"] > 0, facts["wide stores"] > 0
-            assert wide == ((False, False) if "unaligned" in variant else (True, True)), variant
+            aligned = "unaligned" not in variant
+            assert (facts["wide loads"] > 0) == aligned, variant
+            assert not (aligned and facts["narrow"]), variant
+            assert (facts["wide stores"] > 0) == (aligned and not facts["partial sums"]), variant
