@@ -18,7 +18,7 @@ def setting(
     help: str,
     panel: Panel = "Method",
     flag: str | None = None,
-    method: str | None = None,
+    method: str | tuple[str, ...] = (),
     from_factory: Any = MISSING,
 ) -> Any:
     """A field of a settings dataclass.
@@ -28,14 +28,15 @@ def setting(
         help: description, one sentence without a full stop unless there are two.
         panel: group in which the command line shows the flag.
         flag: name of the flag, with _; the name of the field by default. An empty string: the field has no flag of its own.
-        method: the rounding method that alone uses the field.
+        method: the rounding method that alone uses the field, or several of them.
         from_factory: called for a default that is made anew each time.
     """
+    methods = (method,) if isinstance(method, str) else method
     metadata = {
-        "help": help if method is None else f"{method}: {help}",
+        "help": f"{', '.join(methods)}: {help}" if methods else help,
         "panel": panel,
         "flag": flag,
-        "method": method,
+        "methods": methods,
     }
     if from_factory is not MISSING:
         return field(default_factory=from_factory, metadata=metadata)

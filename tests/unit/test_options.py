@@ -79,14 +79,19 @@ def test_an_unknown_profile_is_refused():
 def test_a_setting_of_another_rounding_method_is_refused():
     with pytest.raises(UsageError, match="max_shift is a setting of signround, and the rounding is lora_rounding"):
         config_from_options({**REQUIRED, "max_shift": 0.5, "rounding": "lora_rounding"})
+    with pytest.raises(
+        UsageError, match="kernels is a setting of signround and lora_rounding, and the rounding is nearest"
+    ):
+        config_from_options({**REQUIRED, "kernels": "plain", "rounding": "nearest"})
     assert config_from_options({**REQUIRED, "rounding_rank": 3}, "paper").reconstruction.rounding_rank == 3
+    assert config_from_options({**REQUIRED, "kernels": "plain"}, "paper").reconstruction.kernels == "plain"
 
 
 def test_methods_declare_their_settings():
-    settings = {name: tuple(option.field for option in OPTIONS.values() if option.method == name) for name in METHODS}
+    settings = {name: tuple(option.field for option in OPTIONS.values() if name in option.methods) for name in METHODS}
     assert settings == {
         "signround": ("max_shift", "kernels"),
-        "lora_rounding": ("rounding_lr", "rounding_rank", "penalty_weight"),
+        "lora_rounding": ("rounding_lr", "rounding_rank", "penalty_weight", "kernels"),
         "gptq": ("damping",),
         "nearest": (),
     }
@@ -98,7 +103,7 @@ def test_options_and_settings_are_inverse():
         "paper",
     )
     values = options_of(config)
-    values = {name: value for name, value in values.items() if OPTIONS[name].method in (None, "lora_rounding")}
+    values = {name: value for name, value in values.items() if OPTIONS[name].is_used_with("lora_rounding")}
     values |= {"max_ram": None, "max_vram": None}
     assert config_from_options(values, "default") == config
 
