@@ -24,7 +24,7 @@ export PYTHONPATH=$PWD:${PYTHONPATH:-}
 failed=0
 if [ "$part" != windows ]; then  # named files only: other test files import packages that are not needed here
     timeout 420 "$python" -m pytest -q -m gpu tests/integration/test_gpu.py || failed=1
-    timeout 120 "$python" -m pytest -q tests/unit/test_triton.py || failed=1
+    timeout 120 "$python" -m pytest -q tests/unit/test_triton.py tests/unit/test_lora_triton.py || failed=1
 fi
 [ "$part" = tests ] && exit $failed
 

@@ -99,6 +99,7 @@ def make_plan(
     if routed is not None:
         parts.append((routed, expert_work(config, sizes, extent), 0))
     costs = [rounding_cost(config, part) for part, _, _ in parts]
+    step_bytes = [cost.step_bytes_on(device, config.reconstruction.kernels) for cost in costs]
     closed_form = [
         done.blocks * closed_form_flop(config, part) if method_of(config.reconstruction).closed_form else 0.0
         for part, done, _ in parts
@@ -117,7 +118,7 @@ def make_plan(
         flop=products
         + sum(done.steps * cost.step_flop for (_, done, _), cost in zip(parts, costs, strict=True))
         + sum(closed_form),
-        rounding_bytes=int(sum(done.steps * cost.step_bytes for (_, done, _), cost in zip(parts, costs, strict=True))),
+        rounding_bytes=int(sum(done.steps * moved for (_, done, _), moved in zip(parts, step_bytes, strict=True))),
         seconds={},
         memory_mode=memory_mode,
     )

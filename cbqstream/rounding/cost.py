@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Self
 
+from cbqstream.config import Kernels
+
 
 @dataclass(frozen=True, slots=True)
 class RoundingCost:
@@ -18,6 +20,13 @@ class RoundingCost:
     """Bytes that one training step reads and writes in device memory to make the weight twice and to update the rounding."""
     step_flop: int = 0
     """Floating-point operations of that, besides the layer's own matrix products."""
+    fused_step_bytes: int = 0
+    """`step_bytes` with Triton kernels; 0 if it is the same."""
+
+    def step_bytes_on(self, device: str, kernels: Kernels) -> int:
+        """Bytes that a training step moves on a device, `cpu` or `cuda`, with the kernels of the settings."""
+        fused = device == "cuda" and kernels == "auto" and self.fused_step_bytes > 0
+        return self.fused_step_bytes if fused else self.step_bytes
 
     def __add__(self, other: Self) -> "RoundingCost":
         return RoundingCost(

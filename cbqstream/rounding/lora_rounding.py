@@ -20,7 +20,11 @@ from cbqstream.rounding.rounding import Rounding, RoundingStart, TrainingStep
 
 _BETA_START, _BETA_END, _WARM_UP = 20.0, 2.0, 0.2
 _FACTOR_BYTES = 16  # value, gradient and two moments of Adam, float32
-_STEP_BYTES = 600  # no fused kernel: every operation reads and writes a tile of float32 values
+_STEP_BYTES = 600  # with torch alone: every operation reads and writes a tile of float32 values
+_FUSED_BYTES = 12  # with Triton: w and w_hat twice, w and the gradient once, in bf16
+_SUMS_BYTES = (
+    8 / 32 + 8 / 128
+)  # and for each rank: a sum of the 32 rows and of the 128 columns of a tile, written and read
 _STEP_FLOP = 90
 
 
@@ -53,6 +57,7 @@ class LoraRounding(Rounding):
             state_bytes=4 * factors,
             step_bytes=rows * columns * _STEP_BYTES,
             step_flop=rows * columns * (_STEP_FLOP + products),
+            fused_step_bytes=int(rows * columns * (_FUSED_BYTES + _SUMS_BYTES * config.rounding_rank)),
         )
 
     @classmethod

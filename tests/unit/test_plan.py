@@ -115,6 +115,15 @@ def test_a_model_of_405_billion_weights_is_planned_in_less_than_five_seconds(siz
     assert plan.flop == pytest.approx(passes * 2048 * 6.442e9, rel=0.01)
 
 
+def test_lora_rounding_moves_fewer_bytes_with_the_kernels_for_cuda(sizes_405b):
+    config = settings(num_samples=128, seq_len=2048)
+    lora = ReconstructionConfig(rounding="lora_rounding", rounding_rank=5)
+    cpu, cuda = (make_plan(replace(config, reconstruction=lora), sizes_405b[0], name) for name in ("cpu", "cuda"))
+    plain = make_plan(replace(config, reconstruction=replace(lora, kernels="plain")), sizes_405b[0], "cuda")
+    assert cpu.rounding_bytes == plain.rounding_bytes
+    assert cuda.rounding_bytes / cpu.rounding_bytes == pytest.approx(13.5625 / 600)
+
+
 def test_memory_does_not_depend_on_the_number_of_blocks(sizes_405b):
     sizes, _ = sizes_405b
     small, large = (make_plan(settings(), replace(sizes, num_blocks=blocks), "cpu", RATES) for blocks in (8, 126))
