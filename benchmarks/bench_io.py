@@ -52,15 +52,17 @@ def rate(size: int, work: Callable[[], object]) -> float:
     return size / min(times) / 1e9
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", type=Path, help="folder to create, on the file system to measure")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="JSON file to write")
-    args = parser.parse_args()
-    args.work.mkdir(parents=True)
-    torch.set_num_threads(1)
-    shard, plain = args.work / "shard.safetensors", args.work / "plain"
-    save_file({f"t{index}": torch.full(TENSOR_SHAPE, 0.5, dtype=torch.bfloat16) for index in range(TENSORS)}, shard)
+def rates_of_weights(work: Path, tensors: int, tensor_shape: tuple[int, int], reading_ahead: float) -> dict[str, float]:
+    """Rates of reading a shard of bf16 weights that is made in a folder, GB/s.
+
+    Args:
+        work: the folder.
+        tensors: number of weights.
+        tensor_shape: shape of each weight.
+        reading_ahead: seconds for which a thread reads ahead.
+    """
+    shard = work / "shard.safetensors"
+    save_file({f"t{index}": torch.full(tensor_shape, 0.5, dtype=torch.bfloat16) for index in range(tensors)}, shard)
     infos, size = read_header(shard), shard.stat().st_size
 
     def read_weights(source: Checkpoint | VerifiedCheckpoint) -> None:
@@ -78,30 +80,46 @@ def main() -> None:
     found["weights, from the disk"] = size / (time.perf_counter() - began) / 1e9
     drop_from_page_cache(shard)
     with source.reading_ahead(list(infos)):
-        time.sleep(WINDOW)
+        time.sleep(reading_ahead)
     began = time.perf_counter()
     read_weights(source)
     found["weights, from the disk, read ahead"] = size / (time.perf_counter() - began) / 1e9
+    return found
 
-    segments = [torch.randn(SHAPE.seq_len, SHAPE.hidden_size).to(SHAPE.dtype) for _ in range(4)]
-    size = SHAPE.num_segments * segments[0].nbytes
+
+def rates_of_streams(work: Path, shape: StreamShape) -> dict[str, float]:
+    """Rates of writing and reading a stream of a shape in a folder, and a plain file of its size, GB/s."""
+    segments = [torch.randn(shape.seq_len, shape.hidden_size).to(shape.dtype) for _ in range(4)]
+    size = shape.num_segments * segments[0].nbytes
     content = bytes(segments[0].view(torch.uint8).numpy().data)
 
     def write_stream(durable: bool) -> None:
-        shutil.rmtree(args.work / "stream", ignore_errors=True)
-        store = ZarrStore.create(args.work / "stream", SHAPE, Disk(), durable=durable)
-        for segment in range(SHAPE.num_segments):
+        shutil.rmtree(work / "stream", ignore_errors=True)
+        store = ZarrStore.create(work / "stream", shape, Disk(), durable=durable)
+        for segment in range(shape.num_segments):
             store.write(segment, segments[segment % 4])
 
     def read_stream() -> None:
-        store = ZarrStore.open(args.work / "stream", SHAPE)
-        for segment in range(SHAPE.num_segments):
+        store = ZarrStore.open(work / "stream", shape)
+        for segment in range(shape.num_segments):
             store.read(segment)
 
-    found["file, written"] = rate(size, lambda: plain.write_bytes(content * SHAPE.num_segments))
-    found["stream, written"] = rate(size, lambda: write_stream(durable=False))
-    found["stream, written and synced"] = rate(size, lambda: write_stream(durable=True))
-    found["stream, read"] = rate(size, read_stream)
+    return {
+        "file, written": rate(size, lambda: (work / "plain").write_bytes(content * shape.num_segments)),
+        "stream, written": rate(size, lambda: write_stream(durable=False)),
+        "stream, written and synced": rate(size, lambda: write_stream(durable=True)),
+        "stream, read": rate(size, read_stream),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path, help="folder to create, on the file system to measure")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="JSON file to write")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True)
+    torch.set_num_threads(1)
+    found = rates_of_weights(args.work, TENSORS, TENSOR_SHAPE, WINDOW) | rates_of_streams(args.work, SHAPE)
     for name, value in found.items():
         print(f"{name}: {value:.2f} GB/s")
     args.results.write_text(json.dumps(found, indent=1) + "\n")

@@ -15,9 +15,10 @@ the process over all its threads, which other programs disturb little.
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 
 import torch
@@ -107,7 +108,10 @@ class RandomWeights:
     def infos(self) -> Mapping[str, TensorInfo]:
         """Tensors by name, which no file has."""
         known = "BF16", torch.bfloat16
-        return {name: TensorInfo(name, *known, shape, Path("random"), 0, 0) for name, shape in self._shapes.items()}
+        return {
+            name: TensorInfo(name, *known, shape, Path("random"), 0, 2 * prod(shape))
+            for name, shape in self._shapes.items()
+        }
 
     def read(self, name: str, *, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
         """One tensor on `device`, drawn in bf16 and converted to `dtype`."""
@@ -196,17 +200,33 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
     return clock() - began
 
 
+def compute_of(args: argparse.Namespace, device: torch.device) -> Compute:
+    """Device, dtype, batch size and memory mode of the arguments."""
+    mode = MemoryMode(activation_checkpointing=args.checkpointing, offload=args.offload is not None)
+    return Compute(device, compute_dtype(device), args.batch, mode)
+
+
+@contextmanager
+def training(args: argparse.Namespace, device: torch.device) -> Iterator[Callable[[int], None]]:
+    """Provide a function that trains the window of the arguments for a number of steps, inside a `with`."""
+    config = ReconstructionConfig(rounding=args.rounding, init="minmax", batch_size=args.batch, kernels=args.kernels)
+    scheme = Scheme.named(args.scheme, group_size=None if args.group_size == -1 else args.group_size)
+    settings = BlockSettings(scheme, config, TransformConfig(smoothing="never"))
+    with ExitStack() as opened:
+        file = None if args.offload is None else opened.enter_context(Disk().scratch(args.offload))
+        compute = compute_of(args, device)
+        blocks, data = window(SHAPES[args.shape], args.blocks, compute, args.seq_len, settings, file)
+
+        def train(steps: int) -> None:
+            of_steps = replace(data, config=replace(config, epochs=steps))
+            reconstruct(blocks, of_steps, torch.Generator().manual_seed(0), ResidentBlock.state)
+
+        yield train
+
+
 def measure(args: argparse.Namespace, device: torch.device) -> dict:
     """Time the matrix products and the training step, and return the row of results."""
-    shape = SHAPES[args.shape]
-    mode = MemoryMode(activation_checkpointing=args.checkpointing, offload=args.offload is not None)
-    compute = Compute(device, compute_dtype(device), args.batch, mode)
-    reconstruction = ReconstructionConfig(
-        rounding=args.rounding, init="minmax", batch_size=args.batch, kernels=args.kernels
-    )
-    scheme = Scheme.named(args.scheme, group_size=None if args.group_size == -1 else args.group_size)
-    settings = BlockSettings(scheme, reconstruction, TransformConfig(smoothing="never"))
-    multiply = matrix_products(shape, args.blocks, compute, args.seq_len)
+    multiply = matrix_products(SHAPES[args.shape], args.blocks, compute_of(args, device), args.seq_len)
 
     def time_products() -> float:
         return seconds(lambda: [multiply() for _ in range(args.steps)], device) / args.steps
@@ -218,14 +238,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict:
         del multiply
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    with ExitStack() as opened:
-        file = None if args.offload is None else opened.enter_context(Disk().scratch(args.offload))
-        blocks, data = window(shape, args.blocks, compute, args.seq_len, settings, file)
-
-        def train(steps: int) -> None:
-            config = ReconstructionConfig(rounding=args.rounding, init="minmax", batch_size=args.batch, epochs=steps)
-            reconstruct(blocks, replace(data, config=config), torch.Generator().manual_seed(0), ResidentBlock.state)
-
+    with training(args, device) as train:
         train(1)
         steps = []
         for _ in range(args.repeats):
@@ -246,6 +259,18 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict:
     return row
 
 
+def measure_within_cap(args: argparse.Namespace) -> dict:
+    """The row of results of `measure`, with the limit of device memory of the arguments."""
+    device = torch.device(args.device)
+    return_large_blocks(offloading=args.offload is not None)
+    with ExitStack() as limited, fixed_numerics(device, args.threads):
+        if args.cap is not None:
+            share = args.cap * GIB / torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(share, 1.0))
+            limited.callback(torch.cuda.set_per_process_memory_fraction, 1.0)
+        return measure(args, device)
+
+
 def name_of(args: argparse.Namespace) -> str:
     """Name of the row of results."""
     sizes = [args.shape, f"{args.blocks} blocks", f"{args.batch} x {args.seq_len}"]
@@ -260,7 +285,8 @@ def name_of(args: argparse.Namespace) -> str:
     return ", ".join([*parts, *(option for option, given in options.items() if given)])
 
 
-def main() -> None:
+def argument_parser() -> argparse.ArgumentParser:
+    """Parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape", choices=SHAPES, help="shape of a block")
     parser.add_argument("--blocks", type=int, default=2, help="blocks in the window")
@@ -282,14 +308,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="number of timings")
     parser.add_argument("--name", default="", help="label that is added to the name of the row")
     parser.add_argument("--results", type=Path, default=RESULTS, help="JSON file to which the row is added")
-    args = parser.parse_args()
-    device = torch.device(args.device)
-    return_large_blocks(offloading=args.offload is not None)
-    if args.cap is not None:
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(args.cap * GIB / total)
-    with fixed_numerics(device, args.threads):
-        row = measure(args, device)
+    return parser
+
+
+def main() -> None:
+    args = argument_parser().parse_args()
+    row = measure_within_cap(args)
     name, memory = name_of(args), row.get("peak_vram", row["peak_rss"]) / GIB
     times = f"products {row['products']:.3f} s, step {row['step']:.3f} s, ratio {row['ratio']:.2f}"
     print(f"{name}: {times}, peak {memory:.2f} GiB")
