@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Download what a machine with a GPU lacks, if it has Python 3.12, torch and transformers and no network: 16 wheels, about 8 MB.
-# tools/gpu_check.sh unpacks them.
+# tools/gpu_probe.py, which tools/gpu_check.sh calls, unpacks them.
 # Usage: tools/gpu_wheels.sh FOLDER      (PYTHON is an interpreter with pip; default python3)
 set -euo pipefail
 folder=${1:?Usage: tools/gpu_wheels.sh FOLDER}

@@ -1,6 +1,6 @@
 """Results on a CUDA device: reproducible, independent of the memory mode, and as good as on the CPU.
 
-The tests also run on the CPU. tools/gpu_check.sh runs those with the marker `gpu` on a machine with a CUDA device.
+The tests also run on the CPU. `tools/gpu_check.sh OUT tests` runs those with the marker `gpu` on a machine with a CUDA device.
 """
 
 from dataclasses import replace
