@@ -150,10 +150,33 @@ def kernels(probe: Probe) -> str:
         found = probe.part(f"{scheme} {large}, GB/s", partial(compared, scheme, large, dtypes[0], 10))
         rates = {name: value for name, value in (found or {}).items() if name.endswith("ward")}
         table[f"group {size or -1}{'' if symmetric else ', asymmetric'}"] = rounded(rates)
+    table |= low_rank_kernels(probe, large)
     for scheme, shape in cases.CASES[:: 8 if probe.small else 1]:
         for dtype in dtypes:
             probe.part(f"{scheme} {shape} {dtype}", partial(compared, scheme, shape, dtype), 3)
     return f"GB/s {table}"
+
+
+def low_rank_kernels(probe: Probe, shape: tuple[int, int]) -> dict[str, Any]:
+    """The kernels of lora_rounding: their rates, and the tests that compare them with the plain ones and with float64."""
+    import test_lora_triton as cases
+
+    def rates() -> dict[str, float]:
+        dtype = BF16 if device_of(probe).type == "cuda" else torch.float32
+        weight, gradient = cases.operands(4, 128, True, shape, 5, dtype)
+        found, w_hat = {}, torch.empty_like(weight.w)
+        for name, kernels in (("plain", cases.PlainKernels()), ("Triton", cases.kernels)):
+            ahead = partial(kernels.forward, weight, w_hat)
+            back = partial(kernels.backward, weight, gradient, 3.0, 0.01)
+            for what, work in (("forward", ahead), ("backward", back)):
+                found[f"{name}, {what}"] = 4 * weight.w.numel() / per_call(probe, work, 10) / 1e9
+        return found
+
+    found = probe.part(f"lora_rounding {shape}, GB/s", rates)
+    for case in cases.CASES[:: 8 if probe.small else 1]:
+        test = cases.test_triton_kernels_equal_the_plain_kernels_and_float64
+        probe.part(f"lora_rounding {case}", partial(test, case), 3)
+    return {"lora_rounding": rounded(found)}
 
 
 LAYERS_ON_DISK = MemoryMode(activation_checkpointing=True, offload=True)
