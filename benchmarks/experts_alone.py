@@ -1,19 +1,21 @@
 #!/usr/bin/env python3
 """Compare experts that are trained alone with experts that are trained with their window, and with GPTQ.
 
-Usage: experts_alone.py MODEL WORK [--threads N] [--only PART ...] [--profile default] [--num-samples 32] [--seq-len 512] [--dry-run]
-                        [--results FILE]
+Usage: experts_alone.py MODEL WORK [--threads N] [--only PART ...] [--profile default] [--num-samples 32] [--seq-len 512] [--blocks N]
+                        [--dry-run] [--results FILE]
 
 MODEL is the folder that tools/get_smollm2.py writes. equivalent_mixture.py makes a mixture of eight experts from it that computes the same,
 so the rows of the dense model show what the division into experts changes. Quantized models are kept in WORK. Calibration: the first 32 x
 512 tokens of data/c4-calibration.jsonl. Perplexity: 64 x 512 tokens spread evenly over the last 100 of the 200 documents of that file, over
-WikiText-2 validation and over WikiText-2 test, which is for the final figure and not for tuning.
+WikiText-2 validation and over WikiText-2 test, which is for the final figure and not for tuning. With --blocks, only the first blocks are
+quantized, and only the held-out C4 text is evaluated.
 
 Cells that results/experts_alone.json contains are not run again. --only takes parts of `grid | settings | model | method`, such as
 `W3A16` or `mixture | experts alone`.
 """
 
 import argparse
+import json
 import re
 import sys
 from pathlib import Path
@@ -72,6 +74,8 @@ def prepare(model: Path, work: Path) -> tuple[dict[str, Path], list[Path]]:
 def table(cells: dict[str, dict], settings: str) -> str:
     """The results as a Markdown table: perplexities, their ratios to the experts that are trained with their window, minutes, GiB."""
     texts = {"c4": "C4", **{text.stem: text.stem.replace("wikitext2-", "WikiText-2 ") for text in reversed(TEXTS)}}
+    if "blocks" in settings:
+        texts = {"c4": texts["c4"]}
     columns = [part for title in texts.values() for part in (title, "ratio")]
     lines = [
         f"| grid | model | method | {' | '.join(columns)} | minutes | CPU minutes | peak RSS, GiB |",
@@ -106,13 +110,16 @@ def main() -> None:
     parser.add_argument("--profile", default="default", help="profile of cbqstream")
     parser.add_argument("--num-samples", type=int, default=SAMPLES, help="calibration segments")
     parser.add_argument("--seq-len", type=int, default=LENGTH, help="tokens in a segment")
+    parser.add_argument("--blocks", type=int, help="quantize only the first N blocks, and evaluate on C4 alone")
     parser.add_argument("--dry-run", action="store_true", help="list the missing cells, and print the table")
     default = HERE / "results" / "experts_alone.json"
     parser.add_argument("--results", type=Path, default=default, help="JSON file for the cells")
     args = parser.parse_args()
     if args.num_samples * args.seq_len > CALIBRATION_TOKENS:
         parser.error(f"use at most {CALIBRATION_TOKENS:,} calibration tokens; the text after them is held out")
-    settings = f"{args.profile}, {args.num_samples} x {args.seq_len}"
+    settings = f"{args.profile}, {args.num_samples} x {args.seq_len}" + (
+        f", {args.blocks} blocks" if args.blocks else ""
+    )
     missing = [
         (grid, name)
         for grid in GRIDS
@@ -133,6 +140,10 @@ def measure_cells(args: argparse.Namespace, settings: str, missing: list[tuple[s
     if "full precision" not in load(args.results):
         save(args.results, "full precision", perplexities(args.model, texts, args.threads))
     sizes = ["--profile", args.profile, "--num-samples", str(args.num_samples), "--seq-len", str(args.seq_len)]
+    if args.blocks:
+        texts = texts[:1]
+        last = json.loads((args.model / "config.json").read_text())["num_hidden_layers"] - args.blocks
+        sizes += ["--keep-last", str(last)]
     for grid, name in missing:
         cell = f"{grid} | {settings} | {name}"
         print(cell, file=sys.stderr, flush=True)
