@@ -169,10 +169,10 @@ class Experts(nn.Module):
         if x_TD.device.type == "cpu":
             trim_heap()  # varying batch sizes of experts fragment glibc's heap by hundreds of megabytes in every pass
         total_TD = torch.zeros_like(x_TD)
-        by_expert = chosen_TK.flatten().argsort(stable=True)
+        numbers, by_expert = chosen_TK.flatten().sort(stable=True)
+        behind = torch.arange(1, self.number + 1, dtype=numbers.dtype, device=numbers.device)
         # the only synchronization with the device
-        counts = chosen_TK.flatten().bincount(minlength=self.number).tolist()
-        parts = torch.split(by_expert, counts)
+        parts = torch.tensor_split(by_expert, torch.searchsorted(numbers, behind).tolist())
         for expert, chosen in zip(self, parts[: self.number], strict=True):
             tokens, choices = chosen // chosen_TK.shape[1], chosen % chosen_TK.shape[1]
             if self.see_all or len(tokens):
@@ -195,10 +195,11 @@ class SortedExperts(Experts):
     def forward(self, x_ND: Tensor) -> Tensor:  # type: ignore[override]
         """The outputs [E T, D] of E experts for T tokens each, [E T, D]. An expert without biases gives zero for zero."""
         x_ETD = x_ND.view(self.number, -1, x_ND.shape[-1])
-        expert_of, token_of = (x_ETD != 0).any(dim=-1).nonzero(as_tuple=True)
-        counts = expert_of.bincount(minlength=self.number).tolist()
+        chosen_ET = (x_ETD != 0).any(dim=-1)
+        _, token_of = chosen_ET.nonzero(as_tuple=True)
         total_ETD = torch.zeros_like(x_ETD)
-        for number, (expert, tokens) in enumerate(zip(self, torch.split(token_of, counts), strict=True)):
+        parts = torch.split(token_of, chosen_ET.sum(1).tolist())
+        for number, (expert, tokens) in enumerate(zip(self, parts, strict=True)):
             if len(tokens):
                 total_ETD[number] = total_ETD[number].index_copy(0, tokens, expert(x_ETD[number, tokens]))
         return total_ETD.reshape(x_ND.shape)

@@ -64,8 +64,8 @@ CASES = {
         for name in ("mistral", "qwen3", "opt", "bloom", "gemma2", "phi3", "deepseek_v3", "glm4", "falcon")
     },
 }
-WAITS = {"layers on disk": 200, "all experts": 4, "family deepseek_v3": 4, "family falcon": 8}
-"""Largest number of times that a training step waits for the device, where it waits: for layers that are read, twice in a block for the
+WAITS = {"layers on disk": 200, "all experts": 2, "family deepseek_v3": 2, "family falcon": 8}
+"""Largest number of times that a training step waits for the device, where it waits: for layers that are read, once in a block for the
 tokens of experts, and for lists of indices in transformers."""
 EAGER = {"bloom", "gemma2"}
 """Families without fused attention."""
