@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from triton_interpreter import require_interpreter
 
 from cbqstream.config import ReconstructionConfig
 from cbqstream.numerics import slabs
@@ -21,6 +22,7 @@ from cbqstream.runtime.scratch import Scratch
 from cbqstream.scheme import Scheme
 
 pytest.importorskip("triton")
+require_interpreter()
 kernels = importlib.import_module("cbqstream.rounding.lora_triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from triton_interpreter import require_interpreter
 
 from cbqstream.errors import UsageError
 from cbqstream.numerics.affine import grouped, level_range
@@ -22,6 +23,7 @@ from cbqstream.rounding.signround_kernels import PlainKernels
 from cbqstream.scheme import Scheme
 
 pytest.importorskip("triton")
+require_interpreter()
 HERE = Path(__file__).parent
 MODULE = "cbqstream.rounding.signround_triton"
 kernels = importlib.import_module(MODULE)
