@@ -21,7 +21,8 @@ from cbqstream.scheme import Scheme
 
 SMALLEST_SCALE = 2.0**-17
 _MAX_SQNR_DB = 200.0
-_TILE, _DEVICE_TILE = 1 << 16, 1 << 23  # weights in a tile; up to ten float32 values per weight are in memory at once
+_TILE, _DEVICE_TILE = 1 << 16, 1 << 23  # weights in a tile
+_TILE_VALUES = 10  # float32 values that are in memory at once for each weight of a tile
 LARGEST_SCALE = 65280.0  # largest bf16 value that fp16 can hold
 
 
@@ -60,6 +61,15 @@ def row_tiles(w_OI: Tensor) -> Iterator[slice]:
     rows = max(1, (_TILE if w_OI.device.type == "cpu" else _DEVICE_TILE) // w_OI.shape[1])
     for start in range(0, w_OI.shape[0], rows):
         yield slice(start, min(start + rows, w_OI.shape[0]))
+
+
+def device_tile_bytes(weights: int) -> int:
+    """Memory on CUDA for computing on the tiles of a layer.
+
+    Args:
+        weights: number of weights of the layer.
+    """
+    return 4 * _TILE_VALUES * min(weights, _DEVICE_TILE)
 
 
 def rows_of(value: Bound, rows: slice) -> Bound:

@@ -12,8 +12,9 @@ from cbqstream.models.families import EXPERT
 from cbqstream.numerics.slabs import SLAB_WEIGHTS
 from cbqstream.planning.closed_form import closed_form_bytes
 from cbqstream.planning.memory import (
-    HEAP,
+    HELD,
     STREAM_BYTES,
+    WIDTH,
     packed_bytes,
     rounding_cost,
     scale_bytes,
@@ -47,11 +48,6 @@ def packed_experts(config: QuantizeConfig, sizes: ModelSizes) -> int:
     """Size in bytes of the finished experts of a block that are trained alone."""
     routed = sizes.experts_alone(config)
     return 0 if routed is None else packed_bytes(config, routed)
-
-
-def _width(device: str) -> int:
-    """Size of a value of the compute dtype."""
-    return 2 if device == "cuda" else 4
 
 
 def _tokens(config: QuantizeConfig) -> int:
@@ -125,7 +121,7 @@ def expert_memory(config: QuantizeConfig, sizes: ModelSizes, device: str) -> dic
         return {}
     one = routed.weights // routed.num_experts
     together = min(routed.num_experts, max(1, SLAB_WEIGHTS // one))
-    share, width = together / routed.num_experts, _width(device)
+    share, width = together / routed.num_experts, WIDTH[device]
     copy = 4 if device == "cpu" else 0
     learned = rounding_cost(config, routed).resident_bytes + scale_bytes(config, routed, 24)
     step = config.reconstruction.batch_size * config.calibration.seq_len
@@ -138,7 +134,7 @@ def expert_memory(config: QuantizeConfig, sizes: ModelSizes, device: str) -> dic
         "weights of an expert": int(one * (routed.stored + copy)),
         "rounding of an expert": learned // routed.num_experts,
         "finished experts": int(together * one + share * packed_bytes(config, routed)),  # codes of a byte, and packed
-        "activations of an expert": int(HEAP * width * tokens * (2 * outputs + 3 * sizes.hidden)),
+        "activations of an expert": int(HELD[device] * width * tokens * (2 * outputs + 3 * sizes.hidden)),
     }
 
 

@@ -19,7 +19,7 @@ from cbqstream.planning.disk_rates import measure_disks
 from cbqstream.planning.engines import engine_warnings
 from cbqstream.planning.experts import expert_memory, expert_work, inputs_beside_experts, inputs_beside_window
 from cbqstream.planning.layer_schemes import quantized_share
-from cbqstream.planning.memory import CONTEXT, TILES, device_bytes, host_bytes, rounding_cost
+from cbqstream.planning.memory import CONTEXT, device_bytes, host_bytes, rounding_cost
 from cbqstream.planning.planned import Plan, name_of_mode
 from cbqstream.planning.rates import STEP_FLOP, Rates, measure_rates
 from cbqstream.planning.requirements import (
@@ -89,8 +89,7 @@ def make_plan(
     of_experts = inputs_beside_experts(config, sizes, memory_mode)
     if device == "cuda":
         host, of_window, of_experts = host | of_experts, {}, {}
-    width = 2 if device == "cuda" else 4
-    computing = device_bytes(config, sizes, memory_mode, extent.in_window, width, of_window, experts | of_experts)
+    computing = device_bytes(config, sizes, memory_mode, extent.in_window, device, of_window, experts | of_experts)
     work = Work.of(config, held, extent, activation_checkpointing=memory_mode.activation_checkpointing)
     offloaded = OffloadFile.of(config, held, extent, work) if memory_mode.offload else OffloadFile()
     traffic = Traffic.of(config, sizes, extent, work, memory_mode, offloaded, device)
@@ -109,7 +108,7 @@ def make_plan(
     made = Plan(
         windows=extent.windows,
         ram=host | ({} if device == "cuda" else computing),
-        vram={"context": CONTEXT, "tiles": TILES} | computing if device == "cuda" else {},
+        vram={"context": CONTEXT} | computing if device == "cuda" else {},
         disk=disk_bytes(config, sizes, extent, memory_mode, offloaded, device),
         source=sizes.source_bytes,
         read=traffic.read,

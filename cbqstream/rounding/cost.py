@@ -22,6 +22,8 @@ class RoundingCost:
     """Floating-point operations of that, besides the layer's own matrix products."""
     fused_step_bytes: int = 0
     """`step_bytes` with Triton kernels; 0 if it is the same."""
+    tile_bytes: int = 0
+    """Memory on CUDA for values of a tile of the weight during a training step. Layers are computed one after the other."""
 
     def step_bytes_on(self, device: str, kernels: Kernels) -> int:
         """Bytes that a training step moves on a device, `cpu` or `cuda`, with the kernels of the settings."""
@@ -29,6 +31,5 @@ class RoundingCost:
         return self.fused_step_bytes if fused else self.step_bytes
 
     def __add__(self, other: Self) -> "RoundingCost":
-        return RoundingCost(
-            *(getattr(self, name) + getattr(other, name) for name in self.__slots__),
-        )
+        sums = {name: getattr(self, name) + getattr(other, name) for name in self.__slots__}
+        return RoundingCost(**sums | {"tile_bytes": max(self.tile_bytes, other.tile_bytes)})

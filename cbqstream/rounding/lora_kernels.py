@@ -12,6 +12,9 @@ from cbqstream.numerics.adaround import floor_and_sigmoid, logit_gradient, recti
 from cbqstream.numerics.affine import Bound, clamp_levels, grouped, row_tiles, rows_of
 from cbqstream.rounding.kernels import KernelSet
 
+PARTIAL_SUMS = 1 << 25
+"""Largest number of partial sums that the backward kernel has in memory at once, float32."""
+
 
 class LowRankWeight(NamedTuple):
     """A weight, its grid and the factors of its rounding logits."""

@@ -13,18 +13,17 @@ from typing_extensions import override
 
 from cbqstream.config import ReconstructionConfig
 from cbqstream.numerics.adaround import floor_and_sigmoid, rectified
-from cbqstream.numerics.affine import clamp_levels
+from cbqstream.numerics.affine import clamp_levels, device_tile_bytes
 from cbqstream.rounding.cost import RoundingCost
-from cbqstream.rounding.lora_kernels import KERNELS, LowRankWeight
+from cbqstream.rounding.lora_kernels import KERNELS, PARTIAL_SUMS, LowRankWeight
 from cbqstream.rounding.rounding import Rounding, RoundingStart, TrainingStep
 
 _BETA_START, _BETA_END, _WARM_UP = 20.0, 2.0, 0.2
 _FACTOR_BYTES = 16  # value, gradient and two moments of Adam, float32
 _STEP_BYTES = 600  # with torch alone: every operation reads and writes a tile of float32 values
 _FUSED_BYTES = 12  # with Triton: w and w_hat twice, w and the gradient once, in bf16
-_SUMS_BYTES = (
-    8 / 32 + 8 / 128
-)  # and for each rank: a sum of the 32 rows and of the 128 columns of a tile, written and read
+# and for each rank: a sum of the 32 rows and of the 128 columns of a tile, written and read
+_SUMS_BYTES = 8 / 32 + 8 / 128
 _STEP_FLOP = 90
 
 
@@ -51,13 +50,15 @@ class LoraRounding(Rounding):
     @override
     def cost(cls, config: ReconstructionConfig, rows: int, columns: int) -> RoundingCost:
         factors = config.rounding_rank * (rows + columns)
+        weights, sums = rows * columns, rows * columns * _SUMS_BYTES / 2 * config.rounding_rank
         products = 10 * config.rounding_rank  # A1 A2 three times in a step, and the gradients of A1 and A2
         return RoundingCost(
             resident_bytes=_FACTOR_BYTES * factors,
             state_bytes=4 * factors,
-            step_bytes=rows * columns * _STEP_BYTES,
-            step_flop=rows * columns * (_STEP_FLOP + products),
-            fused_step_bytes=int(rows * columns * (_FUSED_BYTES + _SUMS_BYTES * config.rounding_rank)),
+            step_bytes=weights * _STEP_BYTES,
+            step_flop=weights * (_STEP_FLOP + products),
+            fused_step_bytes=int(weights * _FUSED_BYTES + 2 * sums),
+            tile_bytes=device_tile_bytes(weights) if config.kernels == "plain" else min(int(sums), 4 * PARTIAL_SUMS),
         )
 
     @classmethod

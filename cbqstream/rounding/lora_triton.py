@@ -23,12 +23,10 @@ from torch import Tensor
 
 from cbqstream.numerics import adaround
 from cbqstream.numerics.affine import Bound
-from cbqstream.rounding.lora_kernels import LowRankWeight
+from cbqstream.rounding.lora_kernels import PARTIAL_SUMS, LowRankWeight
 
 _COLUMNS, _TILE = 128, 4096
 """Largest number of columns of a tile, and number of its elements."""
-_PARTIAL = 1 << 25
-"""Largest number of partial sums that are in memory at once."""
 _OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 """Options of every launch. Without fused multiplications and additions, results differ less from those of `PlainKernels`."""
 _RANGE, _GAMMA = tl.constexpr(adaround.ZETA - adaround.GAMMA), tl.constexpr(adaround.GAMMA)
@@ -167,11 +165,11 @@ def forward(weight: LowRankWeight, out_OI: Tensor) -> None:
 def backward(weight: LowRankWeight, gradient_OI: Tensor, beta: float, penalty: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of theta, A1 and A2. See `LoraKernels.backward`.
 
-    A weight with many partial sums is processed in parts, as many rows at a time as have no more than `_PARTIAL` of them.
+    A weight with many partial sums is processed in parts, as many rows at a time as have no more than `PARTIAL_SUMS` of them.
     """
     *_, constants, (across, _) = _arguments(weight)
     (rows, columns), rank, in_tile = weight.w.shape, constants["R"], constants["ROWS"]
-    tiles = max(1, _PARTIAL // (rank * columns + across * in_tile * (rank + 1)))
+    tiles = max(1, PARTIAL_SUMS // (rank * columns + across * in_tile * (rank + 1)))
     parts = [slice(start, start + tiles * in_tile) for start in range(0, rows, tiles * in_tile)]
     found = [_gradients(weight.rows(part), gradient_OI[part], beta, penalty) for part in parts]
     if len(found) == 1:

@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from cbqstream.config import ReconstructionConfig
+from cbqstream.numerics.affine import device_tile_bytes
 from cbqstream.numerics.signround import rounded_levels
 from cbqstream.rounding.cost import RoundingCost
 from cbqstream.rounding.rounding import Rounding, RoundingStart, TrainingStep
@@ -50,6 +51,7 @@ class SignRound(Rounding):
             offloaded_bytes=values,
             step_bytes=_STEP_BYTES * weights,
             step_flop=_STEP_FLOP * weights,
+            tile_bytes=device_tile_bytes(weights) if config.kernels == "plain" else 0,
         )
 
     @classmethod

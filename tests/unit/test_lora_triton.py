@@ -128,7 +128,7 @@ def test_a_weight_in_parts_gives_the_gradients_of_the_whole_weight(monkeypatch):
     launched = []
     of_rows = kernels._gradients
     monkeypatch.setattr(kernels, "_gradients", lambda *given: launched.append(given[0].w.shape[0]) or of_rows(*given))
-    monkeypatch.setattr(kernels, "_PARTIAL", 1)
+    monkeypatch.setattr(kernels, "PARTIAL_SUMS", 1)
     theta, a1, a2 = kernels.backward(weight, gradient, 4.0, 0.01)
     assert launched == [64, 6]
     assert torch.equal(theta, whole[0])

@@ -572,7 +572,7 @@ def test_a_405b_model_on_a_small_gpu_is_advised_of_a_window_that_stays_in_memory
     """Offloaded, a window of two blocks reads its source thousands of times; one block at batch size 1 stays in 24 GB."""
     sizes, _ = sizes_405b
     config = settings(scheme=Scheme(num_bits=4, group_size=128), num_samples=128)
-    config = replace(config, max_vram=24 * 10**9, reconstruction=replace(config.reconstruction, batch_size=2))
+    config = replace(config, max_vram=24 * 10**9)
     made = compared(config, sizes, "cuda", fitting_plan(config, sizes, "cuda"), None)
     assert made.way == "layers on disk"
     assert made.smaller["--window-size 1 --overlap 0 --batch-size 1"].way == "all layers in memory"
