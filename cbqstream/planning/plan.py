@@ -124,7 +124,7 @@ def make_plan(
     made = replace(made, exceeded=_exceeded(config, made))
     if rates is None:
         return made
-    times = [seconds_of(config, part, done, rates, attention) for part, done, attention in parts]
+    times = [seconds_of(config, part, done, rates, attention, device) for part, done, attention in parts]
     seconds = {name: sum(each[name] for each in times) for name in times[0]} | {"starting": START}
     if any(closed_form):
         seconds["codes in closed form"] = sum(closed_form) * rates.product / STEP_FLOP

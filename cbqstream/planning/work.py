@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from cbqstream.config import QuantizeConfig
+from cbqstream.planning.memory import WIDTH
 from cbqstream.planning.rates import Rates
 from cbqstream.planning.sizes import ModelSizes
 from cbqstream.rounding.registry import method_of
@@ -18,7 +19,9 @@ _LOGIT_PASSES = 6
 _STAGE_PASSES = 2.4
 """Number of passes of both streams through a block for the inputs of its stages, of a block of Llama; each ends at the inputs."""
 _GRID_SEARCH = {True: 22, False: 120}
-"""Cost of the grid search of a weight, in training steps of its rounding, by whether the scheme is symmetric."""
+"""Cost of the grid search of a weight on the CPU, in training steps of its rounding, by whether the scheme is symmetric."""
+GRID_SEARCH_BYTES = {True: 5300, False: 16900}
+"""Bytes that the grid search of a weight moves on CUDA, likewise (benchmarks/trace_step.py). Its steps are not those of fused kernels."""
 _ELEMENTWISE = {None: 14, 8: 21, 4: 21}
 """Number of elementwise reads and writes of activations in training, for each output value of the layers, by `activation_bits`."""
 
@@ -123,7 +126,7 @@ def attention_weights(config: QuantizeConfig, sizes: ModelSizes) -> int:
 
 
 def seconds_of(
-    config: QuantizeConfig, sizes: ModelSizes, work: Work, rates: Rates, attention: int
+    config: QuantizeConfig, sizes: ModelSizes, work: Work, rates: Rates, attention: int, device: str
 ) -> Mapping[str, float]:
     """Time of computing in seconds, by kind of work.
 
@@ -133,11 +136,17 @@ def seconds_of(
         work: work of the run.
         rates: rates of the machine.
         attention: number of multiplications of attention for each token.
+        device: `cpu` or `cuda`.
     """
     seq_len = config.calibration.seq_len
     passes = work.trained + work.forward / 3
     products = passes * seq_len * (sizes.active + 2 * attention)
-    grids = _GRID_SEARCH[config.scheme.symmetric] if config.reconstruction.init == "search" else 1
+    grids, searched = 1, 0.0
+    if config.reconstruction.init == "search" and device == "cpu":
+        grids = _GRID_SEARCH[config.scheme.symmetric]
+    elif config.reconstruction.init == "search":
+        moved = GRID_SEARCH_BYTES[config.scheme.symmetric] * work.blocks * sizes.weights
+        grids, searched = 0, moved * rates.value / WIDTH[device]
     weights = (work.steps + work.hard_batches + grids * work.blocks) * sizes.weights
     values = passes * seq_len * _ELEMENTWISE[config.scheme.activation_bits] * sizes.outputs
     seen = work.head_segments * seq_len / config.reconstruction.head_stride
@@ -145,6 +154,6 @@ def seconds_of(
     values += seen * sizes.vocabulary * _LOGIT_PASSES
     return {
         "matrix products": products * rates.product,
-        "rounding": weights * rates.weight,
+        "rounding": weights * rates.weight + searched,
         "other elementwise work": values * rates.value,
     }
