@@ -1,5 +1,6 @@
 """Rounding methods: their registry, the weights with which they start, their gradients, and the product with a soft weight."""
 
+from dataclasses import replace
 from functools import reduce
 from operator import add
 from typing import get_args
@@ -78,13 +79,15 @@ def test_every_method_has_its_whole_interface_before_the_first_training_step(met
 
 
 def test_costs_of_layers_are_summed_field_by_field():
-    one, other = RoundingCost(1, 2, 3, 4, 5), RoundingCost(10, 20, 30, 40, 50)
-    assert one + other == RoundingCost(11, 22, 33, 44, 55)
+    """But the memory for a tile is that of one layer after the other."""
+    one, other = RoundingCost(1, 2, 3, 4, 5, 6), RoundingCost(10, 20, 30, 40, 50, 4)
+    assert one + other == RoundingCost(11, 22, 33, 44, 55, 6)
     assert one + RoundingCost() == one
     for method in METHODS.values():
         config = ReconstructionConfig(rounding=method.name)
         cost = method.cost(config, 4, 8)
-        assert reduce(add, [cost] * 3) == RoundingCost(*(3 * getattr(cost, name) for name in RoundingCost.__slots__))
+        sums = RoundingCost(*(3 * getattr(cost, name) for name in RoundingCost.__slots__))
+        assert reduce(add, [cost] * 3) == replace(sums, tile_bytes=cost.tile_bytes)
         assert (cost == RoundingCost()) == (method.name == "nearest")
         assert 0 <= cost.offloaded_bytes <= cost.resident_bytes
 
