@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.nn import functional as nn_functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cbqstream.rounding import lora_triton
+
 META = torch.device("meta")
 KERNELS = "cbqstream.rounding.signround_triton"
 _ALIGNED = 512
@@ -270,14 +272,37 @@ def _kernels(tracer: Tracer) -> ModuleType:
     return module
 
 
+class _CountedKernel:
+    """A Triton kernel that only counts its launch, and the tensors among its arguments once each.
+
+    Args:
+        tracer: counts.
+    """
+
+    def __init__(self, tracer: Tracer) -> None:
+        self._tracer = tracer
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*args: Any, **constants: Any) -> None:
+            operands = {id(value): value for value in args if isinstance(value, Tensor)}
+            self._tracer.count("rounding", sum(map(_nbytes, operands.values())))
+
+        return launch
+
+
 @contextmanager
 def tracing() -> Iterator[Tracer]:
     """Count operators on meta tensors inside a `with`; attention and kernels are those of CUDA."""
     tracer = Tracer()
     real = sys.modules.get(KERNELS)
     sys.modules[KERNELS] = _kernels(tracer)
+    kernel = _CountedKernel(tracer)
     try:
-        with mock.patch.object(nn_functional, "scaled_dot_product_attention", _flash), tracer:
+        with (
+            mock.patch.object(nn_functional, "scaled_dot_product_attention", _flash),
+            mock.patch.multiple(lora_triton, _forward_kernel=kernel, _backward_kernel=kernel),
+            tracer,
+        ):
             yield tracer
     finally:
         del sys.modules[KERNELS]

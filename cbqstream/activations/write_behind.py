@@ -54,7 +54,8 @@ def write_behind(store: ActivationStore) -> Iterator[Callable[[int, Tensor], Non
 def _copy_to_cpu(x_SD: Tensor) -> Callable[[], Tensor]:
     """Begin to copy a tensor to the CPU, and return a function that waits for the copy and gives it."""
     if x_SD.device.type != "cuda":
-        return lambda: x_SD
+        copied_SD = x_SD.to("cpu")
+        return lambda: copied_SD
     copy_SD = torch.empty(x_SD.shape, dtype=x_SD.dtype, pin_memory=True)
     copy_SD.copy_(x_SD, non_blocking=True)
     done = torch.cuda.Event()  # type: ignore[no-untyped-call]
