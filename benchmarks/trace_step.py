@@ -124,11 +124,15 @@ class Traced:
     reserved: int = 0
     """Memory that the caching allocator holds at the end, bytes."""
 
+    def seconds_of_products(self, device: str) -> float:
+        """Seconds of the matrix products and of attention in the roofline of a device."""
+        products, memory = DEVICES[device]
+        return sum(max(self.flop[kind] / products, self.moved[kind] / memory) for kind in ("products", "attention"))
+
     def seconds(self, device: str) -> float:
         """Seconds of the roofline of a device."""
-        products, memory = DEVICES[device]
-        fast = sum(max(self.flop[kind] / products, self.moved[kind] / memory) for kind in ("products", "attention"))
-        return fast + sum(moved / memory for kind, moved in self.moved.items() if kind not in ("products", "attention"))
+        others = (moved for kind, moved in self.moved.items() if kind not in ("products", "attention"))
+        return self.seconds_of_products(device) + sum(others) / DEVICES[device][1]
 
 
 def blocks_of(case: Case, shape: Shape, settings: BlockSettings, compute: Compute) -> list[ResidentBlock]:
@@ -256,12 +260,16 @@ def row_of(case: Case) -> dict:
 def print_tables(rows: dict[str, dict]) -> None:
     """Print tables in Markdown: work and seconds, and memory beside the plan."""
     steps = {name: row for name, row in rows.items() if "case" in row}
-    print("| step | launches | GB moved | TFLOP | " + " | ".join(f"seconds, {name}" for name in DEVICES) + " |")
-    print("|" + "---|" * (4 + len(DEVICES)))
+    columns = " | ".join(f"seconds, {name} | / products" for name in DEVICES)
+    print(f"| step | launches | GB moved | TFLOP | {columns} |")
+    print("|" + "---|" * (4 + 2 * len(DEVICES)))
     for name, row in steps.items():
         traced = Traced(*(Counter(row[key]) for key in ("launches", "moved", "flop")), {})
         cells = [f"{traced.launches.total():,}", f"{traced.moved.total() / 1e9:,.1f}"]
-        cells += [f"{traced.flop.total() / 1e12:,.1f}", *(f"{traced.seconds(device):.3f}" for device in DEVICES)]
+        cells.append(f"{traced.flop.total() / 1e12:,.1f}")
+        for device in DEVICES:
+            seconds = traced.seconds(device)
+            cells += [f"{seconds:.3f}", f"{seconds / traced.seconds_of_products(device):.2f}"]
         print(f"| {name} | {' | '.join(cells)} |")
     print(
         "\n| device memory, GiB | tensors | segments | planned | planned / tensors | tensors by part | planned parts |"
