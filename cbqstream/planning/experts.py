@@ -28,12 +28,12 @@ from cbqstream.windows.expert_reconstruction import SKEW
 from cbqstream.windows.routed_experts import TOKENS_AT_ONCE
 from cbqstream.windows.schedule import split_held_out
 
-STREAM_PASSES = 6
+_STREAM_PASSES = 6
 """Number of times that a run reads a stream for the inputs, the residuals and the loss weights of the experts of a block."""
 EXPERT_PASSES = 4
-"""Number of times that a run reads each original expert."""
-_STORES_IN_MEMORY, _STORES_IN_FILE = 2, 7
-"""Stores of a value of all tokens that are in memory at once, and in the file of a window, which never shrinks; one more in closed form."""
+"""Number of times that a run reads each original expert. It is one more for a block that does more with the sums than add them."""
+STORES_IN_FILE = 8
+"""Largest number of stores of a value of all tokens in the file of a window, which never shrinks."""
 _ROUTED_BYTES = 32
 """Memory for one choice of a router: its number, its weight, and their sorted copies."""
 
@@ -75,7 +75,7 @@ def inputs_beside_window(config: QuantizeConfig, sizes: ModelSizes, memory_mode:
     """
     if sizes.experts_alone(config) is None or memory_mode.expert_inputs_on_disk:
         return {}
-    return {"inputs of experts": _store(config, sizes)}
+    return {"inputs of experts": _more(config, 1) * _store(config, sizes)}
 
 
 def inputs_beside_experts(config: QuantizeConfig, sizes: ModelSizes, memory_mode: MemoryMode) -> dict[str, int]:
@@ -91,13 +91,18 @@ def inputs_beside_experts(config: QuantizeConfig, sizes: ModelSizes, memory_mode
         return {}
     found = {"choices of the router": int(_tokens(config) * _chosen(routed) * _ROUTED_BYTES)}
     if not memory_mode.expert_inputs_on_disk:
-        found["inputs of experts"] = _stores(config, _STORES_IN_MEMORY) * _store(config, sizes)
+        found["inputs of experts"] = _more(config, 2) * _store(config, sizes)
     return found
 
 
-def _stores(config: QuantizeConfig, trained: int) -> int:
-    """Number of stores, from the number for a rounding method that is trained: codes in closed form need the inputs of both streams."""
+def _more(config: QuantizeConfig, trained: int) -> int:
+    """Number for the rounding method, from that for one that is trained: codes in closed form need the inputs of both streams."""
     return trained + method_of(config.reconstruction).closed_form
+
+
+def stream_passes(config: QuantizeConfig) -> int:
+    """Number of times that a run reads a stream for the experts of a block that are reconstructed alone."""
+    return _more(config, _STREAM_PASSES)
 
 
 def one_expert(routed: ModelSizes) -> ModelSizes:
@@ -149,9 +154,10 @@ def expert_disk(config: QuantizeConfig, sizes: ModelSizes, extent: Extent, memor
     """
     if not expert_blocks(config, sizes, extent):
         return {}
-    found = {"finished experts": packed_experts(config, sizes)}
+    dense = state_bytes(config, sizes.in_windows(config), 1)
+    found = {"finished experts": packed_experts(config, sizes), "other layers of a block": dense}
     if memory_mode.expert_inputs_on_disk:
-        found["inputs of experts"] = _stores(config, _STORES_IN_FILE) * _store(config, sizes)
+        found["inputs of experts"] = STORES_IN_FILE * _store(config, sizes)
     return found
 
 
@@ -176,7 +182,7 @@ def expert_reads(
     }
     if memory_mode.expert_inputs_on_disk:
         # sums of four passes and residuals, once for each expert of a token; sums in four passes over the streams
-        each = (_input_passes(config) + 5) * _chosen(routed) + 4 + passes
+        each = (_input_passes(config) + 5) * _chosen(routed) + 4 + passes + _all_inputs(config, routed)
         found["inputs of experts"] = int(blocks * _store(config, sizes) * each)
     return found
 
@@ -187,6 +193,11 @@ def _input_passes(config: QuantizeConfig) -> int:
     For the sums of four passes, targets, training, and the residuals; in closed form, for both streams in two stages.
     """
     return 7 + (4 if method_of(config.reconstruction).closed_form else 0)
+
+
+def _all_inputs(config: QuantizeConfig, routed: ModelSizes) -> int:
+    """Number of times that every token is read for the starting scales of experts, with `--calibrate-all-experts`."""
+    return routed.num_experts if config.calibration.all_experts else 0
 
 
 def expert_writes(config: QuantizeConfig, sizes: ModelSizes, extent: Extent, memory_mode: MemoryMode) -> dict[str, int]:
@@ -210,7 +221,7 @@ def expert_writes(config: QuantizeConfig, sizes: ModelSizes, extent: Extent, mem
     }
     if memory_mode.expert_inputs_on_disk:
         # inputs, sums of four passes, residuals as a whole and once for each expert of a token
-        each = 5 * _chosen(routed) + 1 + _stores(config, 3)
+        each = 5 * _chosen(routed) + 1 + _more(config, 3)
         found["inputs of experts"] = int(blocks * _store(config, sizes) * each)
     return found
 
@@ -227,8 +238,9 @@ def expert_copies(config: QuantizeConfig, sizes: ModelSizes, extent: Extent) -> 
     if routed is None:
         return 0
     # inputs and residuals, and outputs in float32 for four sums and the residuals
-    each = (_input_passes(config) + 1) * STREAM_BYTES + 5 * 4
-    return int(expert_blocks(config, sizes, extent) * _tokens(config) * _chosen(routed) * sizes.hidden * each)
+    each = ((_input_passes(config) + 1) * STREAM_BYTES + 5 * 4) * _chosen(routed)
+    each += _all_inputs(config, routed) * STREAM_BYTES
+    return int(expert_blocks(config, sizes, extent) * _tokens(config) * sizes.hidden * each)
 
 
 def expert_work(config: QuantizeConfig, sizes: ModelSizes, extent: Extent) -> Work:
@@ -246,10 +258,12 @@ def expert_work(config: QuantizeConfig, sizes: ModelSizes, extent: Extent) -> Wo
     training, held_out = (len(part) for part in split_held_out(samples))
     epochs = settings.epochs if method_of(settings).learns else 0
     runs = 6 + (2 if method_of(settings).closed_form else 0)
+    routed = sizes.experts_alone(config)
+    every = samples / routed.experts if routed is not None and config.calibration.all_experts else 0.0
     return Work(
         # the sums of four passes, targets, outputs of the finished experts, and the loss on held-out segments; in closed form, inner inputs
         # for both streams
-        forward=blocks * (runs * samples + 2 * held_out),
+        forward=blocks * (runs * samples + every + 2 * held_out),
         trained=blocks * epochs * training,
         steps=blocks * epochs * -(-training // settings.batch_size),
         hard_batches=0,

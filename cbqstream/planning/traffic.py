@@ -11,13 +11,13 @@ from cbqstream.config import QuantizeConfig
 from cbqstream.planning.closed_form import closed_form_passes
 from cbqstream.planning.disk_rates import DiskRates
 from cbqstream.planning.experts import (
-    STREAM_PASSES,
     expert_blocks,
     expert_copies,
     expert_disk,
     expert_reads,
     expert_writes,
     packed_experts,
+    stream_passes,
 )
 from cbqstream.planning.memory import (
     STREAMS_OF_WINDOW,
@@ -219,7 +219,7 @@ def _passes(config: QuantizeConfig, sizes: ModelSizes, extent: Extent, passes: f
     """
     closed_form = method_of(config.reconstruction).closed_form
     of_window = 3 + 2 * passes + (closed_form_passes(sizes.in_windows(config)) if closed_form else 0)
-    return of_window * extent.windows + STREAM_PASSES * expert_blocks(config, sizes, extent)
+    return of_window * extent.windows + stream_passes(config) * expert_blocks(config, sizes, extent)
 
 
 def _merged(first: Mapping[str, int], second: Mapping[str, int]) -> dict[str, int]:

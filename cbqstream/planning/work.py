@@ -18,6 +18,8 @@ _LOGIT_PASSES = 6
 """Number of reads and writes of each logit in training."""
 _STAGE_PASSES = 2.4
 """Number of passes of both streams through a block for the inputs of its stages, of a block of Llama; each ends at the inputs."""
+_ROUTING_PASSES = 4
+"""Number of passes of a stream through the other layers of a block, for the inputs and the residuals of experts that are trained alone."""
 _GRID_SEARCH = {True: 22, False: 120}
 """Cost of the grid search of a weight on the CPU, in training steps of its rounding, by whether the scheme is symmetric."""
 GRID_SEARCH_BYTES = {True: 5300, False: 16900}
@@ -97,14 +99,16 @@ class Work:
         training, held_out = (len(part) for part in split_held_out(samples))
         learns = method_of(settings).learns
         epochs = settings.epochs if learns else 0
-        stages = _STAGE_PASSES if method_of(settings).closed_form else 0
+        other_passes = _STAGE_PASSES if method_of(settings).closed_form else 0
+        if settings.experts == "alone":
+            other_passes += _ROUTING_PASSES + method_of(settings).closed_form
         stride = config.window.size - config.window.overlap
         forward: float = windows * (samples * (stride + in_window + stride) + 2 * held_out * in_window)
         trained = windows * epochs * training * in_window
         steps = windows * epochs * math.ceil(training / settings.batch_size)
         if activation_checkpointing:
             forward += trained
-        forward += windows * samples * stages
+        forward += windows * samples * other_passes
         if settings.end_to_end_epochs and learns:
             forward += settings.end_to_end_epochs * sizes.num_blocks * (training + 2 * held_out)
             trained += settings.end_to_end_epochs * sizes.num_blocks * training
@@ -113,7 +117,7 @@ class Work:
             trained=trained,
             steps=steps * in_window,
             hard_batches=2 * windows * in_window * math.ceil(held_out / settings.batch_size),
-            stream_batches=windows * (2 * stride + in_window + stages) * math.ceil(samples / settings.batch_size),
+            stream_batches=windows * (2 * stride + in_window + other_passes) * math.ceil(samples / settings.batch_size),
             windows=windows,
             blocks=windows * stride,
             head_segments=epochs * training + 2 * held_out if settings.head_weight else 0,

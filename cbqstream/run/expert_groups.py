@@ -164,7 +164,7 @@ class ExpertGroups:
             inputs.source,
             inputs.layers(self.block.index),
             self.routed,
-            None if reference is None else reference.x,
+            reference.x if reference is not None and method_of(config).closed_form else None,
             residuals,
             LossWeights.of(self.targets, config, self.experts.hidden_size),
             self.settings,

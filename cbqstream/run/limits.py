@@ -8,6 +8,7 @@ from pathlib import Path
 from cbqstream.config import QuantizeConfig
 from cbqstream.disk import free_bytes
 from cbqstream.errors import DeviceMemoryError, StorageError, shown
+from cbqstream.planning.experts import STORES_IN_FILE
 from cbqstream.planning.memory import CONTEXT
 from cbqstream.records import BlockSpec, EpochReport, RunWarning, WindowReport
 from cbqstream.run.inputs import RunInputs
@@ -21,8 +22,6 @@ _OFFLOADED_BYTES = 8
 """Upper bound of the size of an offloaded weight in bytes: the weight, its rounding value, its code, and its packed code."""
 _FINISHED_BYTES = 2
 """Upper bound of the size of a weight of a finished expert, which is durable before the shard of its block is written."""
-_TOKEN_STORES = 7
-"""Stores of the inputs and sums of routed experts in the file of a window, which never shrinks."""
 _MARGIN = 1.05
 """Safety factor of the disk space."""
 
@@ -50,7 +49,7 @@ def disk_bytes(
     of_experts = sum(size for name, size in sizes.items() if name in alone)
     weights = sum(sizes.values()) * _BYTES_PER_VALUE + of_experts * _FINISHED_BYTES
     weights += (sum(sizes.values()) - of_experts) * _OFFLOADED_BYTES if offload else 0
-    streams += _TOKEN_STORES if alone and inputs.compute.memory_mode.expert_inputs_on_disk else 0
+    streams += STORES_IN_FILE if alone and inputs.compute.memory_mode.expert_inputs_on_disk else 0
     values = inputs.tokens.numel() * inputs.meta_model.handover.token_bytes if beside else 0
     handed = len(inputs.tokens) * inputs.meta_model.handover.bytes_of_segment(inputs.tokens.shape[1])
     stream = _BYTES_PER_VALUE * math.prod(inputs.stream_shape) + handed

@@ -556,7 +556,8 @@ def test_bytes_of_experts_that_are_reconstructed_alone_are_those_counted_by_hand
     passes = (3 * 14 + 2 * 2) / 16
     assert on_disk.read["inputs of experts"] == int(2 * store * (12 * 2 + 4 + passes))
     assert on_disk.written["inputs of experts"] == 2 * store * (5 * 2 + 4)
-    assert on_disk.disk["inputs of experts"] == 7 * store
+    assert on_disk.disk["inputs of experts"] == 8 * store
+    assert on_disk.disk["other layers of a block"] == 2 * attention + attention // 32 * 8  # rounding values and scales
     on_device = make_plan(config, sizes, "cuda")
     assert on_device.bus["inputs of experts"] == 2 * tokens * 2 * 64 * (8 * 2 + 5 * 4)
     # each token passes 6 times through its experts, twice an eighth for the loss, and 3 times in training by 14 of the 16 segments
@@ -564,8 +565,35 @@ def test_bytes_of_experts_that_are_reconstructed_alone_are_those_counted_by_hand
     alone = (
         2 * 2 * tokens * 2 * expert * passes + 2 * 3 * 7 * 8 * expert * 30
     )  # signround takes 30 for each weight and step
+    # the other layers run four times more on all tokens, for the inputs and the residuals of experts
+    alone += 2 * 2 * tokens * 4 * (attention + 32 * 64)
     rest = replace(config, reconstruction=replace(config.reconstruction, experts="window"))
     assert made.flop - alone == pytest.approx(make_plan(rest, replace(sizes.dense, routed=None), "cpu").flop)
+
+
+def test_all_tokens_for_all_experts_are_planned(sizes_with_experts):
+    """With --calibrate-all-experts, every token passes every expert once more: 8 experts instead of 2, so 4 passes more."""
+    sizes, tokens, expert = sizes_with_experts, 16 * 32, 3 * 64 * 128
+    config = replace(settings(num_samples=16, seq_len=32), window=WindowConfig(size=1, overlap=0))
+    config = replace(config, reconstruction=replace(config.reconstruction, experts="alone"))
+    everything = replace(config, calibration=replace(config.calibration, all_experts=True))
+    on_disk = MemoryMode(expert_inputs_on_disk=True)
+    few, many = (make_plan(each, sizes, "cpu", memory_mode=on_disk) for each in (config, everything))
+    assert many.flop - few.flop == 2 * 2 * tokens * 8 * expert
+    assert many.read["inputs of experts"] - few.read["inputs of experts"] == 2 * 8 * tokens * 64 * 2
+
+
+def test_codes_of_experts_in_closed_form_need_the_inputs_of_both_streams(sizes_with_experts):
+    config = replace(settings(num_samples=16, seq_len=32), window=WindowConfig(size=1, overlap=0))
+    trained, gptq = (
+        make_plan(
+            replace(config, reconstruction=replace(config.reconstruction, experts="alone", rounding=rounding)),
+            sizes_with_experts,
+            "cuda",
+        )
+        for rounding in ("signround", "gptq")
+    )
+    assert gptq.ram["inputs of experts"] == trained.ram["inputs of experts"] // 2 * 3
 
 
 def test_a_405b_model_on_a_small_gpu_is_advised_of_a_window_that_stays_in_memory(sizes_405b):
