@@ -80,8 +80,8 @@ def test_every_method_has_its_whole_interface_before_the_first_training_step(met
 
 def test_costs_of_layers_are_summed_field_by_field():
     """But the memory for a tile is that of one layer after the other."""
-    one, other = RoundingCost(1, 2, 3, 4, 5, 6), RoundingCost(10, 20, 30, 40, 50, 4)
-    assert one + other == RoundingCost(11, 22, 33, 44, 55, 6)
+    one, other = RoundingCost(1, 2, 3, 4, 5, 6, 7), RoundingCost(10, 20, 30, 40, 50, 60, 4)
+    assert one + other == RoundingCost(11, 22, 33, 44, 55, 66, 7)
     assert one + RoundingCost() == one
     for method in METHODS.values():
         config = ReconstructionConfig(rounding=method.name)
