@@ -145,11 +145,12 @@ class ExpertGroups:
     def _given(self) -> ExpertInputs:
         """Everything from which the experts are reconstructed, before the first one."""
         inputs, config, compute = self.inputs, self.settings.reconstruction, self.inputs.compute
+        closed_form = method_of(config).closed_form
         factor = factor_of_sums(self.block, self.experts, self.quantized, compute)
         residuals = TokenStore(token_shape(inputs, self.experts), self.file, zeros=True)
         add = partial(add_experts, self.experts, source=inputs.source, compute=compute, sums=residuals)
         reference = None
-        if not factor or method_of(config).closed_form:
+        if not factor or closed_form:
             store = TokenStore(token_shape(inputs, self.experts), self.file)
             reference = route(self.block, self.reference, store, compute, phase=Phase.ORIGINAL)
         if factor:
@@ -164,7 +165,7 @@ class ExpertGroups:
             inputs.source,
             inputs.layers(self.block.index),
             self.routed,
-            reference.x if reference is not None and method_of(config).closed_form else None,
+            reference.x if reference is not None and closed_form else None,
             residuals,
             LossWeights.of(self.targets, config, self.experts.hidden_size),
             self.settings,
