@@ -18,7 +18,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from cbqstream.rounding import lora_kernels, lora_triton, signround_kernels, signround_triton
+from cbqstream.rounding import (
+    lora_kernels,
+    lora_triton,
+    search_kernels,
+    search_triton,
+    signround_kernels,
+    signround_triton,
+)
 
 DEVICE = torch.device("cuda:0")
 _COPIES = {"_to_copy", "copy_"}
@@ -260,6 +267,7 @@ def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False
 _KERNELS = (
     (signround_triton, signround_kernels.PlainKernels(), ("forward", "backward_update")),
     (lora_triton, lora_kernels.PlainKernels(), ("forward", "backward")),
+    (search_triton, search_kernels.PlainKernels(), ("search_grid",)),
 )
 """Modules with Triton kernels, the plain kernels that compute instead of them, and the names of the functions."""
 

@@ -60,7 +60,7 @@ def _search_rows(w_OI: Tensor, importance_GK: Tensor, scheme: Scheme) -> tuple[T
     low_OG, high_OG = w_OGK.amin(-1), w_OGK.amax(-1)
     best_error = torch.full_like(low_OG, torch.inf)
     best_scale, best_zero = torch.empty_like(low_OG), torch.zeros_like(low_OG, dtype=torch.int8)
-    for low_ratio, high_ratio in _ratios(scheme):
+    for low_ratio, high_ratio in ratios(scheme):
         scale_OG, zero_OG = _grid(low_OG * low_ratio, high_OG * high_ratio, scheme)
         levels = clamp_levels((w_OGK / scale_OG.unsqueeze(-1)).round_(), *level_range(scheme, zero_OG))
         error_OG = levels.mul_(scale_OG.unsqueeze(-1)).sub_(w_OGK).square_().mul_(importance_GK).sum(-1)
@@ -72,7 +72,7 @@ def _search_rows(w_OI: Tensor, importance_GK: Tensor, scheme: Scheme) -> tuple[T
     return best_scale, best_zero
 
 
-def _ratios(scheme: Scheme) -> Iterator[tuple[float, float]]:
+def ratios(scheme: Scheme) -> Iterator[tuple[float, float]]:
     """Factors of the low and the high end of the range.
 
     The smallest factor depends on the number of bits: with fewer bits, smaller ranges reduce the error.

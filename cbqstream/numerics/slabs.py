@@ -6,6 +6,7 @@ products on CUDA are several times slower where the number of rows is not a mult
 
 from collections.abc import Callable, Iterator, Sequence
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -45,6 +46,13 @@ def linear_in_slabs(x: Tensor, shape: Sequence[int], make: Callable[[slice], Ten
     if len(parts) == 1:
         return functional.linear(x, make(parts[0]), bias)
     y = x.new_empty(*x.shape[:-1], shape[0])
+    x_TI, y_TO = x.flatten(0, -2), y.view(-1, shape[0])
     for rows in parts:
-        y[..., rows] = functional.linear(x, make(rows), None if bias is None else bias[rows])
+        w_OI, part = make(rows), None if bias is None else bias[rows]
+        if torch.is_grad_enabled():  # then autograd refuses `out`
+            y[..., rows] = functional.linear(x, w_OI, part)
+        elif part is None:
+            torch.mm(x_TI, w_OI.t(), out=y_TO[:, rows])
+        else:
+            torch.addmm(part, x_TI, w_OI.t(), out=y_TO[:, rows])
     return y

@@ -20,6 +20,7 @@ from cbqstream.models.meta_model import MetaModel
 from cbqstream.models.probe import probe
 from cbqstream.packed.output import require_replaceable
 from cbqstream.planning.layer_schemes import require_quantizable
+from cbqstream.rounding import search_kernels
 from cbqstream.rounding.registry import method_of
 from cbqstream.rundir.chain import is_run
 
@@ -78,6 +79,7 @@ def checked_model(
     probe(meta_model)
     require_quantizable(config, meta_model, allow_partial=allow_partial)
     method_of(settings).require_runnable(settings, device)
+    search_kernels.KERNELS.require(settings.kernels, device)
     meta_model.check_length(seq_len)
     if settings.robust_tokens >= seq_len:
         raise UsageError(f"robust_tokens is {settings.robust_tokens}. It must be below seq_len, {seq_len}.")

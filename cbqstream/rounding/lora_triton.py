@@ -12,27 +12,49 @@ so h is a few float32 roundings away from that of `PlainKernels` (2e-6). The flo
 nearest. Gradients agree with the sums of `PlainKernels` within 1e-5 of the sum of the absolute values of their terms, but for weights whose
 h is within rounding of 0 or 1, or whose level is within rounding of the end of the grid: there a gradient is either passed on or is zero.
 
+The gradients of A1 and A2 are products of dV with the factors, on tensor cores: dV and the factors are rounded to tf32, which has 11
+significant bits, and the sums are float32. dV is made from a gradient in bf16, which has 8. As sums of a tile over its rows, in float32,
+they took two thirds of the time of the kernel.
+
 There are no atomic operations. A program writes the sums over its tile, and a second pass adds them in a fixed order, so results are always
-the same. Programs that run one after the other work on the same rows, so that they read memory in order.
+the same.
 """
+
+import os
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra import libdevice
 
 from cbqstream.numerics import adaround
-from cbqstream.numerics.affine import Bound
 from cbqstream.rounding.lora_kernels import PARTIAL_SUMS, LowRankWeight
+from cbqstream.rounding.tiles_triton import bounds, bounds_arguments, tile, tiling
 
-_COLUMNS, _TILE = 128, 4096
-"""Largest number of columns of a tile, and number of its elements."""
-_OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
+_ELEMENTS = 2048
+"""Number of elements of a tile."""
+_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 """Options of every launch. Without fused multiplications and additions, results differ less from those of `PlainKernels`."""
+_RANK = 16
+"""Smallest rank of a product in a kernel; factors of a smaller rank are extended with zeros."""
 _RANGE, _GAMMA = tl.constexpr(adaround.ZETA - adaround.GAMMA), tl.constexpr(adaround.GAMMA)
 _OVER_RANGE = tl.constexpr(1 / (adaround.ZETA - adaround.GAMMA))
 _MINUS_LOG2_E = tl.constexpr(-1.4426950408889634)
 _NAN = tl.constexpr(tl.PropagateNan.ALL)
+_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # the interpreter has no libdevice
+
+
+@triton.jit
+def _log2(x):
+    """Logarithm as the instruction of the device; that of Triton takes twenty."""
+    return tl.log2(x) if _INTERPRETED else libdevice.fast_log2f(x)
+
+
+@triton.jit
+def _divide(x, y):
+    """Quotient within two float32 roundings."""
+    return x / y if _INTERPRETED else libdevice.fast_dividef(x, y)
 
 
 @triton.jit
@@ -42,41 +64,17 @@ def _between(x, low, high):
 
 
 @triton.jit
-def _tile(rows, K, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Rows, group and columns of the tile of a program, and which of them are in the weight. A tile is within one group."""
-    tiles = tl.cdiv(K, COLUMNS)
-    group = tl.program_id(0) // tiles
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    offset = tl.program_id(0) % tiles * COLUMNS + tl.arange(0, COLUMNS)
-    return row, row < rows, group, group * K + offset, offset < K
-
-
-@triton.jit
-def _bounds(low_ptr, high_ptr, low, high, group, in_rows, BOUNDS: tl.constexpr):
-    """Smallest and largest level of a group of each row. With BOUNDS, each group has its own."""
-    if BOUNDS:
-        low_of = tl.load(low_ptr + group, mask=in_rows, other=0.0)[:, None]
-        high_of = tl.load(high_ptr + group, mask=in_rows, other=0.0)[:, None]
-    else:
-        low_of, high_of = low, high
-    return low_of, high_of
-
-
-@triton.jit
-def _floor_and_sigmoid(
-    w, scale0, a1_ptr, a2_ptr, row, in_rows, column, in_columns, columns,
-    R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+def _floor_and_sigmoid(w, scale0, a1_ptr, a2_ptr, row, in_rows, column, in_columns, columns, R: tl.constexpr):
     """Grid points below the weights, and sigmoids of the logits. See `adaround.floor_and_sigmoid`."""
     product = w * 0.0  # zeros in the layout of w
     for r in range(R):
         a1 = tl.load(a1_ptr + row * R + r, mask=in_rows, other=0.0)
         a2 = tl.load(a2_ptr + r * columns + column, mask=in_columns, other=0.0)
-        product += a1[:, None] * a2[None, :]
+        product = tl.fma(tl.broadcast_to(a1[:, None], w.shape), tl.broadcast_to(a2[None, :], w.shape), product)
     w_over_s = tl.div_rn(w, scale0[:, None])
     floor = tl.floor(w_over_s)
     start = ((w_over_s - floor) - _GAMMA) * _OVER_RANGE
-    return floor, start / (start + (1.0 - start) * tl.exp2(product * _MINUS_LOG2_E))
+    return floor, _divide(start, start + (1.0 - start) * tl.exp2(product * _MINUS_LOG2_E))
 
 
 @triton.jit
@@ -85,17 +83,12 @@ def _forward_kernel(
     R: tl.constexpr, BOUNDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Compute a tile of w_hat with ROWS x COLUMNS elements. K columns share a scale."""
-    row, in_rows, group, column, in_columns = _tile(rows, K, ROWS, COLUMNS)
-    of_rows = row * groups + group
+    row, in_rows, of_rows, column, in_columns, at, mask = tile(rows, columns, groups, K, ROWS, COLUMNS)
     scale0 = tl.load(scale0_ptr + of_rows, mask=in_rows, other=1.0)
     scale = tl.load(scale_ptr + of_rows, mask=in_rows, other=1.0)
-    low_of, high_of = _bounds(low_ptr, high_ptr, low, high, of_rows, in_rows, BOUNDS)
-    mask = in_rows[:, None] & in_columns[None, :]
-    at = row[:, None].to(tl.int64) * columns + column[None, :]
+    low_of, high_of = bounds(low_ptr, high_ptr, low, high, of_rows, in_rows, BOUNDS)
     w = tl.load(w_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    floor, sigmoid = _floor_and_sigmoid(
-        w, scale0, a1_ptr, a2_ptr, row, in_rows, column, in_columns, columns, R, ROWS, COLUMNS
-    )
+    floor, sigmoid = _floor_and_sigmoid(w, scale0, a1_ptr, a2_ptr, row, in_rows, column, in_columns, columns, R)
     level = _between(floor + _between(sigmoid * _RANGE + _GAMMA, 0.0, 1.0), low_of, high_of)
     tl.store(out_ptr + at, (level * scale[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -104,24 +97,19 @@ def _forward_kernel(
 def _backward_kernel(
     w_ptr, scale0_ptr, scale_ptr, a1_ptr, a2_ptr, low_ptr, high_ptr, grad_ptr, theta_grad_ptr, a1_grad_ptr, a2_grad_ptr,
     rows, columns, groups, K, low, high, exponent, penalty,
-    R: tl.constexpr, BOUNDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    R: tl.constexpr, P: tl.constexpr, BOUNDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Compute the part of a tile in the gradients of theta [O, tiles of a row], A1 [tiles of a row, O, R] and A2 [tiles of a column, R, I].
 
-    `exponent` is beta - 1, and `penalty` is 2 beta times the weight of the penalty.
+    `exponent` is beta - 1, and `penalty` is 2 beta times the weight of the penalty. P is a power of two and at least R.
     """
-    row, in_rows, group, column, in_columns = _tile(rows, K, ROWS, COLUMNS)
-    of_rows = row * groups + group
+    row, in_rows, of_rows, column, in_columns, at, mask = tile(rows, columns, groups, K, ROWS, COLUMNS)
     scale0 = tl.load(scale0_ptr + of_rows, mask=in_rows, other=1.0)
     scale = tl.load(scale_ptr + of_rows, mask=in_rows, other=1.0)
-    low_of, high_of = _bounds(low_ptr, high_ptr, low, high, of_rows, in_rows, BOUNDS)
-    mask = in_rows[:, None] & in_columns[None, :]
-    at = row[:, None].to(tl.int64) * columns + column[None, :]
+    low_of, high_of = bounds(low_ptr, high_ptr, low, high, of_rows, in_rows, BOUNDS)
     w = tl.load(w_ptr + at, mask=mask, other=0.0).to(tl.float32)
     gradient = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32) * scale[:, None]
-    floor, sigmoid = _floor_and_sigmoid(
-        w, scale0, a1_ptr, a2_ptr, row, in_rows, column, in_columns, columns, R, ROWS, COLUMNS
-    )
+    floor, sigmoid = _floor_and_sigmoid(w, scale0, a1_ptr, a2_ptr, row, in_rows, column, in_columns, columns, R)
     stretched = sigmoid * _RANGE + _GAMMA
     h = _between(stretched, 0.0, 1.0)
     reached = floor + h
@@ -131,29 +119,28 @@ def _backward_kernel(
     )
 
     centered = 2.0 * h - 1.0
-    power = tl.exp2(exponent * tl.log2(tl.maximum(tl.abs(centered), 1e-30)))  # not the logarithm of 0
+    power = tl.exp2(exponent * _log2(tl.maximum(tl.abs(centered), 1e-30)))  # not the logarithm of 0
     slope = tl.where(reached == level, gradient, 0.0) - penalty * tl.where(centered < 0, -power, power)
     slope = tl.where(h == stretched, slope, 0.0) * (_RANGE * sigmoid * (1.0 - sigmoid))
     # factors outside the weight are 0, so that elements there add nothing
-    a1_part = a1_grad_ptr + (tl.program_id(0).to(tl.int64) * rows + row) * R
-    a2_part = a2_grad_ptr + tl.program_id(1).to(tl.int64) * R * columns + column
-    for r in range(R):
-        a1 = tl.load(a1_ptr + row * R + r, mask=in_rows, other=0.0)
-        a2 = tl.load(a2_ptr + r * columns + column, mask=in_columns, other=0.0)
-        tl.store(a1_part + r, tl.sum(slope * a2[None, :], axis=1), mask=in_rows)
-        tl.store(a2_part + r * columns, tl.sum(slope * a1[:, None], axis=0), mask=in_columns)
+    each = tl.arange(0, P)
+    a1_at, of_a1 = row[:, None] * R + each[None, :], in_rows[:, None] & (each < R)[None, :]
+    a2_at, of_a2 = each[:, None] * columns + column[None, :], (each < R)[:, None] & in_columns[None, :]
+    a1 = tl.load(a1_ptr + a1_at, mask=of_a1, other=0.0)
+    a2 = tl.load(a2_ptr + a2_at, mask=of_a2, other=0.0)
+    a1_part = a1_grad_ptr + tl.program_id(0).to(tl.int64) * rows * R
+    a2_part = a2_grad_ptr + tl.program_id(1).to(tl.int64) * R * columns
+    tl.store(a1_part + a1_at, tl.dot(slope, tl.trans(a2), input_precision="tf32"), mask=of_a1)
+    tl.store(a2_part + a2_at, tl.dot(tl.trans(a1), slope, input_precision="tf32"), mask=of_a2)
 
 
-def _arguments(weight: LowRankWeight) -> tuple[list[Bound], list[Bound], dict[str, int], tuple[int, int]]:
+def _arguments(weight: LowRankWeight) -> tuple[list[Tensor], list[float], dict[str, int], tuple[int, int]]:
     """Pointers, numbers and constants with which both kernels are launched, and the grid."""
     (rows, columns), groups = weight.w.shape, weight.scale.shape[1]
-    size, bounds = columns // groups, isinstance(weight.low, Tensor)
-    tile = min(_COLUMNS, triton.next_power_of_2(size))
-    in_tile = _TILE // tile  # tiles of one size, so that a thread reads 16 bytes at once in small groups too
-    pointers = [*weight[:5], *(weight[5:] if bounds else (weight.scale, weight.scale))]
-    numbers = [rows, columns, groups, size, *((0.0, 0.0) if bounds else weight[5:])]
-    constants = {"R": weight.a1.shape[1], "BOUNDS": bounds, "ROWS": in_tile, "COLUMNS": tile}
-    return pointers, numbers, constants, (groups * triton.cdiv(size, tile), triton.cdiv(rows, in_tile))
+    constants, grid = tiling(columns, rows, groups, _ELEMENTS)
+    pointers, numbers, own = bounds_arguments(weight.low, weight.high, weight.scale)
+    sizes = [rows, columns, groups, columns // groups, *numbers]
+    return [*weight[:5], *pointers], sizes, {"R": weight.a1.shape[1], "BOUNDS": own, **constants}, grid
 
 
 def forward(weight: LowRankWeight, out_OI: Tensor) -> None:
@@ -183,12 +170,23 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     pointers, numbers, constants, grid = _arguments(weight)
     (across, down), (rows, rank), columns = grid, weight.a1.shape, weight.w.shape[1]
+    extended = max(_RANK, triton.next_power_of_2(rank))
     theta, a1, a2 = (
         torch.empty(shape, device=weight.w.device)
         for shape in ((rows, across), (across, rows, rank), (down, rank, columns))
     )
     _backward_kernel[grid](
-        *pointers, gradient_OI, theta, a1, a2, *numbers, beta - 1, 2 * beta * penalty, **constants, **_OPTIONS
+        *pointers,
+        gradient_OI,
+        theta,
+        a1,
+        a2,
+        *numbers,
+        beta - 1,
+        2 * beta * penalty,
+        P=extended,
+        **constants,
+        **_OPTIONS,
     )
     groups = weight.scale.shape[1]
     return theta if across == groups else theta.view(rows, groups, -1).sum(-1), a1.sum(0), a2.sum(0)

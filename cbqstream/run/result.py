@@ -9,12 +9,12 @@ from cbqstream.checkpoint.folder import without_quantization
 from cbqstream.checkpoint.tensors import copied, stored_names
 from cbqstream.disk import FileDigest
 from cbqstream.errors import IdentityError
-from cbqstream.numerics.scale_search import search_grid
 from cbqstream.packed.block_shard import write_head
 from cbqstream.packed.format import quantization_config
 from cbqstream.packed.output import assemble, building_folder
 from cbqstream.planning.layer_schemes import head_scheme, quantized_share
 from cbqstream.report.card import CARD, METRICS, metrics_lines, model_card
+from cbqstream.rounding import search_kernels
 from cbqstream.rounding.nearest import Nearest
 from cbqstream.rounding.rounding import RoundingStart
 from cbqstream.run.inputs import RunInputs
@@ -89,7 +89,8 @@ def _write_head(inputs: RunInputs, journal: Journal, name: str) -> tuple[Path, F
     """Round the head to nearest and write its shard into tmp/; `name` is the name of its weight in the source."""
     weight = inputs.source.read(name, device=inputs.compute.device)
     scheme = head_scheme(inputs.config, inputs.meta_model)
-    grid = search_grid(weight, torch.ones(weight.shape[1], device=weight.device), scheme)
+    kernels = search_kernels.KERNELS.chosen(inputs.config.reconstruction.kernels, weight.device)
+    grid = kernels.search_grid(weight, torch.ones(weight.shape[1], device=weight.device), scheme)
     start = RoundingStart(weight, *grid, scheme, inputs.config.reconstruction, torch.Generator(), Scratch())
     hard = Nearest(start).harden()
     return write_head(journal.disk, journal.building, name, hard, inputs.source.infos[name].dtype)

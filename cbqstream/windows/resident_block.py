@@ -21,8 +21,9 @@ from cbqstream.models.experts import Experts
 from cbqstream.models.families import EXPERT, SmoothingPair
 from cbqstream.numerics.affine import sqnr_db, vanished_rows
 from cbqstream.numerics.input_statistics import InputStatistics, sum_of
-from cbqstream.numerics.scale_search import minmax_grid, search_grid
+from cbqstream.numerics.scale_search import minmax_grid
 from cbqstream.records import QuantizedWeight
+from cbqstream.rounding import search_kernels
 from cbqstream.rounding.nearest import Nearest
 from cbqstream.rounding.registry import method_of
 from cbqstream.rounding.rounding import RoundingStart
@@ -150,7 +151,8 @@ class ResidentBlock:
             with layer.placed():
                 weight, second_moment = self._weight_to_round(layer), statistics[name].second_moment
                 if settings.reconstruction.init == "search":
-                    grid = search_grid(weight, second_moment, layer.scheme)
+                    kernels = search_kernels.KERNELS.chosen(settings.reconstruction.kernels, weight.device)
+                    grid = kernels.search_grid(weight, second_moment, layer.scheme)
                 else:
                     grid = minmax_grid(weight, layer.scheme)
                 self._give_rounding(name, weight, grid, settings, generator)

@@ -24,8 +24,9 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from cbqstream.numerics.affine import Bound
-from cbqstream.rounding import lora_triton, signround_triton
+from cbqstream.rounding import lora_triton, search_triton, signround_triton
 from cbqstream.rounding.lora_kernels import LowRankWeight
+from cbqstream.scheme import Scheme
 
 ROWS = 64
 SHAPES = {"16": (16, 8), "128": (128, 8), "channel": (4096, 1), "unaligned": (1001, 1)}
@@ -71,6 +72,17 @@ def lora_rounding(w: torch.Tensor, scale: torch.Tensor, bounds: tuple[Bound, Bou
     lora_triton.backward(weight, w, 4.0, 0.01)
 
 
+def search(w: torch.Tensor, scale: torch.Tensor, bounds: tuple[Bound, Bound]) -> None:
+    """Launch the kernel of the search of a grid."""
+    groups = scale.shape[1]
+    scheme = Scheme(
+        num_bits=4,
+        group_size=None if groups == 1 else w.shape[1] // groups,
+        symmetric=not isinstance(bounds[0], torch.Tensor),
+    )
+    search_triton.search_grid(w, torch.ones(w.shape[1]), scheme)
+
+
 def variants(*, everything: bool) -> Iterator[tuple[str, list[object]]]:
     """Name of each variant and the compiled kernels of a forward and a backward pass."""
     compiled: list[object] = []
@@ -90,6 +102,7 @@ def variants(*, everything: bool) -> Iterator[tuple[str, list[object]]]:
     for dtype, (name, shape), symmetric in product(dtypes, shapes.items(), (True, False)):
         variant = f"{dtype}, {name}, {'symmetric' if symmetric else 'asymmetric'}"
         yield f"signround, {variant}", kernels_of(signround, *shape, dtype, symmetric=symmetric)
+        yield f"search, {variant}", kernels_of(search, *shape, dtype, symmetric=symmetric)
         if symmetric or (everything and dtype in DTYPES):
             yield f"lora_rounding, {variant}", kernels_of(lora_rounding, *shape, dtype, symmetric=symmetric)
     for rank in (1, 8, 64) if everything else ():

@@ -25,6 +25,8 @@ pytest.importorskip("triton")
 require_interpreter()
 kernels = importlib.import_module("cbqstream.rounding.lora_triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FACTORS = 2.0**-9 if DEVICE == "cuda" else 1e-5
+"""Precision of the gradients of the factors: a GPU multiplies tf32, the interpreter float32."""
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 CASES = [  # bits, group size, symmetric, shape, rank, dtype, beta
@@ -99,13 +101,15 @@ def test_triton_kernels_equal_the_plain_kernels_and_float64(case):
             assert ((w_hat.double() - expected).abs() <= 2e-6 * each_scale + step * expected.abs()).all()
 
     found = [made.backward(weight, gradient, beta, 0.01) for made in (PlainKernels(), kernels, kernels)]
-    for plain, triton, again, of_all, size in zip(*found, exact, sizes, strict=True):
+    for plain, triton, again, of_all, size, precision in zip(
+        *found, exact, sizes, (1e-5, FACTORS, FACTORS), strict=True
+    ):
         assert torch.equal(triton, again)
         assert (triton.shape, triton.dtype) == (plain.shape, FP32)
         assert triton.is_contiguous()
         assert of_all.abs().max() > 0
-        for value in (plain, triton):
-            assert ((value.double() - of_all).abs() <= 1e-5 * size).all()
+        for value, allowed in ((plain, 1e-5), (triton, precision)):
+            assert ((value.double() - of_all).abs() <= allowed * size).all()
 
 
 def test_weights_on_grid_points_pass_their_gradient_at_the_start():
@@ -118,7 +122,7 @@ def test_weights_on_grid_points_pass_their_gradient_at_the_start():
     assert torch.allclose(out, weight.w, rtol=0, atol=1e-7)
     plain, triton = (made.backward(weight, gradient, 20.0, 0.0)[2] for made in (PlainKernels(), kernels))
     assert (plain > 0).all()
-    assert torch.allclose(triton, plain, rtol=1e-5)
+    assert torch.allclose(triton, plain, rtol=FACTORS)
 
 
 def test_a_weight_in_parts_gives_the_gradients_of_the_whole_weight(monkeypatch):
@@ -130,7 +134,7 @@ def test_a_weight_in_parts_gives_the_gradients_of_the_whole_weight(monkeypatch):
     monkeypatch.setattr(kernels, "_gradients", lambda *given: launched.append(given[0].w.shape[0]) or of_rows(*given))
     monkeypatch.setattr(kernels, "PARTIAL_SUMS", 1)
     theta, a1, a2 = kernels.backward(weight, gradient, 4.0, 0.01)
-    assert launched == [64, 6]
+    assert launched == [32, 32, 6]
     assert torch.equal(theta, whole[0])
     assert torch.equal(a1, whole[1])
     assert torch.allclose(a2, whole[2], rtol=1e-5, atol=1e-5)
@@ -167,4 +171,4 @@ def test_product_with_triton_kernels_equals_that_with_plain_kernels(symmetric, s
         found.append([output, x.grad, *(value.grad for value in rounding.learned_parameters())])
     for plain, triton in zip(*found, strict=True):
         assert plain.abs().max() > 0
-        assert torch.allclose(triton, plain, rtol=1e-4, atol=1e-5 * plain.abs().max().item())
+        assert torch.allclose(triton, plain, rtol=max(1e-4, FACTORS), atol=FACTORS * plain.abs().max().item())

