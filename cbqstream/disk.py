@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from cbqstream.digest import BackgroundDigest
 from cbqstream.errors import StorageError
 
 if TYPE_CHECKING:
@@ -100,8 +101,8 @@ class Disk:
             chunks: the content, in order; only one chunk at a time need be in memory.
             mode: permissions, before the umask.
         """
-        digest, size = hashlib.sha256(), 0
-        with ExitStack() as closing:
+        size = 0
+        with BackgroundDigest() as digest, ExitStack() as closing:
             with self._operation("write", path):
                 handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
                 # not a file with a buffer, which would write again at the end, and replace the error by one without a name
@@ -109,13 +110,14 @@ class Disk:
             for chunk in chunks:  # an error in making a chunk is not an error of the disk
                 left = memoryview(chunk).cast("B")
                 size += len(left)
+                digest.update(left)
                 with self._step("write", path):
                     while left:
                         left = left[os.write(handle, left) :]
-                digest.update(chunk)
+                digest.wait()  # the next chunk may use the same memory
             with self._operation("sync_file", path):  # on the handle that wrote: another one may not report an error
                 os.fsync(handle)
-        return FileDigest(size, digest.hexdigest())
+            return FileDigest(size, digest.hexdigest())
 
     @contextmanager
     def written_by_a_library(self, path: Path) -> "Iterator[None]":

@@ -36,6 +36,7 @@ LAYERS = [
     {"setting"},
     {"hub"},
     {"disk"},
+    {"digest"},
     {"errors"},
 ]
 """From the top down. A layer imports only from layers below it (and itself)."""

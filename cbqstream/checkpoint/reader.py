@@ -8,7 +8,7 @@ import hashlib
 import os
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self
@@ -95,11 +95,11 @@ class Checkpoint:
                 info.file, f"{error}. Download it again, or repair the model.", tensor=info.name
             ) from error
 
-    def _read_stored(self, info: TensorInfo) -> Tensor:
-        """One stored tensor, or a piece of one, on the CPU."""
+    def _read_stored(self, info: TensorInfo, use: Callable[[memoryview], None] = lambda piece: None) -> Tensor:
+        """One stored tensor, or a piece of one, on the CPU; `use` is called with each piece of 16 MiB."""
         dtype, values = info.dtype, torch.empty(info.num_bytes, dtype=torch.uint8)
         try:
-            filled = _fill(values.numpy().data, self._opened(info.file), info.start)
+            filled = _fill(values.numpy().data, self._opened(info.file), info.start, use)
         except OSError as error:
             raise InputError(
                 info.file, f"cannot be read: {error.strerror}. Restore the file.", tensor=info.name
@@ -199,13 +199,14 @@ def _pieces(info: TensorInfo) -> Iterator[bytes]:
             yield piece
 
 
-def _fill(buffer: memoryview, file: int, offset: int) -> bool:
-    """Fill a buffer with the bytes of an open file from `offset` on; False if the file ends before."""
+def _fill(buffer: memoryview, file: int, offset: int, use: Callable[[memoryview], None]) -> bool:
+    """Fill a buffer with the bytes of an open file from `offset` on; False if the file ends before. `use` is called with each piece."""
     done = 0
     while done < len(buffer):
-        count = os.preadv(file, [buffer[done:]], offset + done)
+        count = os.preadv(file, [buffer[done : done + _COPY_BYTES]], offset + done)
         if not count:
             return False
+        use(buffer[done : done + count])
         done += count
     return True
 

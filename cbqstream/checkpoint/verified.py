@@ -1,7 +1,6 @@
 """The source checkpoint of a run: every tensor must stay what it was when the run first read it, and must be finite."""
 
-import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -9,6 +8,7 @@ from typing_extensions import override
 
 from cbqstream.checkpoint.reader import Checkpoint
 from cbqstream.checkpoint.tensors import ModelTensor, TensorInfo
+from cbqstream.digest import BackgroundDigest
 from cbqstream.disk import Measure, unmeasured
 from cbqstream.errors import IdentityError, InputError, shown
 from cbqstream.records import RunWarning
@@ -87,9 +87,10 @@ class VerifiedCheckpoint(Checkpoint):
         return tensor.to(device=device, dtype=dtype or tensor.dtype)
 
     @override
-    def _read_stored(self, info: TensorInfo) -> Tensor:
-        tensor = super()._read_stored(info)
-        sha256 = hashlib.sha256(tensor.flatten().view(torch.uint8).numpy().data).hexdigest()
+    def _read_stored(self, info: TensorInfo, use: Callable[[memoryview], None] = lambda piece: None) -> Tensor:
+        with BackgroundDigest() as digest:
+            tensor = super()._read_stored(info, digest.update)
+            sha256 = digest.hexdigest()
         self._require_same(info, sha256)
         self._seen[info.name] = sha256
         return tensor
@@ -112,12 +113,13 @@ class VerifiedCheckpoint(Checkpoint):
         if not isinstance(info, TensorInfo):
             yield from super().raw(info)
             return
-        digest, held = hashlib.sha256(), b""
-        for piece in super().raw(info):
-            yield held
-            digest.update(piece)
-            held = piece
-        self._require_same(info, digest.hexdigest())
+        held = b""
+        with BackgroundDigest() as digest:
+            for piece in super().raw(info):
+                yield held
+                digest.update(piece)
+                held = piece
+            self._require_same(info, digest.hexdigest())
         yield held
 
     def _require_same(self, info: TensorInfo, sha256: str) -> None:

@@ -13,6 +13,7 @@ from cbqstream.checkpoint.tensors import TensorInfo
 from cbqstream.errors import UsageError
 from cbqstream.numerics.affine import codes_of_levels, dequantize, nearest_levels
 from cbqstream.numerics.scale_search import minmax_grid
+from cbqstream.packed import pack_quantized
 from cbqstream.packed.format import quantization_config, schemes_of
 from cbqstream.packed.layout import INPUT_SCALE
 from cbqstream.packed.layouts import LAYOUTS, encode, layout_of, layouts_in, newer_formats
@@ -185,3 +186,12 @@ def test_one_input_scale_is_stored(scheme):
 
 def test_every_format_is_one_of_compressed_tensors():
     assert all(BaseCompressor.get_value_from_registry(name) for name in LAYOUTS)
+
+
+@pytest.mark.parametrize("num_bits", range(2, 9))
+@pytest.mark.parametrize("columns", [7, 32, 100])
+def test_codes_are_packed_as_the_library_packs_them(num_bits, columns):
+    codes = torch.randint(-(1 << (num_bits - 1)), 1 << (num_bits - 1), (5, columns)).to(torch.int8)
+    packed, by_library = pack_quantized._packed(codes, num_bits), pack_quantized.pack_to_int32(codes, num_bits)
+    assert torch.equal(packed, by_library)
+    assert packed.dtype == by_library.dtype == torch.int32
