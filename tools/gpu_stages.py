@@ -38,7 +38,9 @@ from cbqstream.checkpoint.header import read_header
 from cbqstream.checkpoint.verified import VerifiedCheckpoint
 from cbqstream.disk import Disk
 from cbqstream.errors import StoppedError
+from cbqstream.evaluation import model as evaluation
 from cbqstream.models.meta_model import MetaModel
+from cbqstream.numerics import scale_search
 from cbqstream.packed.layouts import encode
 from cbqstream.planning.memory import CONTEXT
 from cbqstream.planning.plan import fitting_plan
@@ -150,7 +152,7 @@ def kernels(probe: Probe) -> str:
         found = probe.part(f"{scheme} {large}, GB/s", partial(compared, scheme, large, dtypes[0], 10))
         rates = {name: value for name, value in (found or {}).items() if name.endswith("ward")}
         table[f"group {size or -1}{'' if symmetric else ', asymmetric'}"] = rounded(rates)
-    table |= low_rank_kernels(probe, large)
+    table |= low_rank_kernels(probe, large) | search_kernel(probe, large)
     for scheme, shape in cases.CASES[:: 8 if probe.small else 1]:
         for dtype in dtypes:
             probe.part(f"{scheme} {shape} {dtype}", partial(compared, scheme, shape, dtype), 3)
@@ -177,6 +179,26 @@ def low_rank_kernels(probe: Probe, shape: tuple[int, int]) -> dict[str, Any]:
         test = cases.test_triton_kernels_equal_the_plain_kernels_and_float64
         probe.part(f"lora_rounding {case}", partial(test, case), 3)
     return {"lora_rounding": rounded(found)}
+
+
+def search_kernel(probe: Probe, shape: tuple[int, int]) -> dict[str, Any]:
+    """Seconds of the search of the grids of a weight, plain and with Triton, and how its errors differ."""
+    import test_search_triton as cases
+
+    def both(scheme: Scheme) -> dict[str, float]:
+        w = torch.randn(shape, device=device_of(probe)).to(BF16)
+        moment, found, errors = torch.rand(shape[1], device=w.device), {}, {}
+        for name, search in (("plain", scale_search.search_grid), ("Triton", cases.kernels.search_grid)):
+            found[name] = per_call(probe, partial(search, w, moment, scheme), 1)
+            errors[name] = cases.weighted_errors(w, moment, search(w, moment, scheme), scheme)
+        worse = (errors["Triton"] / errors["plain"]).max().item() - 1
+        probe.require(worse < 1e-5, f"search of {scheme}: {worse} worse")
+        return found | {"worse": worse}
+
+    schemes = {"": Scheme(num_bits=4), ", per channel": Scheme(num_bits=4, group_size=None)}
+    schemes[", asymmetric"] = Scheme(num_bits=4, symmetric=False)
+    names = {f"search{about}, s": partial(both, scheme) for about, scheme in schemes.items()}
+    return {name: rounded(probe.part(f"{name} of {shape}", work)) for name, work in names.items()}
 
 
 LAYERS_ON_DISK = MemoryMode(activation_checkpointing=True, offload=True)
@@ -210,6 +232,18 @@ def memory_mode(mode: MemoryMode | None) -> Iterator[None]:
         inputs.fitting_plan = real
 
 
+@contextmanager
+def computing_in_float32(needed: bool) -> Iterator[None]:
+    """Have evaluations inside a `with` compute in float32: rounding to bf16 moves many inputs of 4 bits to another level."""
+    real = evaluation.compute_dtype
+    if needed:
+        evaluation.compute_dtype = lambda device: torch.float32
+    try:
+        yield
+    finally:
+        evaluation.compute_dtype = real
+
+
 def different_files(probe: Probe, expected: Path, found: Path) -> list[str]:
     """Names of the files that differ in two results; there must be none."""
     files, others = (tiny_models.files_of(folder) for folder in (expected, found))
@@ -234,7 +268,8 @@ def tiny(probe: Probe) -> str:
         with memory_mode(LAYERS_ON_DISK if case.get("offload") else None):
             out = run(name, case, on)
         how = {"num_samples": 8, "seq_len": seq_len, "batch_size": 4, "threads": 1}
-        values = {each: evaluate(out, tokens, device=each, **how).perplexity for each in sorted({device, "cpu"})}
+        with computing_in_float32(case.get("profile") == "paper" and "scheme" in case):  # inputs of 4 bits
+            values = {each: evaluate(out, tokens, device=each, **how).perplexity for each in sorted({device, "cpu"})}
         probe.require(max(values.values()) < 1.06 * min(values.values()), f"{name}: perplexity {values}")
         reports = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
         losses = [(each["loss_before"], each["loss_after"], each.get("reverted")) for each in reports]
@@ -477,7 +512,9 @@ def run(probe: Probe) -> str:
             quantize(config, listen)
             listen("ended")
         text = io.StringIO()
-        pstats.Stats(profiler, stream=text).strip_dirs().sort_stats("tottime").print_stats(30)
+        found = pstats.Stats(profiler, stream=text)
+        found.sort_stats("cumtime").print_stats("cbqstream/", 50)
+        found.strip_dirs().sort_stats("tottime").print_stats(30)
         said = [(at, event) for at, event in events if isinstance(event, str)]
         phases = [(event, until - at) for (at, event), (until, _) in itertools.pairwise(said)]
         reports = [event.to_dict() for _, event in events if isinstance(event, WindowReport)]

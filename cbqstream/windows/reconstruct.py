@@ -8,7 +8,6 @@ from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.optim import Adam
 from typing_extensions import override
 
 from cbqstream.activations.read_ahead import in_batches, in_shuffled_batches, read_batches
@@ -20,6 +19,7 @@ from cbqstream.records import Compute
 from cbqstream.rounding.registry import method_of
 from cbqstream.rounding.rounding import Rounding, TrainingStep
 from cbqstream.windows.input_step import InputStep
+from cbqstream.windows.optimizer import adam
 from cbqstream.windows.quantized_linear import Phase
 from cbqstream.windows.resident_block import ResidentBlock, all_layers, as_batch, run_blocks, values_beside
 from cbqstream.windows.schedule import split_held_out
@@ -245,7 +245,7 @@ def _train(
             "lr": config.rounding_lr,
         },
     ]
-    optimizer = Adam([group for group in groups if group["params"]], foreach=False)
+    optimizer = adam([group for group in groups if group["params"]])
     rates = [group["lr"] for group in optimizer.param_groups]
     for step, batch in enumerate(data.read(blocks, order)):
         rate_left = share_of_rate(step / steps, config.schedule)

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Adam
 
 from cbqstream.activations.read_ahead import in_batches, in_shuffled_batches, read_batches
 from cbqstream.activations.store import ActivationStore
@@ -20,6 +19,7 @@ from cbqstream.models.block import STATE, BlockArguments, advance
 from cbqstream.numerics.affine import grouped, storable_scale
 from cbqstream.numerics.losses import Head, head_divergence
 from cbqstream.records import Compute
+from cbqstream.windows.optimizer import adam
 
 SEGMENTS_PER_STEP = 2
 """Largest number of segments in a training step. It is small because an epoch over a few dozen segments has few steps."""
@@ -198,7 +198,7 @@ def train_epoch(
         generator: gives the order of the segments.
     """
     learned = [steps.theta for block in model.steps for steps in block.values()]
-    optimizer = Adam(learned, lr=rates[0], foreach=False)
+    optimizer = adam([{"params": learned, "lr": rates[0]}])
     batches = in_shuffled_batches(segments, min(SEGMENTS_PER_STEP, model.compute.batch_size), generator)
     for step, (x_BSD, beside, reference_BSD) in enumerate(data.read(batches, model.compute)):
         optimizer.param_groups[0]["lr"] = rates[0] + (rates[1] - rates[0]) * step / len(batches)
