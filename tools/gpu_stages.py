@@ -396,7 +396,7 @@ def profiled(args: Namespace) -> dict[str, Any]:
 def window(probe: Probe) -> str:
     """Training steps of windows of 65B shape beside their products, memory, and the share of a step in which the device is idle."""
     lines = {}
-    few = ("--steps", "2", "--repeats", "1")
+    few = ("--steps", "2", "--repeats", "1") if probe.small else ("--steps", "4", "--repeats", "3")
     for name, batch, options in (
         ("batch 1", 1, ("--steps", "5", "--repeats", "2")),
         ("batch 4", 4, ("--steps", "3", "--repeats", "2")),

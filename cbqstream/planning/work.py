@@ -20,10 +20,11 @@ _STAGE_PASSES = 2.4
 """Number of passes of both streams through a block for the inputs of its stages, of a block of Llama; each ends at the inputs."""
 _ROUTING_PASSES = 4
 """Number of passes of a stream through the other layers of a block, for the inputs and the residuals of experts that are trained alone."""
-_GRID_SEARCH = {True: 22, False: 120}
-"""Cost of the grid search of a weight on the CPU, in training steps of its rounding, by whether the scheme is symmetric."""
+_GRID_SEARCH = {"cpu": {True: 22, False: 120}, "cuda": {True: 10, False: 33}}
+"""Cost of the grid search of a weight, in training steps of its rounding, by device and by whether the scheme is symmetric. That on CUDA
+was measured on an H200 (tools/gpu_probe.py); it is arithmetic, and costs fewer steps where memory is slower."""
 GRID_SEARCH_BYTES = {True: 5300, False: 16900}
-"""Bytes that the grid search of a weight moves on CUDA, likewise (benchmarks/trace_step.py). Its steps are not those of fused kernels."""
+"""Bytes that the grid search of a weight moves on CUDA without its Triton kernel, likewise (benchmarks/trace_step.py)."""
 _ELEMENTWISE = {None: 14, 8: 21, 4: 21}
 """Number of elementwise reads and writes of activations in training, for each output value of the layers, by `activation_bits`."""
 
@@ -146,8 +147,8 @@ def seconds_of(
     passes = work.trained + work.forward / 3
     products = passes * seq_len * (sizes.active + 2 * attention)
     grids, searched = 1, 0.0
-    if config.reconstruction.init == "search" and device == "cpu":
-        grids = _GRID_SEARCH[config.scheme.symmetric]
+    if config.reconstruction.init == "search" and (device == "cpu" or config.reconstruction.kernels == "auto"):
+        grids = _GRID_SEARCH[device][config.scheme.symmetric]
     elif config.reconstruction.init == "search":
         moved = GRID_SEARCH_BYTES[config.scheme.symmetric] * work.blocks * sizes.weights
         grids, searched = 0, moved * rates.value / WIDTH[device]

@@ -22,8 +22,8 @@ _BETA_START, _BETA_END, _WARM_UP = 20.0, 2.0, 0.2
 _FACTOR_BYTES = 16  # value, gradient and two moments of Adam, float32
 _STEP_BYTES = 600  # with torch alone: every operation reads and writes a tile of float32 values
 _FUSED_BYTES = 12  # with Triton: w and w_hat twice, w and the gradient once, in bf16
-# and for each rank: a sum of the 32 rows and of the 128 columns of a tile, written and read
-_SUMS_BYTES = 8 / 32 + 8 / 128
+# and for each rank: a sum of the 16 rows and of the 128 columns of a tile, written and read
+_SUMS_BYTES = 8 / 16 + 8 / 128
 _STEP_FLOP = 90
 
 

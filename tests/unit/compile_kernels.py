@@ -32,6 +32,8 @@ ROWS = 64
 SHAPES = {"16": (16, 8), "128": (128, 8), "channel": (4096, 1), "unaligned": (1001, 1)}
 """Columns of a group and number of groups. The rows of an unaligned weight do not begin at a multiple of 16 bytes."""
 MORE_SHAPES = {"32": (32, 8), "64": (64, 8), "256": (256, 8)}
+SEARCHED = ("128", "channel")
+"""Shapes for which the search is compiled. Its kernel has loops, and compiles slowly."""
 DTYPES, MORE_DTYPES = (torch.bfloat16,), (torch.float16, torch.float32)
 
 
@@ -102,7 +104,8 @@ def variants(*, everything: bool) -> Iterator[tuple[str, list[object]]]:
     for dtype, (name, shape), symmetric in product(dtypes, shapes.items(), (True, False)):
         variant = f"{dtype}, {name}, {'symmetric' if symmetric else 'asymmetric'}"
         yield f"signround, {variant}", kernels_of(signround, *shape, dtype, symmetric=symmetric)
-        yield f"search, {variant}", kernels_of(search, *shape, dtype, symmetric=symmetric)
+        if name in SEARCHED:
+            yield f"search, {variant}", kernels_of(search, *shape, dtype, symmetric=symmetric)
         if symmetric or (everything and dtype in DTYPES):
             yield f"lora_rounding, {variant}", kernels_of(lora_rounding, *shape, dtype, symmetric=symmetric)
     for rank in (1, 8, 64) if everything else ():
