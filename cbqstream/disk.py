@@ -101,8 +101,18 @@ class Disk:
             chunks: the content, in order; only one chunk at a time need be in memory.
             mode: permissions, before the umask.
         """
+        with BackgroundDigest() as digest:
+            size = self._write(path, chunks, mode, digest)
+            return FileDigest(size, digest.hexdigest())
+
+    def write_plain(self, path: Path, chunks: "Iterable[ReadableBuffer]") -> None:
+        """Write a new file as `write` does, without a digest."""
+        self._write(path, chunks, 0o600, None)
+
+    def _write(self, path: Path, chunks: "Iterable[ReadableBuffer]", mode: int, digest: BackgroundDigest | None) -> int:
+        """Write and sync a new file, and return its size in bytes."""
         size = 0
-        with BackgroundDigest() as digest, ExitStack() as closing:
+        with ExitStack() as closing:
             with self._operation("write", path):
                 handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
                 # not a file with a buffer, which would write again at the end, and replace the error by one without a name
@@ -110,14 +120,16 @@ class Disk:
             for chunk in chunks:  # an error in making a chunk is not an error of the disk
                 left = memoryview(chunk).cast("B")
                 size += len(left)
-                digest.update(left)
+                if digest is not None:
+                    digest.update(left)
                 with self._step("write", path):
                     while left:
                         left = left[os.write(handle, left) :]
-                digest.wait()  # the next chunk may use the same memory
+                if digest is not None:
+                    digest.wait()  # the next chunk may use the same memory
             with self._operation("sync_file", path):  # on the handle that wrote: another one may not report an error
                 os.fsync(handle)
-            return FileDigest(size, digest.hexdigest())
+        return size
 
     @contextmanager
     def written_by_a_library(self, path: Path) -> "Iterator[None]":
@@ -127,13 +139,13 @@ class Disk:
         with self._operation("sync_file", path):
             _fsync(path, 0)
 
-    def replace(self, path: Path, content: "ReadableBuffer") -> None:
+    def replace(self, path: Path, chunks: "Iterable[ReadableBuffer]") -> None:
         """Write a file that need not outlive the process. A reader sees the old content or the new content, never a part."""
         with self._operation("replace", path):
             beside = path.with_name(f"{path.name}.new")
             handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             with os.fdopen(handle, "wb") as file:
-                file.write(content)
+                file.writelines(chunks)
             beside.replace(path)
 
     @contextmanager

@@ -56,6 +56,7 @@ BESIDE = [
 
 HOMES = {
     "zarr": {"activations"},
+    "google_crc32c": {"activations"},
     "transformers": {"models", "calibration", "evaluation"},
     "accelerate": {"models", "calibration", "evaluation"},
     "safetensors": {"checkpoint", "packed"},

@@ -155,7 +155,13 @@ class Streams:
         return ResidentBlock(index, module, self.arguments[index], experts=experts)
 
     def passed(
-        self, source: ZarrStore, steps: Sequence[Sequence[int]], name: str, source_of: Source, *, durable: bool = False
+        self,
+        source: ActivationStore,
+        steps: Sequence[Sequence[int]],
+        name: str,
+        source_of: Source,
+        *,
+        durable: bool = False,
     ) -> ZarrStore:
         """Move a stream through blocks into a new stream. Hidden states are stored, and therefore rounded, after each step.
 
@@ -175,11 +181,11 @@ class Streams:
                 for block in blocks:
                     route_and_sum(self._inputs, block, stream, source_of(block.index), file)
                 propagate(blocks, stream, reached, self._inputs.compute, phase=Phase.ORIGINAL)
-            if stream is not source:
+            if isinstance(stream, ZarrStore) and stream is not source:
                 for path in stream.paths:
                     self._journal.disk.remove_tree(path)
             stream = reached
-        return stream
+        return reached
 
     def _steps(self) -> dict[str, list[range]]:
         """Numbers of the blocks through which the committed windows moved each stream, in one step per window."""
@@ -210,7 +216,10 @@ class Streams:
         journal = self._journal
         journal.empty_tmp()
         journal.new_folder("acts")
-        start = self.new("embedded", durable=False)
+        start: ActivationStore = MemoryStore(self._shape)
+        if self._on_disk:
+            start = self.new("embedded", durable=False)
+        start.beside = self._beside
         for segment, ids_S in enumerate(self._inputs.tokens):
             start.write(segment, outer.embed(ids_S))
         if self._inputs.config.keep_first:
