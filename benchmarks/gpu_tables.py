@@ -21,11 +21,18 @@ def parts(result: dict[str, Any], stage: str) -> dict[str, Any]:
     return result["stages"].get(stage, {}).get("parts", {})
 
 
+def shown(cell: object) -> str:
+    """Text of a cell: at most three digits after the first that is not 0, and no exponent."""
+    if not isinstance(cell, float):
+        return str(cell)
+    return f"{cell:,.0f}" if cell >= 100 else f"{cell:.3g}"
+
+
 def table(title: str, head: list[str], rows: list[list[object]]) -> None:
     """Print a table of Markdown."""
     print(f"\n{title}\n\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
     for row in rows:
-        print(f"| {' | '.join(f'{cell:.3g}' if isinstance(cell, float) else str(cell) for cell in row)} |")
+        print(f"| {' | '.join(map(shown, row))} |")
 
 
 def kernel_rows(results: list[dict[str, Any]]) -> list[list[object]]:
