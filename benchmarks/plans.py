@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Compare the ways to quantize four very large models on two small machines, from plans alone.
+"""Compare the ways to quantize four very large models on two small machines, and the profiles for 65B, from plans alone.
 
 Usage: plans.py WORK [--only NAME ...] [--results FILE]
 
@@ -11,7 +11,7 @@ with what it needs.
 
 import argparse
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from cbqstream.planning.planned import Plan
 from cbqstream.planning.rates import Rates
 from cbqstream.planning.requirements import read_headers
 from cbqstream.planning.sizes import ModelSizes
+from cbqstream.profiles import PROFILES
 from cbqstream.rounding.registry import METHODS
 from cbqstream.scheme import Scheme
 
@@ -59,6 +60,9 @@ MACHINES = {
     "24 GB GPU, 64 GiB": Machine("cuda", 64 * GIB, 24 * 10**9, 140e12, 0.92e12, 2, _disks(64 * GIB, 25e9)),
     "no GPU, 16 GiB": Machine("cpu", 16 * GIB, None, 1e12, 40e9, 4, _disks(16 * GIB, None)),
 }
+PROFILED = "LLaMA 65B"
+PROFILED_ON = "H100, 128 GiB", Machine("cuda", 128 * GIB, 80 * 10**9, 600e12, 2.7e12, 2, _disks(128 * GIB, 50e9))
+"""The model and the machine for which the profiles are compared."""
 KIMI = DEEPSEEK | {
     "n_routed_experts": 384,
     "num_attention_heads": 64,
@@ -93,6 +97,14 @@ LLAMA = {
     "num_key_value_heads": 8,
     "vocab_size": 128256,
     "tie_word_embeddings": False,
+}
+LLAMA_65B = LLAMA | {
+    "hidden_size": 8192,
+    "intermediate_size": 22016,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 64,
+    "vocab_size": 32000,
 }
 MODELS: dict[str, dict[str, Any]] = {
     "DeepSeek V3": DEEPSEEK,
@@ -190,7 +202,8 @@ def ways(sizes: ModelSizes) -> dict[str, dict[str, Any]]:
 
 def rates_of(machine: Machine, settings: ReconstructionConfig) -> Rates:
     """Assumed times of elementary operations: a training step of a weight and a token takes 6 floating-point operations."""
-    step = METHODS[settings.rounding].cost(settings, 1024, 1024).step_bytes / 1024**2
+    cost = METHODS[settings.rounding].cost(settings, 1024, 1024)
+    step = cost.step_bytes_on(machine.device, settings.kernels) / 1024**2
     return Rates(
         product=6 / machine.flops,
         weight=max(step, 2 * machine.width) / machine.memory,
@@ -200,22 +213,24 @@ def rates_of(machine: Machine, settings: ReconstructionConfig) -> Rates:
 
 
 def planned(machine: Machine, sizes: ModelSizes, way: dict[str, Any]) -> tuple[Plan, int]:
-    """The plan of a way with the batch of 4, 2 or 1 segments that takes the least time, and the batch size.
+    """The plan of a way with the batch of 4, 2 or 1 segments that takes the least time, or with that of a profile, and the batch size.
 
     If none fits, the plan of the smallest batch in the memory mode that needs the least memory.
     """
+    profile = PROFILES[way.get("profile", "default")]
     chosen = {name: way[name] for name in ("rounding", "experts") if name in way}
     fitting: list[tuple[Plan, int]] = []
     smallest = None
-    for batch_size in (4, 2, 1):
-        settings = ReconstructionConfig(batch_size=batch_size, **chosen)
+    for batch_size in (profile.reconstruction.batch_size,) if "profile" in way else (4, 2, 1):
+        settings = replace(profile.reconstruction, batch_size=batch_size, **chosen)
         config = QuantizeConfig(
             model="MODEL",
             out="OUT",
             scheme=Scheme(num_bits=4, group_size=128),
             calibration=CalibrationConfig(dataset="D", num_samples=128, seq_len=2048),
             reconstruction=settings,
-            window=way.get("window", WindowConfig()),
+            window=way.get("window", profile.window),
+            transforms=profile.transforms,
             max_ram=machine.max_ram,
             max_vram=machine.max_vram,
         )
@@ -253,14 +268,21 @@ def row_of(made: Plan, batch_size: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path, help="folder for the checkpoints")
-    parser.add_argument("--only", nargs="+", default=list(MODELS), choices=MODELS, help="models to plan")
+    parser.add_argument(
+        "--only", nargs="+", default=[*MODELS, PROFILED], choices=[*MODELS, PROFILED], help="models to plan"
+    )
     parser.add_argument("--results", type=Path, default=HERE / "results" / "plans.json", help="JSON file for the rows")
     args = parser.parse_args()
-    for name in args.only:
+    for name in (name for name in MODELS if name in args.only):
         sizes = sizes_of(args.work / name.replace(" ", "-").lower(), MODELS[name])
         for place, machine in MACHINES.items():
             for flags, way in ways(sizes).items():
                 save(args.results, f"{name}; {place}; {flags}", row_of(*planned(machine, sizes, way)))
+    if PROFILED in args.only:
+        sizes, (place, machine) = sizes_of(args.work / "llama-65b", LLAMA_65B), PROFILED_ON
+        for profile in PROFILES:
+            row = row_of(*planned(machine, sizes, {"profile": profile}))
+            save(args.results, f"{PROFILED}; {place}; --profile {profile}", row)
     print_table(load(args.results))
 
 
