@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Run what needs a CUDA device, in parts of less than six minutes each. 1: kernels, tiny runs, products, windows of 65B shape, and the CPU
-# beside them. 2: a run of a window of 65B shape, a run that is killed, limits of device memory, and the tests below. `tests`: the tests with the marker gpu.
+# beside them. 2: a run of a window of 65B shape, a run that is killed, limits of device memory, and the tests of the part `tests`, which are
+# those with the marker gpu.
 # Usage: tools/gpu_check.sh [OUT] [1|2|both|tests]      (OUT: folder for results, default benchmarks/results; parts 1 and 2 by default)
 # PYTHON is an interpreter with torch for CUDA and transformers. If it lacks packages and there is no network, WHEELS is a folder that
 # tools/gpu_wheels.sh filled; what PYTHON has is not replaced. Results are in OUT/gpu-1.json and OUT/gpu-2.json, see tools/gpu_probe.py.
