@@ -28,7 +28,7 @@ from gpu_probe import ROOT, Probe
 from torch.nn import functional
 
 import tiny as tiny_models
-from cbqstream import CalibrationConfig, QuantizeConfig, ReconstructionConfig, Scheme, evaluate, quantize
+from cbqstream import CalibrationConfig, QuantizeConfig, ReconstructionConfig, Scheme, evaluate, plan, quantize
 from cbqstream.activations.memory_store import MemoryStore
 from cbqstream.activations.read_ahead import in_batches, read_batches
 from cbqstream.activations.store import StreamShape
@@ -520,6 +520,11 @@ def run(probe: Probe) -> str:
         reports = [event.to_dict() for _, event in events if isinstance(event, WindowReport)]
         return {"phases": phases, "reports": reports, "main thread": text.getvalue().splitlines()}
 
+    def expected() -> dict[str, Any]:
+        made = plan(config)
+        return {"seconds": made.seconds, "ram": made.largest("ram"), "vram": made.largest("vram"), "mode": made.way}
+
+    probe.part("plan", expected)
     found = probe.part("16 segments, one epoch", whole)
     if found is None:
         return "failed"
@@ -586,14 +591,14 @@ def cap(probe: Probe) -> str:
         return fitting_plan(config, ModelSizes.of(MetaModel(Path("random"), known.config(2), infos)), "cuda")
 
     def limited(shape: str, batch: int, limit: int) -> dict[str, Any]:
-        plan = planned(shape, batch, limit)
+        chosen = planned(shape, batch, limit)
         options = ["--steps", "2", "--repeats", "1"]
-        options += ["--checkpointing"] if plan.memory_mode.activation_checkpointing else []
-        options += ["--offload", str(probe.work / f"layers-{limit}")] if plan.memory_mode.offload else []
+        options += ["--checkpointing"] if chosen.memory_mode.activation_checkpointing else []
+        options += ["--offload", str(probe.work / f"layers-{limit}")] if chosen.memory_mode.offload else []
         if probe.device_name == "cuda":  # the limit of torch does not count the context
             options += ["--cap", f"{limit - CONTEXT / GIB:.3f}"]
         row = bench_window.measure_within_cap(arguments(probe, shape, batch, *options))
-        return row | {"memory mode": plan.way, "planned": plan.largest("vram") / GIB}
+        return row | {"memory mode": chosen.way, "planned": chosen.largest("vram") / GIB}
 
     for shape, batch, limit, need in (
         ("65b", 1, 12, 15),
