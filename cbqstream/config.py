@@ -130,9 +130,7 @@ class ReconstructionConfig:
     damping: float = setting(
         0.1, help="share of the mean input power that is added to the power of every input column", method="gptq"
     )
-    kernels: Kernels = setting(
-        "auto", help="auto (Triton on CUDA) or plain (torch alone)", method=("signround", "lora_rounding")
-    )
+    kernels: Kernels = setting("auto", help="Triton kernels on CUDA (auto), or torch alone (plain)")
     token_balance: float = setting(
         1.0, help="0: squared error of every token as it is; 1: relative to the token's power"
     )

@@ -61,8 +61,8 @@ class Option:
     """Value if the flag is not given; None if it is required, or if the profile has the default."""
     required: bool
     """Whether there is no default."""
-    methods: tuple[str, ...]
-    """The rounding methods that alone use the option; empty if it belongs to no method."""
+    method: str | None
+    """The rounding method that alone uses the option."""
     section: str | None
     """Field of `QuantizeConfig` that holds the field of the option; None if it is a field of `QuantizeConfig` itself."""
     field: str
@@ -71,10 +71,6 @@ class Option:
     def has_profile_default(self) -> bool:
         """Whether the profile has the default."""
         return self.section in _OF_PROFILE
-
-    def is_used_with(self, rounding: str) -> bool:
-        """Whether a rounding method uses the option."""
-        return not self.methods or rounding in self.methods
 
 
 def _options_of(cls: Any, section: str | None) -> dict[str, Option]:
@@ -93,7 +89,7 @@ def _options_of(cls: Any, section: str | None) -> dict[str, Option]:
             panel=about["panel"],
             default=None if given is MISSING or section in _OF_PROFILE else given,
             required=given is MISSING,
-            methods=about["methods"],
+            method=about["method"],
             section=section,
             field=item.name,
         )
@@ -148,10 +144,10 @@ def config_from_options(values: Mapping[str, Any], profile: str = "default") -> 
         **own,
     )
     for name, value in values.items():
-        used, methods = config.reconstruction.rounding, OPTIONS[name].methods
-        if value is not None and not OPTIONS[name].is_used_with(used):
+        if value is not None and OPTIONS[name].method not in (None, config.reconstruction.rounding):
+            used = config.reconstruction.rounding
             raise UsageError(
-                f"{name} is a setting of {' and '.join(methods)}, and the rounding is {used}. Leave it out."
+                f"{name} is a setting of {OPTIONS[name].method}, and the rounding is {used}. Leave it out."
             )
     return config
 
@@ -180,10 +176,11 @@ def profile_defaults(profile: Profile) -> dict[str, Any]:
 
 def recipe_of(config: QuantizeConfig) -> str:
     """A recipe in TOML, as `recipe.py` reads it, with every setting on which results depend except threads and device."""
+    methods = (None, config.reconstruction.rounding)
     found = {
         name: value
         for name, value in options_of(config).items()
-        if name not in _NOT_IN_RECIPE and OPTIONS[name].is_used_with(config.reconstruction.rounding)
+        if name not in _NOT_IN_RECIPE and OPTIONS[name].method in methods
     }
     lines = [(name.replace("_", "-"), value) for name, value in found.items() if value not in (None, ())]
     return "".join(f"{flag} = {json.dumps(value)}\n" for flag, value in lines)  # such JSON is TOML too

@@ -18,7 +18,7 @@ def setting(
     help: str,
     panel: Panel = "Method",
     flag: str | None = None,
-    method: str | tuple[str, ...] = (),
+    method: str | None = None,
     from_factory: Any = MISSING,
 ) -> Any:
     """A field of a settings dataclass.
@@ -28,15 +28,14 @@ def setting(
         help: description, one sentence without a full stop unless there are two.
         panel: group in which the command line shows the flag.
         flag: name of the flag, with _; the name of the field by default. An empty string: the field has no flag of its own.
-        method: the rounding method that alone uses the field, or several of them.
+        method: the rounding method that alone uses the field.
         from_factory: called for a default that is made anew each time.
     """
-    methods = (method,) if isinstance(method, str) else method
     metadata = {
-        "help": f"{', '.join(methods)}: {help}" if methods else help,
+        "help": help if method is None else f"{method}: {help}",
         "panel": panel,
         "flag": flag,
-        "methods": methods,
+        "method": method,
     }
     if from_factory is not MISSING:
         return field(default_factory=from_factory, metadata=metadata)

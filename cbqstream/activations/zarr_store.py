@@ -119,7 +119,8 @@ class ZarrStore(ActivationStore):
     def write(self, segment: int, x_SD: Tensor) -> None:
         """Write the chunk of one segment. See `ActivationStore.write`."""
         self._check(segment, x_SD)
-        values = x_SD.detach().to("cpu", self.shape.dtype).contiguous().view(torch.uint8).numpy()
+        stored = x_SD.detach().to("cpu", self.shape.dtype).view(_STORAGE_DTYPES.get(self.shape.dtype, self.shape.dtype))
+        values = np.ascontiguousarray(stored.numpy()).reshape(-1).view(np.uint8)
         checksum = google_crc32c.value(values).to_bytes(_CRC_BYTES, "little")
         if self._write is None:
             raise RuntimeError(f"{self.path} is open for reading only")

@@ -46,7 +46,7 @@ def linear_in_slabs(x: Tensor, shape: Sequence[int], make: Callable[[slice], Ten
     if len(parts) == 1:
         return functional.linear(x, make(parts[0]), bias)
     y = x.new_empty(*x.shape[:-1], shape[0])
-    x_TI, y_TO = x.flatten(0, -2), y.view(-1, shape[0])
+    x_TI, y_TO = x.reshape(-1, shape[1]), y.view(-1, shape[0])
     for rows in parts:
         w_OI, part = make(rows), None if bias is None else bias[rows]
         if torch.is_grad_enabled():  # then autograd refuses `out`

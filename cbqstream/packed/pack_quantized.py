@@ -120,7 +120,7 @@ def _packed(codes_OI: Tensor, bits: int) -> Tensor:
     if _BYTE % bits or sys.byteorder != "little":
         by_library: Tensor = pack_to_int32(codes_OI.cpu(), bits)
         return by_library
-    packed = codes_OI.view(torch.uint8) + (1 << (bits - 1))  # modulo 256
+    packed = codes_OI.contiguous().view(torch.uint8) + (1 << (bits - 1))  # modulo 256
     if missing := -codes_OI.shape[1] % (_WORD // bits):
         packed = functional.pad(packed, (0, missing))
     while bits < _BYTE:  # two neighboring bytes become one

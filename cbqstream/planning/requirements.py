@@ -79,7 +79,8 @@ def checked_model(
     probe(meta_model)
     require_quantizable(config, meta_model, allow_partial=allow_partial)
     method_of(settings).require_runnable(settings, device)
-    search_kernels.KERNELS.require(settings.kernels, device)
+    if settings.init == "search" or config.quantize_lm_head:
+        search_kernels.KERNELS.require(settings.kernels, device)
     meta_model.check_length(seq_len)
     if settings.robust_tokens >= seq_len:
         raise UsageError(f"robust_tokens is {settings.robust_tokens}. It must be below seq_len, {seq_len}.")

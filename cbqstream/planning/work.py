@@ -20,11 +20,11 @@ _STAGE_PASSES = 2.4
 """Number of passes of both streams through a block for the inputs of its stages, of a block of Llama; each ends at the inputs."""
 _ROUTING_PASSES = 4
 """Number of passes of a stream through the other layers of a block, for the inputs and the residuals of experts that are trained alone."""
-_GRID_SEARCH = {"cpu": {True: 22, False: 120}, "cuda": {True: 10, False: 33}}
-"""Cost of the grid search of a weight, in training steps of its rounding, by device and by whether the scheme is symmetric. That on CUDA
-was measured on an H200 (tools/gpu_probe.py); it is arithmetic, and costs fewer steps where memory is slower."""
-GRID_SEARCH_BYTES = {True: 5300, False: 16900}
-"""Bytes that the grid search of a weight moves on CUDA without its Triton kernel, likewise (benchmarks/trace_step.py)."""
+_GRID_SEARCH = {True: 22, False: 120}
+"""Cost of the grid search of a weight on the CPU, in training steps of its rounding, by whether the scheme is symmetric."""
+GRID_SEARCH_BYTES = {"auto": {True: 200, False: 700}, "plain": {True: 5300, False: 16900}}
+"""Bytes that take the time of the grid search of a weight on CUDA, likewise. Plain kernels move them (benchmarks/trace_step.py). The Triton
+kernel computes for that time, as measured on an H200 (tools/gpu_probe.py), and for less on devices with slower memory."""
 _ELEMENTWISE = {None: 14, 8: 21, 4: 21}
 """Number of elementwise reads and writes of activations in training, for each output value of the layers, by `activation_bits`."""
 
@@ -147,10 +147,10 @@ def seconds_of(
     passes = work.trained + work.forward / 3
     products = passes * seq_len * (sizes.active + 2 * attention)
     grids, searched = 1, 0.0
-    if config.reconstruction.init == "search" and (device == "cpu" or config.reconstruction.kernels == "auto"):
-        grids = _GRID_SEARCH[device][config.scheme.symmetric]
+    if config.reconstruction.init == "search" and device == "cpu":
+        grids = _GRID_SEARCH[config.scheme.symmetric]
     elif config.reconstruction.init == "search":
-        moved = GRID_SEARCH_BYTES[config.scheme.symmetric] * work.blocks * sizes.weights
+        moved = GRID_SEARCH_BYTES[config.reconstruction.kernels][config.scheme.symmetric] * work.blocks * sizes.weights
         grids, searched = 0, moved * rates.value / WIDTH[device]
     weights = (work.steps + work.hard_batches + grids * work.blocks) * sizes.weights
     values = passes * seq_len * _ELEMENTWISE[config.scheme.activation_bits] * sizes.outputs

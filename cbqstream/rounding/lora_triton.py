@@ -9,10 +9,11 @@ The formulas are those of `numerics/adaround.py`, with the sigmoid without a log
     sigmoid(V0 + A1 A2) = u / (u + (1 - u) exp(-A1 A2))
 
 so h is a few float32 roundings away from that of `PlainKernels` (2e-6). The floor is the same bit for bit: divisions of weights round to
-nearest. Gradients agree with the sums of `PlainKernels` within 1e-5 of the sum of the absolute values of their terms, but for weights whose
-h is within rounding of 0 or 1, or whose level is within rounding of the end of the grid: there a gradient is either passed on or is zero.
+nearest. The gradient of theta agrees with that of `PlainKernels` within 1e-5 of the sum of the absolute values of its terms, and those of
+the factors within 2^-9 of it. Exceptions are weights whose h is within rounding of 0 or 1, or whose level is within rounding of the end of
+the grid: there a gradient is either passed on or is zero.
 
-The gradients of A1 and A2 are products of dV with the factors, on tensor cores: dV and the factors are rounded to tf32, which has 11
+The gradients of A1 and A2 are products of dV with the factors, on tensor cores: dV and the factors are truncated to tf32, which has 11
 significant bits, and the sums are float32. dV is made from a gradient in bf16, which has 8. As sums of a tile over its rows, in float32,
 they took two thirds of the time of the kernel.
 

@@ -11,5 +11,5 @@ def adam(groups: Sequence[dict[str, Any]]) -> Adam:
 
     On CUDA, all parameters are updated by a few kernels, and elsewhere one after the other. Neither keeps temporary values of their size.
     """
-    fused = next(iter(groups[0]["params"])).device.type == "cuda"
-    return Adam(list(groups), foreach=False, fused=fused)
+    on_cuda = any(value.device.type == "cuda" for group in groups for value in group["params"])
+    return Adam(list(groups), foreach=False, fused=on_cuda)

@@ -50,6 +50,17 @@ class ActivationStoreContract:
         store.write(0, x)
         assert torch.equal(store.read(0), x.to(torch.bfloat16))
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+    @pytest.mark.parametrize(
+        "make",
+        [lambda: torch.randn(1, 8).T, lambda: torch.randn(8, 6)[:, ::6], lambda: torch.randn(8).expand(1, 8).T],
+        ids=str,
+    )
+    def test_segments_with_other_strides_are_stored_as_they_are(self, tmp_path, make, dtype):
+        store, x = self.make(tmp_path, StreamShape(1, 8, 1, dtype)), make().to(dtype)
+        store.write(0, x)
+        assert torch.equal(store.read(0), x)
+
     def test_a_segment_of_zeros_is_not_a_missing_segment(self, tmp_path):
         store = self.make(tmp_path, SHAPE)
         store.write(2, torch.zeros(6, 8))

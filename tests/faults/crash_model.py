@@ -64,9 +64,16 @@ class Recorder(Disk):
         self._add("fsync", path)
         return digest
 
-    def replace(self, path, content):
-        super().replace(path, content)
-        self._add("create", path, bytes(content))
+    def write_plain(self, path, chunks):
+        content = b"".join(bytes(chunk) for chunk in chunks)
+        super().write_plain(path, [content])
+        self._add("create", path, content)
+        self._add("fsync", path)
+
+    def replace(self, path, chunks):
+        content = b"".join(bytes(chunk) for chunk in chunks)
+        super().replace(path, [content])
+        self._add("create", path, content)
 
     def sync_folder(self, path):
         self.note_lock(path)

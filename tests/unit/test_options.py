@@ -79,19 +79,22 @@ def test_an_unknown_profile_is_refused():
 def test_a_setting_of_another_rounding_method_is_refused():
     with pytest.raises(UsageError, match="max_shift is a setting of signround, and the rounding is lora_rounding"):
         config_from_options({**REQUIRED, "max_shift": 0.5, "rounding": "lora_rounding"})
-    with pytest.raises(
-        UsageError, match="kernels is a setting of signround and lora_rounding, and the rounding is nearest"
-    ):
-        config_from_options({**REQUIRED, "kernels": "plain", "rounding": "nearest"})
     assert config_from_options({**REQUIRED, "rounding_rank": 3}, "paper").reconstruction.rounding_rank == 3
-    assert config_from_options({**REQUIRED, "kernels": "plain"}, "paper").reconstruction.kernels == "plain"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_plain_kernels_can_be_chosen_with_every_method(method):
+    """An error about Triton recommends it, also where only the search of the grids has a kernel."""
+    values = {**REQUIRED, "kernels": "plain", "rounding": method}
+    values |= {"window_size": 1, "overlap": 0} if method == "gptq" else {}
+    assert config_from_options(values).reconstruction.kernels == "plain"
 
 
 def test_methods_declare_their_settings():
-    settings = {name: tuple(option.field for option in OPTIONS.values() if name in option.methods) for name in METHODS}
+    settings = {name: tuple(option.field for option in OPTIONS.values() if option.method == name) for name in METHODS}
     assert settings == {
-        "signround": ("max_shift", "kernels"),
-        "lora_rounding": ("rounding_lr", "rounding_rank", "penalty_weight", "kernels"),
+        "signround": ("max_shift",),
+        "lora_rounding": ("rounding_lr", "rounding_rank", "penalty_weight"),
         "gptq": ("damping",),
         "nearest": (),
     }
@@ -103,7 +106,7 @@ def test_options_and_settings_are_inverse():
         "paper",
     )
     values = options_of(config)
-    values = {name: value for name, value in values.items() if OPTIONS[name].is_used_with("lora_rounding")}
+    values = {name: value for name, value in values.items() if OPTIONS[name].method in (None, "lora_rounding")}
     values |= {"max_ram": None, "max_vram": None}
     assert config_from_options(values, "default") == config
 
@@ -123,7 +126,5 @@ def test_a_recipe_makes_the_same_settings(tmp_path, profile):
 
 def test_a_recipe_names_no_setting_of_another_method():
     config = config_from_options({**REQUIRED, "rounding": "nearest"})
-    assert not {"max-shift", "rounding-rank", "kernels"} & {
-        line.split(" = ")[0] for line in recipe_of(config).splitlines()
-    }
+    assert not {"max-shift", "rounding-rank"} & {line.split(" = ")[0] for line in recipe_of(config).splitlines()}
     assert isinstance(config.reconstruction, ReconstructionConfig)
