@@ -119,7 +119,7 @@ class ZarrStore(ActivationStore):
     def write(self, segment: int, x_SD: Tensor) -> None:
         """Write the chunk of one segment. See `ActivationStore.write`."""
         self._check(segment, x_SD)
-        stored = x_SD.detach().to("cpu", self.shape.dtype).view(_STORAGE_DTYPES.get(self.shape.dtype, self.shape.dtype))
+        stored = x_SD.detach().to("cpu", self.shape.dtype).view(_stored_dtype(self.shape))
         values = np.ascontiguousarray(stored.numpy()).reshape(-1).view(np.uint8)
         checksum = google_crc32c.value(values).to_bytes(_CRC_BYTES, "little")
         if self._write is None:
@@ -256,6 +256,10 @@ def _parsed(name: str) -> tuple[str, tuple[int, ...], torch.dtype]:
         raise InputError(name, "not the name of values that blocks hand on.") from error
 
 
+def _stored_dtype(shape: StreamShape) -> torch.dtype:
+    return _STORAGE_DTYPES.get(shape.dtype, shape.dtype)
+
+
 def _metadata(shape: StreamShape) -> bytes:
     """Metadata that Zarr writes for a stream."""
     files: dict[str, Buffer] = {}
@@ -263,7 +267,7 @@ def _metadata(shape: StreamShape) -> bytes:
         store=MemoryOfZarr(files),
         shape=(shape.num_segments, shape.seq_len, shape.hidden_size),
         chunks=(1, shape.seq_len, shape.hidden_size),
-        dtype=str(_STORAGE_DTYPES.get(shape.dtype, shape.dtype)).removeprefix("torch."),
+        dtype=str(_stored_dtype(shape)).removeprefix("torch."),
         serializer=BytesCodec(endian="little"),
         filters=None,
         compressors=(Crc32cCodec(),),

@@ -31,7 +31,7 @@ from triton.language.extra import libdevice
 
 from cbqstream.numerics import adaround
 from cbqstream.rounding.lora_kernels import PARTIAL_SUMS, LowRankWeight
-from cbqstream.rounding.tiles_triton import bounds, bounds_arguments, tile, tiling
+from cbqstream.rounding.tiles_triton import bounds, launch_arguments, tile
 
 _ELEMENTS = 2048
 """Number of elements of a tile."""
@@ -137,11 +137,9 @@ def _backward_kernel(
 
 def _arguments(weight: LowRankWeight) -> tuple[list[Tensor], list[float], dict[str, int], tuple[int, int]]:
     """Pointers, numbers and constants with which both kernels are launched, and the grid."""
-    (rows, columns), groups = weight.w.shape, weight.scale.shape[1]
-    constants, grid = tiling(columns, rows, groups, _ELEMENTS)
-    pointers, numbers, own = bounds_arguments(weight.low, weight.high, weight.scale)
-    sizes = [rows, columns, groups, columns // groups, *numbers]
-    return [*weight[:5], *pointers], sizes, {"R": weight.a1.shape[1], "BOUNDS": own, **constants}, grid
+    described = weight.w.shape, weight.scale, weight.low, weight.high
+    pointers, numbers, constants, grid = launch_arguments(*described, _ELEMENTS)
+    return [*weight[:5], *pointers], numbers, {"R": weight.a1.shape[1], **constants}, grid
 
 
 def forward(weight: LowRankWeight, out_OI: Tensor) -> None:

@@ -12,14 +12,13 @@ from torch import Tensor
 
 from cbqstream.numerics.affine import LARGEST_SCALE, SMALLEST_SCALE, num_groups
 from cbqstream.numerics.scale_search import ratios
-from cbqstream.rounding.tiles_triton import tiling
+from cbqstream.rounding.tiles_triton import rounded, tiling
 from cbqstream.scheme import Scheme
 
 _ELEMENTS = 2048
 """Number of elements of a tile."""
 _OPTIONS = {"num_warps": 4}
 _SMALLEST, _LARGEST = tl.constexpr(SMALLEST_SCALE), tl.constexpr(LARGEST_SCALE)
-_MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds to the nearest integer, ties to even
 
 
 @triton.jit
@@ -28,11 +27,6 @@ def _storable(scale):
     bits = scale.to(tl.int32, bitcast=True)
     bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
     return tl.minimum(tl.maximum(bits.to(tl.float32, bitcast=True), _SMALLEST), _LARGEST)
-
-
-@triton.jit
-def _rounded(x):
-    return (x + _MAGIC) - _MAGIC
 
 
 @triton.jit
@@ -60,7 +54,7 @@ def _search_kernel(
             zero = tl.zeros((ROWS,), tl.float32)
         else:
             scale = _storable(tl.div_rn(high_of - low_of, qmax - qmin))
-            zero = tl.minimum(tl.maximum(_rounded(qmin - tl.div_rn(low_of, scale)), qmin), qmax)
+            zero = tl.minimum(tl.maximum(rounded(qmin - tl.div_rn(low_of, scale)), qmin), qmax)
         inverse = tl.div_rn(1.0, scale)[:, None]
         smallest, largest = (qmin - zero)[:, None], (qmax - zero)[:, None]
         error = tl.zeros((ROWS,), tl.float32)
@@ -71,7 +65,7 @@ def _search_kernel(
             w = tl.load(w_ptr + start_of_rows[:, None] + offset[None, :], mask=mask, other=0.0).to(tl.float32)
             moment = tl.load(moment_ptr + group * K + offset, mask=in_columns, other=0.0)
             level = tl.minimum(tl.maximum(w * inverse, smallest), largest)  # the bounds are integers
-            difference = _rounded(level) * scale[:, None] - w
+            difference = rounded(level) * scale[:, None] - w
             error += tl.sum(difference * difference * moment[None, :], axis=1)
         better = error < best_error
         best_error = tl.where(better, error, best_error)

@@ -13,23 +13,21 @@ import triton.language as tl
 from torch import Tensor
 
 from cbqstream.numerics.affine import Bound
-from cbqstream.rounding.tiles_triton import bounds, bounds_arguments, tile, tiling
+from cbqstream.rounding.tiles_triton import bounds, launch_arguments, rounded, tile
 
 _ELEMENTS = 1024
 """Number of elements of a tile."""
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 """Options of every launch. Without fused multiplications and additions, results are those of `PlainKernels`."""
-# 1.5 * 2^23: adding and subtracting it rounds to the nearest integer, ties to even
-_MAGIC = tl.constexpr(12582912.0)
 
 
 @triton.jit
 def _levels(w, v, scale, low, high):
     """w / s, the level to which it is rounded, and whether that level was within the grid before clamping."""
     w_over_s = tl.div_rn(w, scale)
-    # adding _MAGIC does not round values far outside the grid, so they are clamped to just outside it
+    # `rounded` does not round values far outside the grid, so they are clamped to just outside it
     reached = tl.minimum(tl.maximum(w_over_s + v, low - 1.0), high + 1.0)
-    level = (reached + _MAGIC) - _MAGIC
+    level = rounded(reached)
     clamped = tl.minimum(tl.maximum(level, low), high)
     return w_over_s, clamped, level == clamped
 
@@ -71,13 +69,8 @@ def _backward_update_kernel(
 
 def forward(w_OI: Tensor, scale_OG: Tensor, v_OI: Tensor, low: Bound, high: Bound, out_OI: Tensor) -> None:
     """Write w_hat into `out_OI`. See `SignRoundKernels.forward`."""
-    (rows, columns), groups = w_OI.shape, scale_OG.shape[1]
-    constants, grid = tiling(columns, rows, groups, _ELEMENTS)
-    pointers, numbers, own = bounds_arguments(low, high, scale_OG)
-    sizes = rows, columns, groups, columns // groups
-    _forward_kernel[grid](
-        w_OI, scale_OG, v_OI, *pointers, out_OI, *sizes, *numbers, BOUNDS=own, **constants, **_OPTIONS
-    )
+    pointers, numbers, constants, grid = launch_arguments(w_OI.shape, scale_OG, low, high, _ELEMENTS)
+    _forward_kernel[grid](w_OI, scale_OG, v_OI, *pointers, out_OI, *numbers, **constants, **_OPTIONS)
 
 
 def backward_update(
@@ -90,13 +83,11 @@ def backward_update(
     step: float,
 ) -> Tensor:
     """Return the gradient of theta, and update v in place. See `SignRoundKernels.backward_update`."""
-    (rows, columns), groups = w_OI.shape, scale_OG.shape[1]
-    constants, grid = tiling(columns, rows, groups, _ELEMENTS)
-    pointers, numbers, own = bounds_arguments(low, high, scale_OG)
-    sizes = rows, columns, groups, columns // groups
-    found = torch.empty(rows, grid[0], device=w_OI.device)
+    pointers, numbers, constants, grid = launch_arguments(w_OI.shape, scale_OG, low, high, _ELEMENTS)
+    (rows, groups), across = scale_OG.shape, grid[0]
+    found = torch.empty(rows, across, device=w_OI.device)
     _backward_update_kernel[grid](
-        w_OI, scale_OG, v_OI, *pointers, gradient_OI, found, *sizes, *numbers, step, BOUNDS=own, **constants, **_OPTIONS
+        w_OI, scale_OG, v_OI, *pointers, gradient_OI, found, *numbers, step, **constants, **_OPTIONS
     )
     torch.autograd.graph.increment_version(v_OI)
-    return found if grid[0] == groups else found.view(rows, groups, -1).sum(-1)
+    return found if across == groups else found.view(rows, groups, -1).sum(-1)

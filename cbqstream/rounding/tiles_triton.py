@@ -4,6 +4,8 @@ Programs that run one after the other work on the same rows, so that they read m
 of a tile instead of once an element make a forward kernel 1.2 times faster, and 3 times where groups have bounds of their own.
 """
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -12,6 +14,26 @@ from cbqstream.numerics.affine import Bound
 
 _COLUMNS, _FEWEST = 128, 16
 """Largest number of columns of a tile, and smallest: matrix products in kernels need 16."""
+
+# 1.5 * 2^23: adding and subtracting it rounds to the nearest integer, ties to even
+_MAGIC = tl.constexpr(12582912.0)
+
+
+def launch_arguments(
+    shape: Sequence[int], scale_OG: Tensor, low: Bound, high: Bound, elements: int
+) -> tuple[list[Tensor], list[float], dict[str, int], tuple[int, int]]:
+    """Arguments of a kernel that processes a weight with shape [O, I] in tiles.
+
+    Returns:
+        Pointers to the bounds, which may be anything without own bounds of each group; numbers of rows, columns, groups and columns of a
+        group, and both bounds; constants; the grid.
+    """
+    (rows, columns), groups = shape, scale_OG.shape[1]
+    constants, grid = tiling(columns, rows, groups, elements)
+    sizes = [rows, columns, groups, columns // groups]
+    if isinstance(low, Tensor) and isinstance(high, Tensor):
+        return [low, high], [*sizes, 0.0, 0.0], {"BOUNDS": True, **constants}, grid
+    return [scale_OG, scale_OG], [*sizes, float(low), float(high)], {"BOUNDS": False, **constants}, grid
 
 
 def tiling(columns: int, rows: int, groups: int, elements: int) -> tuple[dict[str, int], tuple[int, int]]:
@@ -25,11 +47,10 @@ def tiling(columns: int, rows: int, groups: int, elements: int) -> tuple[dict[st
     return {"ROWS": height, "COLUMNS": width}, (groups * triton.cdiv(size, width), triton.cdiv(rows, height))
 
 
-def bounds_arguments(low: Bound, high: Bound, scale_OG: Tensor) -> tuple[list[Tensor], list[float], bool]:
-    """Pointers to bounds, numbers, and whether each group has its own bounds; what is not used may be anything."""
-    if isinstance(low, Tensor) and isinstance(high, Tensor):
-        return [low, high], [0.0, 0.0], True
-    return [scale_OG, scale_OG], [float(low), float(high)], False
+@triton.jit
+def rounded(x):
+    """Nearest integer, ties to even, of a value whose size is below 2^22."""
+    return (x + _MAGIC) - _MAGIC
 
 
 @triton.jit

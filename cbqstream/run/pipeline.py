@@ -239,7 +239,7 @@ class _Windows:
         reference, quantized = self._streams.open(REFERENCE), self._streams.open(QUANTIZED)
         keeps_reference = bool(not is_last or inputs.num_epochs)  # read by the next window or the end-to-end stage
         reference_out = self._streams.behind(REFERENCE, durable=keeps_reference)
-        targets = self._streams.targets()
+        targets = self._streams.temporary("targets")
 
         # 1. Read the blocks.
         self._doing(window, "reading")

@@ -108,9 +108,11 @@ class Streams:
             self._resident[chain.acts(chain.next_window + 1) / name] = resident
         return self.new(f"acts/{name}", durable=durable, resident=resident)
 
-    def targets(self) -> ActivationStore:
-        """Create an empty store for the targets of a window: in memory, or in tmp/ if streams are on disk alone."""
-        return self.new("targets", durable=False) if self._on_disk else MemoryStore(self._shape)
+    def temporary(self, name: str) -> ActivationStore:
+        """Create an empty store that is not committed: in memory, or under its name in tmp/ if streams are on disk alone."""
+        store = self.new(name, durable=False) if self._on_disk else MemoryStore(self._shape)
+        store.beside = self._beside
+        return store
 
     def new(self, name: str, *, durable: bool = True, resident: MemoryStore | None = None) -> ZarrStore:
         """Create an empty stream in tmp/.
@@ -216,10 +218,7 @@ class Streams:
         journal = self._journal
         journal.empty_tmp()
         journal.new_folder("acts")
-        start: ActivationStore = MemoryStore(self._shape)
-        if self._on_disk:
-            start = self.new("embedded", durable=False)
-        start.beside = self._beside
+        start = self.temporary("embedded")
         for segment, ids_S in enumerate(self._inputs.tokens):
             start.write(segment, outer.embed(ids_S))
         if self._inputs.config.keep_first:
